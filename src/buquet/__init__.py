@@ -1,0 +1,80 @@
+"""Durable task queues in a bucket: any S3-compatible object store, or a SQLite file.
+
+>>> from buquet import App
+>>> app = App("memory:")
+>>> @app.task
+... def greet(name: str) -> str:
+...     return f"Hello {name}"
+>>> greet("you")
+'Hello you'
+"""
+
+from buquet.app import App
+from buquet.backoff import Backoff
+from buquet.errors import (
+    AccessDenied,
+    BucketMissing,
+    BuquetError,
+    Fail,
+    InvalidArgument,
+    InvalidPayload,
+    InvalidResult,
+    InvalidURL,
+    KeyConflict,
+    Refused,
+    Snooze,
+    StoreError,
+    StoreFull,
+    StoreRefused,
+    StoreUnavailable,
+    StoreUnfit,
+    SubmitInterrupted,
+    TaskCancelled,
+    TaskError,
+    TaskExpired,
+    TaskFailed,
+    TaskNotFound,
+    UnreadableRecord,
+    UsageError,
+    WrongLoop,
+)
+from buquet.queue.attempt import Attempt, current
+from buquet.queue.handle import Handle
+from buquet.queue.task import AsyncTaskFunction, TaskFunction
+from buquet.worker.worker import Worker
+
+__all__ = [
+    "AccessDenied",
+    "App",
+    "AsyncTaskFunction",
+    "Attempt",
+    "Backoff",
+    "BucketMissing",
+    "BuquetError",
+    "Fail",
+    "Handle",
+    "InvalidArgument",
+    "InvalidPayload",
+    "InvalidResult",
+    "InvalidURL",
+    "KeyConflict",
+    "Refused",
+    "Snooze",
+    "StoreError",
+    "StoreFull",
+    "StoreRefused",
+    "StoreUnavailable",
+    "StoreUnfit",
+    "SubmitInterrupted",
+    "TaskCancelled",
+    "TaskError",
+    "TaskExpired",
+    "TaskFailed",
+    "TaskFunction",
+    "TaskNotFound",
+    "UnreadableRecord",
+    "UsageError",
+    "Worker",
+    "WrongLoop",
+    "current",
+]

@@ -1,0 +1,247 @@
+"""Puts the parts together: one App is a store, the tasks declared on it, and the loop behind its blocking calls."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, overload
+
+from buquet.backoff import Backoff
+from buquet.clock import Clock
+from buquet.errors import UsageError
+from buquet.queue.background import Background
+from buquet.queue.client import Client
+from buquet.queue.handle import Handle
+from buquet.queue.task import AsyncTaskFunction, BaseTask, Policy, SubmitOptions, TaskFunction
+from buquet.store.open import open_store
+from buquet.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from types import TracebackType
+    from typing import Literal
+
+    from buquet.records import Event
+    from buquet.store.base import Store
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+DEFAULT_URL = "sqlite:.buquet/buquet.db"
+
+
+class _Decorator(Protocol):
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTaskFunction[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> TaskFunction[P, R]: ...
+
+
+class App:
+    """A store and the tasks declared on it. Does no I/O before its first use.
+
+    `url`: `sqlite:path.db`, `s3://bucket/prefix?endpoint=…&region=…` or `memory:`; else the environment's BUQUET_URL; else the
+    SQLite file `.buquet/buquet.db` in the current folder. May be used from several threads and event loops at once; made before a
+    fork and used after it, it raises UsageError in the child.
+
+    >>> app = App("memory:")
+    >>> @app.task
+    ... def double(n: int) -> int:
+    ...     return 2 * n
+    >>> double(4)
+    8
+    """
+
+    def __init__(self, url: str | None = None, *, store: Store | None = None, clock: Clock | None = None) -> None:
+        self.clock = clock or Clock()
+        self._given = url
+        self._store = store
+        self._client: Client | None = None
+        self._lock = threading.Lock()
+        self.background = Background()
+        self.tasks: dict[str, BaseTask[Any, Any]] = {}
+
+    def __repr__(self) -> str:
+        """Show the URL, which holds no secret."""
+        return f"<buquet App on {self.url}>"
+
+    @property
+    def url(self) -> str:
+        """The URL in force: the one given, else BUQUET_URL, else the embedded default with its absolute path."""
+        if self._store is not None:
+            return self._store.url
+        return self._given or os.environ.get("BUQUET_URL") or f"sqlite:{Path(DEFAULT_URL.removeprefix('sqlite:')).absolute()}"
+
+    def use(self, url: str) -> None:
+        """Take another store than the one given, before the first use; the command line's `--url` does so. Raises UsageError after it."""
+        if self._client is not None:
+            msg = f"this App already uses {self.url}, and cannot change to {url}"
+            raise UsageError(msg)
+        self._given = url
+        self._store = None
+
+    @property
+    def client(self) -> Client:
+        """The way to the store, made at first use."""
+        client = self._client
+        if client is None:
+            with self._lock:
+                client = self._client
+                if client is None:
+                    store = self._store = self._store or open_store(self.url, self.clock)
+                    client = self._client = Client(store, self.clock, self.background)
+        return client
+
+    # ------------------------------------------------------------------ declaring
+
+    @overload
+    def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTaskFunction[P, R]: ...
+    @overload
+    def task(self, function: Callable[P, R], /) -> TaskFunction[P, R]: ...
+    @overload
+    def task(
+        self,
+        *,
+        name: str | None = None,
+        queue: str = "default",
+        max_attempts: int = 3,
+        max_losses: int = 10,
+        backoff: Backoff | None = None,
+        timeout: float | None = None,
+    ) -> _Decorator: ...
+
+    def task(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        queue: str = "default",
+        max_attempts: int = 3,
+        max_losses: int = 10,
+        backoff: Backoff | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """Declare a plain or async function as a task, under its own name or `name`.
+
+        `max_attempts`: how often the handler may fail before the task does; `max_losses`: how many workers may be lost with it.
+        `backoff`: the waits between attempts; `timeout`: seconds for one attempt (an async handler is cancelled, one in a thread
+        is given up on). Raises UsageError for a name declared twice.
+
+        >>> @app.task(queue="images", max_attempts=5, timeout=60)  # doctest: +SKIP
+        ... def resize(path: str, *, width: int = 800) -> str: ...
+        """
+        policy = Policy(max_attempts, max_losses, backoff or Backoff(), timeout)
+
+        def declare(function: Callable[..., Any]) -> BaseTask[..., Any]:
+            kind = AsyncTaskFunction[..., Any] if _is_async(function) else TaskFunction[..., Any]
+            task = kind(self, function, name or function.__name__, queue, policy, SubmitOptions())
+            if task.name in self.tasks:
+                msg = f"two tasks of this App are named {task.name!r}: give one of them another name, @app.task(name=...)"
+                raise UsageError(msg)
+            self.tasks[task.name] = task
+            return task
+
+        return declare if function is None else declare(function)
+
+    def worker(
+        self,
+        queues: Sequence[str] | None = None,
+        *,
+        concurrency: int = 16,
+        drain: bool = False,
+        max_time: float | None = None,
+        grace: float = 30.0,
+        ttl: float = 30.0,
+        parent: str = "",
+        heartbeat_thread: bool = True,
+    ) -> Worker:
+        """Return a worker for this App's tasks; `run()` or `await arun()` starts it.
+
+        `queues`: which to serve, by default those of all tasks. `concurrency`: handlers at once. `drain`: end when nothing is left.
+        `max_time`: end after so many seconds. `grace`: seconds that running handlers get at the end. `ttl`: seconds without a
+        heartbeat after which others take over. `parent` and `heartbeat_thread` are for process managers and simulations.
+        """
+        return Worker(
+            self.client,
+            self.tasks,
+            queues,
+            concurrency=concurrency,
+            drain=drain,
+            max_time=max_time,
+            grace=grace,
+            ttl=ttl,
+            parent=parent,
+            heartbeat_thread=heartbeat_thread,
+        )
+
+    # ------------------------------------------------------------------ by id
+
+    def get(self, task_id: str) -> Handle[Any]:
+        """Return a handle of any task by its id; nothing is read yet. Its result comes as plain builtins."""
+        return Handle(self, task_id)
+
+    def cancel(self, task_id: str) -> Literal["cancelled", "requested"]:
+        """Cancel a task, see Handle.cancel."""
+        return self.get(task_id).cancel()
+
+    async def acancel(self, task_id: str) -> Literal["cancelled", "requested"]:
+        """Cancel a task, see Handle.cancel."""
+        return await self.get(task_id).acancel()
+
+    def redrive(self, task_id: str) -> None:
+        """Run a failed, cancelled or expired task again from its first attempt. Raises Refused for any other."""
+        self.background.run(lambda: self.aredrive(task_id), "redrive")
+
+    async def aredrive(self, task_id: str) -> None:
+        """Do what `redrive` does, on the running event loop."""
+        await self.client.redrive(task_id)
+
+    def history(self, task_id: str) -> list[Event]:
+        """Return a task's timeline, see Handle.history."""
+        return self.get(task_id).history()
+
+    async def ahistory(self, task_id: str) -> list[Event]:
+        """Return a task's timeline, see Handle.history."""
+        return await self.get(task_id).ahistory()
+
+    # ------------------------------------------------------------------ closing
+
+    def close(self) -> None:
+        """Ring for what was submitted and release the store."""
+        client = self._client
+        if client is not None:
+            self._client = None
+            self.background.run(client.close, "close")
+        self.background.stop()
+
+    async def aclose(self) -> None:
+        """Do what `close` does, on the running event loop."""
+        client = self._client
+        if client is not None:
+            self._client = None
+            await client.close()
+        self.background.stop()
+
+    def __enter__(self) -> Self:
+        """Return the App itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close it."""
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        """Return the App itself."""
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close it."""
+        await self.aclose()
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    import inspect  # noqa: PLC0415 - only when tasks are declared
+
+    return inspect.iscoroutinefunction(function)

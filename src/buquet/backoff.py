@@ -1,0 +1,39 @@
+"""How long to wait before the next attempt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from buquet.errors import UsageError
+
+if TYPE_CHECKING:
+    from buquet.clock import Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Exponential backoff: `initial` seconds, times `factor` after each failure, at most `max`.
+
+    `jitter` 0.2 spreads each wait evenly over 20 % to either side.
+
+    >>> [Backoff(jitter=0).seconds(n, Clock()) for n in (1, 2, 3)]
+    [1, 2, 4]
+    """
+
+    initial: float = 1
+    factor: float = 2
+    max: float = 300
+    jitter: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.initial < 0 or self.factor < 1 or self.max < 0 or not 0 <= self.jitter <= 1:
+            msg = f"Backoff needs initial >= 0, factor >= 1, max >= 0 and jitter from 0 to 1, not {self}"
+            raise UsageError(msg)
+
+    def seconds(self, failures: int, clock: Clock) -> float:
+        """Return the wait after the n-th failure, counted from 1."""
+        # the power of a long row of failures would overflow a float; past the maximum it is of no interest
+        wait = self.initial * self.factor ** min(failures - 1, 64)
+        wait = min(wait, self.max)
+        return wait * clock.jitter(self.jitter) if self.jitter else wait

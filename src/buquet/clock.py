@@ -1,0 +1,56 @@
+"""Time and randomness. Nothing else in the package asks the machine for either.
+
+A simulation or a test passes a Clock of its own and so decides both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+
+
+class Clock:
+    """The machine's clock and random numbers.
+
+    >>> Clock().new_id()[12]
+    '7'
+    """
+
+    def __init__(self, seed: int | bytes | None = None) -> None:
+        self.random = random.Random(os.urandom(16) if seed is None else seed)
+
+    def now(self) -> float:
+        """Seconds since 1970, by the local wall clock, which may be wrong or jump."""
+        return time.time()
+
+    def monotonic(self) -> float:
+        """Seconds of a clock that only goes forward."""
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait on the running loop."""
+        await asyncio.sleep(seconds)
+
+    def block(self, seconds: float) -> None:
+        """Wait in the calling thread."""
+        time.sleep(seconds)
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970."""
+        return int(self.now() * 1000)
+
+    def jitter(self, spread: float) -> float:
+        """Return a factor drawn evenly from 1 - spread to 1 + spread."""
+        return 1 + spread * (2 * self.random.random() - 1)
+
+    def new_op(self) -> str:
+        """Return a fresh id for one write (64 random bits, hex)."""
+        return f"{self.random.getrandbits(64):016x}"
+
+    def new_id(self) -> str:
+        """Return a UUIDv7 in hex: 48 bits of milliseconds, version, variant, 74 random bits."""
+        high = (self.now_ms() << 16) | 0x7000 | self.random.getrandbits(12)
+        low = (0b10 << 62) | self.random.getrandbits(62)
+        return f"{(high << 64) | low:032x}"

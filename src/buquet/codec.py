@@ -1,0 +1,229 @@
+"""Bytes to records and back, values to their declared types and back."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import sys
+import typing
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import msgspec
+
+from buquet.errors import InvalidArgument, InvalidPayload, InvalidResult, UnreadableRecord, UsageError
+from buquet.records import FORMAT, Record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+R = TypeVar("R", bound=Record)
+
+MAX_RECORD = 4 << 20
+"""A record larger than this many bytes is not parsed: nothing of ours comes near it."""
+
+_encoder = msgspec.json.Encoder()
+_decoders: dict[type[Record], msgspec.json.Decoder[Any]] = {}
+_SUSPECT = re.compile(rb"null|[0-9]{19}")
+
+
+class _Format(msgspec.Struct):
+    v: int = FORMAT
+
+
+def encode_record(record: Record) -> bytes:
+    """Return a record's JSON."""
+    return _encoder.encode(record)
+
+
+def decode_record(kind: type[R], body: bytes, key: str) -> R:
+    """Read a record. Raises UnreadableRecord, naming the key, when it is none or of a newer format."""
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.json.Decoder(kind)
+    if len(body) > MAX_RECORD:
+        msg = f"{key} has {len(body)} bytes, more than any record of buquet; it is left as it is. Look at it and move it away"
+        raise UnreadableRecord(msg)
+    try:
+        record = cast("R", decoder.decode(body))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        _refuse_newer(body, key)
+        msg = f"{key} is no {kind.__name__.lower()} record ({error}); it is left as it is. See its earlier versions, or move it away"
+        raise UnreadableRecord(msg) from error
+    if record.v > FORMAT:
+        _refuse_newer(body, key)
+    return record
+
+
+def _refuse_newer(body: bytes, key: str) -> None:
+    try:
+        version = msgspec.json.decode(body, type=_Format).v
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return
+    if version > FORMAT:
+        msg = f"{key} is of format {version} and this buquet reads up to {FORMAT}; it is left as it is. Upgrade buquet here"
+        raise UnreadableRecord(msg)
+
+
+def _pydantic(kind: Any) -> Any:
+    """Return pydantic's BaseModel if `kind` is a model, without ever importing pydantic."""
+    pydantic = sys.modules.get("pydantic")
+    return pydantic.BaseModel if pydantic and isinstance(kind, type) and issubclass(kind, pydantic.BaseModel) else None
+
+
+def _encode_other(value: Any) -> Any:
+    if _pydantic(type(value)):  # pyright: ignore[reportUnknownArgumentType]
+        return value.model_dump(mode="json")
+    msg = f"{type(value).__module__}.{type(value).__qualname__} is no JSON value"
+    raise TypeError(msg)
+
+
+def _decode_other(kind: type, value: Any) -> Any:
+    if _pydantic(kind):
+        try:
+            return kind.model_validate(value)  # pyright: ignore[reportUnknownVariableType,reportUnknownMemberType,reportAttributeAccessIssue]
+        except ValueError as error:
+            raise msgspec.ValidationError(str(error)) from None
+    if isinstance(value, kind):
+        return value
+    msg = f"{kind!r} is neither a type that JSON carries nor a pydantic model"
+    raise msgspec.ValidationError(msg)
+
+
+_values = msgspec.json.Encoder(enc_hook=_encode_other)
+
+
+def encode_value(value: Any, what: str, error: type[InvalidArgument | InvalidResult] = InvalidArgument) -> bytes:
+    """Return a value's JSON. Raises `error`, naming `what`, when JSON does not carry it."""
+    try:
+        body = _values.encode(value)
+        # msgspec writes NaN as null and integers of any length; readers would get something else back
+        if _SUSPECT.search(body):
+            _check_numbers(msgspec.to_builtins(value, enc_hook=_encode_other), "$")
+    except (TypeError, ValueError, OverflowError, RecursionError) as problem:
+        msg = (
+            f"{what} cannot be stored as JSON: {problem}. Pass builtins, dataclasses, TypedDicts, datetime, UUID, enums, "
+            "msgspec.Struct or pydantic models"
+        )
+        raise error(msg) from None
+    return body
+
+
+def _check_numbers(value: Any, path: str) -> None:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            msg = f"{path} is {value}"
+            raise ValueError(msg)
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**64:
+            msg = f"{path} is an integer of more than 64 bits (a string carries it)"
+            raise ValueError(msg)
+    elif isinstance(value, dict):
+        for name, item in cast("dict[Any, Any]", value).items():
+            _check_numbers(item, f"{path}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(cast("list[Any]", value)):
+            _check_numbers(item, f"{path}[{index}]")
+
+
+class Signature:
+    """A handler's parameters and result, as codecs. Types are resolved at first use, so that they may be declared later."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.signature = inspect.signature(function)
+        self.parameters = self.signature.parameters
+        for parameter in self.parameters.values():
+            if parameter.kind in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}:
+                msg = (
+                    f"{function.__qualname__} takes *{parameter.name}: a task's arguments are stored by name and type. "
+                    "Take a list or a dict instead"
+                )
+                raise UsageError(msg)
+        self._arguments: msgspec.json.Decoder[Any] | None = None
+        self._result: msgspec.json.Decoder[Any] | None = None
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments by parameter name. Raises TypeError as a plain call would."""
+        return self.signature.bind(*args, **kwargs).arguments
+
+    def encode(self, arguments: dict[str, Any]) -> bytes:
+        """Return bound arguments as a JSON object. Raises InvalidArgument, naming the parameter."""
+        try:
+            return encode_value(arguments, "arguments")
+        except InvalidArgument:
+            for name, value in arguments.items():
+                encode_value(value, f"argument {name!r} of {self.function.__qualname__}")
+            raise
+
+    def decode(self, body: bytes | msgspec.Raw) -> tuple[list[Any], dict[str, Any]]:
+        """Return stored arguments as the declared types, for a call. Raises InvalidPayload, naming the field."""
+        if self._arguments is None:
+            self._arguments = self._resolve_arguments()
+        try:
+            values = self._arguments.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            msg = f"the stored arguments do not fit {self.function.__qualname__}{self.signature}: {error}"
+            raise InvalidPayload(msg) from None
+        positional: list[Any] = []
+        named: dict[str, Any] = {}
+        for name, parameter in self.parameters.items():
+            value = getattr(values, name)
+            if value is msgspec.UNSET:
+                continue
+            if parameter.kind is parameter.POSITIONAL_ONLY:
+                positional.append(value)
+            else:
+                named[name] = value
+        return positional, named
+
+    def check_result(self, value: Any) -> bytes:
+        """Return a result's JSON. Raises InvalidResult when JSON does not carry it or it is not of the declared type."""
+        body = encode_value(value, f"the result of {self.function.__qualname__}", InvalidResult)
+        try:
+            self.decode_result(body)
+        except InvalidPayload as error:
+            raise InvalidResult(str(error)) from None
+        return body
+
+    def decode_result(self, body: bytes | msgspec.Raw) -> Any:
+        """Return a stored result as the declared type. Raises InvalidPayload."""
+        if self._result is None:
+            self._result = _decoder(self._hints().get("return", Any), f"the result of {self.function.__qualname__}")
+        try:
+            return self._result.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            msg = f"the result of {self.function.__qualname__} is not of its declared type: {error}"
+            raise InvalidPayload(msg) from None
+
+    def _hints(self) -> dict[str, Any]:
+        try:
+            return typing.get_type_hints(self.function, include_extras=True)
+        except NameError as error:
+            msg = f"a type in the signature of {self.function.__qualname__} cannot be found: {error}. Declare it at module level"
+            raise UsageError(msg) from None
+
+    def _resolve_arguments(self) -> msgspec.json.Decoder[Any]:
+        hints = self._hints()
+        fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
+        for name, parameter in self.parameters.items():
+            kind = hints.get(name, Any)
+            if parameter.default is parameter.empty:
+                fields.append((name, kind))
+            else:
+                fields.append((name, typing.Union[kind, msgspec.UnsetType], msgspec.UNSET))
+        struct = msgspec.defstruct(self.function.__name__, fields, kw_only=True, forbid_unknown_fields=True)
+        return _decoder(struct, f"the parameters of {self.function.__qualname__}")
+
+
+def _decoder(kind: Any, what: str) -> msgspec.json.Decoder[Any]:
+    try:
+        return msgspec.json.Decoder(kind, dec_hook=_decode_other)
+    except TypeError as error:
+        msg = f"{what} cannot be declared so: {error}"
+        raise UsageError(msg) from None
+
+
+def decode_any(body: bytes | msgspec.Raw) -> Any:
+    """Return a stored value as plain builtins."""
+    return msgspec.json.decode(body)

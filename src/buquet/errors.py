@@ -1,0 +1,173 @@
+"""Every error that buquet raises, as one tree.
+
+::
+
+    BuquetError
+    ├── UsageError                the call itself is wrong: an option, a URL, a name
+    │   ├── InvalidURL            a store URL that cannot be understood
+    │   ├── InvalidArgument       an argument that JSON does not carry
+    │   └── WrongLoop             a blocking call on a running event loop
+    ├── StoreError                the store said no, or nothing
+    │   ├── StoreUnavailable      no answer, or a passing one (timeout, 5xx, throttled): the outcome is unknown
+    │   ├── StoreRefused          a lasting no: nothing was written
+    │   │   ├── AccessDenied      wrong or missing credentials, or too few rights
+    │   │   ├── BucketMissing     the bucket does not exist
+    │   │   ├── StoreFull         disk or quota is used up
+    │   │   └── StoreUnfit        the store lacks something that buquet cannot do without
+    │   ├── AlreadyExists         create-if-absent met an object
+    │   └── Changed               a conditional write met another version, or none
+    ├── UnreadableRecord          an object that is no JSON, or of a newer format
+    ├── InvalidPayload            stored arguments do not fit the handler's declared types
+    ├── InvalidResult             a handler's result that JSON does not carry, or of another type than declared
+    ├── KeyConflict               a second submit of a key with other arguments
+    ├── SubmitInterrupted         many were to be submitted, and only some were
+    ├── TaskNotFound              no task has this id
+    ├── Refused                   a move that the task's state does not allow
+    └── TaskError                 how a task ended, other than well
+        ├── TaskFailed
+        ├── TaskCancelled
+        └── TaskExpired
+
+``Fail`` and ``Snooze`` are not errors but what a handler raises to say how its attempt is to end.
+Every error's text says what happened, to what, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class BuquetError(Exception):
+    """Base of all errors of this library."""
+
+
+class UsageError(BuquetError):
+    """The call itself is wrong; nothing was read or written."""
+
+
+class InvalidURL(UsageError):
+    """A store URL that cannot be understood."""
+
+
+class InvalidArgument(UsageError):
+    """An argument that JSON does not carry (NaN, infinity, an open file, ...)."""
+
+
+class WrongLoop(UsageError):
+    """A blocking method was called on a running event loop; its async twin is named in the text."""
+
+
+class StoreError(BuquetError):
+    """The store said no, or nothing."""
+
+
+class StoreUnavailable(StoreError):
+    """No answer, or a passing one (timeout, reset, 5xx, 429). Whether a write was applied is unknown."""
+
+
+class StoreRefused(StoreError):
+    """A lasting no: the request was not applied, and sending it again will not help."""
+
+
+class AccessDenied(StoreRefused):
+    """Wrong or missing credentials, or too few rights."""
+
+
+class BucketMissing(StoreRefused):
+    """The bucket (or the database file's folder) does not exist."""
+
+
+class StoreFull(StoreRefused):
+    """The disk or the quota behind the store is used up; nothing was written."""
+
+
+class StoreUnfit(StoreRefused):
+    """The store lacks something buquet cannot do without, such as conditional writes."""
+
+
+class AlreadyExists(StoreError):
+    """Create-if-absent met an object that is there."""
+
+
+class Changed(StoreError):
+    """A conditional write met another version than the one named, or no object at all."""
+
+
+class UnreadableRecord(BuquetError):
+    """An object that is no JSON, lacks a field, or is of a newer format. It is left as it is."""
+
+
+class InvalidPayload(BuquetError):
+    """Stored arguments do not fit the handler's declared types."""
+
+
+class InvalidResult(BuquetError):
+    """A handler's result is no JSON value or not of the declared type."""
+
+
+class KeyConflict(BuquetError):
+    """A key was submitted a second time with other arguments. The first task stands."""
+
+
+class SubmitInterrupted(BuquetError):
+    """Submitting many stopped half way. `ids` are the tasks that were submitted, in order; `__cause__` says why."""
+
+    def __init__(self, message: str, ids: list[str]) -> None:
+        super().__init__(message)
+        self.ids = ids
+
+
+class TaskNotFound(BuquetError):
+    """No task has this id."""
+
+
+class Refused(BuquetError):
+    """A move that the task's present state does not allow; nothing was changed."""
+
+
+class TaskError(BuquetError):
+    """A task ended, but not well. ``task_id`` says which."""
+
+    def __init__(self, message: str, task_id: str = "") -> None:
+        super().__init__(message)
+        self.task_id = task_id
+
+
+class TaskFailed(TaskError):
+    """The task failed for good. ``error`` is the last error's text, ``traceback`` where it was raised."""
+
+    def __init__(self, message: str, task_id: str = "", *, error: str = "", traceback: str = "") -> None:
+        super().__init__(message, task_id)
+        self.error = error
+        self.traceback = traceback
+
+
+class TaskCancelled(TaskError):
+    """The task was cancelled."""
+
+
+class TaskExpired(TaskError):
+    """The task was not started before its deadline."""
+
+
+class Fail(Exception):  # noqa: N818 - a word that a handler says, not an error of ours
+    """Raise in a handler to fail the task at once, without another attempt.
+
+    >>> raise Fail("the order was deleted")
+    Traceback (most recent call last):
+    buquet.errors.Fail: the order was deleted
+    """
+
+
+class Snooze(Exception):  # noqa: N818 - as above
+    """Raise in a handler to come back after ``seconds``, without spending an attempt.
+
+    >>> raise Snooze(30)
+    Traceback (most recent call last):
+    buquet.errors.Snooze: come back in 30 s
+    """
+
+    def __init__(self, seconds: float) -> None:
+        if not 0 <= seconds < 10 * 366 * 86_400:
+            msg = f"Snooze takes seconds from 0 to ten years, not {seconds!r}"
+            raise UsageError(msg)
+        super().__init__(f"come back in {seconds:g} s")
+        self.seconds = seconds

@@ -1,0 +1,149 @@
+"""The only place where a key of the bucket is built or parsed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+from buquet.errors import UsageError
+
+LAYOUT = "buquet.json"
+TASKS = "tasks/"
+READY = "ready/"
+LATER = "later/"
+WORKERS = "workers/"
+PRIORITIES = range(10)
+MAX_NAME = 100
+
+_ID = re.compile(r"[0-9a-f]{32}")
+_ENTRY = re.compile(r"(?:ready/([^/]+)/([0-9])|later/([^/]+))/([0-9]{13})-([0-9a-f]{32})\.([0-9]+)~([^/]+)")
+
+
+def quoted(name: str, what: str) -> str:
+    """Percent-encode a queue's or task's name for use in a key.
+
+    Raises UsageError when it is empty or longer than 100 bytes once encoded.
+    """
+    try:
+        text = quote(name, safe="").replace("~", "%7E")
+    except UnicodeEncodeError:
+        text = ""
+    if text in {".", ".."}:
+        text = text.replace(".", "%2E")
+    if not text or len(text) > MAX_NAME:
+        msg = f"the name of a {what} must have 1 to {MAX_NAME} bytes (percent-encoded), and this has {len(text)}: {name[:120]!r}"
+        raise UsageError(msg)
+    return text
+
+
+def is_id(text: str) -> bool:
+    """Tell whether this can be a task's or run's id: 32 hex digits."""
+    return _ID.fullmatch(text) is not None
+
+
+def keyed_id(queue: str, name: str, key: str) -> str:
+    """Return the id of the task that an idempotency key names."""
+    parts = "\0".join((quoted(queue, "queue"), quoted(name, "task"), key))
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
+def task(task_id: str) -> str:
+    """Return the key of a task's record."""
+    return f"tasks/{task_id[-2:]}/{task_id}.json"
+
+
+def task_id_of(key: str) -> str | None:
+    """Return the id whose record this key is, or None."""
+    task_id = key[9:41]
+    return task_id if is_id(task_id) and key == task(task_id) else None
+
+
+class Entry(NamedTuple):
+    """What an entry's key says."""
+
+    key: str
+    queue: str
+    priority: int | None
+    """None: an entry of `later/`."""
+    at: int
+    """Milliseconds since 1970: when it was written or, in `later/`, from when on the task may run."""
+    task: str
+    rev: int
+    """The rev of the record version that names it."""
+    name: str
+
+
+def entry(queue: str, priority: int, at: int, due: int, task_id: str, rev: int, name: str) -> str:
+    """Build an entry's key: in `later/` when `due` is not 0 and after `at`, else in `ready/`."""
+    tail = f"{task_id}.{rev}~{quoted(name, 'task')}"
+    if due > at:
+        return f"later/{quoted(queue, 'queue')}/{due:013d}-{tail}"
+    return f"ready/{quoted(queue, 'queue')}/{priority}/{at:013d}-{tail}"
+
+
+def parse_entry(key: str) -> Entry | None:
+    """Read an entry's key; None when it is none."""
+    found = _ENTRY.fullmatch(key)
+    if found is None:
+        return None
+    ready, priority, later, at, task_id, rev, name = found.groups()
+    return Entry(
+        key, unquote(ready or later), None if priority is None else int(priority), int(at), task_id, int(rev), unquote(name)
+    )
+
+
+def ready_lane(queue: str, priority: int) -> str:
+    """Return the prefix of a queue's ready entries of one priority."""
+    return f"ready/{quoted(queue, 'queue')}/{priority}/"
+
+
+def ready_prefix(queue: str) -> str:
+    """Return the prefix of all of a queue's ready entries."""
+    return f"ready/{quoted(queue, 'queue')}/"
+
+
+def later_lane(queue: str) -> str:
+    """Return the prefix of a queue's entries that wait for their time."""
+    return f"later/{quoted(queue, 'queue')}/"
+
+
+def lane_at(lane: str, at: int) -> str:
+    """Return the key in a lane before which every entry is older than `at` milliseconds."""
+    return f"{lane}{max(at, 0):013d}"
+
+
+def bell(queue: str) -> str:
+    """Return the key of a queue's doorbell."""
+    return f"bell/{quoted(queue, 'queue')}"
+
+
+def queues_hash(queues: tuple[str, ...]) -> str:
+    """Return the `qq` of workers that serve this set of queues."""
+    return hashlib.sha256("\0".join(sorted(queues)).encode()).hexdigest()[:8]
+
+
+def session(worker: str) -> str:
+    """Return the key of a worker's session. A worker's id is its `qq`, a dot and a random name."""
+    return f"workers/{worker.partition('.')[0]}/{worker}.json"
+
+
+def worker_of(key: str) -> str:
+    """Return the worker whose session this key is."""
+    return key.rpartition("/")[2].removesuffix(".json")
+
+
+def notes(worker: str) -> str:
+    """Return the key of the notes to a worker."""
+    return f"notes/{worker}"
+
+
+def payload(task_id: str, body: bytes) -> str:
+    """Return the key under which a value of a task that is too large for the record is stored."""
+    return f"payloads/{task_id}/{hashlib.sha256(body).hexdigest()}"
+
+
+def payloads(task_id: str) -> str:
+    """Return the prefix of a task's payload objects."""
+    return f"payloads/{task_id}/"

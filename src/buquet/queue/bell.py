@@ -1,0 +1,112 @@
+"""The doorbell: one small object a queue whose ETag changes when entries were added. Always a hint, never truth."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+from buquet import keys
+from buquet.codec import encode_record
+from buquet.errors import StoreError, UnreadableRecord
+from buquet.records import Bell
+from buquet.store.register import Held, Register
+
+if TYPE_CHECKING:
+    from buquet.clock import Clock
+    from buquet.queue.background import Background
+    from buquet.store.base import Store
+
+log = logging.getLogger("buquet.bell")
+
+HINTS = 64
+EVERY = 0.1
+"""Seconds between two rings of one process for one queue."""
+
+
+class Ringer:
+    """Rings for a process: merges the entries added within 0.1 s into one ring. May be told from any thread."""
+
+    def __init__(self, store: Store, clock: Clock, background: Background) -> None:
+        self.store = store
+        self.clock = clock
+        self.background = background
+        self.register = Register(store, clock, patience=5)
+        self._lock = threading.Lock()
+        self._added: dict[str, list[str]] = {}
+        self._ringing: set[str] = set()
+        self._known: dict[str, Held[Bell] | None] = {}
+        self._last: dict[str, float] = {}
+        self._closing = False
+
+    def added(self, queue: str, entry: str) -> None:
+        """Tell that an entry was added. Returns at once; the ring follows within 0.1 s."""
+        with self._lock:
+            self._added.setdefault(queue, []).append(entry)
+            if queue in self._ringing or self._closing:
+                return
+            self._ringing.add(queue)
+        self.background.spawn(lambda: self._ring_soon(queue))
+
+    async def close(self) -> None:
+        """Ring for what was added and not yet rung for."""
+        with self._lock:
+            self._closing = True
+            queues = list(self._added)
+        for queue in queues:
+            await self._ring_now(queue)
+
+    async def _ring_soon(self, queue: str) -> None:
+        while True:
+            wait = self._last.get(queue, -EVERY) + EVERY - self.clock.monotonic()
+            if wait > 0:
+                await self.clock.sleep(wait)
+            await self._ring_now(queue)
+            with self._lock:
+                if not self._added.get(queue):
+                    self._ringing.discard(queue)
+                    return
+
+    async def _ring_now(self, queue: str) -> None:
+        with self._lock:
+            entries = self._added.pop(queue, None)
+        if not entries:
+            return
+        self._last[queue] = self.clock.monotonic()
+        try:
+            await self._ring(queue, entries)
+        except (StoreError, UnreadableRecord) as error:
+            # the tasks are safe; they are found at the workers' next look back
+            self._known.pop(queue, None)
+            log.warning("the bell of queue %s could not be rung, so its workers may find new tasks up to 30 s late: %s", queue, error)
+
+    async def _ring(self, queue: str, entries: list[str]) -> None:
+        key = keys.bell(queue)
+        held = self._known[queue] if queue in self._known else await self.register.read(Bell, key)
+        for _ in range(2):
+            bell = ring(held.record if held else None, entries)
+            write = await (self.register.update(held, bell) if held else self.register.create(key, bell))
+            held = self._known[queue] = write.held
+            if write.landed:
+                return
+        # others ring all the time, and one write a second is all that some stores take for a key: leave no hints, which says LIST
+        rev = (held.record.rev if held else 0) + 1000 + self.clock.random.randrange(1000)
+        await self.store.put(key, encode_record(Bell(rev=rev, op=self.clock.new_op())))
+        self._known.pop(queue, None)
+
+
+def ring(bell: Bell | None, entries: list[str]) -> Bell:
+    """Return the bell with entries added at its next rev, cut to 64 hints so that no ring is left with only some of its hints."""
+    rev = bell.rev + 1 if bell else 0
+    hints = (*(bell.hints if bell else ()), *((rev, entry) for entry in entries))
+    if len(hints) > HINTS:
+        cut = hints[-HINTS - 1][0]
+        hints = tuple(hint for hint in hints[-HINTS:] if hint[0] != cut)
+    return Bell(hints=hints)
+
+
+def news(bell: Bell, seen: int) -> list[str] | None:
+    """Return the entries added since rev `seen`; None when the hints do not reach back that far, which says LIST."""
+    if bell.rev <= seen or not bell.hints or bell.hints[0][0] > seen + 1:
+        return None
+    return [entry for rev, entry in bell.hints if rev > seen]

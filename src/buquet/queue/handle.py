@@ -1,0 +1,131 @@
+"""What a caller holds of a submitted task."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
+
+from buquet.codec import Signature, decode_any
+from buquet.errors import TaskCancelled, TaskExpired, TaskFailed, TaskNotFound
+from buquet.queue.attempt import inside_handler
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from buquet.queue.background import Background
+    from buquet.queue.client import Client
+    from buquet.records import Event, State, Task
+
+R_co = TypeVar("R_co", covariant=True)
+
+log = logging.getLogger("buquet")
+
+
+class Home(Protocol):
+    """What handles and task functions need of their App."""
+
+    @property
+    def client(self) -> Client:
+        """The way to the store; made at first use."""
+        ...
+
+    @property
+    def background(self) -> Background:
+        """The loop of blocking calls."""
+        ...
+
+
+class Handle(Generic[R_co]):
+    """A task that was submitted: look at it, wait for it, cancel it. Every blocking method has an async twin with an a.
+
+    >>> handle = resize.submit("a.png")  # doctest: +SKIP
+    >>> handle.result(timeout=60)  # doctest: +SKIP
+    'a-800.png'
+    """
+
+    __slots__ = ("_home", "_signature", "created", "id")
+
+    def __init__(self, home: Home, task_id: str, signature: Signature | None = None, *, created: bool = False) -> None:
+        self._home = home
+        self._signature = signature
+        self.id = task_id
+        self.created = created
+        """Whether the submit that returned this handle created the task. False: its key named one that was there."""
+
+    def __repr__(self) -> str:
+        """Show the id, which the command line takes."""
+        return f"<buquet task {self.id}>"
+
+    async def arecord(self) -> Task:
+        """Return the task's record as it is now. Raises TaskNotFound, UnreadableRecord."""
+        return (await self._home.client.read(self.id)).record
+
+    async def astatus(self) -> State:
+        """Return the task's state: pending, running, completed, failed, cancelled, expired or pruned."""
+        return (await self.arecord()).state
+
+    async def ahistory(self) -> list[Event]:
+        """Return the task's timeline: when it came to which state, under which worker, why. `at` is in milliseconds since 1970."""
+        return list((await self.arecord()).events)
+
+    async def acancel(self) -> Literal["cancelled", "requested"]:
+        """Cancel the task; of a running one its worker is asked, within about two seconds.
+
+        Returns "cancelled" once that is recorded, "requested" before. Raises Refused when the task ended otherwise.
+        """
+        return await self._home.client.cancel(self.id)
+
+    async def aresult(self, timeout: float | None = None) -> R_co:  # noqa: ASYNC109 - part of the public meaning
+        """Wait until the task has ended and return its result, as the declared type where this process knows it.
+
+        `timeout` is in seconds. Raises TaskFailed, TaskCancelled, TaskExpired, or TimeoutError (the task then goes on).
+        """
+        attempt = inside_handler()
+        if attempt:
+            attempt.logger.warning("task %s waits for the result of %s and holds its slot meanwhile; workflows do not", attempt.id, self.id)
+        client = self._home.client
+        task = await client.wait(self.id, timeout)
+        if task.state != "completed":
+            raise ending(task)
+        body = await client.value_of(task)
+        return cast("R_co", self._signature.decode_result(body) if self._signature else decode_any(body))
+
+    def record(self) -> Task:
+        """Block and do what `arecord` does."""
+        return self._home.background.run(self.arecord, "record")
+
+    def status(self) -> State:
+        """Block and do what `astatus` does."""
+        return self._home.background.run(self.astatus, "status")
+
+    def history(self) -> list[Event]:
+        """Block and do what `ahistory` does."""
+        return self._home.background.run(self.ahistory, "history")
+
+    def cancel(self) -> Literal["cancelled", "requested"]:
+        """Block and do what `acancel` does."""
+        return self._home.background.run(self.acancel, "cancel")
+
+    def result(self, timeout: float | None = None) -> R_co:
+        """Block and do what `aresult` does."""
+        return self._home.background.run(lambda: self.aresult(timeout), "result")
+
+
+def ending(task: Task) -> Exception:
+    """Return the error that tells how a task ended, other than well."""
+    what = f"task {task.id} ({task.name})"
+    if task.state == "cancelled":
+        return TaskCancelled(f"{what} was cancelled. `buquet redrive {task.id}` runs it again", task.id)
+    if task.state == "expired":
+        return TaskExpired(f"{what} was not started before its deadline. Run more workers, or redrive it", task.id)
+    if task.state == "pruned":
+        return TaskNotFound(f"{what} was pruned: its result is gone")
+    error = task.error
+    reason = f"{error.type}: {error.message}" if error else "no reason was recorded"
+    attempts = f"{task.failures} attempt{'s' if task.failures != 1 else ''}"
+    return TaskFailed(
+        f"{what} failed after {attempts}: {reason}. `buquet redrive {task.id}` runs it again",
+        task.id,
+        error=reason,
+        traceback=error.traceback if error else "",
+    )

@@ -1,0 +1,225 @@
+"""What a task may become: pure functions from a record to the next one. All I/O is elsewhere.
+
+::
+
+    pending -> running                      claim
+    running -> completed | failed           complete, fail
+    running -> pending                      retry, snooze, release, lose
+    pending|running -> cancelled            cancel, stop
+    pending -> expired                      claim after the deadline
+    failed|cancelled|expired -> pending     redrive
+    any terminal -> pruned                  prune
+    tombstone|pruned -> pending             revive, by submitting the key again
+
+`now` is always milliseconds since 1970. A move that puts a task back names its new entry, for the next `rev`: the caller writes
+that entry before the record. A move of a claimant raises Refused unless the record is still under its token.
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from buquet import keys
+from buquet.errors import Refused
+from buquet.records import ABSENT, ENDED, TERMINAL, ErrorInfo, Event, Raw, State, Task
+
+KEPT_EVENTS = 60
+
+
+def _moved(task: Task, state: State, now: int, why: str, detail: str = "", by: str = "", **changes: object) -> Task:
+    """Change the state and write the line of the timeline that says so."""
+    event = Event(at=now, state=state, why=why, attempt=task.attempt, worker=by or task.worker, detail=detail[:500])
+    events = (*task.events, event)
+    dropped = task.dropped
+    if len(events) > KEPT_EVENTS:
+        dropped += len(events) - KEPT_EVENTS
+        events = (events[0], *events[1 - KEPT_EVENTS :])
+    return replace(task, state=state, events=events, dropped=dropped, **changes)
+
+
+def _waiting(task: Task, now: int, due: int, why: str, detail: str = "", **changes: object) -> Task:
+    """Put a task back among those that wait, under an entry of the next rev."""
+    entry = keys.entry(task.queue, task.priority, now, due, task.id, task.rev + 1, task.name)
+    return _moved(
+        task, "pending", now, why, detail, entry=entry, due=due if due > now else 0, worker="", token="", **changes
+    )
+
+
+def _over(task: Task, state: State, now: int, why: str, detail: str = "", **changes: object) -> Task:
+    """End a task. The entry stays named, so that it is known which one may still be there."""
+    return _moved(task, state, now, why, detail, finished=now, token="", due=0, **changes)
+
+
+def _need_claim(task: Task, token: str) -> None:
+    if task.state != "running" or task.token != token:
+        msg = f"task {task.id} is {task.state}" + (f" under another claim, of {task.worker}" if task.state == "running" else "")
+        raise Refused(msg)
+
+
+def submit(task: Task, now: int) -> Task:
+    """Make a new task pending. Its `due` and `expires_ms` are already set."""
+    entry = keys.entry(task.queue, task.priority, now, task.due, task.id, 0, task.name)
+    deadline = now + task.expires_ms if task.expires_ms else 0
+    due = task.due if task.due > now else 0
+    return _moved(task, "pending", now, "submitted", entry=entry, due=due, deadline=deadline)
+
+
+def revive(stub: Task, fresh: Task, now: int) -> Task:
+    """Make a tombstone or a pruned stub the pending task that is submitted under its key."""
+    if stub.state not in {"tombstone", "pruned"}:
+        msg = f"task {stub.id} is {stub.state}: only a tombstone or a pruned task is submitted again"
+        raise Refused(msg)
+    entry = keys.entry(fresh.queue, fresh.priority, now, fresh.due, fresh.id, stub.rev + 1, fresh.name)
+    return replace(submit(fresh, now), entry=entry)
+
+
+def bury(entry: keys.Entry, now: int) -> Task:
+    """Return the tombstone for an old entry that has no record, so that no late submit can leave a task without an entry."""
+    task = Task(id=entry.task, queue=entry.queue, name=entry.name, state="tombstone", created=now)
+    return _over(task, "tombstone", now, "its submit was never finished")
+
+
+def claim(task: Task, worker: str, token: str, now: int) -> Task:
+    """Make a pending task running under (worker, token); or cancelled, where that was requested; or expired, past its deadline."""
+    if task.state != "pending":
+        msg = f"task {task.id} is {task.state}, not pending"
+        raise Refused(msg)
+    if task.cancel_requested:
+        return _over(task, "cancelled", now, "cancelled")
+    if task.deadline and now > task.deadline and not task.started:
+        return _over(task, "expired", now, "expired", "it was not started before its deadline")
+    return _running(replace(task, attempt=task.failures + 1), worker, token, now, "claimed")
+
+
+def _running(task: Task, worker: str, token: str, now: int, why: str, detail: str = "", **changes: object) -> Task:
+    return _moved(
+        task, "running", now, why, detail, worker, worker=worker, token=token, due=0, started=task.started or now, **changes
+    )
+
+
+def take_over(task: Task, worker: str, token: str, now: int) -> Task:
+    """Claim a running task whose session is gone: one loss more; out of losses, or cancelled, it ends instead."""
+    if task.state != "running":
+        msg = f"task {task.id} is {task.state}, not running"
+        raise Refused(msg)
+    ended = _lost_for_good(task, now)
+    if ended:
+        return ended
+    return _running(task, worker, token, now, "taken over", f"from {task.worker}", losses=task.losses + 1)
+
+
+def lose(task: Task, token: str, now: int) -> Task:
+    """Put back what a dead worker ran: one loss more; out of losses, or cancelled, it ends instead."""
+    _need_claim(task, token)
+    ended = _lost_for_good(task, now)
+    if ended:
+        return ended
+    return _waiting(task, now, 0, "lost", f"with its worker {task.worker}", losses=task.losses + 1)
+
+
+def _lost_for_good(task: Task, now: int) -> Task | None:
+    if task.cancel_requested:
+        return _over(task, "cancelled", now, "cancelled", "its worker was lost")
+    if task.losses + 1 < task.max_losses:
+        return None
+    text = (
+        f"{task.losses + 1} workers were lost while they ran it: it may be what kills them. Look at memory and native code, "
+        "then redrive it"
+    )
+    return _over(task, "failed", now, "lost", text, losses=task.losses + 1, error=ErrorInfo(type="WorkerLost", message=text))
+
+
+def complete(task: Task, token: str, result: Raw, result_at: str, now: int) -> Task:
+    """End a running task well."""
+    _need_claim(task, token)
+    return _over(task, "completed", now, "completed", result=result, result_at=result_at, error=None)
+
+
+def fail(task: Task, token: str, error: ErrorInfo, now: int) -> Task:
+    """End a running task for good."""
+    _need_claim(task, token)
+    return _over(task, "failed", now, "failed", _brief(error), failures=task.failures + 1, error=error)
+
+
+def retry(task: Task, token: str, error: ErrorInfo, due: int, now: int) -> Task:
+    """Put a task whose attempt failed back for the next one; out of attempts it fails, and cancelled it ends."""
+    _need_claim(task, token)
+    if task.cancel_requested:
+        return stop(task, token, now)
+    if task.failures + 1 >= task.max_attempts:
+        return fail(task, token, error, now)
+    return _waiting(task, now, due, "retry", _brief(error), failures=task.failures + 1, error=error)
+
+
+def snooze(task: Task, token: str, due: int, now: int) -> Task:
+    """Put a task back until `due`, without spending an attempt."""
+    _need_claim(task, token)
+    return stop(task, token, now) if task.cancel_requested else _waiting(task, now, due, "snoozed")
+
+
+def release(task: Task, token: str, now: int) -> Task:
+    """Put a task back at once, without spending an attempt: its worker shuts down."""
+    _need_claim(task, token)
+    return stop(task, token, now) if task.cancel_requested else _waiting(task, now, 0, "released")
+
+
+def stop(task: Task, token: str, now: int) -> Task:
+    """End a running task as cancelled, by its claimant."""
+    _need_claim(task, token)
+    return _over(task, "cancelled", now, "cancelled")
+
+
+def checkpoint(task: Task, token: str, value: Raw, value_at: str) -> Task:
+    """Keep a value for the next attempt."""
+    _need_claim(task, token)
+    return replace(task, checkpoint=value, checkpoint_at=value_at)
+
+
+def cancel(task: Task, now: int) -> Task:
+    """Cancel a pending task, or ask the worker of a running one to stop."""
+    if task.state == "pending":
+        return _over(task, "cancelled", now, "cancelled")
+    if task.state == "running":
+        return _moved(task, "running", now, "cancel requested", cancel_requested=True)
+    msg = f"task {task.id} is already {task.state}: there is nothing to cancel"
+    raise Refused(msg)
+
+
+def redrive(task: Task, now: int) -> Task:
+    """Run an ended task again from the start: failures, losses and the deadline are reset, the checkpoint is kept."""
+    if task.state not in {"failed", "cancelled", "expired"}:
+        why = {
+            "completed": "it has its result; submit a new task to run the work again",
+            "pruned": "its arguments are gone; submit it anew",
+            "tombstone": "it was never submitted",
+        }.get(task.state, "it has not ended yet")
+        msg = f"task {task.id} is {task.state}: {why}"
+        raise Refused(msg)
+    deadline = now + task.expires_ms if task.expires_ms else 0
+    fresh = replace(task, started=0, attempt=0)
+    return _waiting(
+        fresh, now, 0, "redriven", failures=0, losses=0, finished=0, deadline=deadline, cancel_requested=False, error=None
+    )
+
+
+def prune(task: Task, now: int) -> Task:
+    """Make an ended task a stub without its values."""
+    if task.state not in ENDED:
+        msg = f"task {task.id} is {task.state}: only an ended task is pruned"
+        raise Refused(msg)
+    bare = replace(
+        task, args=ABSENT, args_at="", result=ABSENT, result_at="", checkpoint=ABSENT, checkpoint_at="", error=None, tags={}, events=(), dropped=0
+    )
+    return _moved(bare, "pruned", now, "pruned", f"it was {task.state}")
+
+
+def touch(task: Task) -> Task:
+    """Return an ended task as it is, for a write that only raises its rev: an old entry of a later rev may then be deleted."""
+    if task.state not in TERMINAL:
+        msg = f"task {task.id} is {task.state}, not ended"
+        raise Refused(msg)
+    return task
+
+
+def _brief(error: ErrorInfo) -> str:
+    return f"{error.type}: {error.message}"

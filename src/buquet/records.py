@@ -1,0 +1,166 @@
+"""The frozen structs that lie in the bucket; their JSON is the wire format.
+
+Times are integer milliseconds since 1970. A field that has its default is left out of the JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec import Raw
+
+FORMAT = 1
+"""The version of this layout. A record with a higher `v` is left alone."""
+
+State = Literal["pending", "running", "completed", "failed", "cancelled", "expired", "pruned", "tombstone"]
+STATES: tuple[State, ...] = ("pending", "running", "completed", "failed", "cancelled", "expired", "pruned", "tombstone")
+ENDED: frozenset[State] = frozenset({"completed", "failed", "cancelled", "expired"})
+"""How a task can end. `pruned` is what retention makes of an ended one."""
+TERMINAL: frozenset[State] = ENDED | {"pruned", "tombstone"}
+
+ABSENT = Raw(b"")
+"""An optional JSON value that is not there (JSON's own `null` is there)."""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What every object that is changed by compare-and-swap carries; the register fills it in."""
+
+    v: int = FORMAT
+    rev: int = 0
+    """Counts the writes up from 0."""
+    op: str = ""
+    """A fresh id of the write that made this version."""
+    ops: tuple[str, ...] = ()
+    """The last four `op`s, this one the last."""
+    prev: str | None = None
+    """The store's version id of the version that this one replaced, where the store keeps versions."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One line of a task's timeline."""
+
+    at: int
+    state: State
+    why: str
+    """submitted, claimed, completed, retry, snoozed, released, lost, cancelled, ..."""
+    attempt: int = 0
+    worker: str = ""
+    detail: str = ""
+
+
+class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a handler raised, or why a task ended without one."""
+
+    type: str
+    message: str
+    traceback: str = ""
+
+
+class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """One durable unit of work: the only truth about it."""
+
+    id: str
+    queue: str
+    name: str
+    state: State
+    created: int
+    priority: int = 5
+    key: str = ""
+    tags: dict[str, str] = {}
+    args: Raw = ABSENT
+    """The arguments by parameter name, a JSON object; or else `args_at`."""
+    args_at: str = ""
+    """The key of the payload object that holds the arguments."""
+    entry: str = ""
+    """The key of the entry under which a pending task is found."""
+    due: int = 0
+    """A pending task may run from then on; 0: at once."""
+    deadline: int = 0
+    """A task not started until then expires; 0: never."""
+    expires_ms: int = 0
+    """How long after submit (or redrive) `deadline` is; 0: none."""
+    started: int = 0
+    """When the first attempt started since submit or redrive."""
+    finished: int = 0
+    max_attempts: int = 3
+    max_losses: int = 10
+    failures: int = 0
+    """Attempts that the handler spent by failing."""
+    losses: int = 0
+    """Attempts lost with their worker."""
+    attempt: int = 0
+    """The number of the present or last attempt, from 1: failures so far and one."""
+    worker: str = ""
+    token: str = ""
+    """The claim: the `op` of the write that made the task running."""
+    cancel_requested: bool = False
+    checkpoint: Raw = ABSENT
+    checkpoint_at: str = ""
+    result: Raw = ABSENT
+    result_at: str = ""
+    error: ErrorInfo | None = None
+    events: tuple[Event, ...] = ()
+    dropped: int = 0
+    """How many events were left out between the first one and the rest, to bound the record."""
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How far a handler says that it is."""
+
+    fraction: float
+    message: str = ""
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One claim in a session's list."""
+
+    task: str
+    token: str
+    name: str = ""
+    since: int = 0
+    progress: Progress | None = None
+
+
+class Session(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """A worker's own object: its heartbeat, and what it runs."""
+
+    id: str
+    host: str
+    pid: int
+    parent: str = ""
+    """A random name of the process that started this worker and watches it."""
+    started: int
+    beat: int
+    ttl: float
+    """Seconds after which a session that was not written is dead."""
+    queues: tuple[str, ...]
+    concurrency: int
+    claims: tuple[Claim, ...] = ()
+    reaped: bool = False
+    completed: int = 0
+    failed: int = 0
+    abandoned: int = 0
+    """Threads given up on after a timeout that still run."""
+    rss: int = 0
+    """Resident memory, bytes."""
+
+
+class Note(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """What others want of a worker: it only says where to look."""
+
+    look: tuple[str, ...] = ()
+    """Ids of tasks whose record the worker should read again."""
+
+
+class Bell(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """A queue's doorbell: `rev` counts the rings, `hints` are the entries last added, each with its ring."""
+
+    hints: tuple[tuple[int, str], ...] = ()
+
+
+class Layout(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """`buquet.json`: the format of everything else under the prefix."""
+
+    format: int
+    created: int

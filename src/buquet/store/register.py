@@ -1,0 +1,119 @@
+"""The only code that reads, modifies and writes: compare-and-swap of one record, whatever becomes of the answers.
+
+A conditional PUT can be applied although its answer is lost, and can be applied late. Each write therefore carries a fresh `op`
+which stays in the record for four writes: whoever is in doubt reads the record and knows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+import msgspec
+
+from buquet.codec import decode_record, encode_record
+from buquet.errors import AlreadyExists, Changed, StoreUnavailable
+from buquet.records import Record
+from buquet.store.base import NOT_MODIFIED, Stored
+from buquet.store.retrying import Retrying, pause
+
+if TYPE_CHECKING:
+    from buquet.clock import Clock
+    from buquet.store.base import Store
+
+R = TypeVar("R", bound=Record)
+
+KEPT_OPS = 4
+
+
+class Held(NamedTuple, Generic[R]):
+    """A record as it was read or written, with what is needed to replace exactly this version."""
+
+    key: str
+    record: R
+    etag: str
+    version: str | None
+
+
+class Write(NamedTuple, Generic[R]):
+    """What became of a write: whether it was applied, and the record that is there now (None: there is none)."""
+
+    landed: bool
+    held: Held[R] | None
+
+
+class Register:
+    """Compare-and-swap records in a store.
+
+    An unknown outcome is pursued for `patience` seconds (None: until it is known), then StoreUnavailable is raised.
+    """
+
+    def __init__(self, store: Store, clock: Clock, patience: float | None = 60) -> None:
+        self.store = store
+        self.clock = clock
+        self.patience = patience
+        self.reads = Retrying(store, clock, patience)
+
+    async def read(self, kind: type[R], key: str) -> Held[R] | None:
+        """GET a record; None when missing. Raises UnreadableRecord."""
+        stored = await self.reads.get(key)
+        return _held(kind, key, stored) if isinstance(stored, Stored) else None
+
+    async def reread(self, kind: type[R], held: Held[R]) -> Held[R] | None:
+        """GET a record unless it is still the version held (304), which is then returned itself."""
+        stored = await self.reads.get(held.key, unless=held.etag)
+        if stored is NOT_MODIFIED:
+            return held
+        return _held(kind, held.key, stored) if isinstance(stored, Stored) else None
+
+    async def read_version(self, kind: type[R], key: str, version: str) -> Held[R] | None:
+        """GET an earlier version of a record; None when the store does not have it (any more)."""
+        stored = await self.reads.get(key, version=version)
+        return _held(kind, key, stored) if isinstance(stored, Stored) else None
+
+    async def create(self, key: str, record: R, *, op: str = "", rev: int = 0) -> Write[R]:
+        """Write a record where there is none. Conflicts are returned, with what is there, not raised."""
+        op = op or self.clock.new_op()
+        return await self._write(key, msgspec.structs.replace(record, rev=rev, op=op, ops=(op,), prev=None), None)
+
+    async def create_once(self, key: str, record: R) -> Held[R]:
+        """Create without ever sending it twice; raises AlreadyExists, and StoreUnavailable when the outcome is unknown."""
+        op = self.clock.new_op()
+        fresh = msgspec.structs.replace(record, rev=0, op=op, ops=(op,), prev=None)
+        receipt = await self.store.create(key, encode_record(fresh))
+        return Held(key, fresh, receipt.etag, receipt.version)
+
+    async def update(self, held: Held[R], record: R, *, op: str = "") -> Write[R]:
+        """Replace exactly the version held. Conflicts are returned, with what is there, not raised."""
+        op = op or self.clock.new_op()
+        base = held.record
+        ops = (*base.ops[1 - KEPT_OPS :], op)
+        fresh = msgspec.structs.replace(record, rev=base.rev + 1, op=op, ops=ops, prev=held.version)
+        return await self._write(held.key, fresh, held)
+
+    async def _write(self, key: str, record: R, base: Held[R] | None) -> Write[R]:
+        body = encode_record(record)
+        tries = 0
+        begun = self.clock.monotonic()
+        while True:
+            try:
+                receipt = await (self.store.create(key, body) if base is None else self.store.update(key, body, base.etag))
+                return Write(True, Held(key, record, receipt.etag, receipt.version))  # noqa: FBT003 - the field's name is above
+            except (AlreadyExists, Changed):
+                doubt = None
+            except StoreUnavailable as error:
+                doubt = error
+            now = await self.read(type(record), key)
+            if now is not None and record.op in now.record.ops:
+                return Write(True, now)  # noqa: FBT003
+            if (now.etag if now else None) != (base.etag if base else None):
+                return Write(False, now)  # noqa: FBT003
+            # the base is still there: not applied, or not yet. The same bytes under the same op are safe to send again,
+            # since only one copy can meet the base
+            if doubt and self.patience is not None and self.clock.monotonic() - begun >= self.patience:
+                raise doubt
+            await pause(self.clock, tries)
+            tries += 1
+
+
+def _held(kind: type[R], key: str, stored: Stored) -> Held[R]:
+    return Held(key, decode_record(kind, stored.body, key), stored.etag, stored.version)

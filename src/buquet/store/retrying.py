@@ -1,0 +1,73 @@
+"""A store whose idempotent requests are sent again while the outcome is unknown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from buquet.errors import StoreUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from buquet.clock import Clock
+    from buquet.store.base import Listed, NotModified, Receipt, Store, Stored
+
+T = TypeVar("T")
+
+FIRST_WAIT = 0.05
+LONGEST_WAIT = 5.0
+
+
+async def pause(clock: Clock, tries: int) -> None:
+    """Wait before the next try: 0.05 s, doubling to 5 s, jittered."""
+    await clock.sleep(min(FIRST_WAIT * 2 ** min(tries, 10), LONGEST_WAIT) * clock.jitter(0.5))
+
+
+class Retrying:
+    """Wraps a store: GET, LIST, PUT without condition and DELETE retry freely; conditional PUTs are the register's business.
+
+    `patience` is how many seconds it goes on before StoreUnavailable is raised; None: for ever.
+    """
+
+    def __init__(self, store: Store, clock: Clock, patience: float | None) -> None:
+        self.store = store
+        self.clock = clock
+        self.patience = patience
+
+    async def again(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Send a request until it is answered."""
+        tries = 0
+        begun = self.clock.monotonic()
+        while True:
+            try:
+                return await request()
+            except StoreUnavailable:
+                if self.patience is not None and self.clock.monotonic() - begun >= self.patience:
+                    raise
+            await pause(self.clock, tries)
+            tries += 1
+
+    async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
+        """GET, see Store."""
+        try:
+            return await self.store.get(key, unless=unless, version=version)
+        except StoreUnavailable:
+            return await self.again(lambda: self.store.get(key, unless=unless, version=version))
+
+    async def list(self, prefix: str, *, after: str = "", limit: int = 1000) -> list[Listed]:
+        """LIST one page, see Store."""
+        return await self.again(lambda: self.store.list(prefix, after=after, limit=limit))
+
+    async def put(self, key: str, body: bytes) -> Receipt:
+        """PUT without a condition, see Store."""
+        try:
+            return await self.store.put(key, body)
+        except StoreUnavailable:
+            return await self.again(lambda: self.store.put(key, body))
+
+    async def delete(self, key: str) -> None:
+        """DELETE, see Store."""
+        try:
+            await self.store.delete(key)
+        except StoreUnavailable:
+            await self.again(lambda: self.store.delete(key))

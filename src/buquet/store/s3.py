@@ -1,0 +1,290 @@
+"""A bucket on S3 or on a server that speaks its protocol. The only module that imports obstore.
+
+The client's own retries are off: whether a request may be sent again is the caller's knowledge, not the client's.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from obstore.exceptions import BaseError, NotModifiedError
+from obstore.store import S3Store as Client
+
+from buquet.clock import Clock
+from buquet.errors import AccessDenied, AlreadyExists, Changed, InvalidURL, StoreError, UsageError
+from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Stored
+from buquet.store.s3answers import Place, explain, is_conflict, is_missing, is_no_version
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from obstore import GetOptions, PutMode, PutResult
+    from obstore.auth.boto3 import Boto3CredentialProvider
+    from obstore.store import ClientConfig, S3Config
+
+T = TypeVar("T")
+
+REGION = "us-east-1"
+CONNECT_TIMEOUT = timedelta(seconds=5)
+REQUEST_TIMEOUT = timedelta(seconds=30)
+FIRST_LOOK = 0.02
+LONGEST_LOOK = 1.0
+
+_started: list[int] = []
+"""The process in which obstore's threads were started; they do not survive a fork."""
+
+
+class S3Store:
+    """Objects in a bucket, under a prefix. No request is sent before the first operation.
+
+    Credentials are looked for where AWS's own tools do: the environment, a profile or shared file (needs boto3), the machine's role.
+    Raises InvalidURL for a bucket, prefix or endpoint that cannot be meant.
+    """
+
+    can_wait = False
+
+    def __init__(
+        self, bucket: str, prefix: str = "", endpoint: str | None = None, region: str | None = None, clock: Clock | None = None
+    ) -> None:
+        prefix = prefix.strip("/")
+        _check(bucket, prefix, endpoint)
+        endpoint = endpoint.rstrip("/") if endpoint else None
+        self.clock = clock or Clock()
+        self.place = Place(bucket, prefix, endpoint, region)
+        self.url = self.place.url
+        self._lock = threading.Lock()
+        self._client: Client | None = None
+        self._closed = False
+        self._answered = False
+
+    def __repr__(self) -> str:
+        return f"S3Store({self.url!r})"
+
+    # ------------------------------------------------------------------ operations
+
+    async def create(self, key: str, body: bytes) -> Receipt:
+        """See Store."""
+        return await self._write(key, body, "create", AlreadyExists(f"{key} exists in {self.url}"))
+
+    async def update(self, key: str, body: bytes, etag: str) -> Receipt:
+        """See Store."""
+        return await self._write(key, body, {"e_tag": etag}, Changed(f"{key} in {self.url} is no longer the version read"))
+
+    async def put(self, key: str, body: bytes) -> Receipt:
+        """See Store."""
+        return await self._write(key, body, "overwrite", None)
+
+    async def _write(self, key: str, body: bytes, mode: PutMode, conflict: StoreError | None) -> Receipt:
+        client = self._open()
+        # in one part whatever its size: a multipart upload is several requests, and not conditional
+        answer = await self._ask(f"PUT {key}", lambda: client.put_async(key, body, mode=mode, use_multipart=False))
+        if isinstance(answer, BaseException):
+            if conflict is not None and (is_conflict(answer) or (mode != "create" and is_missing(answer))):
+                raise conflict
+            raise self._explain(answer, f"PUT {key}")
+        return _receipt(answer)
+
+    async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
+        """See Store."""
+        client = self._open()
+        options: GetOptions = {}
+        if unless is not None:
+            options["if_none_match"] = unless
+        if version is not None:
+            options["version"] = version
+
+        async def fetch() -> Stored:
+            answer = await client.get_async(key, options=options)
+            meta = answer.meta
+            body = bytes(await answer.bytes_async())
+            return Stored(body, meta["e_tag"] or "", _kept(meta["version"]), meta["last_modified"].timestamp())
+
+        answer = await self._ask(f"GET {key}", fetch)
+        if isinstance(answer, NotModifiedError):
+            return NOT_MODIFIED
+        if isinstance(answer, BaseException):
+            if is_missing(answer) or (version is not None and is_no_version(answer)):
+                return None
+            raise self._explain(answer, f"GET {key}")
+        return answer
+
+    async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
+        """See Store. One request, as long as the server gives full pages."""
+        client = self._open()
+
+        async def fetch() -> list[Listed]:
+            page: list[Listed] = []
+            # obstore appends the slash itself, and reads on only when asked for the next chunk
+            async for chunk in client.list(prefix.rstrip("/") or None, offset=after or None, chunk_size=limit):
+                # obstore drops a slash at the end of `after`, so that earlier keys may be met
+                found = (Listed(one["path"], one["e_tag"], one["last_modified"].timestamp(), one["size"]) for one in chunk)
+                page += [one for one in found if one.key > after and one.key.startswith(prefix)]
+                if len(page) >= limit:
+                    break
+            return sorted(page)[:limit]
+
+        answer = await self._ask(f"LIST {prefix}", fetch)
+        if isinstance(answer, BaseException):
+            raise self._explain(answer, f"LIST {prefix}")
+        return answer
+
+    async def delete(self, key: str) -> None:
+        """See Store."""
+        client = self._open()
+        answer = await self._ask(f"DELETE {key}", lambda: client.delete_async(key))
+        if isinstance(answer, BaseException) and not is_missing(answer):
+            raise self._explain(answer, f"DELETE {key}")
+
+    async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
+        """See Store. Polls: 20 ms, growing by a quarter to 1 s."""
+        until = self.clock.monotonic() + timeout
+        wait = FIRST_LOOK
+        while True:
+            there = await self.get(key, unless=etag)
+            if there is not NOT_MODIFIED and (there is not None or etag is not None):
+                return True
+            left = until - self.clock.monotonic()
+            if left <= 0:
+                return False
+            await self.clock.sleep(min(wait, left))
+            wait = min(wait * 1.25, LONGEST_LOOK)
+
+    async def forget_versions(self, key: str) -> None:
+        """Do nothing: a lifecycle rule of the bucket removes earlier versions."""
+
+    async def close(self) -> None:
+        """Let go of the client and its connections."""
+        with self._lock:
+            self._closed = True
+            self._client = None
+
+    # ------------------------------------------------------------------ requests and their answers
+
+    async def _ask(self, what: str, request: Callable[[], Awaitable[T]]) -> T | Exception:
+        """Return the answer, or the client's error.
+
+        Errors are returned, not raised, so that ours have no `__context__`: a server's answer to a bad signature quotes the
+        request's headers, a session token among them, and a logged traceback would show it.
+        """
+        try:
+            answer = await request()
+        except (BaseError, OSError) as error:
+            return error
+        except ValueError as error:  # a path that obstore cannot parse
+            return UsageError(f"{what}: {error}")
+        self._answered = True
+        return answer
+
+    def _explain(self, error: BaseException, what: str) -> BaseException:
+        return error if isinstance(error, UsageError) else explain(error, what, self.place, answered=self._answered)
+
+    def _open(self) -> Client:
+        if _started and _started[0] != os.getpid():
+            msg = (
+                f"{self.url} cannot be used here: this process was forked from one that had already used S3, and the client's threads "
+                "do not survive that. Use multiprocessing's 'spawn', or fork before the first use"
+            )
+            raise UsageError(msg)
+        client = self._client
+        if client is not None:
+            return client
+        with self._lock:
+            if self._closed:
+                msg = f"{self.url} was closed"
+                raise UsageError(msg)
+            if self._client is None:
+                _started[:] = [os.getpid()]
+                self._client = self._connect()
+            return self._client
+
+    def _connect(self) -> Client:
+        place = self.place
+        endpoint = place.endpoint or next(filter(None, map(os.environ.get, ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))), None)
+        provider = _profile()
+        found = provider.config.get("region") if provider else None
+        region = place.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or found or REGION
+        config: S3Config = {
+            "bucket": place.bucket,
+            "region": region,
+            # names with dots do not fit AWS's certificates, and other servers seldom know names of buckets as hosts
+            "virtual_hosted_style_request": endpoint is None and "." not in place.bucket,
+            "disable_bulk_delete": True,
+        }
+        if endpoint is not None:
+            config["aws_endpoint_url_s3"] = endpoint
+        options: ClientConfig = {
+            "allow_http": endpoint is not None and endpoint.startswith("http://"),
+            "connect_timeout": CONNECT_TIMEOUT,
+            "timeout": REQUEST_TIMEOUT,
+        }
+        try:
+            return Client(
+                prefix=place.prefix or None,
+                config=config,
+                client_options=options,
+                retry_config={"max_retries": 0},
+                credential_provider=provider,
+            )
+        except (BaseError, ValueError) as error:
+            problem = str(error).partition("\n")[0]
+        msg = f"{self.url} cannot be opened: {problem}"
+        raise InvalidURL(msg)
+
+
+def _check(bucket: str, prefix: str, endpoint: str | None) -> None:
+    if not bucket or "/" in bucket:
+        msg = "an S3 store needs the name of a bucket: s3://bucket/prefix"
+        raise InvalidURL(msg)
+    if "@" in bucket or "@" in (endpoint or ""):
+        msg = "no credentials in a URL, please: it is shown and logged. Put them into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        raise InvalidURL(msg)
+    if any(part in {"", ".", ".."} for part in prefix.split("/")) and prefix:
+        msg = f"the prefix {prefix!r} has an empty part, or one that is . or .."
+        raise InvalidURL(msg)
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        msg = f"the endpoint {endpoint!r} does not begin with http:// or https://"
+        raise InvalidURL(msg)
+
+
+def _profile() -> Boto3CredentialProvider | None:
+    """Return boto3's credentials where a profile or a shared file is the place that AWS's tools would look at first."""
+    environ = os.environ
+    named = environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE")
+    if environ.get("AWS_ACCESS_KEY_ID") or (environ.get("AWS_WEB_IDENTITY_TOKEN_FILE") and not named):
+        return None
+    files = (environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), environ.get("AWS_CONFIG_FILE", "~/.aws/config"))
+    if not named and not any(_exists(file) for file in files):
+        return None
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415 - boto3 is slow to import, and optional
+    except ImportError:
+        if not named:
+            return None
+        msg = f"the AWS profile {named!r} needs boto3 to be read: pip install boto3, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        raise AccessDenied(msg) from None
+    try:
+        return Boto3CredentialProvider()
+    except ValueError:  # none there: obstore's own chain is next
+        return None
+    except Exception as error:  # noqa: BLE001 - botocore's errors, which have no types to check against
+        msg = f"the AWS profile cannot be used: {error}"
+        raise AccessDenied(msg) from None
+
+
+def _exists(file: str) -> bool:
+    try:
+        return Path(file).expanduser().exists()
+    except (OSError, RuntimeError):  # no rights, or no home directory
+        return False
+
+
+def _kept(version: str | None) -> str | None:
+    return None if version == "null" else version  # what S3 says where versioning is off
+
+
+def _receipt(answer: PutResult) -> Receipt:
+    return Receipt(answer["e_tag"] or "", _kept(answer["version"]))

@@ -1,0 +1,109 @@
+"""What an S3 server's refusals mean, in this library's errors."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+from urllib.parse import urlencode
+
+from obstore.exceptions import AlreadyExistsError, NotFoundError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+
+from buquet.errors import AccessDenied, BucketMissing, StoreError, StoreFull, StoreRefused, StoreUnavailable, StoreUnfit
+
+STATUS = re.compile(r"status code: (\d{3})")
+CODE = re.compile(r"<Code>\s*([\w.]+)\s*</Code>")
+MESSAGE = re.compile(r"<Message>([^<]{1,300})")
+
+FULL = {"QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull", "InsufficientStorage"}
+DENIED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"}
+ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+PASSING = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "InternalError", "ServiceUnavailable"}
+ROLE = ("169.254.169.254", "/latest/api/token", "/latest/meta-data")
+"""Where obstore asks for a machine's role, when nothing else has given credentials."""
+
+
+class Place(NamedTuple):
+    """Which bucket is meant, and where."""
+
+    bucket: str
+    prefix: str
+    endpoint: str | None
+    region: str | None
+
+    @property
+    def url(self) -> str:
+        """The URL that `open_store` understands."""
+        query = {"endpoint": self.endpoint, "region": self.region}
+        options = urlencode({name: value for name, value in query.items() if value}, safe=":/")
+        return f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "") + (f"?{options}" if options else "")
+
+
+def status_of(error: BaseException) -> int:
+    """Return the HTTP status in an obstore error; 0 when there was no answer."""
+    found = STATUS.search(str(error))
+    return int(found[1]) if found else 0
+
+
+def code_of(error: BaseException) -> str:
+    """Return S3's code in an obstore error, such as NoSuchBucket; else an empty string."""
+    found = CODE.search(str(error))
+    return found[1] if found else ""
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Tell whether the condition of a PUT was not met. 409: another conditional write of the key was under way."""
+    return isinstance(error, AlreadyExistsError | PreconditionError) or (status_of(error) in {409, 412} and code_of(error) not in FULL)
+
+
+def is_missing(error: BaseException) -> bool:
+    """Tell whether the key, but not the bucket, is missing."""
+    return isinstance(error, FileNotFoundError | NotFoundError) and code_of(error) != "NoSuchBucket"
+
+
+def is_no_version(error: BaseException) -> bool:
+    """Tell whether a version does not exist: S3 answers 400 to an id that it would never give, 405 to a delete marker."""
+    return (status_of(error), code_of(error)) in {(400, "InvalidArgument"), (400, "NoSuchVersion"), (405, "MethodNotAllowed")}
+
+
+def explain(error: BaseException, what: str, place: Place, *, answered: bool) -> StoreError:
+    """Turn an obstore error into one of ours. `what` is the request, `answered` whether this store ever had a good answer."""
+    status, code = status_of(error), code_of(error)
+    said = _said(error, status, code)
+    where = place.endpoint or "AWS"
+    if code == "NoSuchBucket":
+        return BucketMissing(f"there is no bucket {place.bucket!r} at {where}. Create it, or run `buquet init --url {place.url}`")
+    if code in FULL or status == 507:
+        return StoreFull(f"{what} in {place.url}: {said}. Free space or raise the quota; nothing was written")
+    if code in ELSEWHERE or "incorrectly configured region" in str(error) or status == 301:
+        return StoreRefused(f"{what} in {place.url}: {said}. The bucket is in another region: name it with ?region= or AWS_REGION")
+    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in {401, 403} or code in DENIED:
+        return AccessDenied(f"{what} in {place.url} was denied: {said}. {_looked()}")
+    if not status and not answered and any(sign in str(error) for sign in ROLE):
+        return AccessDenied(f"no credentials were found for {what} in {place.url}. {_looked()}")
+    if status == 501 or code == "NotImplemented":
+        return StoreUnfit(f"{what}: {where} does not do this ({said}). buquet needs PUT with If-None-Match and If-Match")
+    if status in {0, 408, 409, 412, 429} or status >= 500 or code in PASSING:
+        return StoreUnavailable(f"{what} in {place.url}: {said}")
+    return StoreRefused(f"{what} in {place.url}: {said}")
+
+
+def _looked() -> str:
+    return (
+        "Credentials are taken from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, else from AWS_PROFILE and the files in ~/.aws "
+        "(with boto3 installed), else from the role of this container or machine"
+    )
+
+
+def _said(error: BaseException, status: int, code: str) -> str:
+    """Return the answer in a few words. Not the whole of it: it may quote signed headers."""
+    message = MESSAGE.search(str(error))
+    if status:
+        return " ".join(filter(None, (str(status), code, message[1].strip() if message else "")))
+    text = str(error)
+    if "operation timed out" in text or "TimedOut" in text or "timeout" in text.lower():
+        return "no answer in time"
+    if "Connection refused" in text or "ConnectionRefused" in text:
+        return "nothing listens there (connection refused)"
+    if "dns error" in text:
+        return "the host's name is not known (DNS)"
+    return "no answer: " + text.partition("\n")[0][-200:]

@@ -1,0 +1,368 @@
+"""Stores that misbehave on purpose.
+
+>>> faulty = FaultyStore(MemoryStore(clock), clock)                  # doctest: +SKIP
+>>> faulty.inject("lose", "update", "tasks/")                        # the next update under tasks/ lands, its answer does not
+>>> stop = faulty.pause("delete", "ready/")                          # the next delete under ready/ waits
+>>> await stop.reached.wait(); stop.go.set()
+>>> faulty.counts["get-304", "bell"]
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+from buquet.errors import AlreadyExists, Changed, StoreFull, StoreUnavailable
+from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Store, Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Iterable
+
+    from buquet.clock import Clock
+
+T = TypeVar("T")
+
+Op = Literal["create", "update", "put", "get", "list", "delete"]
+Fault = Literal["lose", "refuse", "late", "full", "delay"]
+Keys = str | Callable[[str], bool]
+"""Which keys are meant: those that start with a text, or for which a function says so."""
+
+WRITES = frozenset({"create", "update", "put", "delete"})
+LATEST = 30
+"""Within how many further requests a write lands that the random rate made late."""
+
+
+class Request(NamedTuple):
+    """One line of the log. `outcome`: ok, 304, 404, conflict, error, or the fault."""
+
+    op: str
+    key: str
+    outcome: str
+
+
+@dataclass(eq=False)
+class Rule:
+    """A fault that is to happen. `times` is how often yet (None: until `stop`)."""
+
+    fault: Fault
+    op: Op | None
+    key: Keys
+    times: int | None
+    seconds: float
+    after: int | None
+
+    def stop(self) -> None:
+        """Let it happen no more."""
+        self.times = 0
+
+
+@dataclass(eq=False)
+class Pause:
+    """A place where one caller is stopped: await `reached`, look around, then set `go`."""
+
+    op: Op | None
+    key: Keys
+    when: Literal["before", "after"]
+    reached: asyncio.Event = field(default_factory=asyncio.Event)
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+    found: str = ""
+    """The key of the request that was stopped."""
+
+
+@dataclass(eq=False)
+class _Late:
+    apply: Callable[[], Awaitable[Any]]
+    left: int | None
+    op: str
+    key: str
+
+
+class FaultyStore:
+    """Passes requests to another store, except where told otherwise.
+
+    The faults: `lose` applies a write and raises StoreUnavailable; `refuse` raises StoreUnavailable instead of applying it; `late`
+    does so, too, but the write lands later (`land`, or by itself); `full` raises StoreFull; `delay` waits `seconds` first.
+    Reads have nothing to apply: to them `lose`, `refuse` and `late` are the same, and `full` does not happen.
+
+    `rate` is the share of requests, 0 to 1, that get one of `faults` at random, drawn from the clock's random numbers.
+    """
+
+    def __init__(
+        self,
+        inner: Store,
+        clock: Clock,
+        *,
+        rate: float = 0.0,
+        faults: Iterable[Fault] = ("lose", "refuse", "late"),
+        seconds: float = 0.01,
+        can_wait: bool | None = None,
+    ) -> None:
+        self.inner = inner
+        self.clock = clock
+        self.rate = rate
+        self.faults = tuple(faults)
+        self.seconds = seconds
+        self.can_wait = inner.can_wait if can_wait is None else can_wait
+        self.log: list[Request] = []
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self._rules: list[Rule] = []
+        self._pauses: list[Pause] = []
+        self._late: list[_Late] = []
+
+    @property
+    def url(self) -> str:
+        """The inner store's."""
+        return self.inner.url
+
+    # ------------------------------------------------------------------ the script
+
+    def inject(
+        self,
+        fault: Fault,
+        op: Op | None = None,
+        key: Keys = "",
+        *,
+        times: int | None = 1,
+        seconds: float = 0.0,
+        after: int | None = None,
+    ) -> Rule:
+        """Let a fault happen to the next `times` matching requests (None: to all, until the rule is stopped).
+
+        `seconds` is for `delay`; `after` for `late`: within how many further requests it lands by itself (None: at `land` only).
+        """
+        rule = Rule(fault, op, key, times, seconds, after)
+        self._rules.append(rule)
+        return rule
+
+    def pause(self, op: Op | None = None, key: Keys = "", *, when: Literal["before", "after"] = "before") -> Pause:
+        """Stop the next matching request, before it is applied or after it, with its answer not yet given."""
+        stop = Pause(op, key, when)
+        self._pauses.append(stop)
+        return stop
+
+    async def land(self, op: Op | None = None, key: Keys = "") -> int:
+        """Apply late writes now, oldest first. Returns how many changed something; a condition no longer met is no error."""
+        return await self._land([one for one in self._late if _matches(op, key, one.op, one.key)])
+
+    @property
+    def outstanding(self) -> int:
+        """How many writes have not landed yet."""
+        return len(self._late)
+
+    def reset_counts(self) -> None:
+        """Begin counting, and the log, anew."""
+        self.counts.clear()
+        self.log.clear()
+
+    def count(self, op: str, segment: str | None = None) -> int:
+        """Return how many requests of a kind there were, under a key's first segment or all.
+
+        GETs are told apart as `get` (found), `get-304` and `get-404`.
+        """
+        return sum(number for (kind, first), number in self.counts.items() if kind == op and segment in {None, first})
+
+    # ------------------------------------------------------------------ the operations of a store
+
+    async def create(self, key: str, body: bytes) -> Receipt:
+        """See Store."""
+        return await self._request("create", key, lambda: self.inner.create(key, body))
+
+    async def update(self, key: str, body: bytes, etag: str) -> Receipt:
+        """See Store."""
+        return await self._request("update", key, lambda: self.inner.update(key, body, etag))
+
+    async def put(self, key: str, body: bytes) -> Receipt:
+        """See Store."""
+        return await self._request("put", key, lambda: self.inner.put(key, body))
+
+    async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
+        """See Store."""
+        return await self._request("get", key, lambda: self.inner.get(key, unless=unless, version=version))
+
+    async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
+        """See Store."""
+        return await self._request("list", prefix, lambda: self.inner.list(prefix, after=after, limit=limit))
+
+    async def delete(self, key: str) -> None:
+        """See Store."""
+        await self._request("delete", key, lambda: self.inner.delete(key))
+
+    async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
+        """See Store. Neither counted nor disturbed."""
+        return await self.inner.wait_changed(key, etag, timeout)
+
+    async def forget_versions(self, key: str) -> None:
+        """See Store. Neither counted nor disturbed."""
+        await self.inner.forget_versions(key)
+
+    async def close(self) -> None:
+        """Close the inner store. Writes that have not landed never will."""
+        self._late.clear()
+        await self.inner.close()
+
+    # ------------------------------------------------------------------ how a request goes
+
+    async def _request(self, op: Op, key: str, apply: Callable[[], Awaitable[T]]) -> T:
+        await self._land_due()
+        await self._stop("before", op, key)
+        rule = self._pick(op, key)
+        if rule is None:
+            answer = await self._apply(op, key, apply)
+        elif rule.fault == "delay":
+            await self.clock.sleep(rule.seconds)
+            answer = await self._apply(op, key, apply)
+        else:
+            await self._fail(rule, op, key, apply)
+            raise AssertionError(rule)
+        await self._stop("after", op, key)
+        return answer
+
+    async def _apply(self, op: Op, key: str, apply: Callable[[], Awaitable[T]]) -> T:
+        outcome = "error"
+        try:
+            answer = await apply()
+            outcome = "ok"
+            if op == "get" and (answer is None or answer is NOT_MODIFIED):
+                outcome = "404" if answer is None else "304"
+        except (AlreadyExists, Changed):
+            outcome = "conflict"
+            raise
+        finally:
+            self._note(op, key, outcome)
+        return answer
+
+    async def _fail(self, rule: Rule, op: Op, key: str, apply: Callable[[], Awaitable[Any]]) -> None:
+        self._note(op, key, rule.fault)
+        if rule.fault == "full":
+            msg = f"{op} {key}: full (injected)"
+            raise StoreFull(msg)
+        if op in WRITES and rule.fault == "lose":
+            try:
+                await apply()
+            except (AlreadyExists, Changed):
+                pass  # that answer is lost as well
+        elif op in WRITES and rule.fault == "late":
+            self._late.append(_Late(apply, rule.after, op, key))
+        await self._stop("after", op, key)
+        msg = f"{op} {key}: no answer (injected: {rule.fault})"
+        raise StoreUnavailable(msg)
+
+    def _pick(self, op: Op, key: str) -> Rule | None:
+        for rule in self._rules:
+            if rule.times != 0 and _matches(rule.op, rule.key, op, key) and _applies(rule.fault, op):
+                if rule.times is not None:
+                    rule.times -= 1
+                return rule
+        if self.rate and self.clock.random.random() < self.rate:
+            fault = self.clock.random.choice(self.faults)
+            if _applies(fault, op):
+                return Rule(fault, op, key, 0, self.seconds, self.clock.random.randint(1, LATEST))
+        return None
+
+    async def _stop(self, when: str, op: Op, key: str) -> None:
+        for stop in self._pauses:
+            if stop.when == when and _matches(stop.op, stop.key, op, key):
+                self._pauses.remove(stop)
+                stop.found = key
+                stop.reached.set()
+                await stop.go.wait()
+                return
+
+    async def _land_due(self) -> None:
+        due: list[_Late] = []
+        for one in self._late:
+            if one.left is not None:
+                one.left -= 1
+                if one.left <= 0:
+                    due.append(one)
+        if due:
+            await self._land(due)
+
+    async def _land(self, writes: list[_Late]) -> int:
+        landed = 0
+        for one in writes:
+            if one in self._late:  # two callers may be at this at once
+                self._late.remove(one)
+                try:
+                    await one.apply()
+                    landed += 1
+                except (AlreadyExists, Changed):
+                    pass
+        return landed
+
+    def _note(self, op: str, key: str, outcome: str) -> None:
+        kind = f"get-{outcome}" if outcome in {"304", "404"} else op
+        self.counts[kind, key.partition("/")[0]] += 1
+        self.log.append(Request(op, key, outcome))
+
+
+class TornStore:
+    """A store whose conditional writes are not atomic: it reads, lets others go ahead, and writes.
+
+    Some S3 look-alikes are like this. `buquet doctor` must find out.
+    """
+
+    def __init__(self, inner: Store, clock: Clock) -> None:
+        self.inner = inner
+        self.clock = clock
+        self.can_wait = inner.can_wait
+
+    @property
+    def url(self) -> str:
+        """The inner store's."""
+        return self.inner.url
+
+    async def create(self, key: str, body: bytes) -> Receipt:
+        """See Store; but of racing creates several win."""
+        if await self.inner.get(key) is not None:
+            msg = f"{key} exists"
+            raise AlreadyExists(msg)
+        await self.clock.sleep(0)
+        return await self.inner.put(key, body)
+
+    async def update(self, key: str, body: bytes, etag: str) -> Receipt:
+        """See Store; but of racing updates several win."""
+        if await self.inner.get(key, unless=etag) is not NOT_MODIFIED:
+            msg = f"{key} is no longer the version read"
+            raise Changed(msg)
+        await self.clock.sleep(0)
+        return await self.inner.put(key, body)
+
+    async def put(self, key: str, body: bytes) -> Receipt:
+        """See Store."""
+        return await self.inner.put(key, body)
+
+    async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
+        """See Store."""
+        return await self.inner.get(key, unless=unless, version=version)
+
+    async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
+        """See Store."""
+        return await self.inner.list(prefix, after=after, limit=limit)
+
+    async def delete(self, key: str) -> None:
+        """See Store."""
+        await self.inner.delete(key)
+
+    async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
+        """See Store."""
+        return await self.inner.wait_changed(key, etag, timeout)
+
+    async def forget_versions(self, key: str) -> None:
+        """See Store."""
+        await self.inner.forget_versions(key)
+
+    async def close(self) -> None:
+        """See Store."""
+        await self.inner.close()
+
+
+def _matches(op: str | None, key: Keys, this_op: str, this_key: str) -> bool:
+    return op in {None, this_op} and (this_key.startswith(key) if isinstance(key, str) else key(this_key))
+
+
+def _applies(fault: Fault, op: Op) -> bool:
+    return fault != "full" or op in {"create", "update", "put"}

@@ -1,0 +1,141 @@
+"""From an entry to a claim: what to do with an entry that was found. Section 6 of the protocol, claim."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from buquet import keys
+from buquet.errors import UnreadableRecord
+from buquet.queue import transitions
+from buquet.records import TERMINAL, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from buquet.clock import Clock
+    from buquet.store.register import Held, Register
+    from buquet.worker.finder import Found, QueueFinder
+    from buquet.worker.fleet import Fleet
+    from buquet.worker.session import SessionKeeper
+
+log = logging.getLogger("buquet.worker")
+
+ORPHAN = 3600.0
+"""Seconds after which an entry whose submit or move was not finished is taken for one that never will be."""
+
+
+class Claimer:
+    """Claims tasks for a worker. Lost races and unfinished moves are left alone; stale entries are deleted."""
+
+    def __init__(self, register: Register, clock: Clock, fleet: Fleet, keeper: SessionKeeper, ended: Callable[[str], None]) -> None:
+        self.register = register
+        self.clock = clock
+        self.fleet = fleet
+        self.keeper = keeper
+        self.ended = ended
+        self.quarantined: set[str] = set()
+        """Keys of records that could not be read; each is reported once and left as it is."""
+        self._under_way: set[str] = set()
+        """Tasks that are being claimed: their record may already say so, before this process knows."""
+
+    async def claim(self, finder: QueueFinder, found: Found) -> Held[Task] | None:
+        """Look at an entry; return the task when it is now running under a claim of this worker."""
+        entry = found.entry
+        key = keys.task(entry.task)
+        if entry.task in self._under_way:
+            finder.leave(found)
+            return None
+        self._under_way.add(entry.task)
+        try:
+            held = await self.register.read(Task, key)
+            return await self._decide(finder, found, held)
+        except UnreadableRecord as error:
+            finder.others(found)
+            finder.stale.add(entry.key)
+            if key not in self.quarantined:
+                self.quarantined.add(key)
+                log.error("%s", error)  # noqa: TRY400 - the text says all
+            return None
+        finally:
+            self._under_way.discard(entry.task)
+
+    async def _decide(self, finder: QueueFinder, found: Found, held: Held[Task] | None) -> Held[Task] | None:
+        entry = found.entry
+        if held is None:
+            await self._missing(finder, found)
+            return None
+        task = held.record
+        if entry.rev > task.rev:
+            # a move in progress; or one that was never finished, if it is old
+            if task.state in TERMINAL and self._orphaned(found):
+                await self._raise_rev(held, entry)
+            else:
+                finder.leave(found)
+            return None
+        if task.state in TERMINAL or task.entry != entry.key:
+            await self._delete(finder, entry.key)
+            return None
+        if task.state == "pending":
+            return await self._claim(finder, found, held)
+        if task.worker == self.keeper.id:
+            if task.token in self.keeper.claims:
+                return None
+            return await self._take_over(finder, found, held)
+        if await self.fleet.missing(task.worker):
+            return await self._take_over(finder, found, held)
+        finder.others(found)
+        return None
+
+    def _orphaned(self, found: Found) -> bool:
+        return self.fleet.store_now() - found.modified > ORPHAN
+
+    async def _delete(self, finder: QueueFinder, entry: str) -> None:
+        await self.register.reads.delete(entry)
+        finder.done(entry)
+
+    async def _missing(self, finder: QueueFinder, found: Found) -> None:
+        """Bury an old entry without a record: the tombstone makes a late create of the record fail, so that it cannot be lost."""
+        if not self._orphaned(found):
+            finder.leave(found)
+            return
+        entry = found.entry
+        write = await self.register.create(keys.task(entry.task), transitions.bury(entry, self.clock.now_ms()), rev=entry.rev)
+        if write.landed:
+            await self._delete(finder, entry.key)
+        else:
+            finder.leave(found)
+
+    async def _raise_rev(self, held: Held[Task], entry: keys.Entry) -> None:
+        """Raise an ended record's rev to that of an old entry, so that the entry can never be named again; then delete it."""
+        while held.record.state in TERMINAL and held.record.rev < entry.rev:
+            write = await self.register.update(held, transitions.touch(held.record))
+            if write.held is None:
+                return
+            held = write.held
+        if held.record.state in TERMINAL:
+            await self.register.reads.delete(entry.key)
+
+    async def _claim(self, finder: QueueFinder, found: Found, held: Held[Task]) -> Held[Task] | None:
+        token = self.clock.new_op()
+        task = transitions.claim(held.record, self.keeper.id, token, self.clock.now_ms())
+        return await self._write(finder, found, held, task, token)
+
+    async def _take_over(self, finder: QueueFinder, found: Found, held: Held[Task]) -> Held[Task] | None:
+        token = self.clock.new_op()
+        task = transitions.take_over(held.record, self.keeper.id, token, self.clock.now_ms())
+        log.warning("task %s ran under %s, which is gone: taken over", task.id, held.record.worker)
+        return await self._write(finder, found, held, task, token)
+
+    async def _write(self, finder: QueueFinder, found: Found, held: Held[Task], task: Task, token: str) -> Held[Task] | None:
+        """Store a claim, or the end that it turned out to be. A lost race is not run again: others are at it."""
+        write = await self.register.update(held, task, op=token)
+        if write.landed and task.state in TERMINAL:
+            await self._delete(finder, found.entry.key)
+            self.ended(task.id)
+            return None
+        now = write.held
+        if write.landed and now is not None and now.record.token == token and now.record.state == "running":
+            return now
+        finder.others(found)
+        return None

@@ -1,0 +1,313 @@
+"""Runs one claimed task's handler and says what is to become of the task."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import logging
+import traceback
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal
+
+from buquet.codec import decode_any, encode_value
+from buquet.errors import Fail, InvalidPayload, InvalidResult, Refused, Snooze, StoreError, UnreadableRecord, UsageError
+from buquet.queue import transitions
+from buquet.queue.attempt import Attempt, enter
+from buquet.queue.payloads import check_size, get_value, put_value
+from buquet.records import ErrorInfo, Progress, Task
+from buquet.store.retrying import pause
+from buquet.worker.session import Listing
+from buquet.worker.threads import Raised, Threads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from buquet.clock import Clock
+    from buquet.queue.task import BaseTask
+    from buquet.store.register import Held, Register
+    from buquet.worker.fleet import Fleet
+    from buquet.worker.session import SessionKeeper
+
+log = logging.getLogger("buquet.task")
+
+CANCEL_GRACE = 10.0
+"""Seconds that a handler in a thread has to see that it was cancelled."""
+LONGEST_TRACE = 8000
+
+
+class _TaskLogger(logging.LoggerAdapter[logging.Logger]):
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        extra: dict[str, Any] = dict(self.extra or {})
+        kwargs["extra"] = {**extra, **kwargs.get("extra", {})}
+        return f"[{extra['task']} attempt {extra['attempt']}] {msg}", kwargs
+
+
+class Running:
+    """One claim of this worker, from the claim to the write that ends it."""
+
+    def __init__(self, executor: Executor, held: Held[Task], entry: str) -> None:
+        task = held.record
+        self.executor = executor
+        self.held = held
+        self.keeper = executor.keeper
+        self.token = task.token
+        self.listing = Listing(task.id, task.token, task.name, entry, executor.fleet.due_now_ms())
+        self.loop = asyncio.get_running_loop()
+        self.work = asyncio.current_task()
+        self.stop: Literal["", "cancel", "release"] = ""
+        self.in_handler = False
+        self.is_async = True
+        self.attempt: Attempt | None = None
+
+    # the worker's side of the handler's Attempt
+
+    def run_blocking(self, value: Any) -> None:
+        """Store a checkpoint from a handler's thread."""
+        asyncio.run_coroutine_threadsafe(self.checkpoint(value), self.loop).result()
+
+    async def checkpoint(self, value: Any) -> None:
+        """Store a checkpoint under this claim."""
+        body = encode_value(value, "the checkpoint")
+        check_size(body, "the checkpoint")
+        if not self.in_handler:
+            msg = f"task {self.listing.task}: this attempt is over, and its checkpoint was not stored"
+            raise Refused(msg)
+        raw, at = await put_value(self.executor.register.reads, self.listing.task, body)
+        if not await self.executor.move(self, lambda task: transitions.checkpoint(task, self.token, raw, at)):
+            msg = f"task {self.listing.task}: the claim was lost, and the checkpoint was not stored. Another worker has the task"
+            raise Refused(msg)
+
+    def progress(self, fraction: float, message: str) -> None:
+        """Keep the progress for the next heartbeat."""
+        self.listing.progress = Progress(fraction=fraction, message=message)
+
+    def request_stop(self, reason: Literal["cancel", "release"]) -> None:
+        """Stop the handler: an async one now; one in a thread is told, and given up on after a while."""
+        if self.stop or not self.in_handler or self.work is None:
+            return
+        self.stop = reason
+        if self.attempt is not None:
+            self.attempt.cancelled = True
+        if self.is_async or reason == "release":
+            self.work.cancel()
+        else:
+            self.loop.call_later(CANCEL_GRACE, self._give_up)
+
+    def _give_up(self) -> None:
+        if self.in_handler and self.work is not None:
+            self.work.cancel()
+
+
+class Executor:
+    """Runs handlers for a worker, and stores their outcomes."""
+
+    def __init__(self, register: Register, clock: Clock, fleet: Fleet, keeper: SessionKeeper, tasks: Mapping[str, BaseTask[Any, Any]]) -> None:
+        self.register = register
+        self.clock = clock
+        self.fleet = fleet
+        self.keeper = keeper
+        self.tasks = tasks
+        self.threads = Threads()
+
+    async def move(self, run: Running, make: Callable[[Task], Task]) -> Task | None:
+        """Store a move under a claim, however long it takes; None when the claim was lost, and with it the right to write."""
+        tries = 0
+        while True:
+            held = run.held
+            if run.keeper.lost:
+                return None
+            try:
+                task = make(held.record)
+                if task.entry != held.record.entry:
+                    await self.register.reads.put(task.entry, b"")
+                write = await self.register.update(held, task)
+            except Refused as reason:
+                log.warning("task %s: this worker's outcome is not recorded: %s", run.listing.task, reason)
+                return None
+            except StoreError as error:  # a lasting no, such as a full disk; the claim is still ours, so it goes on
+                log.error("task %s: its outcome cannot be stored yet: %s", run.listing.task, error)  # noqa: TRY400
+                await pause(self.clock, tries)
+                tries += 1
+                continue
+            if write.landed:
+                run.held = write.held or held
+                return task
+            if write.held is None:
+                log.warning("task %s: its record is gone", run.listing.task)
+                return None
+            run.held = write.held
+
+    async def execute(self, run: Running) -> Callable[[Task], Task]:
+        """Run the handler; return the move that its outcome asks for. Cancelled from outside, it raises CancelledError."""
+        task = run.held.record
+        function = self.tasks[task.name]
+        run.is_async = function.is_async
+        try:
+            args, kwargs, checkpointed = await self._load(function, task)
+        except (InvalidPayload, UnreadableRecord, UsageError) as error:
+            return self._failed(run, error, trace=False)
+        logger = _TaskLogger(log, {"task": task.id, "name": task.name, "attempt": task.attempt})
+        run.attempt = Attempt(run, task.id, task.attempt, checkpointed, logger)
+        run.in_handler = True
+        try:
+            try:
+                value = await self._call(run, function, args, kwargs)
+            finally:
+                run.in_handler = False
+                await self._absorb(run)
+            return await self._completed(run, function, value)
+        except asyncio.CancelledError as error:
+            return self._cancelled(run, error)
+        except Snooze as snooze:
+            wait = int(snooze.seconds * 1000)
+            return lambda task: transitions.snooze(task, run.token, self._now() + wait, self._now())
+        except (Fail, InvalidResult) as error:
+            return self._failed(run, error, trace=isinstance(error, Fail))
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises is its attempt's outcome
+            return self._retried(run, function, error)
+
+    async def _absorb(self, run: Running) -> None:
+        """Take in the cancellation that `request_stop` sent: it must not strike later, in the write of the outcome."""
+        if run.stop and run.work is not None and run.work.cancelling():
+            with suppress(asyncio.CancelledError):
+                await self.clock.sleep(0)
+            run.work.uncancel()
+
+    async def _load(self, function: BaseTask[Any, Any], task: Task) -> tuple[list[Any], dict[str, Any], Any]:
+        reads = self.register.reads
+        args, kwargs = function.signature.decode(await get_value(reads, task.args, task.args_at))
+        body = await get_value(reads, task.checkpoint, task.checkpoint_at)
+        return args, kwargs, decode_any(body) if bytes(body) else None
+
+    async def _call(self, run: Running, function: BaseTask[Any, Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+        assert run.attempt is not None  # noqa: S101 - set by the only caller
+        limit = asyncio.timeout(function.policy.timeout)
+        try:
+            async with limit:
+                if function.is_async:
+                    enter(run.attempt)
+                    return await function.function(*args, **kwargs)
+                context = contextvars.copy_context()
+                context.run(enter, run.attempt)
+                future = self.threads.call(functools.partial(context.run, function.function, *args, **kwargs))
+                try:
+                    return await future
+                except asyncio.CancelledError:
+                    self._abandon(run)
+                    raise
+        except TimeoutError as error:
+            if limit.expired():
+                where = "" if function.is_async else "; its thread goes on unheeded, since a thread cannot be stopped"
+                msg = f"the attempt took longer than its timeout of {function.policy.timeout:g} s{where}"
+                raise AttemptTimeout(msg) from error
+            raise
+        except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+            msg = f"the handler raised {type(error).__name__}: {error}"
+            raise HandlerExit(msg) from error
+        except Raised as envelope:
+            msg = f"the handler raised {type(envelope.error).__name__}: {envelope.error}"
+            raise HandlerExit(msg) from envelope.error
+
+    def _abandon(self, run: Running) -> None:
+        """Give up on a thread: it cannot be stopped, only told and counted."""
+        if run.attempt is not None:
+            run.attempt.cancelled = True
+        self.keeper.abandoned += 1
+        log.warning(
+            "task %s: its thread was given up on and goes on in the background (%d so far in this worker)",
+            run.listing.task,
+            self.keeper.abandoned,
+        )
+
+    async def _completed(self, run: Running, function: BaseTask[Any, Any], value: Any) -> Callable[[Task], Task]:
+        body = function.signature.check_result(value)
+        try:
+            check_size(body, f"the result of {function.name}")
+        except UsageError as error:
+            raise InvalidResult(str(error)) from None
+        tries = 0
+        while True:
+            try:
+                raw, at = await put_value(self.register.reads, run.listing.task, body)
+                break
+            except StoreError as error:
+                log.error("task %s: its result cannot be stored yet: %s", run.listing.task, error)  # noqa: TRY400
+                await pause(self.clock, tries)
+                tries += 1
+        self.keeper.completed += 1
+        return lambda task: transitions.complete(task, run.token, raw, at, self._now())
+
+    def _cancelled(self, run: Running, error: asyncio.CancelledError) -> Callable[[Task], Task]:
+        if run.stop:
+            move = transitions.stop if run.stop == "cancel" else transitions.release
+            return lambda task: move(task, run.token, self._now())
+        if run.work is not None and run.work.cancelling():
+            raise error
+        # nobody cancelled it but the handler itself
+        return self._retried(run, self.tasks[run.listing.name], error)
+
+    def _failed(self, run: Running, error: BaseException, *, trace: bool) -> Callable[[Task], Task]:
+        if run.stop == "cancel":
+            return lambda task: transitions.stop(task, run.token, self._now())
+        self.keeper.failed += 1
+        info = describe(error, trace=trace)
+        log.error("task %s (%s) failed for good: %s: %s", run.listing.task, run.listing.name, info.type, info.message)
+        return lambda task: transitions.fail(task, run.token, info, self._now())
+
+    def _retried(self, run: Running, function: BaseTask[Any, Any], error: BaseException) -> Callable[[Task], Task]:
+        if run.stop == "cancel":
+            return lambda task: transitions.stop(task, run.token, self._now())
+        info = describe(error, trace=True)
+        failures = run.held.record.failures + 1
+        last = failures >= run.held.record.max_attempts
+        self.keeper.failed += last
+        wait = 0 if last else int(function.policy.backoff.seconds(failures, self.clock) * 1000)
+        log.warning(
+            "task %s (%s) attempt %d failed, %s: %s: %s",
+            run.listing.task,
+            run.listing.name,
+            failures,
+            "for good" if last else f"next in {wait / 1000:.1f} s",
+            info.type,
+            info.message,
+        )
+        return lambda task: transitions.retry(task, run.token, info, self._now() + wait, self._now())
+
+    def _now(self) -> int:
+        return self.fleet.due_now_ms()
+
+
+class AttemptTimeout(Exception):  # noqa: N818 - its name is what users read
+    """An attempt took longer than its timeout."""
+
+
+class HandlerExit(Exception):  # noqa: N818 - its name is what users read
+    """A handler tried to end the process."""
+
+
+def describe(error: BaseException, *, trace: bool) -> ErrorInfo:
+    """Return an error as a record keeps it: type, text, and the traceback from the handler on."""
+    text = ""
+    if trace:
+        lines = traceback.format_exception(type(error), error, _from_handler(error.__traceback__))
+        text = "".join(lines)[-LONGEST_TRACE:]
+    name = type(error).__name__ if type(error).__module__ in {"builtins", __name__} else f"{type(error).__module__}.{type(error).__name__}"
+    try:
+        message = str(error)
+    except Exception as second:  # noqa: BLE001 - even a broken error is to be told
+        message = f"its text cannot be had: {type(second).__name__}"
+    return ErrorInfo(type=name, message=_clean(message)[:2000], traceback=_clean(text))
+
+
+def _clean(text: str) -> str:
+    """Replace lone surrogates, which JSON cannot carry."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _from_handler(trace: Any) -> Any:
+    """Skip our own frames at the top of a traceback."""
+    start = trace
+    while start is not None and start.tb_frame.f_globals.get("__name__", "").startswith("buquet."):
+        start = start.tb_next
+    return start or trace

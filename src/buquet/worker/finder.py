@@ -1,0 +1,383 @@
+"""How a worker finds tasks without asking much: hints of the bell first, pages of LIST second, a look back now and then.
+
+A queue's entries lie in lanes: `later/` and the ten priorities of `ready/`. Each lane has a cursor, after which the next LIST
+begins. It only ever trails: what was left behind it, by a late write or a wrong clock, is met by the look back.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING
+
+from buquet import keys
+from buquet.codec import decode_record
+from buquet.errors import UnreadableRecord
+from buquet.queue.bell import news
+from buquet.records import Bell
+from buquet.store.base import NOT_MODIFIED, PAGE, Listed, Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from buquet.clock import Clock
+    from buquet.store.retrying import Retrying
+    from buquet.worker.fleet import Fleet
+
+IN_HAND = 2.0
+"""Seconds after which a page in hand is dropped, so that urgent work gets past it."""
+TRAIL = 10.0
+"""Seconds that a cursor stays behind, for entries that are still on their way."""
+LOOK_BACK_EVERY = 30.0
+LOOK_BACK = 600.0
+LOOK_ALL_EVERY = 3600.0
+FIRST_POLL = 0.02
+SLOWEST_POLL = 0.5
+SLOWEST_POLL_A_WORKER = 0.05
+
+
+class Found:
+    """An entry to look at."""
+
+    __slots__ = ("entry", "modified")
+
+    def __init__(self, entry: keys.Entry, modified: float) -> None:
+        self.entry = entry
+        self.modified = modified
+        """LastModified of the entry; for a hint, when it was heard."""
+
+
+class Lane:
+    """One prefix of entries in order, and how far it was looked through."""
+
+    def __init__(self, prefix: str, priority: int | None) -> None:
+        self.prefix = prefix
+        self.priority = priority
+        self.cursor = ""
+        self.hand: list[Found] = []
+        self.fetched = 0.0
+        self.last = ""
+        """The last key of the page in hand."""
+        self.full = False
+        """Whether that page was full, so that more follows."""
+        self.dirty = True
+        """Whether there may be something new after the cursor."""
+        self.left: dict[str, float] = {}
+        """Entries that could not be dealt with yet, with their LastModified."""
+
+    @property
+    def rank(self) -> float:
+        """Return the lane's place: priority 0, what has come due, then 1 to 9."""
+        return 0.5 if self.priority is None else self.priority
+
+
+class QueueFinder:
+    """Finds the entries of one queue. Only `take` and what it calls send requests, one at a time."""
+
+    def __init__(self, queue: str, reads: Retrying, clock: Clock, fleet: Fleet, handled: Callable[[keys.Entry], bool]) -> None:
+        self.queue = queue
+        self.handled = handled
+        """Tells whether this worker has a handler for an entry's task; others it leaves to others."""
+        self.reads = reads
+        self.clock = clock
+        self.fleet = fleet
+        later = Lane(keys.later_lane(queue), None)
+        self.later = later
+        self.lanes: list[Lane] = [later]
+        self.hinted: list[Found] = []
+        self.next_due = 0
+        """When the next entry of `later/` is due, as far as is known; milliseconds, 0: none is known."""
+        self.bell_etag: str | None = None
+        self.bell_seen = -1
+        self.gap = False
+        """Whether the bell lost hints since the last look back: a priority may be in use that is not known here."""
+        self.skip: dict[str, float] = {}
+        """Entries not to look at again before a time of the monotonic clock."""
+        self.stale: set[str] = set()
+        """Entries that nothing can be done with for now: no work that a drain should wait for."""
+        self.look_back_at = 0.0
+        self.look_all_at = 0.0
+        self.revisit_at = 0.0
+        """When to look again at what was left; 0: nothing was."""
+        self.pace = FIRST_POLL
+        self.poll_at = 0.0
+
+    # ------------------------------------------------------------------ taking
+
+    async def take(self, most: int) -> list[Found]:
+        """Return up to `most` entries to look at, the most urgent first; none when there is nothing now."""
+        now = self.clock.monotonic()
+        await self._look_back(now)
+        if self.revisit_at and now >= self.revisit_at:
+            self.revisit_at = 0.0
+            for lane in self.lanes:
+                lane.dirty = lane.dirty or bool(lane.left)
+        found = self._from_hand(most, now)
+        while not found and any(lane.dirty for lane in self.lanes):
+            await self._list_lanes()
+            found = self._from_hand(most, self.clock.monotonic())
+        if found:
+            self.pace = FIRST_POLL * max(len(self.fleet.mates), 1)
+            self.poll_at = self.clock.monotonic() + self.pace
+        return found
+
+    def _from_hand(self, most: int, now: float) -> list[Found]:
+        """Take from the hints and from the pages in hand."""
+        if self.next_due and self.next_due <= self.fleet.due_now_ms():
+            self.next_due = 0
+            self.later.dirty = True
+        taken: list[Found] = []
+        hints, self.hinted = self.hinted, []
+        for found in hints:
+            if len(taken) < most and self._wanted(found.entry, now):
+                taken.append(found)
+            elif len(taken) >= most:
+                self.hinted.append(found)
+        for lane in self.lanes:
+            if lane.hand and now - lane.fetched > IN_HAND:
+                lane.hand = []
+                lane.dirty = True
+            if not lane.hand and lane.dirty:
+                # this lane comes before those behind it, and must be listed before they are served
+                if not taken:
+                    return []
+                break
+            while lane.hand and len(taken) < most:
+                found = lane.hand.pop()
+                if self._wanted(found.entry, now):
+                    taken.append(found)
+            if lane.last and not lane.hand:
+                self._passed(lane)
+            if len(taken) >= most:
+                break
+        for found in taken:
+            self.skip[found.entry.key] = now + 3600
+        return taken
+
+    def _wanted(self, entry: keys.Entry, now: float) -> bool:
+        until = self.skip.get(entry.key)
+        if until is None:
+            return True
+        if until > now:
+            return False
+        del self.skip[entry.key]
+        return True
+
+    def _passed(self, lane: Lane) -> None:
+        """Move the cursor past a page that was dealt with, but not past what may still come or come back."""
+        lane.cursor = lane.last
+        if lane.full:
+            lane.dirty = True
+        else:
+            now = self.fleet.store_now()
+            trail = keys.lane_at(lane.prefix, int((now - TRAIL) * 1000))
+            if lane.priority is not None or lane.cursor > trail:
+                lane.cursor = trail
+            lane.left = {key: modified for key, modified in lane.left.items() if now - modified < TRAIL}
+            for key in lane.left:
+                lane.cursor = min(lane.cursor, key[:-1])
+        lane.last = ""
+
+    # ------------------------------------------------------------------ listing
+
+    async def _list_lanes(self) -> None:
+        """LIST the lanes that may have something new, the most urgent first, until there is something in hand."""
+        if self.bell_etag is not None:
+            await self.hear()
+        for lane in self.lanes:
+            if lane.dirty and not lane.hand:
+                await self._list(lane)
+            if lane.hand:
+                return
+
+    async def _list(self, lane: Lane) -> None:
+        lane.dirty = False
+        page = await self.reads.list(lane.prefix, after=lane.cursor, limit=PAGE)
+        now = self.clock.monotonic()
+        if lane.priority is None:
+            page, waiting = self._due(page)
+        else:
+            waiting = False
+        lane.fetched = now
+        lane.full = len(page) == PAGE and not waiting
+        lane.last = page[-1].key if page else lane.cursor or lane.prefix
+        entries = [
+            Found(entry, each.modified)
+            for each in page
+            if (entry := keys.parse_entry(each.key)) and self._wanted(entry, now) and self.handled(entry)
+        ]
+        lane.hand = self._own_first(entries)
+        if not lane.hand:
+            self._passed(lane)
+        if len(self.skip) > 50_000:  # noqa: PLR2004 - bounds the memory, not a meaning
+            self.skip = {key: until for key, until in self.skip.items() if until > now}
+
+    def _due(self, page: list[Listed]) -> tuple[list[Listed], bool]:
+        """Cut a page of `later/` at what is not due yet, and note when that is."""
+        now = self.fleet.due_now_ms()
+        for index, each in enumerate(page):
+            entry = keys.parse_entry(each.key)
+            if entry is not None and entry.at > now:
+                self.next_due = entry.at
+                return page[:index], True
+        return page, False
+
+    def _own_first(self, found: list[Found]) -> list[Found]:
+        """Order a page so that workers seldom meet: my own by rendezvous hashing first, then others' at random. Popped from the end."""
+        mates = self.fleet.mates
+        if len(mates) < 2:  # noqa: PLR2004 - alone there is nobody to meet
+            found.reverse()
+            return found
+        mine: list[Found] = []
+        others: list[Found] = []
+        me = self.fleet.keeper.id
+        for each in found:
+            owner = max(mates, key=lambda worker: zlib.crc32(f"{worker}{each.entry.task}".encode()))
+            (mine if owner == me else others).append(each)
+        self.clock.random.shuffle(others)
+        mine.reverse()
+        return others + mine
+
+    # ------------------------------------------------------------------ looking back
+
+    async def _look_back(self, now: float) -> None:
+        if now >= self.look_all_at:
+            self.look_all_at = now + LOOK_ALL_EVERY * self.clock.jitter(0.1)
+            self.look_back_at = now + LOOK_BACK_EVERY * self.clock.jitter(0.2)
+            # the bell first: what it rang for by now is in the pages read after
+            await self.hear()
+            self.gap = False
+            await self._learn_priorities()
+            for lane in self.lanes:
+                self._restart(lane, "")
+        elif now >= self.look_back_at:
+            self.look_back_at = now + LOOK_BACK_EVERY * self.clock.jitter(0.2)
+            if self.gap:
+                self.gap = False
+                await self._learn_priorities()
+            since = int((self.fleet.store_now() - LOOK_BACK) * 1000)
+            for lane in self.lanes:
+                self._restart(lane, keys.lane_at(lane.prefix, since))
+
+    def _restart(self, lane: Lane, cursor: str) -> None:
+        lane.cursor = min(lane.cursor, cursor)
+        lane.hand = []
+        lane.last = ""
+        lane.dirty = True
+
+    async def _learn_priorities(self) -> None:
+        """Learn which priorities are in use, with one LIST for each that is and one more."""
+        prefix = keys.ready_prefix(self.queue)
+        after = prefix
+        self.lane(5)
+        while True:
+            page = await self.reads.list(prefix, after=after, limit=1)
+            entry = keys.parse_entry(page[0].key) if page else None
+            if entry is None or entry.priority is None:
+                return
+            self.lane(entry.priority)
+            after = keys.ready_lane(self.queue, entry.priority) + "~"
+
+    def lane(self, priority: int) -> Lane:
+        """Return the lane of a priority, made at first use."""
+        for lane in self.lanes:
+            if lane.priority == priority:
+                return lane
+        lane = Lane(keys.ready_lane(self.queue, priority), priority)
+        self.lanes.append(lane)
+        self.lanes.sort(key=lambda each: each.rank)
+        return lane
+
+    # ------------------------------------------------------------------ hearing
+
+    async def hear(self) -> bool:
+        """GET the bell unless it is unchanged; tell whether it rang."""
+        stored = await self.reads.get(keys.bell(self.queue), unless=self.bell_etag)
+        if stored is NOT_MODIFIED:
+            return False
+        if not isinstance(stored, Stored):  # nobody has rung yet, or somebody removed it
+            self.bell_etag = None
+            self.bell_seen = -1
+            return False
+        self.bell_etag = stored.etag
+        try:
+            bell = decode_record(Bell, stored.body, keys.bell(self.queue))
+        except UnreadableRecord:
+            # the bell is only a hint; one that is broken says LIST, and the next ring mends it
+            bell = Bell(rev=self.bell_seen)
+        entries = news(bell, self.bell_seen)
+        self.bell_seen = bell.rev
+        if entries is None:
+            self.gap = True
+            for lane in self.lanes:
+                lane.dirty = True
+        else:
+            for key in entries:
+                self.hint(key)
+        return True
+
+    def hint(self, key: str) -> None:
+        """Take note of an entry that was added."""
+        entry = keys.parse_entry(key)
+        if entry is None or entry.queue != self.queue or not self._wanted(entry, self.clock.monotonic()) or not self.handled(entry):
+            return
+        if entry.priority is None and entry.at > self.fleet.due_now_ms():
+            self.next_due = min(self.next_due or entry.at, entry.at)
+            return
+        if entry.priority is not None:
+            self.lane(entry.priority)
+        self.hinted.append(Found(entry, self.fleet.store_now()))
+        if len(self.hinted) > PAGE:
+            self.hinted.clear()
+            for lane in self.lanes:
+                lane.dirty = True
+
+    # ------------------------------------------------------------------ verdicts on what was taken
+
+    def leave(self, found: Found) -> None:
+        """Note that an entry cannot be dealt with yet: no record, or a move in progress. It is met again while it is young."""
+        now = self.clock.monotonic()
+        entry = found.entry
+        self.skip[entry.key] = now + 1
+        lane = self.later if entry.priority is None else self.lane(entry.priority)
+        if self.fleet.store_now() - found.modified < TRAIL:
+            lane.left[entry.key] = found.modified
+            lane.cursor = min(lane.cursor, entry.key[:-1])
+            self.revisit_at = self.revisit_at or now + 1
+        else:
+            self.stale.add(entry.key)
+
+    def others(self, found: Found) -> None:
+        """Note that another live worker runs it."""
+        self.skip[found.entry.key] = self.clock.monotonic() + self.fleet.keeper.ttl
+
+    def done(self, entry_key: str) -> None:
+        """Note that an entry was dealt with; a LIST that was under way may still show it."""
+        self.skip[entry_key] = self.clock.monotonic() + 3
+
+    # ------------------------------------------------------------------ waiting
+
+    def wait_seconds(self) -> float:
+        """Return for how long nothing is to be done, unless the bell rings."""
+        now = self.clock.monotonic()
+        wait = min(self.look_back_at, self.look_all_at) - now
+        if self.next_due:
+            spread = 0.002 * len(self.fleet.mates) * self.clock.random.random()
+            wait = min(wait, (self.next_due - self.fleet.due_now_ms()) / 1000 + spread)
+        if self.revisit_at:
+            wait = min(wait, self.revisit_at - now)
+        return max(wait, 0.0)
+
+    async def rest(self) -> None:
+        """Wait until there may be work: the bell rang, something is due, or it is time to look back."""
+        wait = self.wait_seconds()
+        if self.reads.store.can_wait:
+            await self.reads.store.wait_changed(keys.bell(self.queue), self.bell_etag, wait)
+            await self.hear()
+            return
+        now = self.clock.monotonic()
+        await self.clock.sleep(max(min(self.poll_at - now, wait), 0))
+        if self.clock.monotonic() >= self.poll_at:
+            mates = max(len(self.fleet.mates), 1)
+            slowest = max(SLOWEST_POLL, SLOWEST_POLL_A_WORKER * mates)
+            self.pace = FIRST_POLL * mates if await self.hear() else min(self.pace * 1.25, slowest)
+            self.poll_at = self.clock.monotonic() + self.pace

@@ -1,0 +1,161 @@
+"""Which workers live, by the store's own clock; and the reaping of those that do not."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from buquet import keys
+from buquet.codec import decode_record
+from buquet.errors import UnreadableRecord
+from buquet.queue import transitions
+from buquet.records import TERMINAL, Session, Task
+from buquet.store.base import Listed, Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from buquet.clock import Clock
+    from buquet.records import Claim
+    from buquet.store.register import Held, Register
+    from buquet.worker.session import SessionKeeper
+
+log = logging.getLogger("buquet.worker")
+
+TRUSTED_OFFSET = 2.0
+"""Below this many seconds a difference to the store's clock is taken for its whole-second LastModified and our latency."""
+
+
+class Reaper:
+    """Reaps sessions: fences the worker, puts back what it ran, deletes the session. Any process may; it dies harmlessly anywhere."""
+
+    def __init__(self, register: Register, clock: Clock, added: Callable[[str, str], None], ended: Callable[[str], None]) -> None:
+        self.register = register
+        self.clock = clock
+        self.added = added
+        self.ended = ended
+
+    async def reap(self, worker: str, still_dead: Callable[[Held[Session]], bool] | None = None) -> bool:
+        """Reap a session; `still_dead` judges it as it is read now. Returns whether this call went through with it."""
+        key = keys.session(worker)
+        held = await self.register.read(Session, key)
+        if held is None:
+            return False
+        if not held.record.reaped:
+            if still_dead is not None and not still_dead(held):
+                return False
+            write = await self.register.update(held, replace(held.record, reaped=True))
+            if not write.landed or write.held is None:
+                return False
+            held = write.held
+        log.warning("worker %s on %s (pid %d) is dead; it ran %d tasks", worker, held.record.host, held.record.pid, len(held.record.claims))
+        for claim in held.record.claims:
+            try:
+                await self._put_back(claim)
+            except UnreadableRecord as error:
+                log.error("%s", error)  # noqa: TRY400 - the text says all
+        await self.register.reads.delete(key)
+        await self.register.reads.delete(keys.notes(worker))
+        return True
+
+    async def _put_back(self, claim: Claim) -> None:
+        held = await self.register.read(Task, keys.task(claim.task))
+        while held is not None and held.record.state == "running" and held.record.token == claim.token:
+            task = transitions.lose(held.record, claim.token, self.clock.now_ms())
+            if task.state == "pending":
+                await self.register.reads.put(task.entry, b"")
+            write = await self.register.update(held, task)
+            if write.landed:
+                if task.state == "pending":
+                    self.added(task.queue, task.entry)
+                elif task.state in TERMINAL:
+                    await self.register.reads.delete(task.entry)
+                    self.ended(task.id)
+                return
+            held = write.held
+
+
+class Fleet:
+    """What the last LIST of sessions said: who lives, how many serve my queues, and what the store's clock says."""
+
+    def __init__(self, register: Register, clock: Clock, keeper: SessionKeeper, reaper: Reaper) -> None:
+        self.register = register
+        self.clock = clock
+        self.keeper = keeper
+        self.reaper = reaper
+        self.sessions: dict[str, Listed] = {}
+        self.mates: list[str] = []
+        """The live workers that serve the same queues, myself among them."""
+        self.offset = 0.0
+        """Seconds by which the store's clock is ahead of the local wall clock."""
+        self._grieved: set[str] = set()
+
+    def store_now(self) -> float:
+        """Return the store's time, seconds since 1970."""
+        return self.clock.now() + self.offset
+
+    def due_now_ms(self) -> int:
+        """Return the time by which due times are judged, milliseconds since 1970."""
+        return int((self.clock.now() + (self.offset if abs(self.offset) > TRUSTED_OFFSET else 0)) * 1000)
+
+    def lives(self, worker: str) -> bool:
+        """Tell whether the last LIST showed this worker's session, young enough."""
+        listed = self.sessions.get(worker)
+        return listed is not None and self.store_now() - listed.modified <= self.keeper.ttl
+
+    async def look(self) -> None:
+        """LIST the sessions, learn the store's time from my own, and reap the dead."""
+        found: dict[str, Listed] = {}
+        after = ""
+        while True:
+            page = await self.register.reads.list(keys.WORKERS, after=after)
+            found.update((keys.worker_of(each.key), each) for each in page)
+            if len(page) < 1000:  # noqa: PLR2004 - a page of S3
+                break
+            after = page[-1].key
+        self.sessions = found
+        self._learn_time()
+        mine = self.keeper.id.partition(".")[0]
+        now = self.store_now()
+        self.mates = sorted(
+            worker for worker, each in found.items() if worker.startswith(mine) and (now - each.modified <= self.keeper.ttl or worker == self.keeper.id)
+        )
+        for worker, each in found.items():
+            if worker != self.keeper.id and now - each.modified > self.keeper.ttl:
+                await self.bury(worker)
+
+    def _learn_time(self) -> None:
+        held = self.keeper.held
+        mine = self.sessions.get(self.keeper.id)
+        if held is not None and mine is not None and mine.etag == held.etag:
+            self.offset = mine.modified + (self.clock.monotonic() - self.keeper.stored_at) - self.clock.now()
+
+    async def bury(self, worker: str) -> None:
+        """Reap a session that looks dead; an unreadable one is reported, once, and left."""
+        try:
+            if await self.reaper.reap(worker, self._dead):
+                self.sessions.pop(worker, None)
+        except UnreadableRecord as error:
+            if worker not in self._grieved:
+                self._grieved.add(worker)
+                log.error("%s", error)  # noqa: TRY400 - the text says all
+
+    def _dead(self, held: Held[Session]) -> bool:
+        """Judge a session by its own time-to-live, which may be longer than mine, and by its last LIST."""
+        listed = self.sessions.get(held.record.id)
+        unchanged = listed is not None and listed.etag == held.etag
+        return listed is not None and unchanged and self.store_now() - listed.modified > held.record.ttl
+
+    async def missing(self, worker: str) -> bool:
+        """Tell, by a direct read, that a worker has no session. One that is stored but dead is reaped on the way (False)."""
+        if worker in self.sessions and self.lives(worker):
+            return False
+        stored = await self.register.reads.get(keys.session(worker))
+        if not isinstance(stored, Stored):
+            return True
+        self.sessions[worker] = Listed(keys.session(worker), stored.etag, stored.modified, len(stored.body))
+        if not self.lives(worker) or decode_record(Session, stored.body, keys.session(worker)).reaped:
+            await self.bury(worker)
+        return False

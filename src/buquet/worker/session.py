@@ -1,0 +1,240 @@
+"""A worker's session: its heartbeat, the claims it lists, and the fence that stops it when either is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import socket
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from buquet import keys
+from buquet.errors import AlreadyExists, StoreError, StoreUnavailable
+from buquet.records import Claim, Progress, Session
+from buquet.store.register import Held, Register
+from buquet.store.retrying import pause
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from buquet.clock import Clock
+    from buquet.store.base import Store
+
+log = logging.getLogger("buquet.worker")
+
+BUSY_BEAT = 5.0
+IDLE_BEAT = 10.0
+TTL = 30.0
+
+
+class Listing:
+    """One claim that this worker holds: what its session says of it, and which entry may go once that is stored."""
+
+    __slots__ = ("entry", "name", "progress", "since", "task", "token")
+
+    def __init__(self, task: str, token: str, name: str, entry: str, since: int) -> None:
+        self.task = task
+        self.token = token
+        self.name = name
+        self.entry = entry
+        """The entry under which the task was claimed; empty once it was deleted."""
+        self.since = since
+        self.progress: Progress | None = None
+
+
+class SessionKeeper:
+    """Keeps one worker's session alive. `lost` is called, once, when that failed; nothing may be claimed any more then.
+
+    It runs in a thread of its own, so that a handler which blocks the worker's event loop does not lose the session.
+    """
+
+    def __init__(self, store: Store, clock: Clock, queues: tuple[str, ...], concurrency: int, ttl: float, parent: str) -> None:
+        self.store = store
+        self.clock = clock
+        self.register = Register(store, clock, patience=None)
+        self.queues = queues
+        self.concurrency = concurrency
+        self.ttl = ttl
+        self.parent = parent
+        self.id = ""
+        self.held: Held[Session] | None = None
+        self.claims: dict[str, Listing] = {}
+        self.completed = 0
+        self.failed = 0
+        self.abandoned = 0
+        self.lost = False
+        self.on_lost: Callable[[], None] = lambda: None
+        self.stored_at = 0.0
+        """When, by the monotonic clock, the last stored heartbeat was sent."""
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def key(self) -> str:
+        """The session's key."""
+        return keys.session(self.id)
+
+    async def create(self) -> None:
+        """Store a session under a new id. A create whose outcome is unknown is never sent again: a late copy of it would bring
+        a reaped session back to life. So the next try takes another id.
+        """
+        tries = 0
+        while True:
+            self.id = f"{keys.queues_hash(self.queues)}.{self.clock.new_op()}"
+            self.claims = {}
+            self.lost = False
+            now = self.clock.now_ms()
+            session = Session(
+                id=self.id,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                parent=self.parent,
+                started=now,
+                beat=now,
+                ttl=self.ttl,
+                queues=self.queues,
+                concurrency=self.concurrency,
+                rss=resident(),
+            )
+            sent = self.clock.monotonic()
+            try:
+                self.held = await self.register.create_once(self.key, session)
+            except (StoreUnavailable, AlreadyExists) as error:
+                log.warning("the session could not be stored, trying again under a new id: %s", error)
+                await pause(self.clock, tries)
+                tries += 1
+            else:
+                self.stored_at = sent
+                return
+
+    def start(self, *, thread: bool) -> None:
+        """Begin the heartbeat, in a thread of its own or, for virtual time, on the running loop."""
+        if not thread:
+            self._task = asyncio.get_running_loop().create_task(self._keep())
+            return
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, args=(self._loop,), name="buquet-heartbeat", daemon=True)
+        self._thread.start()
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        self._task = loop.create_task(self._keep())
+        try:
+            loop.run_until_complete(self._task)
+        except asyncio.CancelledError:
+            pass
+        finally:
+            loop.close()
+
+    async def stop(self) -> None:
+        """End the heartbeat and wait until none is in flight."""
+        task, thread, loop = self._task, self._thread, self._loop
+        self._task = self._thread = self._loop = None
+        if thread is not None and loop is not None and task is not None:
+            if thread.is_alive():
+                try:
+                    loop.call_soon_threadsafe(task.cancel)
+                except RuntimeError:
+                    log.debug("the heartbeat has ended by itself")
+                await asyncio.get_running_loop().run_in_executor(None, thread.join)
+        elif task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _keep(self) -> None:
+        while not self.lost:
+            await self.clock.sleep(BUSY_BEAT * self.ttl / TTL)
+            idle = self.clock.monotonic() - self.stored_at < (IDLE_BEAT - 1) * self.ttl / TTL
+            if self.claims or not idle:
+                await self.beat()
+
+    async def beat(self) -> None:
+        """Store one heartbeat, then delete the entries of the claims that it lists."""
+        held = self.held
+        if held is None or self.lost:
+            return
+        # what is noted here, and nothing newer, may be deleted once the list is stored
+        noted = list(self.claims.values())
+        entries = [(listing, listing.entry) for listing in noted]
+        sent = self.clock.monotonic()
+        session = replace(
+            held.record,
+            beat=self.clock.now_ms(),
+            claims=tuple(
+                Claim(task=each.task, token=each.token, name=each.name, since=each.since, progress=each.progress) for each in noted
+            ),
+            completed=self.completed,
+            failed=self.failed,
+            abandoned=self.abandoned,
+            rss=resident(),
+        )
+        try:
+            async with asyncio.timeout(max(self.stored_at + self.ttl * 2 / 3 - sent, 0.001)):
+                write = await self._store(held, session)
+        except TimeoutError:
+            self._fence("no heartbeat could be stored for two thirds of its time-to-live")
+            return
+        if not write:
+            return
+        for listing, entry in entries:
+            if entry:
+                await self._forget(listing, entry)
+
+    async def _store(self, held: Held[Session], session: Session) -> bool:
+        tries = 0
+        while True:
+            sent = self.clock.monotonic()
+            try:
+                write = await self.register.update(held, session)
+            except StoreError as error:  # a lasting no, such as a full disk: it may pass before the time is up
+                log.warning("the heartbeat could not be stored: %s", error)
+                await pause(self.clock, tries)
+                tries += 1
+                continue
+            if not write.landed:
+                self._fence("its session was reaped or deleted")
+                return False
+            now = write.held
+            if now is None or now.record.reaped:
+                self._fence("its session was reaped")
+                return False
+            self.held = now
+            self.stored_at = sent
+            return True
+
+    async def _forget(self, listing: Listing, entry: str) -> None:
+        try:
+            await self.store.delete(entry)
+        except StoreError as error:
+            log.debug("the entry %s is deleted later: %s", entry, error)
+        else:
+            listing.entry = ""
+
+    def _fence(self, why: str) -> None:
+        if not self.lost:
+            self.lost = True
+            log.error("worker %s stops at once, and starts anew: %s", self.id, why)
+            self.on_lost()
+
+    async def end(self) -> None:
+        """Delete the session, after the heartbeat was stopped; but not while it may list a claim that still runs."""
+        if self.held is not None and not self.lost and not self.claims:
+            await self.register.reads.delete(self.key)
+            await self.register.reads.delete(keys.notes(self.id))
+            self.held = None
+
+
+def resident() -> int:
+    """Return this process's resident memory in bytes."""
+    try:
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - read at every heartbeat
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024

@@ -1,0 +1,390 @@
+"""The worker's loop: find, claim, run, finish; and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from buquet import keys
+from buquet.errors import BuquetError, StoreError, UsageError
+from buquet.queue.background import running_loop
+from buquet.records import Note, Session, Task
+from buquet.store.register import Register
+from buquet.store.retrying import pause
+from buquet.worker.claim import Claimer
+from buquet.worker.executor import Executor, Running
+from buquet.worker.finder import QueueFinder
+from buquet.worker.fleet import Fleet, Reaper
+from buquet.worker.session import TTL, SessionKeeper
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Mapping, Sequence
+
+    from buquet.queue.client import Client
+    from buquet.queue.task import BaseTask
+    from buquet.worker.finder import Found
+
+log = logging.getLogger("buquet.worker")
+
+LOOK_AT_FLEET = 20.0
+READ_NOTES = 2.0
+FINISHING = 4
+"""Tasks whose outcome is being stored, for each that may run: a handler need not wait for the write of the one before."""
+
+
+class Worker:
+    """Claims and runs the tasks of some queues until it is stopped. `App.worker` makes one.
+
+    >>> app.worker(concurrency=8, drain=True).run()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        tasks: Mapping[str, BaseTask[Any, Any]],
+        queues: Sequence[str] | None = None,
+        *,
+        concurrency: int = 16,
+        drain: bool = False,
+        max_time: float | None = None,
+        grace: float = 30.0,
+        ttl: float = TTL,
+        parent: str = "",
+        heartbeat_thread: bool = True,
+    ) -> None:
+        served = tuple(sorted(set(queues if queues is not None else {task.queue for task in tasks.values()})))
+        if not served:
+            msg = "this worker has no queue to serve: the App has no tasks. Declare one with @app.task, or name a queue"
+            raise UsageError(msg)
+        if concurrency < 1 or grace < 0 or ttl < 1 or (max_time is not None and max_time <= 0):
+            msg = f"concurrency starts at 1, grace at 0, ttl at 1 s, max_time above 0; not {concurrency}, {grace}, {ttl}, {max_time}"
+            raise UsageError(msg)
+        for queue in served:
+            keys.quoted(queue, "queue")
+        self.client = client
+        self.clock = client.clock
+        self.tasks = tasks
+        self.queues = served
+        self.concurrency = concurrency
+        self.drain = drain
+        self.max_time = max_time
+        self.grace = grace
+        self.register = Register(client.store, self.clock, patience=None)
+        self.keeper = SessionKeeper(client.store, self.clock, served, concurrency, ttl, parent)
+        self.reaper = Reaper(self.register, self.clock, client.added, client.ended)
+        self.fleet = Fleet(self.register, self.clock, self.keeper, self.reaper)
+        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, client.ended)
+        self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks)
+        self.finders = [QueueFinder(queue, self.register.reads, self.clock, self.fleet, self._handled) for queue in served]
+        self.running: dict[str, Running] = {}
+        """Claims by their token."""
+        self.unhandled: dict[str, int] = {}
+        """Tasks met for which there is no handler here, by name."""
+        self._heartbeat_thread = heartbeat_thread
+        self._pursuits: set[asyncio.Task[None]] = set()
+        self._busy = 0
+        self._stopping = False
+        self._hasty = False
+        self._wake = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain_wait = 0.1
+
+    @property
+    def id(self) -> str:
+        """The worker's present id, which names its session; a new one after each start."""
+        return self.keeper.id
+
+    # ------------------------------------------------------------------ starting and stopping
+
+    def run(self) -> None:
+        """Block and run until stopped; in the main thread, SIGINT and SIGTERM stop it, and a second one stops it at once."""
+        if running_loop():
+            msg = "run() blocks, and an event loop is running here: use `await worker.arun()` instead"
+            raise UsageError(msg)
+        asyncio.run(self._run_with_signals())
+
+    async def _run_with_signals(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                with suppress(NotImplementedError):  # Windows has no such handlers
+                    loop.add_signal_handler(number, self.stop)
+        await self.arun()
+
+    def stop(self) -> None:
+        """Ask the worker to end: it claims nothing more and waits up to `grace` seconds for what it runs. Asked again: no wait."""
+        if self._stopping:
+            self._hasty = True
+            for run in list(self.running.values()):
+                run.request_stop("release")
+        self._stopping = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def arun(self) -> None:
+        """Run until stopped, on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        await self.client.open()
+        await self._begin()
+        log.info("worker %s serves %s with %d slots", self.keeper.id, ", ".join(self.queues), self.concurrency)
+        self.client.listeners.append(self._told)
+        timer = self._loop.call_later(self.max_time, self.stop) if self.max_time else None
+        aside = [asyncio.create_task(self._look_at_fleet()), asyncio.create_task(self._read_notes())]
+        try:
+            await self._work()
+            await self._wind_down()
+        finally:
+            self.client.listeners.remove(self._told)
+            if timer:
+                timer.cancel()
+            await _cancel([*aside, *self._pursuits])
+            await self.keeper.stop()
+            await self.keeper.end()
+            self.executor.threads.close()
+            log.info("worker %s has ended; %d tasks completed, %d failed", self.keeper.id, self.keeper.completed, self.keeper.failed)
+
+    async def _begin(self) -> None:
+        self.keeper.on_lost = self._lost
+        await self.keeper.create()
+        self.keeper.start(thread=self._heartbeat_thread)
+        await self.fleet.look()
+
+    async def _wind_down(self) -> None:
+        """Wait for what runs, then give back what did not end in time."""
+        if self._pursuits and not self._hasty:
+            log.info("waiting up to %g s for %d running tasks", self.grace, len(self._pursuits))
+            deadline = self.clock.monotonic() + self.grace
+            while self._pursuits and not self._hasty and not self.keeper.lost and self.clock.monotonic() < deadline:
+                self._wake.clear()
+                await _first(self._wake.wait(), asyncio.wait(self._pursuits, timeout=deadline - self.clock.monotonic()))
+        for run in list(self.running.values()):
+            run.request_stop("release")
+        if self._pursuits and not self.keeper.lost:
+            # what is left now only stores its outcome; a store that is away may keep it from that
+            await asyncio.wait(self._pursuits, timeout=self.keeper.ttl)
+
+    def _told(self, queue: str, entry: str) -> None:
+        """Hear of an entry that this process added itself, on whatever thread."""
+        loop = self._loop
+        if loop is not None:
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._hint, queue, entry)
+
+    def _hint(self, queue: str, entry: str) -> None:
+        for finder in self.finders:
+            if finder.queue == queue:
+                finder.hint(entry)
+                self._wake.set()
+
+    def _lost(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    def _handled(self, entry: keys.Entry) -> bool:
+        if entry.name in self.tasks:
+            return True
+        if entry.name not in self.unhandled:
+            log.warning("tasks named %r wait in queue %r, and this worker has no handler of that name", entry.name, entry.queue)
+        self.unhandled[entry.name] = self.unhandled.get(entry.name, 0) + 1
+        return False
+
+    # ------------------------------------------------------------------ the loop
+
+    async def _work(self) -> None:
+        tries = 0
+        while not self._stopping:
+            self._wake.clear()
+            if self.keeper.lost:
+                await self._begin_anew()
+                continue
+            room = min(self.concurrency - self._busy, (FINISHING + 1) * self.concurrency - len(self._pursuits))
+            if room <= 0:
+                await self._wake.wait()
+                continue
+            try:
+                if await self._take(room):
+                    tries = 0
+                    continue
+                if self.drain and not self._pursuits and await self._drained():
+                    return
+                await self._rest()
+                tries = 0
+            except StoreError as error:
+                log.error("looking for work failed, trying again: %s", error)  # noqa: TRY400 - the text says all
+                await _first(self._wake.wait(), pause(self.clock, tries + 3))
+                tries += 1
+
+    async def _take(self, room: int) -> bool:
+        taken = 0
+        for finder in self.finders:
+            for found in await finder.take(room - taken):
+                taken += 1
+                self._busy += 1
+                pursuit = asyncio.create_task(self._pursue(finder, found))
+                self._pursuits.add(pursuit)
+                pursuit.add_done_callback(self._pursued)
+            if taken >= room:
+                break
+        if len(self.finders) > 1:
+            self.finders.append(self.finders.pop(0))  # no queue is always the last to be asked
+        self._drain_wait = 0.1 if taken else self._drain_wait
+        return taken > 0
+
+    def _pursued(self, pursuit: asyncio.Task[None]) -> None:
+        self._pursuits.discard(pursuit)
+        if not pursuit.cancelled() and (error := pursuit.exception()):
+            log.error("a defect of buquet: a task was left to be taken over", exc_info=error)
+        self._wake.set()
+
+    async def _rest(self) -> None:
+        rests: list[Coroutine[Any, Any, object]] = [finder.rest() for finder in self.finders]
+        if self.drain:
+            rests.append(self.clock.sleep(self._drain_wait))
+            self._drain_wait = min(self._drain_wait * 2, 2.0)
+        await _first(self._wake.wait(), *rests)
+
+    async def _pursue(self, finder: QueueFinder, found: Found) -> None:
+        """Take one entry as far as it goes: claim, run, store the outcome."""
+        freed = False
+        try:
+            try:
+                held = await self.claimer.claim(finder, found)
+            except StoreError as error:
+                log.error("claiming task %s failed: %s", found.entry.task, error)  # noqa: TRY400 - the text says all
+                finder.leave(found)
+                await self.clock.sleep(1)
+                return
+            if held is None:
+                return
+            run = Running(self.executor, held, found.entry.key)
+            self.keeper.claims[run.token] = run.listing
+            self.running[run.token] = run
+            move = await self.executor.execute(run)
+            self._busy -= 1
+            freed = True
+            self._wake.set()
+            await self._finish(finder, run, await self.executor.move(run, move))
+        finally:
+            if not freed:
+                self._busy -= 1
+
+    async def _finish(self, finder: QueueFinder, run: Running, task: Task | None) -> None:
+        """Let go of a claim after the record was stored as no longer under it, or was seen to be under another."""
+        self.running.pop(run.token, None)
+        run.keeper.claims.pop(run.token, None)
+        if task is None:
+            return
+        finder.done(run.listing.entry)
+        if task.state == "pending":
+            self.client.added(task.queue, task.entry)
+        else:
+            self.client.ended(task.id)
+        if run.listing.entry:
+            await self.register.reads.delete(run.listing.entry)
+
+    # ------------------------------------------------------------------ losing the session
+
+    async def _begin_anew(self) -> None:
+        """Stop everything of the lost session, put back the entries of what is still mine, and start under a new id."""
+        lost = self.keeper
+        await _cancel(list(self._pursuits))
+        await lost.stop()
+        self.running.clear()
+        for listing in list(lost.claims.values()):
+            await self._put_entry_back(lost.id, listing.task, listing.token)
+        self.keeper = SessionKeeper(self.client.store, self.clock, self.queues, self.concurrency, lost.ttl, lost.parent)
+        self.keeper.completed, self.keeper.failed, self.keeper.abandoned = lost.completed, lost.failed, lost.abandoned
+        self.fleet.keeper = self.claimer.keeper = self.executor.keeper = self.keeper
+        for finder in self.finders:
+            finder.skip.clear()
+            finder.look_all_at = 0.0
+        await self._begin()
+        log.warning("worker %s goes on as %s", lost.id, self.keeper.id)
+
+    async def _put_entry_back(self, worker: str, task_id: str, token: str) -> None:
+        """A heartbeat may have deleted the entry, trusting in a session that is gone now."""
+        with suppress(BuquetError):  # unreadable by now: reported when it is met
+            held = await self.register.read(Task, keys.task(task_id))
+            if held is not None and held.record.state == "running" and held.record.token == token and held.record.worker == worker:
+                await self.register.reads.put(held.record.entry, b"")
+
+    # ------------------------------------------------------------------ beside the loop
+
+    async def _look_at_fleet(self) -> None:
+        while True:
+            await self.clock.sleep(LOOK_AT_FLEET * self.keeper.ttl / TTL * self.clock.jitter(0.05))
+            try:
+                await self.fleet.look()
+            except StoreError as error:
+                log.error("the sessions cannot be listed: %s", error)  # noqa: TRY400 - the text says all
+
+    async def _read_notes(self) -> None:
+        """Look for notes while tasks run, and obey the flag of each record that a note names."""
+        etag: str | None = None
+        worker = ""
+        while True:
+            await self.clock.sleep(READ_NOTES)
+            if worker != self.keeper.id:
+                worker, etag = self.keeper.id, None
+            long_ago = self.fleet.due_now_ms() - READ_NOTES * 1000
+            if not any(run.listing.since < long_ago for run in self.running.values()):
+                continue
+            try:
+                held = await self.register.read(Note, keys.notes(worker))
+                if held is None or held.etag == etag:
+                    continue
+                etag = held.etag
+                look = set(held.record.look)
+                for run in [each for each in self.running.values() if each.listing.task in look]:
+                    await self._obey(run)
+            except BuquetError as error:
+                log.error("the notes to this worker cannot be read: %s", error)  # noqa: TRY400 - the text says all
+
+    async def _obey(self, run: Running) -> None:
+        held = await self.register.read(Task, keys.task(run.listing.task))
+        if held is not None and held.record.token == run.token and held.record.cancel_requested:
+            run.request_stop("cancel")
+
+    # ------------------------------------------------------------------ draining
+
+    async def _drained(self) -> bool:
+        """Tell whether nothing is left that this worker could run, here or under another worker."""
+        for finder in self.finders:
+            for prefix in (keys.ready_prefix(finder.queue), keys.later_lane(finder.queue)):
+                after = ""
+                while True:
+                    page = await self.register.reads.list(prefix, after=after)
+                    for each in page:
+                        entry = keys.parse_entry(each.key)
+                        if entry and entry.name in self.tasks and entry.key not in finder.stale:
+                            return False
+                    if len(page) < 1000:  # noqa: PLR2004 - a page of S3
+                        break
+                    after = page[-1].key
+        for worker in self.fleet.mates:
+            if worker != self.keeper.id:
+                held = await self.register.read(Session, keys.session(worker))
+                if held is not None and any(claim.name in self.tasks for claim in held.record.claims):
+                    return False
+        return True
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _first(*others: Coroutine[Any, Any, object]) -> None:
+    """Wait for the first of some coroutines, and cancel the rest. Raises what it raised."""
+    tasks = [asyncio.ensure_future(other) for other in others]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await _cancel(tasks)
+    for task in done:
+        task.result()

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ACCESS_KEY = "buquet-tests"
-SECRET_KEY = "only-for-these-tests"  # noqa: S105 - of a server that lives as long as the tests
+SECRET_KEY = "only-for-these-tests"
 REGION = "us-east-1"
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_REGION": REGION}
-DISTURBING = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION")
+DISTURBING = tuple(
+    f"AWS_{name}" for name in ("PROFILE", "DEFAULT_PROFILE", "SESSION_TOKEN", "ENDPOINT_URL", "ENDPOINT_URL_S3", "DEFAULT_REGION")
+)
 """Variables of the developer's own that would lead the tests elsewhere."""
 
 COUNTED = re.compile(r"^SeaweedFS_s3_request_total\{(.*)\} (\S+)$", re.MULTILINE)
@@ -70,9 +72,9 @@ class S3Server:
     def request_counts(self) -> Counter[tuple[str, str]]:
         """Return how many S3 requests the server has answered since its start, by (action, HTTP status). SeaweedFS only.
 
-        The server counts a request a moment after answering it: `settled_counts` waits for that.
+        The server may count a request a moment after answering it.
         """
-        with urlopen(self.metrics_url, timeout=10) as answer:
+        with urlopen(self.metrics_url, timeout=10) as answer:  # noqa: S310 - our own server's
             text = answer.read().decode()
         counts: Counter[tuple[str, str]] = Counter()
         for labels, value in COUNTED.findall(text):
@@ -122,9 +124,9 @@ def run_moto(folder: Path) -> Iterator[S3Server]:
 
 def _run(server: S3Server, command: list[str], folder: Path) -> Iterator[S3Server]:
     log = folder / "server.log"
-    environment = {**os.environ, **ENVIRONMENT}
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+        streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, cwd=folder, env={**os.environ, **ENVIRONMENT}, **streams)
     try:
         _await(server, process, log)
         yield server

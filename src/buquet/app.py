@@ -32,8 +32,9 @@ DEFAULT_URL = "sqlite:.buquet/buquet.db"
 
 
 class _Decorator(Protocol):
+    # the first overload is the narrower one and wins, as meant: pyright warns since their results differ
     @overload
-    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTaskFunction[P, R]: ...
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTaskFunction[P, R]: ...  # pyright: ignore[reportOverlappingOverload]
     @overload
     def __call__(self, function: Callable[P, R], /) -> TaskFunction[P, R]: ...
 
@@ -74,7 +75,7 @@ class App:
         return self._given or os.environ.get("BUQUET_URL") or f"sqlite:{Path(DEFAULT_URL.removeprefix('sqlite:')).absolute()}"
 
     def use(self, url: str) -> None:
-        """Take another store than the one given, before the first use; the command line's `--url` does so. Raises UsageError after it."""
+        """Take another store than the one given, as the command line's `--url` does. Raises UsageError after the first use."""
         if self._client is not None:
             msg = f"this App already uses {self.url}, and cannot change to {url}"
             raise UsageError(msg)
@@ -96,7 +97,7 @@ class App:
     # ------------------------------------------------------------------ declaring
 
     @overload
-    def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTaskFunction[P, R]: ...
+    def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTaskFunction[P, R]: ...  # pyright: ignore[reportOverlappingOverload]
     @overload
     def task(self, function: Callable[P, R], /) -> TaskFunction[P, R]: ...
     @overload
@@ -114,7 +115,6 @@ class App:
     def task(
         self,
         function: Callable[..., Any] | None = None,
-        /,
         *,
         name: str | None = None,
         queue: str = "default",
@@ -159,9 +159,10 @@ class App:
     ) -> Worker:
         """Return a worker for this App's tasks; `run()` or `await arun()` starts it.
 
-        `queues`: which to serve, by default those of all tasks. `concurrency`: handlers at once. `drain`: end when nothing is left.
-        `max_time`: end after so many seconds. `grace`: seconds that running handlers get at the end. `ttl`: seconds without a
-        heartbeat after which others take over. `parent` and `heartbeat_thread` are for process managers and simulations.
+        `queues`: which to serve, by default those of all tasks. `concurrency`: handlers at once.
+        `drain`: end when nothing is left. `max_time`: end after so many seconds. `grace`: seconds that running handlers get at the
+        end. `ttl`: seconds without a heartbeat after which others take over. `parent` and `heartbeat_thread` are for process
+        managers and simulations.
         """
         return Worker(
             self.client,

@@ -48,7 +48,7 @@ def decode_record(kind: type[R], body: bytes, key: str) -> R:
         record = cast("R", decoder.decode(body))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         _refuse_newer(body, key)
-        msg = f"{key} is no {kind.__name__.lower()} record ({error}); it is left as it is. See its earlier versions, or move it away"
+        msg = f"{key} is no {kind.__name__.lower()} record ({error}); it is left as it is. Restore an earlier version of it"
         raise UnreadableRecord(msg) from error
     if record.v > FORMAT:
         _refuse_newer(body, key)
@@ -211,7 +211,7 @@ class Signature:
             if parameter.default is parameter.empty:
                 fields.append((name, kind))
             else:
-                fields.append((name, typing.Union[kind, msgspec.UnsetType], msgspec.UNSET))
+                fields.append((name, typing.Union[kind, msgspec.UnsetType], msgspec.UNSET))  # noqa: UP007 - a type made at run time
         struct = msgspec.defstruct(self.function.__name__, fields, kw_only=True, forbid_unknown_fields=True)
         return _decoder(struct, f"the parameters of {self.function.__qualname__}")
 

@@ -148,7 +148,7 @@ class TaskExpired(TaskError):
     """The task was not started before its deadline."""
 
 
-class Fail(Exception):  # noqa: N818 - a word that a handler says, not an error of ours
+class Fail(Exception):
     """Raise in a handler to fail the task at once, without another attempt.
 
     >>> raise Fail("the order was deleted")
@@ -157,7 +157,7 @@ class Fail(Exception):  # noqa: N818 - a word that a handler says, not an error 
     """
 
 
-class Snooze(Exception):  # noqa: N818 - as above
+class Snooze(Exception):
     """Raise in a handler to come back after ``seconds``, without spending an attempt.
 
     >>> raise Snooze(30)

@@ -17,7 +17,7 @@ State = Literal["pending", "running", "completed", "failed", "cancelled", "expir
 STATES: tuple[State, ...] = ("pending", "running", "completed", "failed", "cancelled", "expired", "pruned", "tombstone")
 ENDED: frozenset[State] = frozenset({"completed", "failed", "cancelled", "expired"})
 """How a task can end. `pruned` is what retention makes of an ended one."""
-TERMINAL: frozenset[State] = ENDED | {"pruned", "tombstone"}
+TERMINAL: frozenset[State] = frozenset({*ENDED, "pruned", "tombstone"})
 
 ABSENT = Raw(b"")
 """An optional JSON value that is not there (JSON's own `null` is there)."""
@@ -135,6 +135,8 @@ class Session(Record, frozen=True, kw_only=True, omit_defaults=True):
     ttl: float
     """Seconds after which a session that was not written is dead."""
     queues: tuple[str, ...]
+    names: tuple[str, ...] = ()
+    """The tasks that it has handlers for."""
     concurrency: int
     claims: tuple[Claim, ...] = ()
     reaped: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +10,7 @@ from buquet.queue.background import running_loop
 
 if TYPE_CHECKING:
     import asyncio
+    import logging
 
 _current: ContextVar[Attempt | None] = ContextVar("buquet_attempt", default=None)
 
@@ -44,7 +44,7 @@ class Attempt:
         self.checkpointed = checkpointed
         """The value of the last checkpoint, by this attempt or an earlier one; None when there was none."""
         self.cancelled = False
-        """Whether somebody asked for this task to be cancelled, or its time is up. A handler in a thread looks here now and then."""
+        """Whether the task was cancelled, or its time is up. A handler in a thread looks here now and then."""
         self.logger = logger
         """A logger that adds the task's id and attempt to every line."""
 

@@ -40,7 +40,7 @@ class Background:
     def loop(self) -> asyncio.AbstractEventLoop:
         """The loop, started if need be. Raises UsageError in a forked child."""
         if self._pid != os.getpid():
-            msg = "this App was used before the process forked, and its connections do not survive that. Make the App in the child, or spawn"
+            msg = "this App was used before the process forked, which connections do not survive. Make the App in the child"
             raise UsageError(msg)
         with self._lock:
             if self._loop is None:

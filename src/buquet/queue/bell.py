@@ -49,9 +49,14 @@ class Ringer:
         self.background.spawn(lambda: self._ring_soon(queue))
 
     async def close(self) -> None:
-        """Ring for what was added and not yet rung for."""
+        """Ring for what was added and not yet rung for, and take nothing more."""
         with self._lock:
             self._closing = True
+        await self.flush()
+
+    async def flush(self) -> None:
+        """Ring now for what was added and not yet rung for."""
+        with self._lock:
             queues = list(self._added)
         for queue in queues:
             await self._ring_now(queue)
@@ -78,7 +83,9 @@ class Ringer:
         except (StoreError, UnreadableRecord) as error:
             # the tasks are safe; they are found at the workers' next look back
             self._known.pop(queue, None)
-            log.warning("the bell of queue %s could not be rung, so its workers may find new tasks up to 30 s late: %s", queue, error)
+            log.warning(
+                "the bell of queue %s could not be rung, so its workers may find new tasks up to 30 s late: %s", queue, error
+            )
 
     async def _ring(self, queue: str, entries: list[str]) -> None:
         key = keys.bell(queue)

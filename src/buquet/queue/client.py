@@ -70,7 +70,7 @@ class Client:
             write = await self.register.create(keys.LAYOUT, Layout(format=FORMAT, created=self.clock.now_ms()))
             held = write.held
         if held is not None and held.record.format > FORMAT:
-            msg = f"{self.store.url} is laid out in format {held.record.format} and this buquet knows up to {FORMAT}. Upgrade buquet here"
+            msg = f"{self.store.url} is laid out in format {held.record.format} and this buquet knows up to {FORMAT}. Upgrade it"
             raise UnreadableRecord(msg)
         self._open = True
 
@@ -213,7 +213,7 @@ class Client:
                 return held.record
             left = 3600.0 if timeout is None else begun + timeout - self.clock.monotonic()
             if left <= 0:
-                msg = f"task {task_id} is still {held.record.state} after {timeout:g} s; it goes on. Wait longer, or `buquet get {task_id}`"
+                msg = f"task {task_id} is still {held.record.state} after {timeout:g} s and goes on; `buquet get` looks at it"
                 raise TimeoutError(msg)
             if self.store.can_wait:
                 await self.store.wait_changed(held.key, held.etag, min(left, 5))
@@ -268,5 +268,3 @@ def _same_value(there: Task, fresh: Task) -> bool:
     if there.args_at or fresh.args_at:
         return there.args_at == fresh.args_at
     return bytes(there.args) == bytes(fresh.args) or decode_any(there.args) == decode_any(fresh.args)
-
-

@@ -65,7 +65,7 @@ class Handle(Generic[R_co]):
         return (await self.arecord()).state
 
     async def ahistory(self) -> list[Event]:
-        """Return the task's timeline: when it came to which state, under which worker, why. `at` is in milliseconds since 1970."""
+        """Return the task's timeline: when it came to which state, by which worker, why. `at`: milliseconds since 1970."""
         return list((await self.arecord()).events)
 
     async def acancel(self) -> Literal["cancelled", "requested"]:
@@ -82,7 +82,9 @@ class Handle(Generic[R_co]):
         """
         attempt = inside_handler()
         if attempt:
-            attempt.logger.warning("task %s waits for the result of %s and holds its slot meanwhile; workflows do not", attempt.id, self.id)
+            attempt.logger.warning(
+                "task %s waits for the result of %s and holds its slot meanwhile; workflows do not", attempt.id, self.id
+            )
         client = self._home.client
         task = await client.wait(self.id, timeout)
         if task.state != "completed":

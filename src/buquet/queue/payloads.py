@@ -23,7 +23,7 @@ LARGEST = 64 << 20
 def check_size(body: bytes, what: str) -> None:
     """Raise InvalidArgument for a value over 64 MiB."""
     if len(body) > LARGEST:
-        msg = f"{what} has {len(body):,} bytes as JSON, and the most is {LARGEST:,}. Store it in an object of yours and pass its key"
+        msg = f"{what} has {len(body):,} bytes as JSON; the most is {LARGEST:,}. Store it in an object of yours and pass its key"
         raise InvalidArgument(msg)
 
 

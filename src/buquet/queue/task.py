@@ -6,7 +6,6 @@ import asyncio
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, Self, TypeVar, cast
 
@@ -20,6 +19,7 @@ from buquet.records import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
+    from datetime import datetime
 
     from buquet.queue.client import Submitted
     from buquet.queue.handle import Home
@@ -100,7 +100,9 @@ class Prepared(NamedTuple):
 class BaseTask(Generic[P, R]):
     """What tasks of sync and async functions share. `R` is what the function returns or, async, awaits to."""
 
-    def __init__(self, home: Home, function: Callable[..., Any], name: str, queue: str, policy: Policy, options: SubmitOptions) -> None:
+    def __init__(
+        self, home: Home, function: Callable[..., Any], name: str, queue: str, policy: Policy, options: SubmitOptions
+    ) -> None:
         self._home = home
         self._options = options
         self.function = function
@@ -220,7 +222,7 @@ class BaseTask(Generic[P, R]):
             try:
                 for call in islice(source, CHUNK):
                     by_name = isinstance(call, Mapping)
-                    chunk.append(self.prepare(() if by_name else tuple(call), dict(cast("Mapping[str, Any]", call)) if by_name else {}))
+                    chunk.append(self.prepare(() if by_name else tuple(call), dict(call) if by_name else {}))
             except Exception:
                 if chunk:
                     yield chunk

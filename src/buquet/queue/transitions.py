@@ -17,6 +17,8 @@ that entry before the record. A move of a claimant raises Refused unless the rec
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec.structs import replace
 
 from buquet import keys
@@ -26,7 +28,7 @@ from buquet.records import ABSENT, ENDED, TERMINAL, ErrorInfo, Event, Raw, State
 KEPT_EVENTS = 60
 
 
-def _moved(task: Task, state: State, now: int, why: str, detail: str = "", by: str = "", **changes: object) -> Task:
+def _moved(task: Task, state: State, now: int, why: str, detail: str = "", by: str = "", **changes: Any) -> Task:
     """Change the state and write the line of the timeline that says so."""
     event = Event(at=now, state=state, why=why, attempt=task.attempt, worker=by or task.worker, detail=detail[:500])
     events = (*task.events, event)
@@ -37,15 +39,13 @@ def _moved(task: Task, state: State, now: int, why: str, detail: str = "", by: s
     return replace(task, state=state, events=events, dropped=dropped, **changes)
 
 
-def _waiting(task: Task, now: int, due: int, why: str, detail: str = "", **changes: object) -> Task:
+def _waiting(task: Task, now: int, due: int, why: str, detail: str = "", **changes: Any) -> Task:
     """Put a task back among those that wait, under an entry of the next rev."""
     entry = keys.entry(task.queue, task.priority, now, due, task.id, task.rev + 1, task.name)
-    return _moved(
-        task, "pending", now, why, detail, entry=entry, due=due if due > now else 0, worker="", token="", **changes
-    )
+    return _moved(task, "pending", now, why, detail, entry=entry, due=due if due > now else 0, worker="", token="", **changes)
 
 
-def _over(task: Task, state: State, now: int, why: str, detail: str = "", **changes: object) -> Task:
+def _over(task: Task, state: State, now: int, why: str, detail: str = "", **changes: Any) -> Task:
     """End a task. The entry stays named, so that it is known which one may still be there."""
     return _moved(task, state, now, why, detail, finished=now, token="", due=0, **changes)
 
@@ -80,7 +80,7 @@ def bury(entry: keys.Entry, now: int) -> Task:
 
 
 def claim(task: Task, worker: str, token: str, now: int) -> Task:
-    """Make a pending task running under (worker, token); or cancelled, where that was requested; or expired, past its deadline."""
+    """Make a pending task running under (worker, token); or cancelled, where that was asked for; or expired."""
     if task.state != "pending":
         msg = f"task {task.id} is {task.state}, not pending"
         raise Refused(msg)
@@ -91,7 +91,7 @@ def claim(task: Task, worker: str, token: str, now: int) -> Task:
     return _running(replace(task, attempt=task.failures + 1), worker, token, now, "claimed")
 
 
-def _running(task: Task, worker: str, token: str, now: int, why: str, detail: str = "", **changes: object) -> Task:
+def _running(task: Task, worker: str, token: str, now: int, why: str, detail: str = "", **changes: Any) -> Task:
     return _moved(
         task, "running", now, why, detail, worker, worker=worker, token=token, due=0, started=task.started or now, **changes
     )
@@ -208,7 +208,17 @@ def prune(task: Task, now: int) -> Task:
         msg = f"task {task.id} is {task.state}: only an ended task is pruned"
         raise Refused(msg)
     bare = replace(
-        task, args=ABSENT, args_at="", result=ABSENT, result_at="", checkpoint=ABSENT, checkpoint_at="", error=None, tags={}, events=(), dropped=0
+        task,
+        args=ABSENT,
+        args_at="",
+        result=ABSENT,
+        result_at="",
+        checkpoint=ABSENT,
+        checkpoint_at="",
+        error=None,
+        tags={},
+        events=(),
+        dropped=0,
     )
     return _moved(bare, "pruned", now, "pruned", f"it was {task.state}")
 

@@ -19,7 +19,10 @@ UNDERSTOOD = """Understood are
 
 
 def open_store(url: str, clock: Clock) -> Store:
-    """Return the store that a URL names. Nothing is read or written yet. Raises InvalidURL; its text never shows the URL's secrets."""
+    """Return the store that a URL names. Nothing is read or written yet.
+
+    Raises InvalidURL; its text never shows a secret that somebody put into the URL.
+    """
     scheme, colon, _ = url.partition(":")
     match scheme.lower() if colon else "":
         case "sqlite":
@@ -46,7 +49,7 @@ def _sqlite(url: str, clock: Clock) -> Store:
     if path.startswith("//"):
         host, slash, rest = path[2:].partition("/")
         if host:
-            msg = f"sqlite://{host} names a host, but the file is on this machine: sqlite:path.db, or sqlite:///path.db for an absolute path"
+            msg = f"sqlite:// is followed by a host, but the file is on this machine. {UNDERSTOOD}"
             raise InvalidURL(msg)
         path = slash + rest
     path, question, query = path.partition("?")

@@ -6,6 +6,7 @@ The client's own retries are off: whether a request may be sent again is the cal
 from __future__ import annotations
 
 import os
+import re
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,8 @@ T = TypeVar("T")
 REGION = "us-east-1"
 CONNECT_TIMEOUT = timedelta(seconds=5)
 REQUEST_TIMEOUT = timedelta(seconds=30)
+ENDPOINT = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:(?P<port>\d{1,5}))?(/[\w./-]*)?", re.ASCII)
+PORTS = 65_535
 FIRST_LOOK = 0.02
 LONGEST_LOOK = 1.0
 
@@ -41,7 +44,8 @@ _started: list[int] = []
 class S3Store:
     """Objects in a bucket, under a prefix. No request is sent before the first operation.
 
-    Credentials are looked for where AWS's own tools do: the environment, a profile or shared file (needs boto3), the machine's role.
+    Credentials are looked for where AWS's own tools do: in the environment, in a profile or shared file (needs boto3), and then
+    at the container or machine, for its role.
     Raises InvalidURL for a bucket, prefix or endpoint that cannot be meant.
     """
 
@@ -113,13 +117,17 @@ class S3Store:
         return answer
 
     async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
-        """See Store. One request, as long as the server gives full pages."""
+        """See Store. One request, as long as the server gives full pages.
+
+        SeaweedFS walks folders, so with it one LIST must not span folders of which one's name begins with another's.
+        """
         client = self._open()
 
         async def fetch() -> list[Listed]:
             page: list[Listed] = []
             # obstore appends the slash itself, and reads on only when asked for the next chunk
-            async for chunk in client.list(prefix.rstrip("/") or None, offset=after or None, chunk_size=limit):
+            chunks = client.list(prefix.rstrip("/") or None, offset=after or None, chunk_size=limit)  # pyright: ignore[reportUnknownMemberType]
+            async for chunk in chunks:
                 # obstore drops a slash at the end of `after`, so that earlier keys may be met
                 found = (Listed(one["path"], one["e_tag"], one["last_modified"].timestamp(), one["size"]) for one in chunk)
                 page += [one for one in found if one.key > after and one.key.startswith(prefix)]
@@ -185,8 +193,8 @@ class S3Store:
     def _open(self) -> Client:
         if _started and _started[0] != os.getpid():
             msg = (
-                f"{self.url} cannot be used here: this process was forked from one that had already used S3, and the client's threads "
-                "do not survive that. Use multiprocessing's 'spawn', or fork before the first use"
+                f"{self.url} cannot be used here: this process was forked from one that had already used S3, "
+                "and the client's threads do not survive that. Use multiprocessing's 'spawn', or fork before the first use"
             )
             raise UsageError(msg)
         client = self._client
@@ -245,9 +253,11 @@ def _check(bucket: str, prefix: str, endpoint: str | None) -> None:
     if any(part in {"", ".", ".."} for part in prefix.split("/")) and prefix:
         msg = f"the prefix {prefix!r} has an empty part, or one that is . or .."
         raise InvalidURL(msg)
-    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
-        msg = f"the endpoint {endpoint!r} does not begin with http:// or https://"
-        raise InvalidURL(msg)
+    if endpoint is not None:
+        found = ENDPOINT.fullmatch(endpoint)
+        if found is None or int(found["port"] or 0) > PORTS:  # the client panics at some of these
+            msg = "an endpoint is http://host:port or https://host, and nothing behind it"
+            raise InvalidURL(msg)
 
 
 def _profile() -> Boto3CredentialProvider | None:
@@ -264,7 +274,7 @@ def _profile() -> Boto3CredentialProvider | None:
     except ImportError:
         if not named:
             return None
-        msg = f"the AWS profile {named!r} needs boto3 to be read: pip install boto3, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        msg = f"the AWS profile {named!r} takes boto3 to read: pip install 'buquet[s3]', or put the keys into the environment"
         raise AccessDenied(msg) from None
     try:
         return Boto3CredentialProvider()

@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 from urllib.parse import urlencode
 
-from obstore.exceptions import AlreadyExistsError, NotFoundError, PermissionDeniedError, PreconditionError, UnauthenticatedError
+from obstore.exceptions import AlreadyExistsError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 
 from buquet.errors import AccessDenied, BucketMissing, StoreError, StoreFull, StoreRefused, StoreUnavailable, StoreUnfit
 
@@ -15,11 +15,22 @@ CODE = re.compile(r"<Code>\s*([\w.]+)\s*</Code>")
 MESSAGE = re.compile(r"<Message>([^<]{1,300})")
 
 FULL = {"QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull", "InsufficientStorage"}
-DENIED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"}
+DENIED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
+"""Refusals of credentials that come with status 400."""
 ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
-PASSING = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "InternalError", "ServiceUnavailable"}
+PASSING = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
 ROLE = ("169.254.169.254", "/latest/api/token", "/latest/meta-data")
 """Where obstore asks for a machine's role, when nothing else has given credentials."""
+
+SIGNS = {
+    "ConnectionRefused": "nothing listens there: connection refused",
+    "ConnectionReset": "connection reset",
+    "dns error": "the host's name is not known",
+    "kind: Timeout": "not in time",
+    "TimedOut": "not in time",
+    "certificate": "its certificate is not trusted",
+}
+"""Words in obstore's description of a request without an answer."""
 
 
 class Place(NamedTuple):
@@ -34,7 +45,7 @@ class Place(NamedTuple):
     def url(self) -> str:
         """The URL that `open_store` understands."""
         query = {"endpoint": self.endpoint, "region": self.region}
-        options = urlencode({name: value for name, value in query.items() if value}, safe=":/")
+        options = urlencode({name: value for name, value in query.items() if value}, safe=":/[]")
         return f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "") + (f"?{options}" if options else "")
 
 
@@ -52,12 +63,14 @@ def code_of(error: BaseException) -> str:
 
 def is_conflict(error: BaseException) -> bool:
     """Tell whether the condition of a PUT was not met. 409: another conditional write of the key was under way."""
-    return isinstance(error, AlreadyExistsError | PreconditionError) or (status_of(error) in {409, 412} and code_of(error) not in FULL)
+    if code_of(error) == "NoSuchBucket":  # a conditional PUT's 404 comes as a PreconditionError, too
+        return False
+    return isinstance(error, AlreadyExistsError | PreconditionError) or status_of(error) in {409, 412}
 
 
 def is_missing(error: BaseException) -> bool:
     """Tell whether the key, but not the bucket, is missing."""
-    return isinstance(error, FileNotFoundError | NotFoundError) and code_of(error) != "NoSuchBucket"
+    return isinstance(error, FileNotFoundError) and code_of(error) != "NoSuchBucket"
 
 
 def is_no_version(error: BaseException) -> bool:
@@ -72,14 +85,16 @@ def explain(error: BaseException, what: str, place: Place, *, answered: bool) ->
     where = place.endpoint or "AWS"
     if code == "NoSuchBucket":
         return BucketMissing(f"there is no bucket {place.bucket!r} at {where}. Create it, or run `buquet init --url {place.url}`")
+    if any(sign in str(error) for sign in ROLE):
+        if answered:  # it has given credentials before, and will again
+            return StoreUnavailable(f"{what} in {place.url}: the machine's role could not be asked ({said})")
+        return AccessDenied(f"no credentials were found for {what} in {place.url}. {_looked()}")
     if code in FULL or status == 507:
         return StoreFull(f"{what} in {place.url}: {said}. Free space or raise the quota; nothing was written")
     if code in ELSEWHERE or "incorrectly configured region" in str(error) or status == 301:
-        return StoreRefused(f"{what} in {place.url}: {said}. The bucket is in another region: name it with ?region= or AWS_REGION")
+        return StoreRefused(f"{what} in {place.url}: {said}. Name the bucket's own region, by ?region= or AWS_REGION")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in {401, 403} or code in DENIED:
         return AccessDenied(f"{what} in {place.url} was denied: {said}. {_looked()}")
-    if not status and not answered and any(sign in str(error) for sign in ROLE):
-        return AccessDenied(f"no credentials were found for {what} in {place.url}. {_looked()}")
     if status == 501 or code == "NotImplemented":
         return StoreUnfit(f"{what}: {where} does not do this ({said}). buquet needs PUT with If-None-Match and If-Match")
     if status in {0, 408, 409, 412, 429} or status >= 500 or code in PASSING:
@@ -96,14 +111,11 @@ def _looked() -> str:
 
 def _said(error: BaseException, status: int, code: str) -> str:
     """Return the answer in a few words. Not the whole of it: it may quote signed headers."""
-    message = MESSAGE.search(str(error))
-    if status:
-        return " ".join(filter(None, (str(status), code, message[1].strip() if message else "")))
     text = str(error)
-    if "operation timed out" in text or "TimedOut" in text or "timeout" in text.lower():
-        return "no answer in time"
-    if "Connection refused" in text or "ConnectionRefused" in text:
-        return "nothing listens there (connection refused)"
-    if "dns error" in text:
-        return "the host's name is not known (DNS)"
+    if status:
+        message = MESSAGE.search(text)
+        return " ".join(filter(None, (str(status), code, message[1].strip().rstrip(".") if message else "")))
+    for sign, meaning in SIGNS.items():
+        if sign in text:
+            return f"no answer ({meaning})"
     return "no answer: " + text.partition("\n")[0][-200:]

@@ -16,7 +16,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from buquet.errors import AccessDenied, AlreadyExists, BucketMissing, Changed, StoreError, StoreFull, StoreUnavailable, StoreUnfit, UsageError
+from buquet.errors import (
+    AccessDenied,
+    AlreadyExists,
+    BucketMissing,
+    Changed,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+    StoreUnfit,
+    UsageError,
+)
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Stored
 
 if TYPE_CHECKING:
@@ -24,7 +34,8 @@ if TYPE_CHECKING:
 
     from buquet.clock import Clock
 
-APPLICATION = 0x62757174
+APPLICATION = 1651863924
+"""Marks a file as ours, in the pragma application_id: "buqt"."""
 KEPT = ("tasks/", "runs/", "schedules/")
 """Keys whose earlier versions are kept, as in a versioned bucket; of sessions, bells and entries nobody reads them."""
 MOST = 1000
@@ -32,25 +43,41 @@ MOST = 1000
 BUSY = 30.0
 """Seconds to wait for another process's transaction."""
 
-SCHEMA = f"""
+SCHEMA = """
 PRAGMA page_size = 8192;
 PRAGMA auto_vacuum = INCREMENTAL;
 PRAGMA journal_mode = WAL;
 BEGIN IMMEDIATE;
-PRAGMA application_id = {APPLICATION};
+PRAGMA application_id = 1651863924;
 CREATE TABLE IF NOT EXISTS objects(
-    id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, etag INTEGER NOT NULL, modified REAL NOT NULL, prev INTEGER, body BLOB NOT NULL
+    id INTEGER PRIMARY KEY,
+    key TEXT NOT NULL UNIQUE,
+    etag INTEGER NOT NULL,
+    modified REAL NOT NULL,
+    prev INTEGER,
+    body BLOB NOT NULL
 );
-CREATE TABLE IF NOT EXISTS versions(etag INTEGER PRIMARY KEY, key TEXT NOT NULL, modified REAL NOT NULL, prev INTEGER, body BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS versions(
+    etag INTEGER PRIMARY KEY,
+    key TEXT NOT NULL,
+    modified REAL NOT NULL,
+    prev INTEGER,
+    body BLOB NOT NULL
+);
 CREATE TABLE IF NOT EXISTS deleted(key TEXT PRIMARY KEY, etag INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS writes(n INTEGER NOT NULL);
 INSERT INTO writes SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM writes);
 COMMIT;
 """
-# Rows lie in the order in which they were written, not in the order of their keys, which is random: neighbours are written together,
-# and a commit touches few pages (measured: six times the updates a second). So earlier versions have no index on their key;
+# Rows lie in the order in which they were written, not in that of their keys, which is random: neighbours are written
+# together, and a commit touches few pages (measured: six times the updates a second). So earlier versions have no index on their key;
 # each names the one before it, and `deleted` names the last one of a key that is gone.
-PRAGMAS = ("PRAGMA synchronous = FULL", "PRAGMA cache_size = -16000", "PRAGMA journal_size_limit = 67108864", "PRAGMA busy_timeout = 0")
+PRAGMAS = (
+    "PRAGMA synchronous = FULL",
+    "PRAGMA cache_size = -16000",
+    "PRAGMA journal_size_limit = 67108864",
+    "PRAGMA busy_timeout = 0",
+)
 
 
 class _Write(NamedTuple):
@@ -89,7 +116,9 @@ class SqliteStore:
 
     async def update(self, key: str, body: bytes, etag: str) -> Receipt:
         """See Store."""
-        return await self._enqueue(_update_kept if key.startswith(KEPT) else _update, key, body, int(etag) if etag.isdecimal() else -1)
+        return await self._enqueue(
+            _update_kept if key.startswith(KEPT) else _update, key, body, int(etag) if etag.isdecimal() else -1
+        )
 
     async def put(self, key: str, body: bytes) -> Receipt:
         """See Store."""
@@ -227,7 +256,7 @@ class SqliteStore:
         if self._writer is not None and self._pid == os.getpid():
             return
         if self._pid != os.getpid():
-            msg = f"{self.url} was opened before this process forked, and a SQLite file does not survive that. Make the App in the child, or spawn"
+            msg = f"{self.url} was opened before this process forked, which SQLite does not survive. Make the App in the child"
             raise UsageError(msg)
         with self._lock:
             if self._writer is not None:
@@ -251,7 +280,7 @@ class SqliteStore:
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             if application != APPLICATION:
                 if connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-                    msg = f"{self.path} is a SQLite database of another program; buquet leaves it alone. Name another file, as sqlite:PATH"
+                    msg = f"{self.path} is a SQLite database of another program and left alone. Name another file, as sqlite:PATH"
                     raise StoreUnfit(msg)
                 self._lay_out(connection)
         except sqlite3.Error as error:
@@ -290,7 +319,9 @@ class SqliteStore:
         if code == sqlite3.SQLITE_NOTADB:
             return StoreUnfit(f"{self.path} is no SQLite database. Name another file, as sqlite:PATH, or move this one away")
         if code in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_AUTH}:
-            return AccessDenied(f"{self.path} cannot be opened for writing ({error}). Check the rights of the file and of its folder")
+            return AccessDenied(
+                f"{self.path} cannot be opened for writing ({error}). Check the rights of the file and of its folder"
+            )
         if code == sqlite3.SQLITE_CORRUPT:
             return StoreUnfit(f"{self.path} is damaged ({error}). Restore it from a backup, or try `sqlite3 FILE .recover`")
         return StoreUnavailable(f"{self.path}: {error}")
@@ -383,7 +414,8 @@ def _create(connection: sqlite3.Connection, write: _Write, number: int, now: flo
 def _create_kept(connection: sqlite3.Connection, write: _Write, number: int, now: float) -> Receipt | StoreError:
     values = (write.key, number, now, write.key, write.body)
     done = connection.execute(
-        "INSERT INTO objects(key, etag, modified, prev, body) VALUES (?, ?, ?, (SELECT etag FROM deleted WHERE key = ?), ?) ON CONFLICT DO NOTHING",
+        "INSERT INTO objects(key, etag, modified, prev, body) VALUES (?, ?, ?, (SELECT etag FROM deleted WHERE key = ?), ?) "
+        "ON CONFLICT DO NOTHING",
         values,
     )
     return _receipt(write, number) if done.rowcount else AlreadyExists(f"{write.key} exists")
@@ -391,7 +423,9 @@ def _create_kept(connection: sqlite3.Connection, write: _Write, number: int, now
 
 def _update(connection: sqlite3.Connection, write: _Write, number: int, now: float) -> Receipt | StoreError:
     values = (number, now, write.body, write.key, write.etag)
-    done = connection.execute("UPDATE objects SET etag = ?, modified = ?, prev = etag, body = ? WHERE key = ? AND etag = ?", values)
+    done = connection.execute(
+        "UPDATE objects SET etag = ?, modified = ?, prev = etag, body = ? WHERE key = ? AND etag = ?", values
+    )
     return _receipt(write, number) if done.rowcount else Changed(f"{write.key} is no longer the version read")
 
 

@@ -1,4 +1,6 @@
-"""What every store must do, as tests. Subclass `StoreContract` and give it a `store` fixture::
+"""What every store must do, as tests.
+
+Subclass `StoreContract` and give it a `store` fixture::
 
     class TestMyStore(StoreContract):
         @pytest.fixture
@@ -176,7 +178,8 @@ class StoreContract:
         assert [one.key for one in await store.list("later/q/", after=keys[9], limit=5)] == keys[10:]
 
     async def test_list_leaves_siblings_out(self, store: Store) -> None:
-        await write_all(store, ["ready/q", "ready/q/5/a", "ready/q/5/b", "ready/q/50/a", "ready/q2/5/a", "ready/q.x/5/a", "readyx/q/5/a"])
+        beside = ["ready/q", "ready/q/50/a", "ready/q2/5/a", "ready/q.x/5/a", "readyx/q/5/a"]
+        await write_all(store, ["ready/q/5/a", "ready/q/5/b", *beside])
         assert [one.key for one in await store.list("ready/q/5/")] == ["ready/q/5/a", "ready/q/5/b"]
         assert [one.key for one in await store.list("ready/q/")] == ["ready/q/5/a", "ready/q/5/b", "ready/q/50/a"]
         assert await store.list("ready/none/") == []

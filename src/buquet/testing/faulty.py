@@ -1,10 +1,26 @@
 """Stores that misbehave on purpose.
 
->>> faulty = FaultyStore(MemoryStore(clock), clock)                  # doctest: +SKIP
->>> faulty.inject("lose", "update", "tasks/")                        # the next update under tasks/ lands, its answer does not
->>> stop = faulty.pause("delete", "ready/")                          # the next delete under ready/ waits
->>> await stop.reached.wait(); stop.go.set()
->>> faulty.counts["get-304", "bell"]
+>>> from buquet.clock import Clock
+>>> from buquet.store.memory import MemoryStore
+>>> async def example():
+...     clock = Clock()
+...     faulty = FaultyStore(MemoryStore(clock), clock)
+...     faulty.inject("lose", "put", "bell/")  # the next put under bell/ is applied, but its answer is lost
+...     try:
+...         await faulty.put("bell/q", b"1")
+...     except StoreUnavailable as error:
+...         print(error)
+...     stop = faulty.pause("delete")  # the next delete waits
+...     deleting = asyncio.create_task(faulty.delete("bell/q"))
+...     await stop.reached.wait()
+...     print(await faulty.get("bell/q") is not None)
+...     stop.go.set()
+...     await deleting
+...     print(faulty.count("get"), faulty.count("get-304"))
+>>> asyncio.run(example())
+put bell/q: no answer (injected: lose)
+True
+1 0
 """
 
 from __future__ import annotations
@@ -12,6 +28,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -83,8 +100,8 @@ class _Late:
 class FaultyStore:
     """Passes requests to another store, except where told otherwise.
 
-    The faults: `lose` applies a write and raises StoreUnavailable; `refuse` raises StoreUnavailable instead of applying it; `late`
-    does so, too, but the write lands later (`land`, or by itself); `full` raises StoreFull; `delay` waits `seconds` first.
+    The faults: `lose` applies a write and raises StoreUnavailable; `refuse` raises StoreUnavailable instead of applying it;
+    `late` does so, too, but the write lands later (`land`, or by itself); `full` raises StoreFull; `delay` waits `seconds` first.
     Reads have nothing to apply: to them `lose`, `refuse` and `late` are the same, and `full` does not happen.
 
     `rate` is the share of requests, 0 to 1, that get one of `faults` at random, drawn from the clock's random numbers.
@@ -240,10 +257,8 @@ class FaultyStore:
             msg = f"{op} {key}: full (injected)"
             raise StoreFull(msg)
         if op in WRITES and rule.fault == "lose":
-            try:
+            with suppress(AlreadyExists, Changed):  # that answer is lost as well
                 await apply()
-            except (AlreadyExists, Changed):
-                pass  # that answer is lost as well
         elif op in WRITES and rule.fault == "late":
             self._late.append(_Late(apply, rule.after, op, key))
         await self._stop("after", op, key)

@@ -28,7 +28,9 @@ ORPHAN = 3600.0
 class Claimer:
     """Claims tasks for a worker. Lost races and unfinished moves are left alone; stale entries are deleted."""
 
-    def __init__(self, register: Register, clock: Clock, fleet: Fleet, keeper: SessionKeeper, ended: Callable[[str], None]) -> None:
+    def __init__(
+        self, register: Register, clock: Clock, fleet: Fleet, keeper: SessionKeeper, ended: Callable[[str], None]
+    ) -> None:
         self.register = register
         self.clock = clock
         self.fleet = fleet

@@ -102,7 +102,9 @@ class Running:
 class Executor:
     """Runs handlers for a worker, and stores their outcomes."""
 
-    def __init__(self, register: Register, clock: Clock, fleet: Fleet, keeper: SessionKeeper, tasks: Mapping[str, BaseTask[Any, Any]]) -> None:
+    def __init__(
+        self, register: Register, clock: Clock, fleet: Fleet, keeper: SessionKeeper, tasks: Mapping[str, BaseTask[Any, Any]]
+    ) -> None:
         self.register = register
         self.clock = clock
         self.fleet = fleet
@@ -278,11 +280,11 @@ class Executor:
         return self.fleet.due_now_ms()
 
 
-class AttemptTimeout(Exception):  # noqa: N818 - its name is what users read
+class AttemptTimeout(Exception):
     """An attempt took longer than its timeout."""
 
 
-class HandlerExit(Exception):  # noqa: N818 - its name is what users read
+class HandlerExit(Exception):
     """A handler tried to end the process."""
 
 
@@ -292,7 +294,11 @@ def describe(error: BaseException, *, trace: bool) -> ErrorInfo:
     if trace:
         lines = traceback.format_exception(type(error), error, _from_handler(error.__traceback__))
         text = "".join(lines)[-LONGEST_TRACE:]
-    name = type(error).__name__ if type(error).__module__ in {"builtins", __name__} else f"{type(error).__module__}.{type(error).__name__}"
+    name = (
+        type(error).__name__
+        if type(error).__module__ in {"builtins", __name__}
+        else f"{type(error).__module__}.{type(error).__name__}"
+    )
     try:
         message = str(error)
     except Exception as second:  # noqa: BLE001 - even a broken error is to be told

@@ -121,37 +121,30 @@ class QueueFinder:
         return found
 
     def _from_hand(self, most: int, now: float) -> list[Found]:
-        """Take from the hints and from the pages in hand."""
+        """Take from the hints and from the pages in hand, up to the first lane that must be listed before those behind it."""
         if self.next_due and self.next_due <= self.fleet.due_now_ms():
             self.next_due = 0
             self.later.dirty = True
-        taken: list[Found] = []
-        hints, self.hinted = self.hinted, []
-        for found in hints:
-            if len(taken) < most and self._wanted(found.entry, now):
-                taken.append(found)
-            elif len(taken) >= most:
-                self.hinted.append(found)
+        taken = [found for found in self.hinted[:most] if self._wanted(found.entry, now)]
+        del self.hinted[:most]
         for lane in self.lanes:
             if lane.hand and now - lane.fetched > IN_HAND:
                 lane.hand = []
                 lane.dirty = True
-            if not lane.hand and lane.dirty:
-                # this lane comes before those behind it, and must be listed before they are served
-                if not taken:
-                    return []
+            if lane.dirty and not lane.hand:
                 break
-            while lane.hand and len(taken) < most:
-                found = lane.hand.pop()
-                if self._wanted(found.entry, now):
-                    taken.append(found)
-            if lane.last and not lane.hand:
-                self._passed(lane)
-            if len(taken) >= most:
-                break
+            self._take_from(lane, taken, most, now)
         for found in taken:
             self.skip[found.entry.key] = now + 3600
         return taken
+
+    def _take_from(self, lane: Lane, taken: list[Found], most: int, now: float) -> None:
+        while lane.hand and len(taken) < most:
+            found = lane.hand.pop()
+            if self._wanted(found.entry, now):
+                taken.append(found)
+        if lane.last and not lane.hand:
+            self._passed(lane)
 
     def _wanted(self, entry: keys.Entry, now: float) -> bool:
         until = self.skip.get(entry.key)
@@ -222,7 +215,7 @@ class QueueFinder:
         return page, False
 
     def _own_first(self, found: list[Found]) -> list[Found]:
-        """Order a page so that workers seldom meet: my own by rendezvous hashing first, then others' at random. Popped from the end."""
+        """Order a page so that workers seldom meet: mine by rendezvous hashing first, others at random; popped from the end."""
         mates = self.fleet.mates
         if len(mates) < 2:  # noqa: PLR2004 - alone there is nobody to meet
             found.reverse()
@@ -318,7 +311,12 @@ class QueueFinder:
     def hint(self, key: str) -> None:
         """Take note of an entry that was added."""
         entry = keys.parse_entry(key)
-        if entry is None or entry.queue != self.queue or not self._wanted(entry, self.clock.monotonic()) or not self.handled(entry):
+        if (
+            entry is None
+            or entry.queue != self.queue
+            or not self._wanted(entry, self.clock.monotonic())
+            or not self.handled(entry)
+        ):
             return
         if entry.priority is None and entry.at > self.fleet.due_now_ms():
             self.next_due = min(self.next_due or entry.at, entry.at)

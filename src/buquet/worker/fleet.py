@@ -29,7 +29,7 @@ TRUSTED_OFFSET = 2.0
 
 
 class Reaper:
-    """Reaps sessions: fences the worker, puts back what it ran, deletes the session. Any process may; it dies harmlessly anywhere."""
+    """Reaps sessions: fences the worker, puts back what it ran, deletes the session. Any process may, and may die at it."""
 
     def __init__(self, register: Register, clock: Clock, added: Callable[[str, str], None], ended: Callable[[str], None]) -> None:
         self.register = register
@@ -50,7 +50,13 @@ class Reaper:
             if not write.landed or write.held is None:
                 return False
             held = write.held
-        log.warning("worker %s on %s (pid %d) is dead; it ran %d tasks", worker, held.record.host, held.record.pid, len(held.record.claims))
+        log.warning(
+            "worker %s on %s (pid %d) is dead; it ran %d tasks",
+            worker,
+            held.record.host,
+            held.record.pid,
+            len(held.record.claims),
+        )
         for claim in held.record.claims:
             try:
                 await self._put_back(claim)
@@ -120,7 +126,9 @@ class Fleet:
         mine = self.keeper.id.partition(".")[0]
         now = self.store_now()
         self.mates = sorted(
-            worker for worker, each in found.items() if worker.startswith(mine) and (now - each.modified <= self.keeper.ttl or worker == self.keeper.id)
+            worker
+            for worker, each in found.items()
+            if worker.startswith(mine) and (now - each.modified <= self.keeper.ttl or worker == self.keeper.id)
         )
         for worker, each in found.items():
             if worker != self.keeper.id and now - each.modified > self.keeper.ttl:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import resource
 import socket
 import sys
 import threading
 from typing import TYPE_CHECKING
+
+if sys.platform != "win32":
+    import resource
 
 from msgspec.structs import replace
 
@@ -53,11 +55,21 @@ class SessionKeeper:
     It runs in a thread of its own, so that a handler which blocks the worker's event loop does not lose the session.
     """
 
-    def __init__(self, store: Store, clock: Clock, queues: tuple[str, ...], concurrency: int, ttl: float, parent: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        queues: tuple[str, ...],
+        names: tuple[str, ...],
+        concurrency: int,
+        ttl: float,
+        parent: str,
+    ) -> None:
         self.store = store
         self.clock = clock
         self.register = Register(store, clock, patience=None)
         self.queues = queues
+        self.names = names
         self.concurrency = concurrency
         self.ttl = ttl
         self.parent = parent
@@ -81,8 +93,10 @@ class SessionKeeper:
         return keys.session(self.id)
 
     async def create(self) -> None:
-        """Store a session under a new id. A create whose outcome is unknown is never sent again: a late copy of it would bring
-        a reaped session back to life. So the next try takes another id.
+        """Store a session under a new id.
+
+        A create whose outcome is unknown is never sent again: a late copy of it would bring a reaped session back to life.
+        So the next try takes another id.
         """
         tries = 0
         while True:
@@ -99,6 +113,7 @@ class SessionKeeper:
                 beat=now,
                 ttl=self.ttl,
                 queues=self.queues,
+                names=self.names,
                 concurrency=self.concurrency,
                 rss=resident(),
             )
@@ -167,7 +182,8 @@ class SessionKeeper:
             held.record,
             beat=self.clock.now_ms(),
             claims=tuple(
-                Claim(task=each.task, token=each.token, name=each.name, since=each.since, progress=each.progress) for each in noted
+                Claim(task=each.task, token=each.token, name=each.name, since=each.since, progress=each.progress)
+                for each in noted
             ),
             completed=self.completed,
             failed=self.failed,
@@ -231,7 +247,9 @@ class SessionKeeper:
 
 
 def resident() -> int:
-    """Return this process's resident memory in bytes."""
+    """Return this process's resident memory in bytes; 0 where it cannot be had."""
+    if sys.platform == "win32":
+        return 0
     try:
         with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - read at every heartbeat
             return int(file.read().split()[1]) * resource.getpagesize()

@@ -67,7 +67,7 @@ def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | Non
         future.set_exception(Raised(error) if isinstance(error, StopIteration) or not isinstance(error, Exception) else error)
 
 
-class Raised(Exception):  # noqa: N818 - an envelope
+class Raised(Exception):
     """Carries what a future cannot."""
 
     def __init__(self, error: BaseException) -> None:

@@ -61,7 +61,7 @@ class Worker:
             msg = "this worker has no queue to serve: the App has no tasks. Declare one with @app.task, or name a queue"
             raise UsageError(msg)
         if concurrency < 1 or grace < 0 or ttl < 1 or (max_time is not None and max_time <= 0):
-            msg = f"concurrency starts at 1, grace at 0, ttl at 1 s, max_time above 0; not {concurrency}, {grace}, {ttl}, {max_time}"
+            msg = f"needed are concurrency >= 1, grace >= 0, ttl >= 1, max_time > 0, not {concurrency}, {grace}, {ttl}, {max_time}"
             raise UsageError(msg)
         for queue in served:
             keys.quoted(queue, "queue")
@@ -74,7 +74,7 @@ class Worker:
         self.max_time = max_time
         self.grace = grace
         self.register = Register(client.store, self.clock, patience=None)
-        self.keeper = SessionKeeper(client.store, self.clock, served, concurrency, ttl, parent)
+        self.keeper = SessionKeeper(client.store, self.clock, served, tuple(sorted(tasks)), concurrency, ttl, parent)
         self.reaper = Reaper(self.register, self.clock, client.added, client.ended)
         self.fleet = Fleet(self.register, self.clock, self.keeper, self.reaper)
         self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, client.ended)
@@ -116,7 +116,7 @@ class Worker:
         await self.arun()
 
     def stop(self) -> None:
-        """Ask the worker to end: it claims nothing more and waits up to `grace` seconds for what it runs. Asked again: no wait."""
+        """Ask the worker to end: it claims nothing more, and what it runs has `grace` seconds. Asked again, it has none."""
         if self._stopping:
             self._hasty = True
             for run in list(self.running.values()):
@@ -145,7 +145,9 @@ class Worker:
             await self.keeper.stop()
             await self.keeper.end()
             self.executor.threads.close()
-            log.info("worker %s has ended; %d tasks completed, %d failed", self.keeper.id, self.keeper.completed, self.keeper.failed)
+            log.info(
+                "worker %s has ended; %d tasks completed, %d failed", self.keeper.id, self.keeper.completed, self.keeper.failed
+            )
 
     async def _begin(self) -> None:
         self.keeper.on_lost = self._lost
@@ -296,7 +298,9 @@ class Worker:
         self.running.clear()
         for listing in list(lost.claims.values()):
             await self._put_entry_back(lost.id, listing.task, listing.token)
-        self.keeper = SessionKeeper(self.client.store, self.clock, self.queues, self.concurrency, lost.ttl, lost.parent)
+        self.keeper = SessionKeeper(
+            self.client.store, self.clock, self.queues, lost.names, self.concurrency, lost.ttl, lost.parent
+        )
         self.keeper.completed, self.keeper.failed, self.keeper.abandoned = lost.completed, lost.failed, lost.abandoned
         self.fleet.keeper = self.claimer.keeper = self.executor.keeper = self.keeper
         for finder in self.finders:
@@ -306,10 +310,15 @@ class Worker:
         log.warning("worker %s goes on as %s", lost.id, self.keeper.id)
 
     async def _put_entry_back(self, worker: str, task_id: str, token: str) -> None:
-        """A heartbeat may have deleted the entry, trusting in a session that is gone now."""
+        """Write a claim's entry again: a heartbeat may have deleted it, trusting in a session that is gone now."""
         with suppress(BuquetError):  # unreadable by now: reported when it is met
             held = await self.register.read(Task, keys.task(task_id))
-            if held is not None and held.record.state == "running" and held.record.token == token and held.record.worker == worker:
+            if (
+                held is not None
+                and held.record.state == "running"
+                and held.record.token == token
+                and held.record.worker == worker
+            ):
                 await self.register.reads.put(held.record.entry, b"")
 
     # ------------------------------------------------------------------ beside the loop

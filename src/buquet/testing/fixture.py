@@ -1,0 +1,68 @@
+"""What a user's own tests need: an App in memory, and its tasks worked off in the test's own process."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from buquet.queue.background import Background
+from buquet.store.memory import MemoryStore
+from buquet.testing.virtual import VirtualClock, VirtualLoop
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from buquet.app import App
+
+
+def run_until_idle(app: App, *, virtual: bool = False) -> None:
+    """Work off every task that the App has a handler for, also delayed ones and retries, in this process.
+
+    With `virtual`, a delay of a day takes no time; handlers must then be async, since threads know nothing of virtual time, and the
+    App is left in memory: only `MemoryStore` follows. Raises nothing for a task that fails: ask its handle.
+
+    >>> from buquet import App
+    >>> app = App("memory:")
+    >>> @app.task
+    ... async def double(n: int) -> int:
+    ...     return 2 * n
+    >>> handle = double.options(delay=86_400).submit(4)
+    >>> run_until_idle(app, virtual=True)
+    >>> handle.result()
+    8
+    """
+    if not virtual:
+        app.worker(drain=True).run()
+        return
+    store = app.client.store
+    if not isinstance(store, MemoryStore):
+        msg = f"virtual time needs an App on memory:, and this one is on {app.url}"
+        raise TypeError(msg)
+    loop = VirtualLoop()
+    with _virtual(app, store, loop):
+        try:
+            loop.run_until_complete(app.worker(drain=True, heartbeat_thread=False).arun())
+            loop.run_until_complete(app.client.ringer.flush())
+        finally:
+            loop.close()
+            asyncio.set_event_loop(None)
+
+
+@contextmanager
+def _virtual(app: App, store: MemoryStore, loop: VirtualLoop) -> Iterator[None]:
+    """Put the App on a virtual loop and clock for a while, which begins at the real time of now."""
+    client = app.client
+    clock = VirtualClock(loop)
+    clock.skew = app.clock.now() - clock.now()
+    real, background = app.clock, client.ringer.background
+    parts = (app, client, store, client.register, client.reads, client.ringer, client.ringer.register, client.ringer.register.reads)
+    for part in parts:
+        part.clock = clock
+    client.ringer.background = Background(loop)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.clock = real
+        client.ringer.background = background

@@ -1,65 +1,90 @@
-"""What every peer module shares: arguments, the clock, percentiles and the one JSON line that is printed.
+"""What every peer module shares: its settings, the clock, the phases of a measurement and the one JSON line that is printed.
 
-Only the standard library: each peer runs in a virtual environment of its own.
+Only the standard library: each peer runs in a virtual environment of its own. A peer's worker is another process; what its
+handlers saw reaches the measuring process through small files in the peer's own folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+URL = os.environ.get("BENCH_URL", "")
+DIR = Path(os.environ.get("BENCH_DIR", ".")).resolve()
+TASKS = int(os.environ.get("BENCH_TASKS", "200"))
+PROBES = int(os.environ.get("BENCH_PROBES", "20"))
+WARM = 20
+"""Submitted before the clock starts, so that connections are open and code is loaded."""
+SETTLE = 3.0
+"""Seconds of rest before the latency probes, so that an idle worker is idle."""
+EVERY = 0.1
+"""Seconds between two latency probes."""
+
+STARTS, DONES, WAITS = DIR / "starts", DIR / "dones", DIR / "waits"
+COUNTED = re.compile(r"^SeaweedFS_s3_request_total\{(.*)\} (\S+)$", re.MULTILINE)
+LABEL = re.compile(r'(\w+)="([^"]*)"')
+_seen: set[str] = set()
 
 
-@dataclass
-class Args:
-    """What compare.py tells a peer."""
-
-    url: str
-    dir: Path
-    tasks: int
-    probes: int
-    extra: dict[str, str] = field(default_factory=dict)
+def setting(name: str, default: str = "") -> str:
+    """A setting of this peer, as compare.py gave it."""
+    return os.environ.get(f"BENCH_{name.upper()}", default)
 
 
-def arguments() -> Args:
-    """Parse the arguments that compare.py gives to every peer."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--url", default="")
-    parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--tasks", type=int, default=2000)
-    parser.add_argument("--probes", type=int, default=50)
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
-    a = parser.parse_args()
-    return Args(a.url, a.dir, a.tasks, a.probes, dict(item.split("=", 1) for item in a.set))
+# In a worker's process.
 
 
-def percentile(values: Iterable[float], q: float) -> float | None:
-    """The q-quantile (nearest rank) of the values, None of none."""
+def append(path: Path, value: float) -> None:
+    """Append one number to a file in one write, from any process."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        os.write(fd, f"{value!r}\n".encode())
+    finally:
+        os.close(fd)
+
+
+def handled(sent: float) -> None:
+    """What every no-op handler does: note the first start in this process, and a probe's wait from submit to start."""
+    if sent:
+        append(WAITS, time.time() - sent)
+    elif "start" not in _seen:
+        _seen.add("start")
+        append(STARTS, time.time())
+
+
+# In the measuring process.
+
+
+def numbers(path: Path) -> list[float]:
+    """The numbers that were appended to a file."""
+    return [float(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_until(done: Callable[[], bool], timeout: float = 600, every: float = 0.02) -> None:
+    """Poll until done() or fail."""
+    end = time.monotonic() + timeout
+    while not done():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not done after {timeout:.0f} s")
+        time.sleep(every)
+
+
+def percentile(values: Iterable[float], q: float) -> float:
+    """The q-quantile of the values, by nearest rank."""
     ordered = sorted(values)
-    if not ordered:
-        return None
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-
-
-def latency(seconds: list[float]) -> dict[str, float | int | None]:
-    """p50 and p99 in milliseconds of a list of seconds."""
-    ms = [s * 1000 for s in seconds]
-    p50, p99 = percentile(ms, 0.5), percentile(ms, 0.99)
-    return {
-        "latency_p50_ms": None if p50 is None else round(p50, 2),
-        "latency_p99_ms": None if p99 is None else round(p99, 2),
-        "latency_samples": len(ms),
-    }
 
 
 def rate(count: int, seconds: float) -> float:
@@ -72,61 +97,95 @@ def versions(*packages: str) -> dict[str, str]:
     return {name: version(name) for name in packages}
 
 
-def wait_until(done: Callable[[], bool], timeout: float = 300, every: float = 0.01) -> None:
-    """Poll until done() or fail."""
-    end = time.monotonic() + timeout
-    while not done():
-        if time.monotonic() > end:
-            raise TimeoutError(f"not done after {timeout:.0f} s")
-        time.sleep(every)
+def requests() -> Counter[str]:
+    """What the S3 server answered since its start, by operation; nothing where no server counts."""
+    counts: Counter[str] = Counter()
+    url = setting("metrics")
+    if url:
+        time.sleep(0.3)  # the server counts a request a moment after it answered
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            text = answer.read().decode()
+        for labels, value in COUNTED.findall(text):
+            counts[dict(LABEL.findall(labels)).get("type", "?")] += int(float(value))
+    return counts
 
 
-def probe(submit: Callable[[float], Any], probes: int, every: float = 0.1) -> None:
-    """Submit one task each 100 ms that carries the time of its submit."""
-    due = time.monotonic()
-    for _ in range(probes):
-        submit(time.time())
-        due += every
-        time.sleep(max(0.0, due - time.monotonic()))
+def per_item(before: Counter[str], after: Counter[str], items: int) -> dict[str, float]:
+    """Requests an item between two counts."""
+    return {op: round((n - before[op]) / items, 4) for op, n in sorted(after.items()) if n > before[op]}
 
 
-def read_lines(path: Path) -> list[float]:
-    """The numbers that handlers appended to a file, one a line."""
-    if not path.exists():
-        return []
-    return [float(line) for line in path.read_text().splitlines() if line]
-
-
-def append(path: Path | str, value: float) -> None:
-    """Append one number to a file in one write, from any process."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+@contextmanager
+def worker(*argv: str, env: dict[str, str] | None = None, name: str = "worker"):
+    """Run a worker process; its output goes to a log file. Ended by its own process id."""
+    path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+    with (DIR / f"{name}.log").open("ab") as out:
+        process = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": path, **(env or {})}, stdout=out, stderr=out, cwd=DIR)
     try:
-        os.write(fd, f"{value!r}\n".encode())
+        yield process
     finally:
-        os.close(fd)
-
-
-def spawn(*argv: str, env: dict[str, str] | None = None, log: Path) -> subprocess.Popen[bytes]:
-    """Start a worker process; its output goes to a log file."""
-    full = {**os.environ, "PYTHONPATH": str(HERE), **(env or {})}
-    with log.open("ab") as out:
-        return subprocess.Popen(argv, env=full, stdout=out, stderr=out, cwd=log.parent)
-
-
-def stop(process: subprocess.Popen[bytes], timeout: float = 15) -> None:
-    """Terminate a process that spawn() started, kill it when it does not go."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def tool(name: str) -> str:
     """The path of a command of this peer's own virtual environment."""
     return str(Path(sys.executable).parent / name)
+
+
+def measure(
+    submit: Callable[[int], Any],
+    workers: Callable[[], Iterable[AbstractContextManager[Any]]],
+    finished: Callable[[], int],
+    probe: Callable[[float], Any] | None,
+    *,
+    tasks: int = TASKS,
+) -> dict[str, Any]:
+    """Submit without a worker, drain with one, then probe the idle worker. `finished` counts stored outcomes.
+
+    The drain's clock runs from the first handler's start to the moment when the last outcome is found stored.
+    """
+    result: dict[str, Any] = {"tasks": tasks}
+    zero = requests()
+    submit(WARM)
+    begin = time.perf_counter()
+    submit(tasks)
+    result["submit_per_s"] = rate(tasks, time.perf_counter() - begin)
+    one = requests()
+    total = tasks + WARM
+    with ExitStack() as stack:
+        for each in workers():
+            stack.enter_context(each)
+        wait_until(lambda: finished() >= total)
+        result["drain_per_s"] = rate(total, time.time() - min(numbers(STARTS)))
+        two = requests()
+        if probe and PROBES:
+            time.sleep(SETTLE)
+            rest = requests()
+            due = time.monotonic()
+            for _ in range(PROBES):
+                probe(time.time())
+                due += EVERY
+                time.sleep(max(0.0, due - time.monotonic()))
+            wait_until(lambda: len(numbers(WAITS)) >= PROBES)
+            result |= waits()
+            if zero:
+                result["requests"] = {"lone": per_item(rest, requests(), PROBES)}
+    if zero:
+        parts = {"submit": per_item(zero, one, total), "drain": per_item(one, two, total)}
+        result["requests"] = parts | {"all": per_item(zero, two, total)} | result.get("requests", {})
+    return result
+
+
+def waits() -> dict[str, Any]:
+    """p50 and p99 in milliseconds of the probes' waits."""
+    ms = [1000 * s for s in numbers(WAITS)]
+    return {"start_p50_ms": round(percentile(ms, 0.5), 1), "start_p99_ms": round(percentile(ms, 0.99), 1), "probes": len(ms)}
 
 
 def report(**values: Any) -> None:

@@ -9,6 +9,8 @@
 'Hello you'
 """
 
+from importlib.metadata import version as _version
+
 from buquet.app import App
 from buquet.backoff import Backoff
 from buquet.errors import (
@@ -42,6 +44,8 @@ from buquet.queue.attempt import Attempt, current
 from buquet.queue.handle import Handle
 from buquet.queue.task import AsyncTaskFunction, TaskFunction
 from buquet.worker.worker import Worker
+
+__version__ = _version("buquet")
 
 __all__ = [
     "AccessDenied",

@@ -58,6 +58,7 @@ class App:
         self.clock = clock or Clock()
         self._given = url
         self._store = store
+        self._named = url is not None or store is not None
         self._client: Client | None = None
         self._lock = threading.Lock()
         self.background = Background()
@@ -74,6 +75,11 @@ class App:
             return self._store.url
         return self._given or os.environ.get("BUQUET_URL") or f"sqlite:{Path(DEFAULT_URL.removeprefix('sqlite:')).absolute()}"
 
+    @property
+    def named(self) -> bool:
+        """Whether this App was given a store, and does not follow BUQUET_URL or the default."""
+        return self._named
+
     def use(self, url: str) -> None:
         """Take another store than the one given, as the command line's `--url` does. Raises UsageError after the first use."""
         if self._client is not None:
@@ -81,6 +87,7 @@ class App:
             raise UsageError(msg)
         self._given = url
         self._store = None
+        self._named = True
 
     @property
     def client(self) -> Client:

@@ -17,6 +17,7 @@ class Backoff:
 
     `jitter` 0.2 spreads each wait evenly over 20 % to either side.
 
+    >>> from buquet.clock import Clock
     >>> [Backoff(jitter=0).seconds(n, Clock()) for n in (1, 2, 3)]
     [1, 2, 4]
     """

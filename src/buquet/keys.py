@@ -38,6 +38,11 @@ def quoted(name: str, what: str) -> str:
     return text
 
 
+def unquoted(text: str) -> str:
+    """Return the name that was percent-encoded for a key."""
+    return unquote(text)
+
+
 def is_id(text: str) -> bool:
     """Tell whether this can be a task's or run's id: 32 hex digits."""
     return _ID.fullmatch(text) is not None

@@ -55,11 +55,9 @@ class Ringer:
         await self.flush()
 
     async def flush(self) -> None:
-        """Ring now for what was added and not yet rung for."""
-        with self._lock:
-            queues = list(self._added)
-        for queue in queues:
-            await self._ring_now(queue)
+        """Wait until the bell was rung for all that was added."""
+        while self._ringing:
+            await self.clock.sleep(0.005)
 
     async def _ring_soon(self, queue: str) -> None:
         while True:

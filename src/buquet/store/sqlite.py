@@ -10,7 +10,6 @@ import asyncio
 import os
 import sqlite3
 import threading
-import weakref
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +41,8 @@ MOST = 1000
 """Operations in one transaction."""
 BUSY = 30.0
 """Seconds to wait for another process's transaction."""
+DIGITS = 18
+"""The longest ETag: SQLite's integers have no more in any case."""
 
 SCHEMA = """
 PRAGMA page_size = 8192;
@@ -70,14 +71,9 @@ INSERT INTO writes SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM writes);
 COMMIT;
 """
 # Rows lie in the order in which they were written, not in that of their keys, which is random: neighbours are written
-# together, and a commit touches few pages (measured: six times the updates a second). So earlier versions have no index on their key;
-# each names the one before it, and `deleted` names the last one of a key that is gone.
-PRAGMAS = (
-    "PRAGMA synchronous = FULL",
-    "PRAGMA cache_size = -16000",
-    "PRAGMA journal_size_limit = 67108864",
-    "PRAGMA busy_timeout = 0",
-)
+# together, and a commit touches few pages (measured: six times the updates a second). So earlier versions have no index
+# on their key; each names the one before it, and `deleted` names the last one of a key that is gone.
+PRAGMAS = ("PRAGMA synchronous = FULL", "PRAGMA cache_size = -16000", "PRAGMA journal_size_limit = 67108864")
 
 
 class _Write(NamedTuple):
@@ -106,7 +102,7 @@ class SqliteStore:
         self._queue: deque[_Write] = deque()
         self._waiting = threading.Event()
         self._closing = False
-        self._watches: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Watch] = weakref.WeakKeyDictionary()
+        self._watches: dict[asyncio.AbstractEventLoop, _Watch] = {}  # replaced, never changed: the writer goes through it
 
     # ------------------------------------------------------------------ writes, in the writer's thread
 
@@ -116,9 +112,7 @@ class SqliteStore:
 
     async def update(self, key: str, body: bytes, etag: str) -> Receipt:
         """See Store."""
-        return await self._enqueue(
-            _update_kept if key.startswith(KEPT) else _update, key, body, int(etag) if etag.isdecimal() else -1
-        )
+        return await self._enqueue(_update_kept if key.startswith(KEPT) else _update, key, body, _number(etag))
 
     async def put(self, key: str, body: bytes) -> Receipt:
         """See Store."""
@@ -141,8 +135,7 @@ class SqliteStore:
             self._waiting.set()
         return await future
 
-    def _write_forever(self) -> None:
-        connection = self._connect()
+    def _write_forever(self, connection: sqlite3.Connection) -> None:
         while True:
             self._waiting.wait()
             self._waiting.clear()
@@ -162,11 +155,10 @@ class SqliteStore:
             first = last - len(batch) + 1
             results = [write.apply(connection, write, first + index, now) for index, write in enumerate(batch)]
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
-            problem = self._explain(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for ever
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
-            return [problem] * len(batch)
+            return [self._explain(error) for _ in batch]
         return results
 
     def _begin(self, connection: sqlite3.Connection) -> None:
@@ -190,9 +182,10 @@ class SqliteStore:
         for loop, settled in by_loop.items():
             with suppress(RuntimeError):  # that loop was closed: nobody waits there any more
                 loop.call_soon_threadsafe(_settle, settled)
-        if self._watches:
+        watches = self._watches
+        if watches:
             written = {write.key for write in batch}
-            for loop, watch in list(self._watches.items()):
+            for loop, watch in watches.items():
                 if not written.isdisjoint(watch.keys):
                     with suppress(RuntimeError):
                         loop.call_soon_threadsafe(watch.look)
@@ -203,8 +196,7 @@ class SqliteStore:
         """See Store."""
         row = self._read("SELECT body, etag, modified FROM objects WHERE key = ?", (key,))
         if version is not None and (not row or str(row[0][1]) != version):
-            number = int(version) if version.isdecimal() else -1
-            row = self._read("SELECT body, etag, modified FROM versions WHERE etag = ? AND key = ?", (number, key))
+            row = self._read("SELECT body, etag, modified FROM versions WHERE etag = ? AND key = ?", (_number(version), key))
         if not row:
             return None
         body, etag, modified = row[0]
@@ -247,7 +239,9 @@ class SqliteStore:
         loop = asyncio.get_running_loop()
         watch = self._watches.get(loop)
         if watch is None:
-            watch = self._watches[loop] = _Watch(self)
+            watch = _Watch(self)
+            with self._lock:
+                self._watches = {one: its for one, its in self._watches.items() if not one.is_closed()} | {loop: watch}
         return await watch.wait(key, etag, timeout)
 
     # ------------------------------------------------------------------ opening and closing
@@ -266,8 +260,10 @@ class SqliteStore:
                 raise UsageError(msg)
             self._prepare()
             self._reader = self._connect()
-            self._writer = threading.Thread(target=self._write_forever, name="buquet-sqlite", daemon=True)
-            self._writer.start()
+            mine = (self._connect(wait=0),)
+            writer = threading.Thread(target=self._write_forever, args=mine, name="buquet-sqlite", daemon=True)
+            writer.start()
+            self._writer = writer
 
     def _prepare(self) -> None:
         try:
@@ -275,6 +271,9 @@ class SqliteStore:
         except OSError as error:
             msg = f"the folder of {self.path} cannot be made: {error.strerror}. Name another place, as sqlite:PATH"
             raise BucketMissing(msg) from error
+        if self.path.is_dir():
+            msg = f"{self.path} is a folder. Name a file in it, as sqlite:PATH"
+            raise StoreUnfit(msg)
         connection = self._connect()
         try:
             (application,) = connection.execute("PRAGMA application_id").fetchone()
@@ -303,16 +302,17 @@ class SqliteStore:
             else:
                 return
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, wait: float = 5) -> sqlite3.Connection:
+        """Open the file. `wait`: seconds that SQLite itself waits for a lock, which a reader meets only after another's crash."""
         try:
-            connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            connection = sqlite3.connect(self.path, timeout=wait, isolation_level=None, check_same_thread=False)
             for pragma in PRAGMAS:
                 connection.execute(pragma)
         except sqlite3.Error as error:
             raise self._explain(error) from error
         return connection
 
-    def _explain(self, error: sqlite3.Error) -> StoreError:
+    def _explain(self, error: Exception) -> StoreError:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL:
             return StoreFull(f"{self.path}: the disk is full; nothing was written. Free space, and what waits will go on")
@@ -334,6 +334,8 @@ class SqliteStore:
         if writer is not None:
             self._waiting.set()
             await asyncio.get_running_loop().run_in_executor(None, writer.join)
+            late = list(self._queue)  # from other threads, which began before the close
+            self._deliver(late, [StoreUnavailable(f"{self.url} was closed") for _ in late])
         with self._reading:
             if self._reader is not None:
                 self._reader.close()
@@ -381,14 +383,15 @@ class _Watch:
         changed_at = clock.monotonic()
         took = 0.0
         while self.keys:
-            version = self.store.data_version()
-            if version != seen:
-                seen = version
-                changed_at = clock.monotonic()
-                self.look()
-                took = clock.monotonic() - changed_at
+            with suppress(StoreUnavailable):  # the next poll is soon
+                version = self.store.data_version()
+                if version != seen:
+                    changed_at = clock.monotonic()
+                    self.look()
+                    seen = version
+                    took = clock.monotonic() - changed_at
             # while the file is busy another change is likely soon; with many waits a look costs, and shall not fill the loop
-            await clock.sleep(max(0.002 if clock.monotonic() - changed_at < 1 else 0.005, took * 4))
+            await clock.sleep(max(0.0005 if clock.monotonic() - changed_at < 1 else 0.005, took * 4))
 
 
 def _settle(settled: list[tuple[asyncio.Future[Any], Receipt | StoreError]]) -> None:
@@ -399,6 +402,11 @@ def _settle(settled: list[tuple[asyncio.Future[Any], Receipt | StoreError]]) -> 
             future.set_exception(result)
         else:
             future.set_result(result)
+
+
+def _number(etag: str) -> int:
+    """Return the number that an ETag of ours is; -1 for any other text."""
+    return int(etag) if etag.isascii() and etag.isdigit() and len(etag) <= DIGITS else -1
 
 
 def _receipt(write: _Write, number: int) -> Receipt:
@@ -441,9 +449,9 @@ def _put(connection: sqlite3.Connection, write: _Write, number: int, now: float)
     if write.key.startswith(KEPT):
         connection.execute(_KEEP, (write.key,))
     connection.execute(
-        "INSERT INTO objects(key, etag, modified, body) VALUES (?, ?, ?, ?) "
+        "INSERT INTO objects(key, etag, modified, prev, body) VALUES (?, ?, ?, (SELECT etag FROM deleted WHERE key = ?), ?) "
         "ON CONFLICT(key) DO UPDATE SET prev = etag, etag = excluded.etag, modified = excluded.modified, body = excluded.body",
-        (write.key, number, now, write.body),
+        (write.key, number, now, write.key, write.body),
     )
     return _receipt(write, number)
 

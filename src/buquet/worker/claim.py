@@ -53,7 +53,7 @@ class Claimer:
             held = await self.register.read(Task, key)
             return await self._decide(finder, found, held)
         except UnreadableRecord as error:
-            finder.others(found)
+            finder.others(found, "")
             finder.stale.add(entry.key)
             if key not in self.quarantined:
                 self.quarantined.add(key)
@@ -86,7 +86,7 @@ class Claimer:
             return await self._take_over(finder, found, held)
         if await self.fleet.missing(task.worker):
             return await self._take_over(finder, found, held)
-        finder.others(found)
+        finder.others(found, task.worker)
         return None
 
     def _orphaned(self, found: Found) -> bool:
@@ -139,5 +139,5 @@ class Claimer:
         now = write.held
         if write.landed and now is not None and now.record.token == token and now.record.state == "running":
             return now
-        finder.others(found)
+        finder.others(found, now.record.worker if now is not None else "")
         return None

@@ -96,6 +96,8 @@ class QueueFinder:
         """Entries that nothing can be done with for now: no work that a drain should wait for."""
         self.look_back_at = 0.0
         self.look_all_at = 0.0
+        self.foreign: dict[str, tuple[str, Found]] = {}
+        """Entries that were left to another worker, which runs their tasks."""
         self.revisit_at = 0.0
         """When to look again at what was left; 0: nothing was."""
         self.pace = FIRST_POLL
@@ -309,7 +311,10 @@ class QueueFinder:
         return True
 
     def hint(self, key: str) -> None:
-        """Take note of an entry that was added."""
+        """Take note of an entry that was added, or of a session that was reaped."""
+        if key.startswith(keys.WORKERS):
+            self.gone(keys.worker_of(key))
+            return
         entry = keys.parse_entry(key)
         if (
             entry is None
@@ -344,9 +349,26 @@ class QueueFinder:
         else:
             self.stale.add(entry.key)
 
-    def others(self, found: Found) -> None:
+    def others(self, found: Found, worker: str) -> None:
         """Note that another live worker runs it."""
         self.skip[found.entry.key] = self.clock.monotonic() + self.fleet.keeper.ttl
+        self.foreign[found.entry.key] = (worker, found)
+
+    def gone(self, worker: str) -> None:
+        """Look again at what was left to a worker, which is dead."""
+        mine = [found for owner, found in self.foreign.values() if owner == worker]
+        for found in mine:
+            del self.foreign[found.entry.key]
+            self.skip.pop(found.entry.key, None)
+            self.hinted.append(found)
+
+    def look_again(self) -> None:
+        """Look again at what was left to workers that the last LIST of sessions did not show alive."""
+        now = self.clock.monotonic()
+        self.foreign = {key: each for key, each in self.foreign.items() if self.skip.get(key, 0) > now}
+        for worker in {owner for owner, _ in self.foreign.values()}:
+            if not self.fleet.lives(worker):
+                self.gone(worker)
 
     def done(self, entry_key: str) -> None:
         """Note that an entry was dealt with; a LIST that was under way may still show it."""

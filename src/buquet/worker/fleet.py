@@ -64,6 +64,9 @@ class Reaper:
                 log.error("%s", error)  # noqa: TRY400 - the text says all
         await self.register.reads.delete(key)
         await self.register.reads.delete(keys.notes(worker))
+        # what it claimed since its last heartbeat is listed nowhere, but still has its entries: those who left them to it look again
+        for queue in held.record.queues:
+            self.added(queue, key)
         return True
 
     async def _put_back(self, claim: Claim) -> None:

@@ -199,7 +199,8 @@ class SessionKeeper:
         if not write:
             return
         for listing, entry in entries:
-            if entry:
+            # a claim that has ended meanwhile takes its entry along itself
+            if entry and listing.token in self.claims and listing.entry:
                 await self._forget(listing, entry)
 
     async def _store(self, held: Held[Session], session: Session) -> bool:
@@ -225,12 +226,12 @@ class SessionKeeper:
             return True
 
     async def _forget(self, listing: Listing, entry: str) -> None:
+        listing.entry = ""  # before the request, so that the end of the claim does not send it too
         try:
             await self.store.delete(entry)
         except StoreError as error:
+            listing.entry = entry
             log.debug("the entry %s is deleted later: %s", entry, error)
-        else:
-            listing.entry = ""
 
     def _fence(self, why: str) -> None:
         if not self.lost:

@@ -328,6 +328,10 @@ class Worker:
             await self.clock.sleep(LOOK_AT_FLEET * self.keeper.ttl / TTL * self.clock.jitter(0.05))
             try:
                 await self.fleet.look()
+                for finder in self.finders:
+                    finder.look_again()
+                if any(finder.hinted for finder in self.finders):
+                    self._wake.set()
             except StoreError as error:
                 log.error("the sessions cannot be listed: %s", error)  # noqa: TRY400 - the text says all
 

@@ -1,0 +1,37 @@
+"""Virtual environments, one for each peer, made once and kept."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+
+class InstallError(RuntimeError):
+    """pip could not install what a peer needs."""
+
+
+def environment(folder: Path, name: str, packages: tuple[str, ...]) -> Path:
+    """Return the python of the environment `name`, made anew when its list of packages changed."""
+    home = folder.resolve() / name
+    python = home / "bin" / "python"
+    mark = home / "benchmark.json"
+    wanted = json.dumps([*packages, sys.version])
+    if python.exists() and mark.exists() and mark.read_text() == wanted:
+        return python
+    print(f"  installing {' '.join(packages)} ...", file=sys.stderr, flush=True)
+    venv.create(home, with_pip=True, clear=True)
+    done = subprocess.run(
+        [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise InstallError(f"pip install {' '.join(packages)} failed:\n{done.stderr[-2000:]}")
+    mark.write_text(wanted)
+    return python
+
+

@@ -1,0 +1,55 @@
+"""DBOS on PostgreSQL or SQLite: a queue of one-step workflows, enqueued by a client; one worker with DBOS's own settings."""
+
+import sys
+import threading
+
+import common
+import sqlalchemy as sa
+from dbos import DBOS, DBOSClient
+
+QUEUE = "bench"
+URL = common.URL.replace("sqlite:", "sqlite:///", 1)
+
+
+@DBOS.workflow(name="noop")
+def noop(sent: float) -> None:
+    common.handled(sent)
+
+
+def launch() -> None:
+    DBOS(config={"name": "bench", "system_database_url": URL, "log_level": "WARNING", "application_version": "1"})
+    DBOS.launch()
+    DBOS.register_queue(QUEUE)
+
+
+def work() -> None:
+    launch()
+    threading.Event().wait()
+
+
+def main() -> None:
+    # Tables and queue are made by a first launch in a process of its own, as a deployment would have them.
+    launch()
+    DBOS.destroy()
+    client = DBOSClient(system_database_url=URL)
+    engine = sa.create_engine(URL.replace("postgresql:", "postgresql+psycopg:", 1))
+    table = "workflow_status" if URL.startswith("sqlite") else "dbos.workflow_status"
+    count_done = sa.text(f"SELECT count(*) FROM {table} WHERE status = 'SUCCESS'")  # noqa: S608 - our own constant
+
+    def one(sent: float) -> None:
+        client.enqueue({"queue_name": QUEUE, "workflow_name": "noop", "app_version": "1"}, sent)
+
+    def submit(count: int) -> None:
+        for _ in range(count):
+            one(0.0)
+
+    def finished() -> int:
+        with engine.connect() as db:
+            return db.execute(count_done).scalar_one()
+
+    result = common.measure(submit, lambda: [common.worker(sys.executable, __file__, "work")], finished, one)
+    common.report(**result, versions=common.versions("dbos", "sqlalchemy"))
+
+
+if __name__ == "__main__":
+    work() if sys.argv[1:] == ["work"] else main()

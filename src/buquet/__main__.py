@@ -1,0 +1,5 @@
+"""`python -m buquet` is the command `buquet`."""
+
+from buquet.cli.main import main
+
+main()

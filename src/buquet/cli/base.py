@@ -1,0 +1,69 @@
+"""What all commands share: the typer application, the common options, and how a coroutine is run for a command."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from buquet.app import App
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+T = TypeVar("T")
+
+cli = typer.Typer(
+    name="buquet",
+    help="Durable task queues in a bucket: S3, or one SQLite file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Url = Annotated[
+    str | None,
+    typer.Option("--url", metavar="URL", help="The store: sqlite:PATH or s3://BUCKET/PREFIX?endpoint=…  [default: BUQUET_URL, or sqlite:.buquet/buquet.db]"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Ids = Annotated[list[str] | None, typer.Argument(metavar="ID…", help="Ids of tasks.")]
+Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="Where the App is, for instance tasks:app; the current folder is looked in.")]
+
+
+def open_app(url: str | None) -> App:
+    """Return an App without tasks on the store that the command is about. The embedded default is told, as its place depends on the folder."""
+    app = App(url)
+    tell_default(app, url)
+    return app
+
+
+def tell_default(app: App, url: str | None) -> None:
+    """Say on stderr which store is used where nobody has named one."""
+    if url is None and not app.named and not os.environ.get("BUQUET_URL"):
+        print(f"store: {app.url}", file=sys.stderr)
+
+
+def run(app: App, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a command's coroutine, and close the App after it."""
+
+    async def whole() -> T:
+        async with app:
+            return await work()
+
+    return asyncio.run(whole())
+
+
+def load(target: str, url: str | None) -> App:
+    """Import MODULE:APP from the current folder or the path, and put it on `url` where that is given. Raises UsageError."""
+    from buquet.cli.load import find_app  # noqa: PLC0415 - only for commands that import a user's module
+
+    app = find_app(target, Path.cwd())
+    if url is not None:
+        app.use(url)
+    tell_default(app, url)
+    return app

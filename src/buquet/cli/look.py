@@ -1,0 +1,79 @@
+"""Commands that look at the whole: stats and workers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from buquet import insights
+from buquet.cli.base import Json, Url, cli, open_app, run
+from buquet.cli.output import duration, moment, print_json, print_table, to_stderr
+from buquet.cli.tasks import scan_progress
+
+
+@cli.command()
+def stats(
+    scan: Annotated[bool, typer.Option("--scan", help="Count ended tasks by state however many there are: a GET for each.")] = False,
+    url: Url = None,
+    json: Json = False,
+) -> None:
+    """Count what waits, runs, has finished and failed."""
+    app = open_app(url)
+
+    async def work() -> None:
+        fleet = await insights.workers(app.client)
+        queues = await insights.waiting(app.client, fleet)
+        listed = await insights.records(app.client)
+        reader = insights.Scan(app.client, scan_progress())
+        counted = scan or len(listed) <= insights.CHEAP
+        states = await insights.states(app.client, reader, listed) if counted else {}
+        if json:
+            value: dict[str, Any] = {"queues": queues, "records": len(listed), "states": states, "unreadable": reader.unreadable}
+            print_json(msgspec.to_builtins(value))
+            return
+        rows = [
+            (each.queue, each.ready, each.later, each.running, each.workers, moment(each.next_due), ", ".join(each.unhandled))
+            for each in queues
+        ]
+        print_table(("queue", "ready", "later", "running", "workers", "next due", "nobody handles"), rows, "no queue yet")
+        if counted:
+            print_table(("state", "tasks"), sorted(states.items()), "no task yet")
+        else:
+            print(f"{len(listed):,} tasks in all; --scan counts them by state, with a request for each")
+        for problem in reader.unreadable:
+            to_stderr(f"unreadable: {problem}")
+
+    run(app, work)
+
+
+@cli.command()
+def workers(url: Url = None, json: Json = False) -> None:
+    """Show the workers: where they run, what they serve, how they are."""
+    app = open_app(url)
+
+    async def work() -> None:
+        fleet = await insights.workers(app.client)
+        if json:
+            print_json(msgspec.to_builtins(fleet))
+            return
+        rows = [
+            (
+                each.id,
+                "alive" if each.alive else "dead",
+                each.host,
+                each.pid,
+                ", ".join(each.queues),
+                f"{len(each.running)} of {each.concurrency}",
+                each.completed,
+                each.failed,
+                duration(each.beat_age),
+                f"{each.rss / 2**20:.0f} MB",
+            )
+            for each in fleet
+        ]
+        columns = ("worker", "", "host", "pid", "queues", "running", "completed", "failed", "last beat", "memory")
+        print_table(columns, rows, "no worker is running")
+
+    run(app, work)

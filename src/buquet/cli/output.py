@@ -1,0 +1,77 @@
+"""How commands print: tables for people, JSON for programs, colours only on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+COLOURS = {
+    "pending": "yellow",
+    "running": "cyan",
+    "completed": "green",
+    "failed": "red",
+    "cancelled": "magenta",
+    "expired": "magenta",
+    "pruned": "dim",
+    "dead": "red",
+    "alive": "green",
+    "ok": "green",
+    "not ok": "red",
+}
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value on a line of its own."""
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    sys.stdout.flush()
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str = "nothing") -> None:
+    """Print a table: drawn and coloured on a terminal, plain aligned columns elsewhere."""
+    cells = [["" if value is None else str(value) for value in row] for row in rows]
+    if not cells:
+        print(empty)
+        return
+    if sys.stdout.isatty():
+        from rich.console import Console  # noqa: PLC0415 - slow to import, and not needed in pipes
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in cells:
+            table.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row))
+        Console(highlight=False).print(table)
+        return
+    widths = [max(len(row[index]) for row in [list(columns), *cells]) for index in range(len(columns))]
+    for row in [list(columns), *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def moment(ms: int) -> str:
+    """Return milliseconds since 1970 as a local time, to the millisecond."""
+    if not ms:
+        return ""
+    return datetime.fromtimestamp(ms / 1000, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time as people say it."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def to_stderr(text: str) -> None:
+    """Print a remark that is not the command's answer."""
+    print(text, file=sys.stderr)

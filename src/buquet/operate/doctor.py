@@ -1,0 +1,300 @@
+"""Proves that a store is fit to be trusted with tasks, by trying what everything else stands on.
+
+Its keys lie under `doctor/{random}/` (and one under `tasks/`, since some stores keep versions only there) and are removed at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
+
+from buquet.errors import AlreadyExists, Changed, StoreError, StoreUnavailable
+from buquet.store.base import NOT_MODIFIED, Stored
+from buquet.store.retrying import Retrying
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from buquet.clock import Clock
+    from buquet.store.base import Receipt, Store
+
+WRITERS = 32
+ROUNDS = 6
+SAMPLES = 12
+CLOCK_TOLERANCE = 2.0
+"""Seconds of difference that whole-second LastModified and the way there explain."""
+PATIENCE = 20.0
+"""Seconds for which an unanswered read or delete is sent again."""
+
+
+class Verdict(NamedTuple):
+    """What one check found."""
+
+    name: str
+    ok: bool
+    """Whether buquet can work with this. A store with one verdict that is not ok is unfit."""
+    detail: str
+    """What was seen."""
+    meaning: str
+    """What it means for tasks, and what to do where it is not well."""
+    warning: bool = False
+    """True where it works, but something is worth knowing."""
+
+
+async def examine(store: Store, clock: Clock) -> AsyncIterator[Verdict]:
+    """Try a store out and yield a verdict after each check; a dozen in all, about 500 small requests.
+
+    Where the first request is refused, for want of a bucket or of rights, one verdict says so and nothing else is tried.
+
+    >>> async for verdict in examine(client.store, client.clock):  # doctest: +SKIP
+    ...     print(verdict.name, verdict.ok, verdict.detail)
+    """
+    patient = _Examiner(store, clock)
+    try:
+        yield (first := await patient.verdict(patient.reach))
+        if first.ok:
+            for check in patient.checks():
+                yield await patient.verdict(check)
+    finally:
+        await patient.clean_up()
+
+
+class _Examiner:
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self.store = store
+        self.clock = clock
+        self.reads = Retrying(store, clock, PATIENCE)
+        self.folder = f"doctor/{clock.new_op()}"
+        self.kept = f"tasks/00/doctor-{clock.new_op()}.json"
+        self.used = {self.kept}
+
+    def checks(self) -> list[Callable[[], Awaitable[Verdict]]]:
+        return [
+            self.racing_creates,
+            self.racing_updates,
+            self.update_of_nothing,
+            self.read_after_write,
+            self.conditional_get,
+            self.list_order,
+            self.delete,
+            self.versions,
+            self.clock_difference,
+            self.latency,
+        ]
+
+    async def verdict(self, check: Callable[[], Awaitable[Verdict]]) -> Verdict:
+        """Carry out a check; an error that it does not expect is a verdict, too."""
+        try:
+            return await check()
+        except StoreError as error:
+            name = check.__name__.replace("_", " ")
+            return Verdict(name, False, str(error), "this could not be tried out; mend what the error says and run doctor again")  # noqa: FBT003
+
+    def key(self, name: str) -> str:
+        key = f"{self.folder}/{name}"
+        self.used.add(key)
+        return key
+
+    async def clean_up(self) -> None:
+        """Remove every key that was written."""
+        limit = asyncio.Semaphore(WRITERS)
+
+        async def remove(key: str) -> None:
+            async with limit:
+                with suppress(StoreError):
+                    await self.reads.delete(key)
+
+        await asyncio.gather(*(remove(key) for key in self.used))
+        with suppress(StoreError):
+            await self.store.forget_versions(self.kept)
+
+    # ------------------------------------------------------------------ the checks
+
+    async def reach(self) -> Verdict:
+        key = self.key("reach")
+        await self.store.put(key, b"here")
+        await self.store.get(key)
+        return Verdict("reach", True, f"{self.store.url} answers", "credentials and rights are there to write and to read")  # noqa: FBT003
+
+    async def racing_creates(self) -> Verdict:
+        async def round_(number: int) -> str:
+            key = self.key(f"create-{number}")
+            return await self._race(key, lambda body: self.store.create(key, body))
+
+        return await self._rounds(
+            "racing creates",
+            "PUT If-None-Match",
+            round_,
+            "a task's key is taken once, so one submit is one task",
+            "two submits of one idempotency key can both win. Do not use this store; it needs atomic PUT with If-None-Match",
+        )
+
+    async def racing_updates(self) -> Verdict:
+        async def round_(number: int) -> str:
+            key = self.key(f"update-{number}")
+            etag = (await self.store.put(key, b"base")).etag
+            return await self._race(key, lambda body: self.store.update(key, body, etag))
+
+        return await self._rounds(
+            "racing updates",
+            "PUT If-Match",
+            round_,
+            "a claim is won by one worker, and a worker that lost it can write no more",
+            "two workers can win one claim. Do not use this store; it needs atomic PUT with If-Match",
+        )
+
+    async def _rounds(self, name: str, what: str, round_: Callable[[int], Awaitable[str]], good: str, bad: str) -> Verdict:
+        outcomes = [await round_(number) for number in range(ROUNDS)]
+        problems = [each for each in outcomes if each not in {"one", "none"}]
+        if problems:
+            return Verdict(name, False, f"{what}: in {len(problems)} of {ROUNDS} rounds of {WRITERS} writers {problems[0]}", bad)  # noqa: FBT003
+        if "one" not in outcomes:
+            return Verdict(name, False, f"{what}: in {ROUNDS} rounds of {WRITERS} writers nobody won", bad)  # noqa: FBT003
+        return Verdict(name, True, f"{what}: {WRITERS} writers, {ROUNDS} rounds, never more than one winner", good)  # noqa: FBT003
+
+    async def _race(self, key: str, write: Callable[[bytes], Awaitable[Receipt]]) -> str:
+        """Let all write at once; say `one` (winner), `none`, or what is wrong."""
+        won: dict[bytes, str] = {}
+        unknown: set[bytes] = set()
+
+        async def writer(number: int) -> None:
+            body = f"writer {number} {self.clock.new_op()}".encode()
+            try:
+                won[body] = (await write(body)).etag
+            except StoreUnavailable:
+                unknown.add(body)
+            except (AlreadyExists, Changed):
+                pass
+
+        await asyncio.gather(*(writer(number) for number in range(WRITERS)))
+        if len(won) > 1:
+            return f"{len(won)} won"
+        there = await self.reads.get(key)
+        for body, etag in won.items():
+            if not isinstance(there, Stored) or there.body != body:
+                return "the winner's object was not what lay there afterwards"
+            if there.etag != etag:
+                return "the ETag that the winner was told is not the one that a GET tells"
+        if won or (isinstance(there, Stored) and there.body in unknown):
+            return "one"
+        return "none"
+
+    async def update_of_nothing(self) -> Verdict:
+        name, good = "update of nothing", "a removed record cannot be brought back by a late write"
+        etag = (await self.store.put(self.key("gone"), b"here")).etag
+        await self.reads.delete(self.key("gone"))
+        for key in (self.key("gone"), self.key("never")):
+            with suppress(Changed):
+                await self.store.update(key, b"ghost", etag)
+                bad = "a late write can bring back what was removed. Do not use this store"
+                return Verdict(name, False, "an update with If-Match of a missing key was accepted", bad)  # noqa: FBT003
+            if await self.reads.get(key) is not None:
+                return Verdict(name, False, "a refused update of a missing key wrote an object all the same", good)  # noqa: FBT003
+        return Verdict(name, True, "PUT If-Match of a missing key is refused", good)  # noqa: FBT003
+
+    async def read_after_write(self) -> Verdict:
+        name, meaning = "read after write", "what was written is seen by the next read, GET and LIST, of everybody"
+        for number in range(SAMPLES):
+            key = self.key(f"fresh/{number:02}")
+            for body in (b"first", b"second"):
+                etag = (await self.store.put(key, body)).etag
+                there = await self.reads.get(key)
+                if not isinstance(there, Stored) or (there.body, there.etag) != (body, etag):
+                    return Verdict(name, False, "a GET did not return what had just been written", f"not so here: {meaning}")  # noqa: FBT003
+            page = await self.reads.list(f"{self.folder}/fresh/")
+            if key not in {each.key for each in page}:
+                return Verdict(name, False, "a LIST did not show a key that had just been written", f"not so here: {meaning}")  # noqa: FBT003
+        return Verdict(name, True, f"{SAMPLES} keys, by GET and by LIST", meaning)  # noqa: FBT003
+
+    async def conditional_get(self) -> Verdict:
+        name = "conditional GET"
+        key = self.key("unchanged")
+        etag = (await self.store.put(key, b"one")).etag
+        same = await self.reads.get(key, unless=etag)
+        await self.store.put(key, b"two")
+        other = await self.reads.get(key, unless=etag)
+        if not isinstance(other, Stored) or other.body != b"two":
+            return Verdict(name, False, "a GET with If-None-Match did not see a change", "workers would not hear of new tasks")  # noqa: FBT003
+        if same is not NOT_MODIFIED:
+            meaning = "idle workers read the whole bell each time; it works, and costs more traffic"
+            return Verdict(name, True, "a GET with If-None-Match is never answered 304", meaning, warning=True)  # noqa: FBT003
+        return Verdict(name, True, "304 while unchanged, the object once changed", "idle workers poll for next to nothing")  # noqa: FBT003
+
+    async def list_order(self) -> Verdict:
+        name, meaning = "LIST", "workers find what waits, page by page, the oldest first"
+        prefix = f"{self.folder}/list/"
+        names = ["0-a.0~x", "0-a.1~x", "0-b.0~x", "00000", "1-a.0~x", "1-a.0~y", "1-a.0~y%20z", "A", "B", "_", "a", "a-b", "b"]
+        wanted = sorted(self.key(f"list/{each}") for each in names)
+        for key in sorted(wanted, key=lambda _: self.clock.random.random()):
+            await self.store.put(key, b"")
+        self.used.add(f"{self.folder}/list2")
+        await self.store.put(f"{self.folder}/list2", b"")
+        pages = {
+            "of all": ([each.key for each in await self.reads.list(prefix)], wanted),
+            "after a key": ([each.key for each in await self.reads.list(prefix, after=wanted[4])], wanted[5:]),
+            "after what is not there": ([each.key for each in await self.reads.list(prefix, after=wanted[4] + "!")], wanted[5:]),
+            "of one page": ([each.key for each in await self.reads.list(prefix, after=wanted[1], limit=3)], wanted[2:5]),
+        }
+        for which, (found, right) in pages.items():
+            if found != right:
+                shown = ", ".join(key.removeprefix(prefix) for key in found) or "nothing"
+                return Verdict(name, False, f"a LIST {which} returned {shown}", f"not so here: {meaning}")  # noqa: FBT003
+        return Verdict(name, True, "in order, from start-after on, in pages", meaning)  # noqa: FBT003
+
+    async def delete(self) -> Verdict:
+        name, meaning = "delete", "entries of finished tasks go away"
+        key = self.key("deleted/one")
+        await self.store.put(key, b"")
+        await self.store.delete(key)
+        await self.store.delete(key)
+        if await self.reads.get(key) is not None or await self.reads.list(f"{self.folder}/deleted/"):
+            return Verdict(name, False, "a deleted key was still shown", f"not so here: {meaning}")  # noqa: FBT003
+        return Verdict(name, True, "gone for GET and LIST; a second DELETE is no error", meaning)  # noqa: FBT003
+
+    async def versions(self) -> Verdict:
+        first = await self.store.put(self.kept, b"first")
+        await self.store.put(self.kept, b"second")
+        there = await self.reads.get(self.kept, version=first.version) if first.version else None
+        if isinstance(there, Stored) and there.body == b"first":
+            return Verdict("versions", True, "an earlier version can be read", "a task's whole past can be looked up")  # noqa: FBT003
+        meaning = "a task's timeline is kept all the same, in its record; earlier records are not. `buquet init` turns versions on"
+        return Verdict("versions", True, "earlier versions are not kept", meaning, warning=True)  # noqa: FBT003
+
+    async def clock_difference(self) -> Verdict:
+        key = self.key("clock")
+        before = self.clock.now()
+        await self.store.put(key, b"")
+        after = self.clock.now()
+        there = await self.reads.get(key)
+        modified = there.modified if isinstance(there, Stored) else 0.0
+        # LastModified may be cut to a whole second
+        difference = max(modified - after, before - (modified + 1), 0.0)
+        ahead = "ahead of" if modified > after else "behind"
+        if difference > CLOCK_TOLERANCE:
+            detail = f"the store's clock is {difference:.1f} s {ahead} this machine's"
+            meaning = "nothing is lost by it: workers judge by the store's clock. Times shown may look odd; set this machine's clock (NTP)"
+            return Verdict("clock", True, detail, meaning, warning=True)  # noqa: FBT003
+        return Verdict("clock", True, f"within {CLOCK_TOLERANCE:g} s of the store's", "delays and times shown are right")  # noqa: FBT003
+
+    async def latency(self) -> Verdict:
+        took: dict[str, list[float]] = {"create": [], "update": [], "GET": [], "LIST": []}
+
+        async def timed(kind: str, request: Awaitable[object]) -> object:
+            begun = self.clock.monotonic()
+            answer = await request
+            took[kind].append(self.clock.monotonic() - begun)
+            return answer
+
+        for number in range(SAMPLES):
+            key = self.key(f"time/{number}")
+            await timed("create", self.store.create(key, b"x" * 400))
+            there = await timed("GET", self.store.get(key))
+            if isinstance(there, Stored):
+                await timed("update", self.store.update(key, b"y" * 400, there.etag))
+            await timed("LIST", self.store.list(f"{self.folder}/time/"))
+        shown = ", ".join(f"{kind} {median(times) * 1000:.1f} ms" for kind, times in took.items() if times)
+        alone = sum(median(took[kind]) for kind in ("create", "update") if took[kind]) * 2
+        meaning = f"a task alone takes about {alone * 1000:.0f} ms beside its work; many run side by side"
+        return Verdict("latency", True, shown, meaning)  # noqa: FBT003

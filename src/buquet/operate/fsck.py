@@ -1,0 +1,334 @@
+"""Checks every record of a bucket against the invariants, while others work on it.
+
+A live system moves while fsck looks, so each verdict rests on an order of reads that makes it sound at some moment in between:
+
+- **entry missing** (I1): record pending under E; E is not there; the record is read again and is the same version. No two versions
+  have one ETag, so it was pending under E all the while, and E should have been there.
+- **claim missing** (I2): record running under claim K; its entry is not there; the session does not list K; the record is read again
+  and is the same version. An entry goes only after a heartbeat that lists K was stored, and K is dropped from the list only after the
+  record was stored as no longer under K. So while the record stood still, one of the two should have been there.
+- **payload missing**: the record names it; it is not there; the record is the same version still.
+- **stale entry**: over a day old by the store's clock; the record, read after the entry was listed, has a rev no lower and is ended or
+  names another entry, and has been so for a minute; the entry is still there. Once true this stays true (I3), so deleting it is harmless.
+- **abandoned entry**: over a day old, and of a later rev than an ended record's: the move that wrote it never came. The record's rev is
+  raised by CAS before the entry goes, so that a move that still comes meets a conflict.
+- **orphaned entry**: over an hour old, and no record. A tombstone is created (If-None-Match) before the entry goes, so that a submit
+  which still comes meets it instead of leaving a task without an entry.
+- **orphaned payload**: over an hour old; no record, read after the payload was listed. Only prune removes those.
+
+What cannot be read is reported and never touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from buquet import keys
+from buquet.errors import UnreadableRecord
+from buquet.operate.ages import store_ahead
+from buquet.operate.sweep import BELLS, DAY, HOUR, PAYLOADS, each_key, owner_of_payload, queue_of_bell, side_by_side
+from buquet.queue import transitions
+from buquet.records import TERMINAL, Session, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from buquet.queue.client import Client
+    from buquet.store.base import Listed
+    from buquet.store.register import Held
+
+SETTLED_MS = 60_000
+"""How long a record must have been as it is before an entry that it left behind is called stale: its owner may just be at it."""
+
+
+@dataclass
+class Finding:
+    """Something that is not as it should be."""
+
+    kind: str
+    """entry missing, claim missing, payload missing, stale entry, abandoned entry, orphaned entry, orphaned payload, overdue,
+    unreadable record, foreign object."""
+    key: str
+    """The object that it is about."""
+    detail: str
+    repaired: bool = False
+
+
+@dataclass
+class Report:
+    """What fsck saw."""
+
+    records: int = 0
+    entries: int = 0
+    payloads: int = 0
+    findings: list[Finding] = field(default_factory=list[Finding])
+
+    @property
+    def left(self) -> list[Finding]:
+        """The findings that were not repaired."""
+        return [each for each in self.findings if not each.repaired]
+
+
+async def fsck(client: Client, *, repair: bool = False, progress: Callable[[float, str], None] | None = None) -> Report:
+    """Check every record, entry and payload; with `repair`, put right what can be put right without a risk.
+
+    `progress` is called with a fraction from 0 to 1 and a few words. One GET a record, and a LIST for each 1,000 keys.
+
+    >>> report = await fsck(client, repair=True)  # doctest: +SKIP
+    >>> report.left
+    []
+    """
+    return await _Checker(client, repair, progress or (lambda _fraction, _what: None)).run()
+
+
+class _Checker:
+    def __init__(self, client: Client, repair: bool, progress: Callable[[float, str], None]) -> None:
+        self.client = client
+        self.clock = client.clock
+        self.register = client.register
+        self.reads = client.reads
+        self.repair = repair
+        self.progress = progress
+        self.report = Report()
+        self.entries: set[str] = set()
+        self.old: list[Listed] = []
+        """Entries over an hour old."""
+        self.queues: set[str] = set()
+        self.listed: set[str] = set()
+        self.now = 0.0
+
+    async def run(self) -> Report:
+        self.now = self.clock.now() + await store_ahead(self.client)
+        self.progress(0.0, "entries")
+        await self._discover_queues()
+        await self._list_entries()
+        await side_by_side(self._record, each_key(self.reads, keys.TASKS, self._tell))
+        await self._list_entries()  # of queues that only records told of
+        self.progress(0.9, "old entries")
+        await side_by_side(self._old_entry, self.old)
+        self.progress(0.95, "payloads")
+        await self._payloads()
+        self.progress(1.0, "done")
+        self.report.findings.sort(key=lambda each: (each.kind, each.key))
+        return self.report
+
+    def _tell(self, key: str) -> None:
+        shard = key[len(keys.TASKS) :][:2]
+        if len(shard) == 2 and all(digit in "0123456789abcdef" for digit in shard):  # noqa: PLR2004
+            self.progress(0.05 + 0.85 * int(shard, 16) / 256, "records")
+
+    def _find(self, kind: str, key: str, detail: str) -> Finding:
+        finding = Finding(kind, key, detail)
+        self.report.findings.append(finding)
+        return finding
+
+    # ------------------------------------------------------------------ entries, as a list
+
+    async def _discover_queues(self) -> None:
+        """Learn the queues from their bells and, one LIST each, from the entries themselves."""
+        async for each in each_key(self.reads, BELLS):
+            self.queues.add(queue_of_bell(each.key))
+        for prefix, end in ((keys.READY, keys.ready_prefix), (keys.LATER, keys.later_lane)):
+            after = ""
+            while page := await self.reads.list(prefix, after=after, limit=1):
+                entry = keys.parse_entry(page[0].key)
+                if entry is None:
+                    after = page[0].key
+                    continue
+                self.queues.add(entry.queue)
+                after = end(entry.queue) + "~"
+
+    async def _list_entries(self) -> None:
+        for queue in sorted(self.queues - self.listed):
+            self.listed.add(queue)
+            for prefix in (keys.ready_prefix(queue), keys.later_lane(queue)):
+                async for each in each_key(self.reads, prefix):
+                    self.report.entries += 1
+                    self.entries.add(each.key)
+                    if self.now - each.modified > HOUR:
+                        self.old.append(each)
+
+    # ------------------------------------------------------------------ records
+
+    async def _record(self, listed: Listed) -> None:
+        self.report.records += 1
+        task_id = keys.task_id_of(listed.key)
+        if task_id is None:
+            if await self.reads.get(listed.key) is not None:
+                self._find("foreign object", listed.key, "this is no key of a task; look at it and move it away")
+            return
+        try:
+            held = await self.register.read(Task, listed.key)
+        except UnreadableRecord as error:
+            self._find("unreadable record", listed.key, str(error))
+            return
+        if held is None:
+            return
+        task = held.record
+        if task.id != task_id:
+            self._find("unreadable record", listed.key, f"it says that it is task {task.id[:80]!r}; it is left as it is")
+            return
+        self.queues.add(task.queue)
+        if task.state == "pending":
+            await self._pending(held)
+        elif task.state == "running":
+            await self._running(held)
+        await self._payloads_of(held)
+
+    async def _entry_there(self, entry: str) -> bool:
+        return entry in self.entries or await self.reads.get(entry) is not None
+
+    async def _unchanged(self, held: Held[Task]) -> bool:
+        """Read the record again; tell whether it is still the same version."""
+        try:
+            now = await self.register.reread(Task, held)
+        except UnreadableRecord:
+            return False
+        return now is not None and now.etag == held.etag
+
+    async def _pending(self, held: Held[Task]) -> None:
+        task = held.record
+        entry = keys.parse_entry(task.entry)
+        if entry is None or entry.task != task.id or entry.rev > task.rev:
+            self._find("unreadable record", held.key, f"it is pending and names {task.entry[:120]!r}, which is no entry of it")
+            return
+        if not await self._entry_there(task.entry) and await self._unchanged(held):
+            finding = self._find("entry missing", held.key, f"it is pending, and its entry {task.entry} is not there: no worker would find it")
+            await self._put_back(finding, task)
+        ended_long_ago = task.deadline and not task.started and self.now * 1000 - task.deadline > DAY * 1000
+        if ended_long_ago or task.cancel_requested:
+            await self._overdue(held)
+
+    async def _put_back(self, finding: Finding, task: Task) -> None:
+        """PUT the entry that the record names. Has the record moved on since, it is a stale entry, which whoever meets it deletes."""
+        if self.repair:
+            await self.reads.put(task.entry, b"")
+            # a look back does not reach as far as this entry's time: only the bell tells of it at once
+            self.client.added(task.queue, task.entry)
+            finding.repaired = True
+
+    async def _overdue(self, held: Held[Task]) -> None:
+        """End a task that no worker has met since it was cancelled, or since its deadline passed a day ago."""
+        ended = transitions.claim(held.record, "", self.clock.new_op(), int(self.now * 1000))
+        if ended.state not in TERMINAL or not await self._unchanged(held):
+            return
+        finding = self._find("overdue", held.key, f"it waits although it is {ended.state}: no worker serves {held.record.name!r}")
+        if self.repair:
+            write = await self.register.update(held, ended)
+            if write.landed:
+                await self.reads.delete(held.record.entry)
+                self.client.ended(held.record.id)
+            finding.repaired = True  # by this or, after a conflict, by whoever moved it
+
+    async def _running(self, held: Held[Task]) -> None:
+        task = held.record
+        if keys.parse_entry(task.entry) is None:
+            self._find("unreadable record", held.key, f"it is running and names {task.entry[:120]!r}, which is no entry")
+            return
+        if await self._entry_there(task.entry):
+            return
+        try:
+            session = await self.register.read(Session, keys.session(task.worker))
+        except UnreadableRecord as error:
+            self._find("unreadable record", keys.session(task.worker), str(error))
+            return
+        if session is not None and any(claim.token == task.token for claim in session.record.claims):
+            return
+        if await self._unchanged(held):
+            where = "has no session" if session is None else "does not list it"
+            finding = self._find("claim missing", held.key, f"it runs under {task.worker}, which {where}, and its entry is not there")
+            await self._put_back(finding, task)
+
+    # ------------------------------------------------------------------ payloads
+
+    async def _payloads_of(self, held: Held[Task]) -> None:
+        task = held.record
+        named = [key for key in (task.args_at, task.result_at, task.checkpoint_at) if key]
+        if not named:
+            return
+        there = {each.key async for each in each_key(self.reads, keys.payloads(task.id))}
+        missing = [key for key in named if key not in there]
+        if missing and await self._unchanged(held):
+            text = f"it names {', '.join(missing)}, which is not there. Restore it from a backup, or submit the task anew"
+            self._find("payload missing", held.key, text)
+
+    async def _payloads(self) -> None:
+        async def look(listed: Listed) -> None:
+            task_id = owner_of_payload(listed.key)
+            if task_id is None:
+                self._find("foreign object", listed.key, "this is no key of a payload; look at it and move it away")
+            elif await self.reads.get(keys.task(task_id)) is None and await self.reads.list(keys.payloads(task_id), limit=1):
+                self._find("orphaned payload", listed.key, "it belongs to no record; `buquet prune` removes it")
+
+        old: list[Listed] = []
+        last = ""
+        async for each in each_key(self.reads, PAYLOADS):
+            self.report.payloads += 1
+            folder = each.key.rpartition("/")[0]
+            if self.now - each.modified > HOUR and folder != last:  # one of a task speaks for the others
+                last = folder
+                old.append(each)
+        await side_by_side(look, old)
+
+    # ------------------------------------------------------------------ old entries
+
+    async def _old_entry(self, listed: Listed) -> None:
+        entry = keys.parse_entry(listed.key)
+        if entry is None:
+            if await self.reads.get(listed.key) is not None:
+                self._find("foreign object", listed.key, "this is no key of an entry; look at it and move it away")
+            return
+        try:
+            held = await self.register.read(Task, keys.task(entry.task))
+        except UnreadableRecord:
+            return  # reported with the record
+        if held is None:
+            await self._orphan(entry)
+        elif self.now - listed.modified > DAY:
+            await self._left_behind(held, entry)
+
+    async def _orphan(self, entry: keys.Entry) -> None:
+        if await self.reads.get(entry.key) is None:
+            return
+        finding = self._find("orphaned entry", entry.key, "it has been there for over an hour and has no record: its submit was never finished")
+        if self.repair:
+            tombstone = transitions.bury(entry, self.clock.now_ms())
+            write = await self.register.create(keys.task(entry.task), tombstone, rev=entry.rev)
+            if write.landed:
+                await self.reads.delete(entry.key)
+            finding.repaired = True  # by this or, after a conflict, by the submit that came after all
+
+    async def _left_behind(self, held: Held[Task], entry: keys.Entry) -> None:
+        task = held.record
+        since = task.events[-1].at if task.events else task.finished
+        if self.now * 1000 - since < SETTLED_MS:
+            return
+        ended = task.state in TERMINAL
+        if entry.rev > task.rev:
+            if not ended:
+                return  # a move in progress, however old: the record's next move decides
+            kind, detail = "abandoned entry", f"it is over a day old, and of a later rev than its task, which is {task.state}"
+        elif ended or task.entry != entry.key:
+            kind, detail = "stale entry", f"it is over a day old, and its task is {task.state}" + ("" if ended else " under another entry")
+        else:
+            return
+        if await self.reads.get(entry.key) is None:
+            return
+        finding = self._find(kind, entry.key, detail)
+        if self.repair and await self._raised(held, entry):
+            await self.reads.delete(entry.key)
+            finding.repaired = True
+
+    async def _raised(self, held: Held[Task], entry: keys.Entry) -> bool:
+        """Raise an ended record's rev to that of an entry, by CAS; tell whether the entry may now be deleted."""
+        while held.record.rev < entry.rev:
+            if held.record.state not in TERMINAL:
+                return False
+            write = await self.register.update(held, transitions.touch(held.record))
+            if write.held is None:
+                return False
+            held = write.held
+        return held.record.state in TERMINAL or held.record.entry != entry.key
+
+

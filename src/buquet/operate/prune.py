@@ -1,0 +1,194 @@
+"""Retention: makes tasks that ended long ago into stubs, and removes stubs and payloads that nobody needs any more.
+
+What a crash leaves between each write and the next:
+
+- **prune a task**: CAS to `pruned` | delete its payloads | forget its earlier versions. The CAS comes first, so that nobody redrives a
+  task whose arguments are going. After it, payloads of a stub are left, and earlier versions: the next sweep removes both.
+- **remove a stub** without a key, an hour later: delete its payloads | delete the record | forget its earlier versions. Payloads come
+  first, while the record still says whose they are; a stub without payloads is simply met again. A late write to a removed
+  record is an If-Match and fails; such an id is never submitted again.
+- **a keyed stub** stays for good: a DELETE that comes late would take the key's next task with it.
+- **a payload** whose record is missing or a stub, over an hour old by the store's clock: read the record, delete the payload, read the
+  record again. A payload's key is the hash of what it holds, so a submit of the same key with the same arguments names the same object;
+  had it come in between, the payload is put back. It is therefore read before it is deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from buquet import keys
+from buquet.errors import UnreadableRecord, UsageError
+from buquet.operate.ages import store_ahead
+from buquet.operate.sweep import HOUR, PAYLOADS, each_key, owner_of_payload, side_by_side
+from buquet.queue import transitions
+from buquet.records import ENDED, Task
+from buquet.store.base import Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from buquet.queue.client import Client
+    from buquet.store.base import Listed
+
+LARGE_AT_ONCE = 4
+"""Payloads held in memory at once; each may have 64 MiB."""
+
+
+@dataclass
+class Pruned:
+    """What a sweep did; with `dry_run`, what it would have done."""
+
+    looked: int = 0
+    """Records that were seen."""
+    pruned: int = 0
+    """Tasks made into stubs."""
+    stubs: int = 0
+    """Stubs removed."""
+    payloads: int = 0
+    """Payload objects removed."""
+    unreadable: int = 0
+    """Records that could not be read, and were left."""
+
+
+async def prune(
+    client: Client, older_than: float, *, dry_run: bool = False, progress: Callable[[float, str], None] | None = None
+) -> Pruned:
+    """Prune every task that ended over `older_than` seconds ago, an hour at least. Raises UsageError for less.
+
+    Several may run at once, beside workers and submits. `progress` is called with a fraction from 0 to 1 and a few words.
+
+    >>> await prune(client, 7 * 86_400)  # doctest: +SKIP
+    Pruned(looked=1200, pruned=310, stubs=42, payloads=17, unreadable=0)
+    """
+    if not older_than >= HOUR:
+        msg = f"a finished task is kept for an hour at least, and this asks for {older_than:g} s. Its caller may still want the result"
+        raise UsageError(msg)
+    now = client.clock.now() + await store_ahead(client)
+    return await _Sweep(client, now, older_than, dry_run, progress or (lambda _fraction, _what: None)).run()
+
+
+class _Sweep:
+    def __init__(self, client: Client, now: float, older_than: float, dry_run: bool, progress: Callable[[float, str], None]) -> None:
+        self.client = client
+        self.register = client.register
+        self.reads = client.reads
+        self.now = now
+        self.older_than = older_than
+        self.dry_run = dry_run
+        self.progress = progress
+        self.done = Pruned()
+        self.large = asyncio.Semaphore(LARGE_AT_ONCE)
+
+    async def run(self) -> Pruned:
+        await side_by_side(self._record, each_key(self.reads, keys.TASKS, self._tell))
+        self.progress(0.95, "payloads")
+        await self._sweep_payloads()
+        self.progress(1.0, "done")
+        return self.done
+
+    def _tell(self, key: str) -> None:
+        shard = key[len(keys.TASKS) :][:2]
+        if len(shard) == 2 and all(digit in "0123456789abcdef" for digit in shard):  # noqa: PLR2004
+            self.progress(0.95 * int(shard, 16) / 256, "records")
+
+    # ------------------------------------------------------------------ records
+
+    async def _record(self, listed: Listed) -> None:
+        self.done.looked += 1
+        # whatever is due was last written over an hour ago: the others need not be read
+        if self.now - listed.modified < HOUR or keys.task_id_of(listed.key) is None:
+            return
+        try:
+            held = await self.register.read(Task, listed.key)
+            while held is not None and self._due(held.record):
+                self.done.pruned += 1
+                if self.dry_run:
+                    return
+                write = await self.register.update(held, transitions.prune(held.record, int(self.now * 1000)))
+                if write.landed:
+                    await self._bare(held.record)
+                    return
+                self.done.pruned -= 1
+                held = write.held
+        except UnreadableRecord:
+            self.done.unreadable += 1
+            return
+        if held is not None and held.record.state == "pruned":
+            await self._stub(held.record)
+
+    def _due(self, task: Task) -> bool:
+        return task.state in ENDED and self.now - task.finished / 1000 > self.older_than
+
+    async def _bare(self, task: Task) -> None:
+        """Remove what a task just pruned leaves. A keyed one's payloads go a sweep later: its key may be in the middle of a submit."""
+        if not task.key:
+            await self._delete_payloads(task.id)
+        await self.client.store.forget_versions(keys.task(task.id))
+
+    async def _delete_payloads(self, task_id: str) -> None:
+        async for each in each_key(self.reads, keys.payloads(task_id)):
+            await self.reads.delete(each.key)
+            self.done.payloads += 1
+
+    async def _stub(self, stub: Task) -> None:
+        """Remove the stub of a task without a key; of a keyed one, only the versions that a crash may have left."""
+        key = keys.task(stub.id)
+        if stub.key:
+            if not self.dry_run:
+                await self.client.store.forget_versions(key)
+            return
+        pruned_at = stub.events[-1].at if stub.events else stub.finished
+        if self.now - pruned_at / 1000 <= HOUR:
+            return
+        self.done.stubs += 1
+        if not self.dry_run:
+            await self._delete_payloads(stub.id)
+            await self.reads.delete(key)
+            await self.client.store.forget_versions(key)
+
+    # ------------------------------------------------------------------ payloads without a record
+
+    async def _sweep_payloads(self) -> None:
+        last = ""
+        wanted = True
+
+        async def look(listed: Listed) -> None:
+            async with self.large:
+                await self._payload(listed)
+
+        doomed: list[Listed] = []
+        async for each in each_key(self.reads, PAYLOADS):
+            task_id = owner_of_payload(each.key)
+            if task_id is None or self.now - each.modified < HOUR:
+                continue
+            if task_id != last:
+                last = task_id
+                wanted = await self._wanted(task_id)
+            if not wanted:
+                doomed.append(each)
+        await side_by_side(look, doomed, LARGE_AT_ONCE)
+
+    async def _wanted(self, task_id: str) -> bool:
+        """Tell whether a task's payloads are still needed: not when it has no record, or a stub."""
+        try:
+            held = await self.register.read(Task, keys.task(task_id))
+        except UnreadableRecord:
+            return True
+        return held is not None and held.record.state not in {"pruned", "tombstone"}
+
+    async def _payload(self, listed: Listed) -> None:
+        task_id = owner_of_payload(listed.key) or ""
+        there = await self.reads.get(listed.key)
+        # stored anew since it was listed: a submit is under way
+        if not isinstance(there, Stored) or there.modified != listed.modified or await self._wanted(task_id):
+            return
+        self.done.payloads += 1
+        if self.dry_run:
+            return
+        await self.reads.delete(listed.key)
+        if await self._wanted(task_id):
+            await self.reads.put(listed.key, there.body)
+            self.done.payloads -= 1

@@ -1,0 +1,74 @@
+"""Going over a whole bucket: every key of a prefix, and many looks side by side."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import unquote
+
+from buquet import keys
+from buquet.store.base import PAGE
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+
+    from buquet.store.base import Listed
+    from buquet.store.retrying import Retrying
+
+T = TypeVar("T")
+
+BELLS = "bell/"
+PAYLOADS = "payloads/"
+HOUR = 3600.0
+DAY = 86_400.0
+AT_ONCE = 32
+"""Requests under way at once."""
+
+
+async def each_key(reads: Retrying, prefix: str, tell: Callable[[str], None] | None = None) -> AsyncIterator[Listed]:
+    """Yield every key under a prefix, page by page; `tell` is called with the first key of each page."""
+    after = ""
+    while True:
+        page = await reads.list(prefix, after=after, limit=PAGE)
+        if page and tell:
+            tell(page[0].key)
+        for each in page:
+            yield each
+        if len(page) < PAGE:
+            return
+        after = page[-1].key
+
+
+async def side_by_side(look: Callable[[T], Awaitable[None]], things: AsyncIterable[T] | Iterable[T], at_once: int = AT_ONCE) -> None:
+    """Look at every thing, so many at a time, reading on only as fast as they are dealt with. The first error ends it."""
+    waiting: asyncio.Queue[tuple[T] | None] = asyncio.Queue(maxsize=at_once)
+
+    async def lane() -> None:
+        while (item := await waiting.get()) is not None:
+            await look(item[0])
+
+    async def feed() -> None:
+        if hasattr(things, "__aiter__"):
+            async for each in things:  # pyright: ignore[reportGeneralTypeIssues,reportUnknownVariableType]
+                await waiting.put((each,))  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            for each in things:  # pyright: ignore[reportGeneralTypeIssues,reportUnknownVariableType]
+                await waiting.put((each,))  # pyright: ignore[reportUnknownArgumentType]
+        for _ in range(at_once):
+            await waiting.put(None)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(at_once):
+            group.create_task(lane())
+        group.create_task(feed())
+
+
+def queue_of_bell(key: str) -> str:
+    """Return the queue whose doorbell this key is."""
+    return unquote(key.removeprefix(BELLS))
+
+
+def owner_of_payload(key: str) -> str | None:
+    """Return the id of the task that a payload object belongs to, or None."""
+    task_id = key.removeprefix(PAYLOADS).partition("/")[0]
+    return task_id if keys.is_id(task_id) else None

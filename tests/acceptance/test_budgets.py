@@ -1,0 +1,166 @@
+"""What a task costs, counted at the store: the budgets of docs/protocol.md, section 10."""
+
+import asyncio
+
+from buquet import App
+from buquet.clock import Clock
+from buquet.queue.background import Background
+from buquet.store.memory import MemoryStore
+from buquet.store.open import open_store
+from buquet.testing.faulty import FaultyStore
+from buquet.testing.virtual import run_virtual
+
+WRITES = ("put", "create", "update")
+
+
+def writes(store, *segments):
+    return sum(store.count(op, segment) for op in WRITES for segment in segments)
+
+
+def gets(store):
+    return sum(store.count(op) for op in ("get", "get-304", "get-404"))
+
+
+def an_app(store, clock, loop=None):
+    app = App(store=store, clock=clock)
+    if loop is not None:
+        app.background = Background(loop)
+
+    @app.task
+    async def noop(n: int) -> int:
+        return n
+
+    return app, noop
+
+
+async def _backlog(store, clock, loop, count, concurrency):
+    """Submit many, drain them in one worker, and hold what was counted against the budget."""
+    app, noop = an_app(store, clock, loop)
+    await app.client.open()
+    store.reset_counts()
+    handles = await noop.asubmit_many((n,) for n in range(count))
+    await app.client.ringer.flush()
+    # a worker of an App of its own, as in another process: it hears of tasks by the bell and by LIST only
+    other, _ = an_app(store, clock, loop)
+    await other.worker(drain=True, heartbeat_thread=False, concurrency=concurrency).arun()
+    assert writes(store, "tasks", "ready") == 4 * count
+    everything = writes(store, "tasks", "ready", "later", "bell", "workers", "notes", "buquet.json", "payloads", "queues")
+    assert everything == sum(store.count(op) for op in WRITES)
+    assert everything - 4 * count <= 60
+    assert gets(store) <= 1.05 * count, store.counts
+    assert store.count("delete", "ready") == count
+    assert store.count("list") <= 0.05 * count
+    print([r for r in store.log if "bell" in str(r)][:60])
+    return handles
+
+
+def test_a_task_in_a_backlog_costs_four_puts_a_get_and_a_delete():
+    async def main(clock):
+        store = FaultyStore(MemoryStore(clock, can_wait=False), clock)
+        handles = await _backlog(store, clock, clock.loop, 1000, 16)
+        assert [await handle.astatus() for handle in handles[::100]] == ["completed"] * 10
+
+    run_virtual(main)
+
+
+def test_a_backlog_on_s3_costs_the_same_by_the_servers_own_meter(seaweed):
+    url = seaweed.url("budget")
+    clock = Clock()
+
+    async def main():
+        store = FaultyStore(open_store(url, clock), clock)
+        await App(store=store, clock=clock).client.open()
+        before = seaweed.request_counts()
+        await _backlog(store, clock, None, 1000, 32)
+        spent = seaweed.request_counts() - before
+        puts = sum(number for (kind, _), number in spent.items() if kind == "PUT")
+        reads = sum(number for (kind, _), number in spent.items() if kind == "GET")
+        deletes = sum(number for (kind, _), number in spent.items() if kind == "DELETE")
+        lists = sum(number for (kind, _), number in spent.items() if kind == "LIST")
+        assert 4000 <= puts <= 4060
+        assert reads <= 1050
+        assert 1000 <= deletes <= 1010
+        assert lists <= 50
+
+    asyncio.run(main())
+
+
+def test_a_lone_task_costs_five_puts_and_four_gets_and_no_list():
+    async def main(clock):
+        store = FaultyStore(MemoryStore(clock, can_wait=False), clock)
+        app, _ = an_app(store, clock, clock.loop)
+        worker = app.worker(heartbeat_thread=False)
+        work = asyncio.create_task(worker.arun())
+        await clock.sleep(3)
+        # a new process, which does not know the bell yet; by now the worker is at rest
+        client, noop = an_app(store, clock, clock.loop)
+        await client.client.open()
+        await _quiet_moment(store, clock)
+        store.reset_counts()
+        handle = await noop.asubmit(1)
+        while app.client.store.count("delete", "ready") == 0:
+            await clock.sleep(0.05)
+        polls = store.count("get-304", "bell") + store.count("get-404", "bell")
+        listed = store.count("list")
+        put = sum(store.count(op) for op in WRITES)
+        read = gets(store) - polls
+        assert await handle.aresult() == 1
+        assert put <= 5
+        assert read <= 4
+        assert listed == 0
+        worker.stop()
+        await work
+
+    run_virtual(main)
+
+
+async def _quiet_moment(store, clock):
+    """Wait for a heartbeat, after which none comes for a while."""
+    before = store.count("update", "workers")
+    while store.count("update", "workers") == before:
+        await clock.sleep(0.1)
+
+
+def test_an_idle_worker_for_an_hour():
+    async def main(clock):
+        store = FaultyStore(MemoryStore(clock, can_wait=False), clock)
+        app, _ = an_app(store, clock, clock.loop)
+        worker = app.worker(heartbeat_thread=False)
+        work = asyncio.create_task(worker.arun())
+        await clock.sleep(3600)
+        assert sum(store.count(op) for op in WRITES) <= 400
+        assert store.count("list") <= 450
+        assert gets(store) <= 7500
+        # and it does look: a worker that polls nothing would be cheaper still
+        assert gets(store) >= 6000
+        assert store.count("list") >= 300
+        worker.stop()
+        await work
+
+    run_virtual(main)
+
+
+def test_twenty_idle_workers_poll_no_more_than_twice_as_often_as_one_and_find_work_soon():
+    async def main(clock):
+        store = FaultyStore(MemoryStore(clock, can_wait=False), clock)
+        workers = []
+        for _ in range(20):
+            app, noop = an_app(store, clock, clock.loop)
+            workers.append(app.worker(heartbeat_thread=False))
+        work = [asyncio.create_task(worker.arun()) for worker in workers]
+        await clock.sleep(60)
+        store.reset_counts()
+        await clock.sleep(3600)
+        assert sum(store.count(op) for op in WRITES) <= 20 * 400
+        assert store.count("list") <= 20 * 450
+        # each polls every max(0.5 s, 50 ms a worker): once a second
+        assert 0.9 * 20 * 3600 <= gets(store) <= 1.05 * 20 * 3600
+        begun = clock.monotonic()
+        handle = await noop.asubmit(1)
+        await handle.aresult()
+        assert clock.monotonic() - begun <= 1.1
+        for worker in workers:
+            worker.stop()
+        await asyncio.gather(*work)
+
+    run_virtual(main)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 async def store_ahead(client: Client) -> float:
-    """Return by how many seconds the store's clock is ahead of the local one (0 within two seconds), by writing one small object."""
+    """Return by how many seconds the store's clock is ahead of the local one; 0 within two seconds. Writes one small object."""
     key = f"doctor/{client.clock.new_op()}/clock"
     before = client.clock.now()
     await client.reads.put(key, b"")

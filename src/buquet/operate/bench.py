@@ -1,19 +1,21 @@
-"""Measures a store through the queue: throughput, latency, requests a task."""
+"""Measures a store: tasks a second, how soon an idle worker starts one, and what a task asks of the store.
+
+Its tasks have a queue of their own with a fresh name, so that it may run beside others, and are removed at the end.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import statistics
 import subprocess
 import sys
-from collections import Counter
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from buquet import keys
-from buquet.backoff import Backoff
-from buquet.errors import BuquetError
+from buquet.clock import Clock
+from buquet.errors import BuquetError, StoreUnfit
+from buquet.operate.counting import CountingStore
+from buquet.operate.sweep import each_key, side_by_side
 from buquet.queue.background import Background
 from buquet.queue.client import Client
 from buquet.queue.task import AsyncTaskFunction, Policy, SubmitOptions
@@ -21,185 +23,221 @@ from buquet.store.open import open_store
 from buquet.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
-    from buquet.clock import Clock
     from buquet.queue.handle import Handle
-    from buquet.store.base import Listed, NotModified, Receipt, Store, Stored
 
 EVERY = 0.1
-"""Seconds between two submits when latency is measured."""
+"""Seconds between two submits to an idle worker."""
+START_TIMEOUT = 30.0
+LONGEST = 600.0
 
 
-class Result(msgspec.Struct, kw_only=True):
-    """What was measured. Rates are tasks a second, times milliseconds."""
+class Measured(NamedTuple):
+    """What was measured."""
 
     url: str
     tasks: int
     concurrency: int
     submit_per_second: float
     drain_per_second: float
+    samples: int
+    """How many single tasks the two latencies are from."""
     start_p50_ms: float
     start_p99_ms: float
-    requests_per_task: dict[str, float]
-    """From submit to completed, by kind; bells, heartbeats and LISTs are shared out among the tasks."""
+    submit_requests: dict[str, float]
+    """Requests for each submitted task, by kind: PUT, GET, LIST, DELETE."""
+    run_requests: dict[str, float]
+    """Requests of the worker for each task that it drained, by kind."""
 
 
-class Counting:
-    """A store that counts its requests by kind, as a bill does."""
+class _Home:
+    """What task functions need of an App."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.url = store.url
-        self.can_wait = store.can_wait
-        self.count: Counter[str] = Counter()
-
-    async def create(self, key: str, body: bytes) -> Receipt:
-        self.count["PUT"] += 1
-        return await self.store.create(key, body)
-
-    async def update(self, key: str, body: bytes, etag: str) -> Receipt:
-        self.count["PUT"] += 1
-        return await self.store.update(key, body, etag)
-
-    async def put(self, key: str, body: bytes) -> Receipt:
-        self.count["PUT"] += 1
-        return await self.store.put(key, body)
-
-    async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
-        self.count["GET"] += 1
-        return await self.store.get(key, unless=unless, version=version)
-
-    async def list(self, prefix: str, *, after: str = "", limit: int = 1000) -> list[Listed]:
-        self.count["LIST"] += 1
-        return await self.store.list(prefix, after=after, limit=limit)
-
-    async def delete(self, key: str) -> None:
-        self.count["DELETE"] += 1
-        await self.store.delete(key)
-
-    async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
-        return await self.store.wait_changed(key, etag, timeout)
-
-    async def forget_versions(self, key: str) -> None:
-        await self.store.forget_versions(key)
-
-    async def close(self) -> None:
-        await self.store.close()
+    def __init__(self, client: Client, background: Background) -> None:
+        self.client = client
+        self.background = background
 
 
-class Bench:
-    """The bench's own two tasks, on a queue that nobody else uses."""
+class _Bench:
+    """One process's side: a client whose requests are counted, and the two tasks."""
 
-    def __init__(self, url: str, clock: Clock, queue: str) -> None:
+    def __init__(self, url: str, queue: str, clock: Clock) -> None:
         self.clock = clock
-        self.background = Background(asyncio.get_running_loop())
-        self.store = Counting(open_store(url, clock))
-        self.client = Client(self.store, clock, self.background)
         self.queue = queue
-
-        async def noop(n: int) -> int:
-            return n
-
-        async def started() -> float:
-            return clock.now()
-
-        self.noop: AsyncTaskFunction[[int], int] = self._task(noop)
-        self.started: AsyncTaskFunction[[], float] = self._task(started)
+        self.store = CountingStore(open_store(url, clock))
+        self.background = Background()
+        self.client = Client(self.store, clock, self.background)
+        self.noop = self._task(self._noop)
+        self.started = self._task(self._started)
 
     def _task(self, function: Callable[..., Any]) -> AsyncTaskFunction[..., Any]:
-        policy = Policy(3, 10, Backoff(), None)
-        return AsyncTaskFunction(self, function, function.__name__, self.queue, policy, SubmitOptions())
+        home = _Home(self.client, self.background)
+        return AsyncTaskFunction(home, function, function.__name__, self.queue, Policy(), SubmitOptions())
+
+    async def _noop(self) -> None:
+        """Do nothing."""
+
+    async def _started(self) -> float:
+        """Return the time of this machine's clock, which all processes on it share."""
+        return self.clock.now()
 
     def worker(self, concurrency: int, *, drain: bool) -> Worker:
-        """Return a worker of this queue."""
         tasks = {task.name: task for task in (self.noop, self.started)}
-        return Worker(self.client, tasks, [self.queue], concurrency=concurrency, drain=drain)
+        return Worker(self.client, tasks, concurrency=concurrency, drain=drain, grace=5)
+
+    async def close(self) -> None:
+        await self.client.close()
+        self.background.stop()
 
 
-async def measure(url: str, clock: Clock, tasks: int, concurrency: int, latency: int, say: Callable[[str], None]) -> Result:
-    """Submit and drain `tasks` tasks, then time `latency` lone ones in a worker process of its own.
+async def bench(
+    url: str,
+    clock: Clock,
+    *,
+    tasks: int = 1000,
+    concurrency: int = 64,
+    samples: int = 50,
+    tell: Callable[[str], None] | None = None,
+) -> Measured:
+    """Measure the store that a URL names.
 
-    The store may be one in use: everything happens in a queue of a fresh name, and is removed at the end.
+    `tasks` empty tasks are submitted, then drained by one worker in this process; then `samples` single ones, a tenth of a second
+    apart, go to one idle worker in a process of its own (for `memory:` in this one).
+    `tell` is called with a few words at each stage. Raises StoreError.
     """
+    tell = tell or (lambda _text: None)
     queue = f"bench-{clock.new_op()}"
-    bench = Bench(url, clock, queue)
-    await bench.client.open()
-    handles: list[Handle[Any]] = []
+    one = _Bench(url, queue, clock)
+    ids: list[str] = []
     try:
-        bench.store.count.clear()
-        say(f"submitting {tasks:,} tasks")
-        begun = clock.monotonic()
-        handles += await bench.noop.asubmit_many((number,) for number in range(tasks))
-        submitted = clock.monotonic()
-        await bench.client.ringer.flush()
-        say("draining them in one worker")
-        drained_from = clock.monotonic()
-        await bench.worker(concurrency, drain=True).arun()
-        drained = clock.monotonic()
-        requests = {kind: bench.store.count[kind] / tasks for kind in ("PUT", "GET", "LIST", "DELETE")}
-        starts = await _latency(bench, url, latency, handles, say) if latency else []
+        await one.client.open()
+        tell(f"submitting {tasks:,} tasks")
+        submit_rate, submit_requests = await _submit(one, tasks, ids)
+        tell(f"draining them with one worker, {concurrency} at once")
+        drain_rate, run_requests = await _drain(one, tasks, concurrency)
+        tell(f"{samples} tasks, one at a time, for a worker that is idle")
+        waits = sorted(await _latencies(one, url, samples, ids))
     finally:
-        say("removing what was written")
-        await _remove(bench.client, queue, handles)
-        await bench.client.close()
-    return Result(
-        url=bench.store.url,
+        tell("cleaning up")
+        await _clean_up(one, ids)
+        await one.close()
+    return Measured(
+        url=one.store.url,
         tasks=tasks,
         concurrency=concurrency,
-        submit_per_second=tasks / (submitted - begun),
-        drain_per_second=tasks / (drained - drained_from),
-        start_p50_ms=statistics.median(starts) if starts else 0.0,
-        start_p99_ms=sorted(starts)[int(len(starts) * 0.99)] if starts else 0.0,
-        requests_per_task=requests,
+        submit_per_second=submit_rate,
+        drain_per_second=drain_rate,
+        samples=len(waits),
+        start_p50_ms=_share(waits, 0.50) * 1000,
+        start_p99_ms=_share(waits, 0.99) * 1000,
+        submit_requests=submit_requests,
+        run_requests=run_requests,
     )
 
 
-async def _latency(bench: Bench, url: str, count: int, handles: list[Handle[Any]], say: Callable[[str], None]) -> list[float]:
-    """Return the milliseconds from submit to start of tasks submitted every 0.1 s to an idle worker in another process."""
-    say(f"{count} tasks, one each {EVERY * 1000:.0f} ms, to an idle worker in another process")
-    worker = await asyncio.create_subprocess_exec(sys.executable, "-m", __name__, url, bench.queue, stdin=subprocess.PIPE)
-    waits: list[float] = []
+async def _submit(one: _Bench, tasks: int, ids: list[str]) -> tuple[float, dict[str, float]]:
+    one.store.counts.clear()
+    begun = one.clock.monotonic()
+    ids += [handle.id for handle in await one.noop.asubmit_many(() for _ in range(tasks))]
+    took = one.clock.monotonic() - begun
+    await one.client.ringer.flush()
+    return tasks / took, _each(one, tasks)
+
+
+async def _drain(one: _Bench, tasks: int, concurrency: int) -> tuple[float, dict[str, float]]:
+    worker = one.worker(concurrency, drain=False)
+    one.store.counts.clear()
+    begun = one.clock.monotonic()
+    running = asyncio.create_task(worker.arun())
     try:
-        await (await bench.started.asubmit()).aresult(timeout=60)  # the worker is up
-        for _ in range(count):
-            await bench.clock.sleep(EVERY)
-            begun = bench.clock.now()
-            handle = await bench.started.asubmit()
-            handles.append(handle)
-            waits.append((await handle.aresult(timeout=60) - begun) * 1000)
+        # the worker's own count: asking the store would be counted, too, and a drain waits a little to be sure that nothing comes
+        while worker.keeper.completed < tasks or worker.running:
+            await one.clock.sleep(0.002)
+            if running.done() or one.clock.monotonic() - begun > LONGEST:
+                msg = f"only {worker.keeper.completed} of {tasks} tasks were done in {LONGEST:g} s. Run `buquet doctor`"
+                raise StoreUnfit(msg)
+        took = one.clock.monotonic() - begun
+        requests = _each(one, tasks)
     finally:
-        worker.terminate()
-        await worker.wait()
-    return waits
+        worker.stop()
+        await running
+    return tasks / took, requests
 
 
-async def _remove(client: Client, queue: str, handles: list[Handle[Any]]) -> None:
-    """Remove the bench's records; nobody else knows of them, so that there is no need for stubs."""
-
-    async def one(task_id: str) -> None:
-        await client.reads.delete(keys.task(task_id))
-        await client.store.forget_versions(keys.task(task_id))
-
-    for start in range(0, len(handles), 64):
-        await asyncio.gather(*(one(handle.id) for handle in handles[start : start + 64]))
-    await client.reads.delete(keys.bell(queue))
+def _each(one: _Bench, tasks: int) -> dict[str, float]:
+    return {kind: round(one.store.counts[kind] / tasks, 3) for kind in ("PUT", "GET", "LIST", "DELETE")}
 
 
-async def _serve(url: str, queue: str) -> None:
-    from buquet.clock import Clock  # noqa: PLC0415 - only in the worker process
+async def _latencies(one: _Bench, url: str, samples: int, ids: list[str]) -> list[float]:
+    async with _idle_worker(one, url):
+        warm: Handle[float] = await one.started.asubmit()
+        ids.append(warm.id)
+        await warm.aresult(timeout=START_TIMEOUT)
+        submitted: list[tuple[float, Handle[float]]] = []
+        for _ in range(samples):
+            await one.clock.sleep(EVERY)
+            at = one.clock.now()
+            handle: Handle[float] = await one.started.asubmit()
+            ids.append(handle.id)
+            submitted.append((at, handle))
+        return [await handle.aresult(timeout=START_TIMEOUT) - at for at, handle in submitted]
 
-    bench = Bench(url, Clock(), queue)
-    worker = bench.worker(16, drain=False)
-    loop = asyncio.get_running_loop()
-    for number in (2, 15):
-        loop.add_signal_handler(number, worker.stop)
-    await worker.arun()
-    await bench.client.close()
+
+@asynccontextmanager
+async def _idle_worker(one: _Bench, url: str) -> AsyncIterator[None]:
+    """Run a worker, in a process of its own where the store can be seen from there, and wait for nothing more than its start."""
+    if url == "memory:":
+        worker = one.worker(4, drain=False)
+        running = asyncio.create_task(worker.arun())
+        try:
+            yield
+        finally:
+            worker.stop()
+            await running
+        return
+    command = [sys.executable, "-m", "buquet.operate.bench", url, one.queue]
+    child = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            child.terminate()
+        try:
+            async with asyncio.timeout(20):
+                await child.wait()
+        except TimeoutError:
+            child.kill()
+            await child.wait()
+
+
+async def _clean_up(one: _Bench, ids: Sequence[str]) -> None:
+    """Remove every key that the tasks had. Nobody else knows them, and what is left where the store is away does no harm."""
+
+    async def remove(key: str) -> None:
+        await one.client.reads.delete(key)
+        if key.startswith(keys.TASKS):
+            await one.store.forget_versions(key)
+
+    with suppress(BuquetError):
+        await side_by_side(remove, [keys.task(task_id) for task_id in ids])
+        for prefix in (keys.ready_prefix(one.queue), keys.later_lane(one.queue)):
+            await side_by_side(remove, [each.key async for each in each_key(one.client.reads, prefix)])
+        await one.client.ringer.flush()
+        await one.client.reads.delete(keys.bell(one.queue))
+
+
+def _share(ordered: Sequence[float], share: float) -> float:
+    """Return the value below which this share of some ordered ones lies."""
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else 0.0
+
+
+def _serve() -> None:
+    """Be the idle worker: the module's own command, URL and queue."""
+    url, queue = sys.argv[1:]
+    one = _Bench(url, queue, Clock())
+    one.worker(4, drain=False).run()
 
 
 if __name__ == "__main__":
-    try:
-        asyncio.run(_serve(sys.argv[1], sys.argv[2]))
-    except BuquetError as error:
-        sys.exit(str(error))
+    _serve()

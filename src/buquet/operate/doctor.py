@@ -1,6 +1,7 @@
 """Proves that a store is fit to be trusted with tasks, by trying what everything else stands on.
 
-Its keys lie under `doctor/{random}/` (and one under `tasks/`, since some stores keep versions only there) and are removed at the end.
+Its keys lie under `doctor/{random}/`, and one under `tasks/`, since some stores keep versions only there. They are removed at the
+end.
 """
 
 from __future__ import annotations
@@ -41,6 +42,18 @@ class Verdict(NamedTuple):
     """What it means for tasks, and what to do where it is not well."""
     warning: bool = False
     """True where it works, but something is worth knowing."""
+
+
+def _good(name: str, detail: str, meaning: str) -> Verdict:
+    return Verdict(name, ok=True, detail=detail, meaning=meaning)
+
+
+def _warning(name: str, detail: str, meaning: str) -> Verdict:
+    return Verdict(name, ok=True, detail=detail, meaning=meaning, warning=True)
+
+
+def _bad(name: str, detail: str, meaning: str) -> Verdict:
+    return Verdict(name, ok=False, detail=detail, meaning=meaning)
 
 
 async def examine(store: Store, clock: Clock) -> AsyncIterator[Verdict]:
@@ -90,7 +103,7 @@ class _Examiner:
             return await check()
         except StoreError as error:
             name = check.__name__.replace("_", " ")
-            return Verdict(name, False, str(error), "this could not be tried out; mend what the error says and run doctor again")  # noqa: FBT003
+            return _bad(name, str(error), "this could not be tried out; mend what the error says and run doctor again")
 
     def key(self, name: str) -> str:
         key = f"{self.folder}/{name}"
@@ -116,7 +129,7 @@ class _Examiner:
         key = self.key("reach")
         await self.store.put(key, b"here")
         await self.store.get(key)
-        return Verdict("reach", True, f"{self.store.url} answers", "credentials and rights are there to write and to read")  # noqa: FBT003
+        return _good("reach", f"{self.store.url} answers", "credentials and rights are there to write and to read")
 
     async def racing_creates(self) -> Verdict:
         async def round_(number: int) -> str:
@@ -149,10 +162,10 @@ class _Examiner:
         outcomes = [await round_(number) for number in range(ROUNDS)]
         problems = [each for each in outcomes if each not in {"one", "none"}]
         if problems:
-            return Verdict(name, False, f"{what}: in {len(problems)} of {ROUNDS} rounds of {WRITERS} writers {problems[0]}", bad)  # noqa: FBT003
+            return _bad(name, f"{what}: in {len(problems)} of {ROUNDS} rounds of {WRITERS} writers {problems[0]}", bad)
         if "one" not in outcomes:
-            return Verdict(name, False, f"{what}: in {ROUNDS} rounds of {WRITERS} writers nobody won", bad)  # noqa: FBT003
-        return Verdict(name, True, f"{what}: {WRITERS} writers, {ROUNDS} rounds, never more than one winner", good)  # noqa: FBT003
+            return _bad(name, f"{what}: in {ROUNDS} rounds of {WRITERS} writers nobody won", bad)
+        return _good(name, f"{what}: {WRITERS} writers, {ROUNDS} rounds, never more than one winner", good)
 
     async def _race(self, key: str, write: Callable[[bytes], Awaitable[Receipt]]) -> str:
         """Let all write at once; say `one` (winner), `none`, or what is wrong."""
@@ -189,10 +202,10 @@ class _Examiner:
             with suppress(Changed):
                 await self.store.update(key, b"ghost", etag)
                 bad = "a late write can bring back what was removed. Do not use this store"
-                return Verdict(name, False, "an update with If-Match of a missing key was accepted", bad)  # noqa: FBT003
+                return _bad(name, "an update with If-Match of a missing key was accepted", bad)
             if await self.reads.get(key) is not None:
-                return Verdict(name, False, "a refused update of a missing key wrote an object all the same", good)  # noqa: FBT003
-        return Verdict(name, True, "PUT If-Match of a missing key is refused", good)  # noqa: FBT003
+                return _bad(name, "a refused update of a missing key wrote an object all the same", good)
+        return _good(name, "PUT If-Match of a missing key is refused", good)
 
     async def read_after_write(self) -> Verdict:
         name, meaning = "read after write", "what was written is seen by the next read, GET and LIST, of everybody"
@@ -202,11 +215,11 @@ class _Examiner:
                 etag = (await self.store.put(key, body)).etag
                 there = await self.reads.get(key)
                 if not isinstance(there, Stored) or (there.body, there.etag) != (body, etag):
-                    return Verdict(name, False, "a GET did not return what had just been written", f"not so here: {meaning}")  # noqa: FBT003
+                    return _bad(name, "a GET did not return what had just been written", f"not so here: {meaning}")
             page = await self.reads.list(f"{self.folder}/fresh/")
             if key not in {each.key for each in page}:
-                return Verdict(name, False, "a LIST did not show a key that had just been written", f"not so here: {meaning}")  # noqa: FBT003
-        return Verdict(name, True, f"{SAMPLES} keys, by GET and by LIST", meaning)  # noqa: FBT003
+                return _bad(name, "a LIST did not show a key that had just been written", f"not so here: {meaning}")
+        return _good(name, f"{SAMPLES} keys, by GET and by LIST", meaning)
 
     async def conditional_get(self) -> Verdict:
         name = "conditional GET"
@@ -216,11 +229,11 @@ class _Examiner:
         await self.store.put(key, b"two")
         other = await self.reads.get(key, unless=etag)
         if not isinstance(other, Stored) or other.body != b"two":
-            return Verdict(name, False, "a GET with If-None-Match did not see a change", "workers would not hear of new tasks")  # noqa: FBT003
+            return _bad(name, "a GET with If-None-Match did not see a change", "workers would not hear of new tasks")
         if same is not NOT_MODIFIED:
             meaning = "idle workers read the whole bell each time; it works, and costs more traffic"
-            return Verdict(name, True, "a GET with If-None-Match is never answered 304", meaning, warning=True)  # noqa: FBT003
-        return Verdict(name, True, "304 while unchanged, the object once changed", "idle workers poll for next to nothing")  # noqa: FBT003
+            return _warning(name, "a GET with If-None-Match is never answered 304", meaning)
+        return _good(name, "304 while unchanged, the object once changed", "idle workers poll for next to nothing")
 
     async def list_order(self) -> Verdict:
         name, meaning = "LIST", "workers find what waits, page by page, the oldest first"
@@ -240,8 +253,8 @@ class _Examiner:
         for which, (found, right) in pages.items():
             if found != right:
                 shown = ", ".join(key.removeprefix(prefix) for key in found) or "nothing"
-                return Verdict(name, False, f"a LIST {which} returned {shown}", f"not so here: {meaning}")  # noqa: FBT003
-        return Verdict(name, True, "in order, from start-after on, in pages", meaning)  # noqa: FBT003
+                return _bad(name, f"a LIST {which} returned {shown}", f"not so here: {meaning}")
+        return _good(name, "in order, from start-after on, in pages", meaning)
 
     async def delete(self) -> Verdict:
         name, meaning = "delete", "entries of finished tasks go away"
@@ -250,17 +263,19 @@ class _Examiner:
         await self.store.delete(key)
         await self.store.delete(key)
         if await self.reads.get(key) is not None or await self.reads.list(f"{self.folder}/deleted/"):
-            return Verdict(name, False, "a deleted key was still shown", f"not so here: {meaning}")  # noqa: FBT003
-        return Verdict(name, True, "gone for GET and LIST; a second DELETE is no error", meaning)  # noqa: FBT003
+            return _bad(name, "a deleted key was still shown", f"not so here: {meaning}")
+        return _good(name, "gone for GET and LIST; a second DELETE is no error", meaning)
 
     async def versions(self) -> Verdict:
         first = await self.store.put(self.kept, b"first")
         await self.store.put(self.kept, b"second")
         there = await self.reads.get(self.kept, version=first.version) if first.version else None
         if isinstance(there, Stored) and there.body == b"first":
-            return Verdict("versions", True, "an earlier version can be read", "a task's whole past can be looked up")  # noqa: FBT003
-        meaning = "a task's timeline is kept all the same, in its record; earlier records are not. `buquet init` turns versions on"
-        return Verdict("versions", True, "earlier versions are not kept", meaning, warning=True)  # noqa: FBT003
+            return _good("versions", "an earlier version can be read", "a task's whole past can be looked up")
+        meaning = (
+            "a task's timeline is kept all the same, in its record; earlier records are not. `buquet init` turns versions on"
+        )
+        return _warning("versions", "earlier versions are not kept", meaning)
 
     async def clock_difference(self) -> Verdict:
         key = self.key("clock")
@@ -274,9 +289,9 @@ class _Examiner:
         ahead = "ahead of" if modified > after else "behind"
         if difference > CLOCK_TOLERANCE:
             detail = f"the store's clock is {difference:.1f} s {ahead} this machine's"
-            meaning = "nothing is lost by it: workers judge by the store's clock. Times shown may look odd; set this machine's clock (NTP)"
-            return Verdict("clock", True, detail, meaning, warning=True)  # noqa: FBT003
-        return Verdict("clock", True, f"within {CLOCK_TOLERANCE:g} s of the store's", "delays and times shown are right")  # noqa: FBT003
+            meaning = "nothing is lost by it: workers judge by the store's clock. Set this machine's, or times shown look odd"
+            return _warning("clock", detail, meaning)
+        return _good("clock", f"within {CLOCK_TOLERANCE:g} s of the store's", "delays and times shown are right")
 
     async def latency(self) -> Verdict:
         took: dict[str, list[float]] = {"create": [], "update": [], "GET": [], "LIST": []}
@@ -297,4 +312,4 @@ class _Examiner:
         shown = ", ".join(f"{kind} {median(times) * 1000:.1f} ms" for kind, times in took.items() if times)
         alone = sum(median(took[kind]) for kind in ("create", "update") if took[kind]) * 2
         meaning = f"a task alone takes about {alone * 1000:.0f} ms beside its work; many run side by side"
-        return Verdict("latency", True, shown, meaning)  # noqa: FBT003
+        return _good("latency", shown, meaning)

@@ -2,19 +2,21 @@
 
 A live system moves while fsck looks, so each verdict rests on an order of reads that makes it sound at some moment in between:
 
-- **entry missing** (I1): record pending under E; E is not there; the record is read again and is the same version. No two versions
-  have one ETag, so it was pending under E all the while, and E should have been there.
-- **claim missing** (I2): record running under claim K; its entry is not there; the session does not list K; the record is read again
-  and is the same version. An entry goes only after a heartbeat that lists K was stored, and K is dropped from the list only after the
-  record was stored as no longer under K. So while the record stood still, one of the two should have been there.
+- **entry missing** (I1): record pending under E; E is not there; the record is read again and is the same version. No two
+  versions have one ETag, so it was pending under E all the while, and E should have been there.
+- **claim missing** (I2): record running under claim K; its entry is not there; the session does not list K; the record is read
+  again and is the same version. An entry goes only after a heartbeat that lists K was stored, and K is dropped from the list only
+  after the record was stored as no longer under K. So while the record stood still, one of the two should have been there.
 - **payload missing**: the record names it; it is not there; the record is the same version still.
-- **stale entry**: over a day old by the store's clock; the record, read after the entry was listed, has a rev no lower and is ended or
-  names another entry, and has been so for a minute; the entry is still there. Once true this stays true (I3), so deleting it is harmless.
-- **abandoned entry**: over a day old, and of a later rev than an ended record's: the move that wrote it never came. The record's rev is
-  raised by CAS before the entry goes, so that a move that still comes meets a conflict.
-- **orphaned entry**: over an hour old, and no record. A tombstone is created (If-None-Match) before the entry goes, so that a submit
-  which still comes meets it instead of leaving a task without an entry.
+- **stale entry**: over a day old by the store's clock; the record, read after the entry was listed, has a rev no lower and is
+  ended or names another entry, and has been so for a minute; the entry is still there. Once true this stays true (I3), so
+  deleting it is harmless.
+- **abandoned entry**: over a day old, and of a later rev than an ended record's: the move that wrote it never came. The record's
+  rev is raised by CAS before the entry goes, so that a move that still comes meets a conflict.
+- **orphaned entry**: over an hour old, and no record. A tombstone is created (If-None-Match) before the entry goes, so that a
+  submit which still comes meets it instead of leaving a task without an entry.
 - **orphaned payload**: over an hour old; no record, read after the payload was listed. Only prune removes those.
+- **overdue**: pending, though cancelled or a day past its deadline; ended by CAS, as the claim of a worker would.
 
 What cannot be read is reported and never touched.
 """
@@ -194,14 +196,16 @@ class _Checker:
             self._find("unreadable record", held.key, f"it is pending and names {task.entry[:120]!r}, which is no entry of it")
             return
         if not await self._entry_there(task.entry) and await self._unchanged(held):
-            finding = self._find("entry missing", held.key, f"it is pending, and its entry {task.entry} is not there: no worker would find it")
+            finding = self._find(
+                "entry missing", held.key, f"it is pending, and its entry {task.entry} is not there: no worker would find it"
+            )
             await self._put_back(finding, task)
         ended_long_ago = task.deadline and not task.started and self.now * 1000 - task.deadline > DAY * 1000
         if ended_long_ago or task.cancel_requested:
             await self._overdue(held)
 
     async def _put_back(self, finding: Finding, task: Task) -> None:
-        """PUT the entry that the record names. Has the record moved on since, it is a stale entry, which whoever meets it deletes."""
+        """PUT the entry that the record names. Has the record moved on since, it is a stale one, which whoever meets it deletes."""
         if self.repair:
             await self.reads.put(task.entry, b"")
             # a look back does not reach as far as this entry's time: only the bell tells of it at once
@@ -237,7 +241,9 @@ class _Checker:
             return
         if await self._unchanged(held):
             where = "has no session" if session is None else "does not list it"
-            finding = self._find("claim missing", held.key, f"it runs under {task.worker}, which {where}, and its entry is not there")
+            finding = self._find(
+                "claim missing", held.key, f"it runs under {task.worker}, which {where}, and its entry is not there"
+            )
             await self._put_back(finding, task)
 
     # ------------------------------------------------------------------ payloads
@@ -291,7 +297,9 @@ class _Checker:
     async def _orphan(self, entry: keys.Entry) -> None:
         if await self.reads.get(entry.key) is None:
             return
-        finding = self._find("orphaned entry", entry.key, "it has been there for over an hour and has no record: its submit was never finished")
+        finding = self._find(
+            "orphaned entry", entry.key, "it has been there for over an hour and has no record: its submit was never finished"
+        )
         if self.repair:
             tombstone = transitions.bury(entry, self.clock.now_ms())
             write = await self.register.create(keys.task(entry.task), tombstone, rev=entry.rev)
@@ -310,7 +318,10 @@ class _Checker:
                 return  # a move in progress, however old: the record's next move decides
             kind, detail = "abandoned entry", f"it is over a day old, and of a later rev than its task, which is {task.state}"
         elif ended or task.entry != entry.key:
-            kind, detail = "stale entry", f"it is over a day old, and its task is {task.state}" + ("" if ended else " under another entry")
+            kind, detail = (
+                "stale entry",
+                f"it is over a day old, and its task is {task.state}" + ("" if ended else " under another entry"),
+            )
         else:
             return
         if await self.reads.get(entry.key) is None:
@@ -330,5 +341,3 @@ class _Checker:
                 return False
             held = write.held
         return held.record.state in TERMINAL or held.record.entry != entry.key
-
-

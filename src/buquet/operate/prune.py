@@ -2,15 +2,15 @@
 
 What a crash leaves between each write and the next:
 
-- **prune a task**: CAS to `pruned` | delete its payloads | forget its earlier versions. The CAS comes first, so that nobody redrives a
-  task whose arguments are going. After it, payloads of a stub are left, and earlier versions: the next sweep removes both.
-- **remove a stub** without a key, an hour later: delete its payloads | delete the record | forget its earlier versions. Payloads come
-  first, while the record still says whose they are; a stub without payloads is simply met again. A late write to a removed
+- **prune a task**: CAS to `pruned` | delete its payloads | forget its earlier versions. The CAS comes first, so that nobody
+  redrives a task whose arguments are going. After it, a stub's payloads and earlier versions are left: the next sweep removes both.
+- **remove a stub** without a key, an hour later: delete its payloads | delete the record | forget its earlier versions. Payloads
+  come first, while the record still says whose they are; a stub without payloads is simply met again. A late write to a removed
   record is an If-Match and fails; such an id is never submitted again.
 - **a keyed stub** stays for good: a DELETE that comes late would take the key's next task with it.
-- **a payload** whose record is missing or a stub, over an hour old by the store's clock: read the record, delete the payload, read the
-  record again. A payload's key is the hash of what it holds, so a submit of the same key with the same arguments names the same object;
-  had it come in between, the payload is put back. It is therefore read before it is deleted.
+- **a payload** over an hour old by the store's clock whose record is missing or a stub: read it, read the record, delete it, read
+  the record again. A payload's key is the hash of what it holds, so a submit of the same key with the same arguments names the
+  same object; had it come in between, the payload is put back.
 """
 
 from __future__ import annotations
@@ -64,14 +64,16 @@ async def prune(
     Pruned(looked=1200, pruned=310, stubs=42, payloads=17, unreadable=0)
     """
     if not older_than >= HOUR:
-        msg = f"a finished task is kept for an hour at least, and this asks for {older_than:g} s. Its caller may still want the result"
+        msg = f"a finished task is kept for an hour at least, and this asks for {older_than:g} s. Its result may still be wanted"
         raise UsageError(msg)
     now = client.clock.now() + await store_ahead(client)
     return await _Sweep(client, now, older_than, dry_run, progress or (lambda _fraction, _what: None)).run()
 
 
 class _Sweep:
-    def __init__(self, client: Client, now: float, older_than: float, dry_run: bool, progress: Callable[[float, str], None]) -> None:
+    def __init__(
+        self, client: Client, now: float, older_than: float, dry_run: bool, progress: Callable[[float, str], None]
+    ) -> None:
         self.client = client
         self.register = client.register
         self.reads = client.reads
@@ -123,7 +125,7 @@ class _Sweep:
         return task.state in ENDED and self.now - task.finished / 1000 > self.older_than
 
     async def _bare(self, task: Task) -> None:
-        """Remove what a task just pruned leaves. A keyed one's payloads go a sweep later: its key may be in the middle of a submit."""
+        """Remove what a task just pruned leaves. A keyed one's payloads are left to the sweep below."""
         if not task.key:
             await self._delete_payloads(task.id)
         await self.client.store.forget_versions(keys.task(task.id))

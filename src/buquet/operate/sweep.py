@@ -39,7 +39,9 @@ async def each_key(reads: Retrying, prefix: str, tell: Callable[[str], None] | N
         after = page[-1].key
 
 
-async def side_by_side(look: Callable[[T], Awaitable[None]], things: AsyncIterable[T] | Iterable[T], at_once: int = AT_ONCE) -> None:
+async def side_by_side(
+    look: Callable[[T], Awaitable[None]], things: AsyncIterable[T] | Iterable[T], at_once: int = AT_ONCE
+) -> None:
     """Look at every thing, so many at a time, reading on only as fast as they are dealt with. The first error ends it."""
     waiting: asyncio.Queue[tuple[T] | None] = asyncio.Queue(maxsize=at_once)
 

@@ -1,0 +1,187 @@
+"""Prepares a place for tasks: a bucket with versions and lifecycle rules, or a file. May be run again at any time."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import msgspec
+
+from buquet.errors import AccessDenied, BucketMissing, StoreRefused, UsageError
+from buquet.store.s3answers import Place
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from buquet.queue.client import Client
+
+RULE = "buquet"
+DEFAULT_REGION = "us-east-1"
+ABSENT = {"NoSuchLifecycleConfiguration", "NoSuchLifecycle"}
+MISSING = {"404", "NoSuchBucket", "NotFound"}
+OURS = {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}
+DENIED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+
+
+class Step(NamedTuple):
+    """One thing that was to be prepared."""
+
+    what: str
+    done: bool
+    detail: str
+    by_hand: str = ""
+    """Where it was not done: JSON to set by other means."""
+
+
+async def prepare(client: Client, *, keep_versions_days: int = 30) -> AsyncIterator[Step]:
+    """Prepare the client's store, and yield what was done, step by step.
+
+    On S3: create the bucket if it is missing, turn versions on, set lifecycle rules under the URL's prefix (earlier versions are
+    kept `keep_versions_days`; markers of deleted objects and unfinished uploads go), beside the rules that are there. What the
+    server refuses is told, and the rest goes on. Then write the layout's format. Needs boto3 for S3: `pip install 'buquet[s3]'`.
+    Raises UsageError, AccessDenied, StoreRefused.
+    """
+    if keep_versions_days < 1:
+        msg = f"earlier versions are kept for a day at least, not {keep_versions_days}"
+        raise UsageError(msg)
+    store = client.store
+    place = getattr(store, "place", None)
+    if isinstance(place, Place):
+        for step in _Bucket(place).prepare(keep_versions_days):
+            yield step
+    await client.open()
+    if isinstance(place, Place):
+        yield Step("layout", done=True, detail="buquet.json says in which format the rest is")
+    elif store.url.startswith("sqlite:"):
+        yield Step("file", done=True, detail=f"{store.url.removeprefix('sqlite:')} is there")
+    else:
+        yield Step("memory", done=True, detail="there is nothing to prepare, and nothing will be kept")
+
+
+def lifecycle_rules(prefix: str, keep_versions_days: int) -> list[dict[str, Any]]:
+    """Return the lifecycle rules of a prefix (empty: the whole bucket), in S3's own words."""
+    folder = f"{prefix}/" if prefix else ""
+    # the rule's name tells the prefixes of one bucket apart
+    return [
+        {
+            "ID": f"{RULE}:{folder}"[:255],
+            "Status": "Enabled",
+            "Filter": {"Prefix": folder},
+            "NoncurrentVersionExpiration": {"NoncurrentDays": keep_versions_days},
+            "Expiration": {"ExpiredObjectDeleteMarker": True},
+            "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 1},
+        }
+    ]
+
+
+def merged(there: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rules that are there with ours in the place of earlier ones of the same name."""
+    names = {rule["ID"] for rule in ours}
+    return [*(rule for rule in there if rule.get("ID") not in names), *ours]
+
+
+class _Bucket:
+    def __init__(self, place: Place) -> None:
+        try:
+            boto3 = cast("Any", importlib.import_module("boto3"))
+            self.errors = cast("Any", importlib.import_module("botocore.exceptions"))
+        except ImportError:
+            msg = (
+                "`buquet init` needs boto3 to prepare a bucket: pip install 'buquet[s3]'. Or create the bucket by other "
+                "means and turn its versions on; buquet itself does without boto3"
+            )
+            raise UsageError(msg) from None
+        self.place = place
+        environ = os.environ
+        named = place.region or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
+        self.region: str = named or boto3.session.Session().region_name or DEFAULT_REGION
+        config = cast("Any", importlib.import_module("botocore.config")).Config(
+            connect_timeout=5, read_timeout=30, retries={"max_attempts": 3, "mode": "standard"}
+        )
+        self.boto = boto3.client("s3", endpoint_url=place.endpoint, region_name=self.region, config=config)
+
+    def prepare(self, keep_versions_days: int) -> list[Step]:
+        """Carry out the steps of a bucket. A handful of requests, one after the other."""
+        return [self._create(), self._turn_versions_on(), self._set_rules(keep_versions_days)]
+
+    def _ask(self, request: Callable[..., Any], **words: Any) -> tuple[Any, str, str]:
+        """Return the answer, and the code and text of a refusal. Raises AccessDenied, StoreRefused where there is none."""
+        errors = self.errors
+        try:
+            return request(Bucket=self.place.bucket, **words), "", ""
+        except errors.ClientError as error:
+            said = error.response.get("Error", {})
+            code = str(said.get("Code", ""))
+            return None, code or "?", f"{code} {said.get('Message', '')}".strip().rstrip(".")
+        except errors.NoCredentialsError:
+            msg = (
+                f"no credentials were found for {self.place.url}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+                "AWS_PROFILE, or run where a role is given"
+            )
+            raise AccessDenied(msg) from None
+        except errors.BotoCoreError as error:
+            msg = f"{self.place.url} does not answer: {error}. Look at the endpoint and the network"
+            raise StoreRefused(msg) from None
+
+    def _create(self) -> Step:
+        bucket = self.place.bucket
+        _, code, said = self._ask(self.boto.head_bucket)
+        if not code:
+            return Step("bucket", done=True, detail=f"{bucket} is there")
+        if code not in MISSING:
+            msg = f"the bucket {bucket} cannot be looked at: {said}. Is it somebody else's, or is s3:ListBucket not granted?"
+            raise AccessDenied(msg)
+        elsewhere = self.place.endpoint is None and self.region != DEFAULT_REGION
+        words = {"CreateBucketConfiguration": {"LocationConstraint": self.region}} if elsewhere else {}
+        _, code, said = self._ask(self.boto.create_bucket, **words)
+        if code and code not in OURS:
+            kind = AccessDenied if code in DENIED else BucketMissing
+            msg = f"the bucket {bucket} is missing and cannot be created: {said}. Create it by other means, or name another"
+            raise kind(msg)
+        return Step(
+            "bucket", done=True, detail=f"{bucket} was created" + (f" in {self.region}" if self.place.endpoint is None else "")
+        )
+
+    def _turn_versions_on(self) -> Step:
+        answer, code, _ = self._ask(self.boto.get_bucket_versioning)
+        if not code and answer.get("Status") == "Enabled":
+            return Step("versions", done=True, detail="are on")
+        wanted = {"Status": "Enabled"}
+        _, code, said = self._ask(self.boto.put_bucket_versioning, VersioningConfiguration=wanted)
+        if code:
+            detail = f"could not be turned on ({said}). Tasks work without: only the full earlier records are not kept"
+            return Step("versions", done=False, detail=detail, by_hand=_json(wanted))
+        return Step("versions", done=True, detail="were turned on")
+
+    def _set_rules(self, keep_versions_days: int) -> Step:
+        ours = lifecycle_rules(self.place.prefix, keep_versions_days)
+        where = f"under {self.place.prefix}/" if self.place.prefix else "in the whole bucket"
+        days = f"{keep_versions_days} days"
+        good = f"{where}: earlier versions go after {days}, markers of deleted objects then, too, unfinished uploads after a day"
+        answer, code, said = self._ask(self.boto.get_bucket_lifecycle_configuration)
+        if code and code not in ABSENT:
+            return Step(
+                "lifecycle",
+                done=False,
+                detail=f"the rules could not be read ({said}), so none were written: set them by hand",
+                by_hand=_json({"Rules": ours}),
+            )
+        there = cast("list[dict[str, Any]]", [] if code else answer.get("Rules", []))
+        rules = merged(there, ours)
+        if _json(rules) == _json(there):
+            return Step("lifecycle", done=True, detail=good + "; as before")
+        _, code, said = self._ask(self.boto.put_bucket_lifecycle_configuration, LifecycleConfiguration={"Rules": rules})
+        if code:
+            detail = f"the rules were refused ({said}): set them by hand, or earlier versions are kept for ever"
+            return Step("lifecycle", done=False, detail=detail, by_hand=_json({"Rules": rules}))
+        others = len(rules) - len(ours)
+        return Step(
+            "lifecycle",
+            done=True,
+            detail=good + (f"; {others} other rule{'s' * (others > 1)} left as they are" if others else ""),
+        )
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value, order="deterministic").decode()

@@ -1,0 +1,94 @@
+"""Workers are killed at random while tasks run: nothing is lost, nothing is recorded twice, and the invariants hold at the end."""
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from buquet.clock import Clock
+from buquet.queue.background import Background
+from buquet.queue.client import Client
+from buquet.records import ENDED
+from buquet.store.open import open_store
+from buquet.testing.auditor import Auditor, outcomes, read_bucket
+
+SECONDS = float(os.environ.get("BUQUET_CHAOS_SECONDS", "60"))
+TASKS = 2000
+FOLDER = Path(__file__).parent
+
+
+async def start_worker(url):
+    command = [sys.executable, "-m", "buquet", "worker", "chaostasks:app", "--url", url, "--concurrency", "8"]
+    return await asyncio.create_subprocess_exec(*command, cwd=FOLDER, stderr=asyncio.subprocess.DEVNULL)
+
+
+async def kill_at_random(url, workers, seconds, rng):
+    """Kill two of four workers at random moments again and again; each is replaced, as a supervisor would."""
+    kills = 0
+    ends = asyncio.get_running_loop().time() + seconds
+    while asyncio.get_running_loop().time() < ends:
+        await asyncio.sleep(rng.uniform(0.5, 4.0))
+        victim = rng.randrange(2)
+        workers[victim].send_signal(signal.SIGKILL)
+        await workers[victim].wait()
+        kills += 1
+        workers[victim] = await start_worker(url)
+    return kills
+
+
+async def chaos(url, seconds):
+    clock = Clock()
+    store = open_store(url, clock)
+    background = Background()
+    client = Client(store, clock, background)
+    auditor = Auditor()
+    sys.path.insert(0, str(FOLDER))
+    import chaostasks
+
+    chaostasks.app.use(url)
+    workers = [await start_worker(url) for _ in range(4)]
+    try:
+        killing = asyncio.create_task(kill_at_random(url, workers, seconds, random.Random(20)))
+        submitted = []
+        # spread over the time, so that the kills meet submits, claims, runs and ends
+        for start in range(0, TASKS, 50):
+            handles = await chaostasks.work.asubmit_many((n, n % 7 / 100) for n in range(start, start + 50))
+            submitted += handles
+            auditor.submitted.update(handle.id for handle in handles)
+            await asyncio.sleep(seconds * 0.6 * 50 / TASKS)
+        kills = await killing
+        for number, handle in enumerate(submitted):
+            assert await handle.aresult(timeout=180) == number
+            auditor.told[handle.id] = "completed"
+    finally:
+        for worker in workers:
+            if worker.returncode is None:
+                worker.terminate()
+        await asyncio.gather(*(worker.wait() for worker in workers))
+        await chaostasks.app.aclose()
+    bucket = await read_bucket(store, ["chaos"])
+    await client.close()
+    background.stop()
+    return kills, auditor, bucket
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ground", ["sqlite", "seaweedfs"])
+def test_kill_9_at_random_loses_nothing(ground, tmp_path, request):
+    url = f"sqlite:{tmp_path}/chaos.db" if ground == "sqlite" else request.getfixturevalue("seaweed").url("chaos")
+    kills, auditor, bucket = asyncio.run(chaos(url, SECONDS))
+    # sessions of killed workers may still be there: nobody was left to reap them
+    assert auditor.findings(bucket) == []
+    assert len(bucket.tasks) == TASKS
+    assert {task["state"] for task in bucket.tasks.values()} == {"completed"}
+    assert set(outcomes(bucket).values()) == {1}
+    losses = sum(task.get("losses", 0) for task in bucket.tasks.values())
+    print(f"{ground}: {kills} kills, {losses} attempts lost with their worker, {TASKS} tasks completed once each")
+    assert kills >= SECONDS / 6
+    assert losses > 0
+    assert all(task["state"] in ENDED for task in bucket.tasks.values())

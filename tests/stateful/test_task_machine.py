@@ -85,10 +85,10 @@ class TaskMachine(RuleBasedStateMachine):
     @rule(worker=st.sampled_from(["w1", "w2"]))
     def take_over(self, worker):
         token = self.new_token()
-        if self.attempt(lambda task: transitions.take_over(task, worker, token, self.now), allowed=self.state == "running"):
-            if not self.lost_for_good():
-                self.losses += 1
-                self.token = token
+        taken = self.attempt(lambda task: transitions.take_over(task, worker, token, self.now), allowed=self.state == "running")
+        if taken and not self.lost_for_good():
+            self.losses += 1
+            self.token = token
 
     @rule(right=st.booleans())
     def lose(self, right):

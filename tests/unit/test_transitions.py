@@ -82,7 +82,7 @@ def test_every_move_from_every_state(move, state):
 def test_the_words_for_states_agree():
     assert ENDED < TERMINAL < set(STATES)
     assert set(STATES) - TERMINAL == {"pending", "running"}
-    assert TERMINAL - ENDED == {"pruned", "tombstone"}
+    assert {"pruned", "tombstone"} == TERMINAL - ENDED
 
 
 @pytest.mark.parametrize("move", CLAIMANTS)

@@ -1,178 +1,266 @@
-"""The command `buquet demo`: the main job on real input, with a crash in the middle."""
+"""The command that shows the main job on real input, with nothing set up: workers, a crash, a retry, results."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import os
 import signal
+import socket
 import sys
 import sysconfig
-from collections import Counter
+import tokenize
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
+from buquet import keys
 from buquet.cli.base import Json, Url, cli
-from buquet.cli.output import print_json, print_table, to_stderr
-from buquet.records import ENDED, Task
+from buquet.cli.output import print_json, print_table
+from buquet.errors import BuquetError, UsageError
+from buquet.records import ENDED, Session
 from buquet.worker.processes import Processes
 
 if TYPE_CHECKING:
-    from buquet.app import App
-    from buquet.cli.demotasks import Index, Report
-    from buquet.queue.handle import Handle
+    from collections.abc import Callable, Sequence
 
-CRASH_AFTER = 0.25
-"""The share of tasks done when a worker is killed."""
-LARGEST = 60_000
-"""Larger files are left out: the demo should take seconds."""
+    from buquet.app import App
+    from buquet.cli.demotasks import Index, Summary
+    from buquet.queue.handle import Handle
+    from buquet.records import Task
+
+TARGET = "buquet.cli.demotasks:app"
+TASKS = 240
+PROCESSES = 2
+SLOTS = 4
+CRASH_AT = 0.35
+"""Share of the tasks after which a worker process is killed."""
+LOOKED_AT = 16
+"""Tasks that are waited for at once."""
+TIMEOUT = 180.0
+
+
+class Numbers(NamedTuple):
+    """What the tasks' own timelines say."""
+
+    tasks: int
+    completed: int
+    retries: int
+    killed: int
+    taken_over: int
+    duplicates: int
+    seconds: float
+    example: str
+    """A task that went through the crash."""
 
 
 @cli.command()
-def demo(
-    files: Annotated[int, typer.Option("--files", min=20, max=2000, help="How many files to index, a task each.")] = 300,
-    url: Url = None,
-    json: Json = False,
-) -> None:
-    """See it work: index Python's own library by hundreds of tasks, with a crash and a retry in the middle."""
-    from buquet.cli.demotasks import app  # noqa: PLC0415 - an App of its own, which only this command needs
+def demo(url: Url = None, json: Json = False) -> None:
+    """Index Python's own library with two worker processes, one of which is killed half way. Needs nothing."""
+    from buquet.cli.demotasks import app  # noqa: PLC0415 - an App of its own, that nobody else needs
 
-    if url:
+    if url is not None:
         app.use(url)
-    logging.getLogger("buquet").setLevel(logging.CRITICAL)  # what happens is told in the demo's own words
-    paths = standard_library(files)
-    to_stderr(f"store:   {app.url}\ninput:   {len(paths)} files of Python's standard library, a task each\nworkers: 2 processes")
-    result = asyncio.run(_play(app, paths))
+    if app.url == "memory:":
+        msg = "the demo's workers are processes of their own, and do not see this one's memory. Use sqlite:PATH or s3://BUCKET/PREFIX"
+        raise UsageError(msg)
+
+    async def work() -> tuple[Numbers, Summary]:
+        async with app, asyncio.timeout(TIMEOUT):
+            return await _Demo(app, _Screen(plain=json)).run()
+
+    numbers, summary = asyncio.run(work())
+    good = numbers.completed == numbers.tasks and not numbers.duplicates
     if json:
-        print_json(result)
+        print_json({"url": app.url, **numbers._asdict(), "summary": summary})
     else:
-        _show(app, result)
-    if result["lost"] or result["recorded_twice"]:
+        _report(numbers, summary, "" if url is None else f" --url '{url}'")
+    if not good:
         raise typer.Exit(1)
 
 
-def standard_library(count: int) -> list[str]:
-    """Return the paths of some files of the standard library, spread over all of it."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = sorted(path for path in root.rglob("*.py") if "site-packages" not in path.parts and "test" not in str(path))
-    found = [path for path in found if 0 < path.stat().st_size <= LARGEST]
-    step = max(len(found) // count, 1)
-    return [str(path) for path in found[::step][:count]]
-
-
-async def _play(app: App, paths: list[str]) -> dict[str, Any]:
-    from buquet.cli.demotasks import index, merge  # noqa: PLC0415
-
-    begun = app.clock.monotonic()
-    async with app:
-        handles: list[Handle[Index]] = [await index.options(tags={"demo": "retry"}).asubmit(paths[0], stumbles=True)]
-        handles += await index.asubmit_many((path,) for path in paths[1:])
-        to_stderr(f"submitted {len(handles)} tasks in {app.clock.monotonic() - begun:.1f} s; they are in the store now")
-        processes = Processes(app.client, ["buquet.cli.demotasks:app", "--url", app.url, "--concurrency", "4"], 2, quiet=True)
-        running = asyncio.create_task(processes.arun())
-        try:
-            killed = await _watch(app, handles, processes, running)
-            indexes = [await handle.aresult() for handle in handles]
-            merged = await merge.asubmit(indexes)
-            report: Report = await merged.aresult()
-            handles_of_all = [*handles, merged]
-            tasks = [await handle.arecord() for handle in handles_of_all]
-        finally:
-            processes.stop()
-            await asyncio.gather(running, return_exceptions=True)
-    return _count(tasks, killed, report, app.clock.monotonic() - begun)
-
-
-async def _watch(app: App, handles: list[Handle[Index]], processes: Processes, running: asyncio.Task[None]) -> int:
-    """Show how far it is until all tasks have ended; kill a worker on the way. Returns the pid that was killed."""
-    done = 0
-    killed = 0
-    reaped = False
-    waiting = [asyncio.create_task(app.client.wait(handle.id, None)) for handle in handles]
-    bar = _Bar(len(handles))
-    try:
-        for ended in asyncio.as_completed(waiting):
-            await ended
-            done += 1
-            if not killed and done >= len(handles) * CRASH_AFTER and processes.children:
-                killed = processes.children[0].pid
-                os.kill(killed, signal.SIGKILL)
-                bar.say(f"killed worker process {killed} with SIGKILL, in the middle of its work")
-            if processes.reaped and not reaped:
-                reaped = True
-                bar.say("its parent saw it die, and gave its tasks back at once; another process takes its place")
-            if running.done():
-                running.result()
-            bar.at(done)
-    finally:
-        bar.end()
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-    return killed
-
-
-class _Bar:
-    """A progress bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, whole: int) -> None:
-        self.whole = whole
-        self.live = sys.stderr.isatty()
-
-    def at(self, done: int) -> None:
-        if self.live:
-            width = 40 * done // self.whole
-            print(f"\r[{'█' * width}{'·' * (40 - width)}] {done} of {self.whole}", end="", file=sys.stderr, flush=True)
-        elif done % max(self.whole // 5, 1) == 0:
-            to_stderr(f"{done} of {self.whole}")
-
-    def say(self, text: str) -> None:
-        if self.live:
-            print("\r\033[K", end="", file=sys.stderr)
-        to_stderr(text)
-
-    def end(self) -> None:
-        if self.live:
-            to_stderr("")
-
-
-def _count(tasks: list[Task], killed: int, report: Report, seconds: float) -> dict[str, Any]:
-    """Count, from the records' own timelines, what became of the tasks."""
-    why = Counter(event.why for task in tasks for event in task.events)
-    ends = [sum(event.state in ENDED for event in task.events) for task in tasks]
-    return {
-        "seconds": round(seconds, 1),
-        "tasks": len(tasks),
-        "completed": sum(task.state == "completed" for task in tasks),
-        "retries": why["retry"],
-        "killed_pid": killed,
-        "taken_over": sum(task.losses > 0 for task in tasks),
-        "lost": sum(task.state != "completed" for task in tasks),
-        "recorded_twice": sum(number > 1 for number in ends),
-        "report": report,
-        "retried": next((task.id for task in tasks if task.failures), ""),
-    }
-
-
-def _show(app: App, result: dict[str, Any]) -> None:
-    report: Report = result["report"]
+def _report(numbers: Numbers, summary: Summary, url: str) -> None:
+    print()
     print_table(
-        ("", "count"),
+        ("the tasks", ""),
         [
-            ("tasks completed", f"{result['completed']} of {result['tasks']}"),
-            ("retried after an error", result["retries"]),
-            ("taken over after the crash", result["taken_over"]),
-            ("lost", result["lost"]),
-            ("duplicates recorded", result["recorded_twice"]),
-            ("seconds", result["seconds"]),
+            ("completed", f"{numbers.completed} of {numbers.tasks}, in {numbers.seconds:.1f} s"),
+            ("retried after an error", numbers.retries),
+            ("worker processes killed", numbers.killed),
+            ("taken over after the crash", numbers.taken_over),
+            ("outcomes recorded twice", numbers.duplicates),
         ],
     )
-    names = ", ".join(f"{name} {count:,}" for name, count in report["names"][:6])
-    print(f"\n{report['lines']:,} lines in {report['files']} files; the names most used: {names}\n")
-    option = f" --url '{app.url}'" if app.named else ""
-    print("Now try:")
-    print(f"  buquet ls{option}                # the tasks, the last changed first")
-    print(f"  buquet history {result['retried']}{option}   # the one that was retried")
-    print(f"  buquet stats{option}             # what waits, runs and has ended")
+    print(f"\n{summary['files']:,} files, {summary['lines']:,} lines, {summary['identifiers']:,} identifiers. The most used:\n")
+    print_table(
+        ("identifier", "uses", "files"),
+        [(each["name"], f"{each['uses']:,}", f"{each['files']:,}") for each in summary["most_used"]],
+    )
+    print("\nLook around:")
+    print(f"  buquet history {numbers.example}{url}    # the task that went through the crash")
+    print(f"  buquet ls --queue demo{url}")
+    print(f"  buquet doctor{url}")
+
+
+class _Screen:
+    """Shows how it goes: a bar on a terminal, plain lines elsewhere, on stderr where stdout is for a program."""
+
+    def __init__(self, *, plain: bool) -> None:
+        self.file = sys.stderr if plain else sys.stdout
+        self.bar = self.file.isatty()
+        self.shown = 0
+
+    def say(self, text: str) -> None:
+        """Print a line; a bar that is on screen makes room."""
+        print(("\r\033[K" if self.bar else "") + text, file=self.file, flush=True)
+
+    def at(self, done: int, whole: int) -> None:
+        """Show how many tasks are done."""
+        if self.bar:
+            width = 40
+            full = width * done // whole
+            line = f"\r\033[K\033[32m{'━' * full}\033[0m{'─' * (width - full)} {done}/{whole} tasks"
+            print(line, end="\n" if done == whole else "", file=self.file, flush=True)
+        elif done * 10 // whole > self.shown:
+            self.shown = done * 10 // whole
+            self.say(f"{done}/{whole} tasks done")
+
+
+class _Demo:
+    def __init__(self, app: App, screen: _Screen) -> None:
+        self.app = app
+        self.client = app.client
+        self.clock = app.clock
+        self.screen = screen
+        self.killed = 0
+
+    async def run(self) -> tuple[Numbers, Summary]:
+        from buquet.cli.demotasks import merge  # noqa: PLC0415 - as above
+
+        begun = self.clock.monotonic()
+        files = library()
+        self.screen.say(f"store: {self.app.url}")
+        handles = await self._submit(files)
+        self.screen.say(
+            f"{len(handles)} tasks were submitted: an index of {len(files):,} files of {sysconfig.get_path('stdlib')}"
+        )
+        options = ["--url", self.app.url, "--concurrency", str(SLOTS)]
+        workers = Processes(self.client, [TARGET, *options], PROCESSES, quiet=True)
+        running = asyncio.create_task(workers.arun())
+        try:
+            await self._watch(handles, workers)
+            summary_handle = await merge.asubmit([handle.id for handle in handles])
+            summary = await summary_handle.aresult(timeout=TIMEOUT)
+        finally:
+            workers.stop()
+            try:
+                async with asyncio.timeout(20):
+                    await running
+            except TimeoutError:
+                self.screen.say("a worker did not end in time, and was killed")
+        records = [await handle.arecord() for handle in [*handles, summary_handle]]
+        return self._count(records, self.clock.monotonic() - begun), summary
+
+    async def _submit(self, files: Sequence[str]) -> list[Handle[Index]]:
+        from buquet.cli.demotasks import index  # noqa: PLC0415 - as above
+
+        count = min(TASKS, len(files))
+        calls = [{"paths": list(files[number::count]), "stumble": number == count // 10} for number in range(count)]
+        return await index.asubmit_many(calls)
+
+    async def _watch(self, handles: Sequence[Handle[Index]], workers: Processes) -> None:
+        """Wait for all tasks, in order, and kill a worker on the way."""
+        crash = int(len(handles) * CRASH_AT)
+        done = 0
+        waiting = iter(handles)
+        crashes: list[asyncio.Task[None]] = []
+
+        async def lane() -> None:
+            nonlocal done
+            for handle in waiting:
+                await self.client.wait(handle.id, TIMEOUT)
+                done += 1
+                self.screen.at(done, len(handles))
+                if done == crash:
+                    crashes.append(asyncio.create_task(self._crash(handles, workers)))
+
+        self.screen.say(f"{PROCESSES} worker processes start")
+        await asyncio.gather(*(lane() for _ in range(LOOKED_AT)))
+        await asyncio.gather(*crashes)
+
+    async def _crash(self, handles: Sequence[Handle[Index]], workers: Processes) -> None:
+        """Kill a worker process that is in the middle of some tasks. It is stopped first, to be sure that it is."""
+        for _ in range(20):
+            for child in list(workers.children):
+                worker = await self._worker_of(child.pid)
+                if worker is None or child.returncode is not None:
+                    continue
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGSTOP)
+                    await self.clock.sleep(0.05)  # what it had sent is answered by then
+                    caught = await self._running_under(worker, handles)
+                    if caught:
+                        os.kill(child.pid, signal.SIGKILL)
+                        self.killed += 1
+                        self.screen.say(
+                            f"kill -9 {child.pid}: a worker process dies in the middle of {caught} tasks; its parent replaces it"
+                        )
+                        return
+                    os.kill(child.pid, signal.SIGCONT)
+            await self.clock.sleep(0.05)
+        self.screen.say("no worker was met in the middle of a task, so none was killed")
+
+    async def _worker_of(self, pid: int) -> str | None:
+        for listed in await self.client.reads.list(keys.WORKERS):
+            with contextlib.suppress(BuquetError):
+                held = await self.client.register.read(Session, listed.key)
+                if held is not None and (held.record.pid, held.record.host) == (pid, socket.gethostname()):
+                    return held.record.id
+        return None
+
+    async def _running_under(self, worker: str, handles: Sequence[Handle[Index]]) -> int:
+        """Return how many tasks run under a worker."""
+        lane = asyncio.Semaphore(32)
+
+        async def runs(handle: Handle[Index]) -> bool:
+            async with lane:
+                task = await handle.arecord()
+            return task.state == "running" and task.worker == worker
+
+        return sum(await asyncio.gather(*(runs(handle) for handle in handles)))
+
+    def _count(self, records: Sequence[Task], seconds: float) -> Numbers:
+        """Count from the timelines that the tasks' records keep."""
+
+        def times(wanted: Callable[[str, str], bool]) -> list[int]:
+            return [sum(wanted(event.why, event.state) for event in task.events) for task in records]
+
+        over = times(lambda why, _: why in {"taken over", "lost"})
+        ends = times(lambda _, state: state in ENDED)
+        return Numbers(
+            tasks=len(records),
+            completed=sum(task.state == "completed" for task in records),
+            retries=sum(times(lambda why, _: why == "retry")),
+            killed=self.killed,
+            taken_over=sum(number > 0 for number in over),
+            duplicates=sum(max(number - 1, 0) for number in ends),
+            seconds=round(seconds, 2),
+            example=next((task.id for task, number in zip(records, over, strict=True) if number), records[0].id),
+        )
+
+
+def library() -> list[str]:
+    """Return the Python files of this Python's standard library that can be read, without its own tests."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found: list[str] = []
+    for path in sorted(root.rglob("*.py")):
+        parts = set(path.relative_to(root).parts)
+        if parts & {"site-packages", "dist-packages", "test", "tests", "lib2to3", "idlelib"}:
+            continue
+        with contextlib.suppress(OSError, SyntaxError), tokenize.open(path):
+            found.append(str(path))
+    if not found:
+        msg = f"there are no Python files in {root}: this Python keeps its library in another form, and the demo needs it"
+        raise UsageError(msg)
+    return found

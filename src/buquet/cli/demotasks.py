@@ -1,60 +1,80 @@
-"""The tasks of `buquet demo`: index the source of Python's standard library, a file a task."""
+"""The tasks of `buquet demo`: an index of the identifiers in Python files. Written as a user's own module would be."""
 
 from __future__ import annotations
 
-import io
+import asyncio
 import keyword
 import tokenize
 from collections import Counter
-from pathlib import Path
 from typing import TypedDict
 
-from buquet.app import App
-from buquet.backoff import Backoff
-from buquet.queue.attempt import current
+from buquet import App, Backoff, current
 
 app = App()
 
-MOST = 200
-
 
 class Index(TypedDict):
-    """What one file holds."""
-
-    file: str
-    lines: int
-    names: dict[str, int]
-    """The identifiers most used in it, with how often."""
-
-
-class Report(TypedDict):
-    """What all files hold together."""
+    """What is known of some files."""
 
     files: int
     lines: int
-    names: list[tuple[str, int]]
-    longest: list[tuple[str, int]]
+    names: dict[str, tuple[int, int]]
+    """Each identifier: how often it is there, and in how many files."""
 
 
-@app.task(queue="demo", backoff=Backoff(initial=0.2))
-def index(path: str, *, stumbles: bool = False) -> Index:
-    """Count the lines and identifiers of a Python file. One that `stumbles` fails at its first attempt, as things on a network do."""
-    if stumbles and current().attempt == 1:
-        message = "the connection was reset (on purpose: this demo wants to show a retry)"
-        raise ConnectionResetError(message)
-    text = Path(path).read_text("utf-8", "replace")
-    names: Counter[str] = Counter()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.NAME and not keyword.iskeyword(token.string):
-            names[token.string] += 1
-    return Index(file=path, lines=text.count("\n"), names=dict(names.most_common(MOST)))
+class Found(TypedDict):
+    """One identifier of the report."""
+
+    name: str
+    uses: int
+    files: int
+
+
+class Summary(TypedDict):
+    """What is known of all files."""
+
+    files: int
+    lines: int
+    identifiers: int
+    most_used: list[Found]
+
+
+@app.task(queue="demo", backoff=Backoff(initial=0.3))
+def index(paths: list[str], stumble: bool = False) -> Index:  # noqa: FBT001, FBT002 - a task's arguments are stored by name
+    """Count the identifiers of some Python files. With `stumble` the first attempt fails, as a disk or a network would make it."""
+    if stumble and current().attempt == 1:
+        msg = "the first attempt of this one fails, to show a retry"
+        raise OSError(msg)
+    lines = 0
+    uses: Counter[str] = Counter()
+    files: Counter[str] = Counter()
+    for path in paths:
+        with tokenize.open(path) as file:
+            source = file.readlines()
+        names = Counter(
+            token.string
+            for token in tokenize.generate_tokens(iter(source).__next__)
+            if token.type == tokenize.NAME and not keyword.iskeyword(token.string)
+        )
+        lines += len(source)
+        uses += names
+        files.update(names.keys())
+    return {"files": len(paths), "lines": lines, "names": {name: (count, files[name]) for name, count in uses.items()}}
 
 
 @app.task(queue="demo")
-def merge(indexes: list[Index]) -> Report:
-    """Add the indexes of all files up."""
-    names: Counter[str] = Counter()
-    for each in indexes:
-        names.update(each["names"])
-    longest = sorted(((each["file"], each["lines"]) for each in indexes), key=lambda each: -each[1])
-    return Report(files=len(indexes), lines=sum(each["lines"] for each in indexes), names=names.most_common(10), longest=longest[:3])
+async def merge(ids: list[str], top: int = 10) -> Summary:
+    """Merge the results of `index` tasks that have completed into one report."""
+    uses: Counter[str] = Counter()
+    files: Counter[str] = Counter()
+    counted = lines = 0
+    for first in range(0, len(ids), 16):
+        parts = await asyncio.gather(*(index.get(task_id).aresult() for task_id in ids[first : first + 16]))
+        for part in parts:
+            counted += part["files"]
+            lines += part["lines"]
+            for name, (count, where) in part["names"].items():
+                uses[name] += count
+                files[name] += where
+    most: list[Found] = [{"name": name, "uses": count, "files": files[name]} for name, count in uses.most_common(top)]
+    return {"files": counted, "lines": lines, "identifiers": len(uses), "most_used": most}

@@ -7,119 +7,137 @@ import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import typer
 
 from buquet.cli.base import Json, Url, cli, open_app, run
 from buquet.cli.output import print_json, print_table, to_stderr
-from buquet.cli.tasks import scan_progress
 from buquet.errors import UsageError
 
 if TYPE_CHECKING:
-    from buquet.operate.bench import Result
+    from collections.abc import Callable
+
+    from buquet.operate.bench import Measured
+    from buquet.operate.doctor import Verdict
+    from buquet.operate.fsck import Report
 
 UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 @cli.command()
 def init(
-    keep_versions: Annotated[int, typer.Option("--keep-versions", metavar="DAYS", min=1, help="Days that earlier versions are kept.")] = 30,
+    keep_versions: Annotated[
+        int, typer.Option("--keep-versions", metavar="DAYS", min=1, help="Days that earlier versions are kept.")
+    ] = 30,
     url: Url = None,
     json: Json = False,
 ) -> None:
     """Prepare a store: create the bucket, turn versions on, set lifecycle rules. May be run again."""
-    from buquet.operate.init import prepare  # noqa: PLC0415 - boto3 is slow to import
+    from buquet.operate.init import prepare  # noqa: PLC0415 - only this command needs it
 
     app = open_app(url)
 
-    async def work() -> bool:
-        steps = [step async for step in prepare(app.url, app.clock, keep_versions_days=keep_versions)]
+    async def work() -> None:
+        steps: list[dict[str, Any]] = []
+        async for step in prepare(app.client, keep_versions_days=keep_versions):
+            steps.append(step._asdict())
+            if not json:
+                print(f"{'ok  ' if step.done else 'note'}  {step.what}: {step.detail}", flush=True)
+                if step.by_hand:
+                    print(f"      by hand: {step.by_hand}")
         if json:
-            print_json([step._asdict() for step in steps])
-        else:
-            print_table(("step", "", "detail"), [(step.what, "ok" if step.ok else "not ok", step.detail) for step in steps])
-        return all(step.ok for step in steps)
+            print_json({"url": app.url, "steps": steps})
 
-    if not run(app, work):
-        raise typer.Exit(1)
+    run(app, work)
 
 
 @cli.command()
 def doctor(url: Url = None, json: Json = False) -> None:
     """Prove that a store is fit: races of conditional writes, read-after-write, versions, clock. Status 1 when it is not."""
-    from buquet.operate.doctor import examine  # noqa: PLC0415
+    from buquet.operate.doctor import examine  # noqa: PLC0415 - only this command needs it
 
     app = open_app(url)
 
     async def work() -> bool:
-        fit = True
+        verdicts: list[Verdict] = []
         async for verdict in examine(app.client.store, app.clock):
-            fit = fit and (verdict.ok or not verdict.needed)
+            verdicts.append(verdict)
             if json:
                 print_json(verdict._asdict())
             else:
-                mark = "ok  " if verdict.ok else "FAIL" if verdict.needed else "note"
-                print(f"{mark}  {verdict.name}: {verdict.detail}", flush=True)
+                _show(verdict)
+        fit = all(verdict.ok for verdict in verdicts)
         if not json:
-            print(f"{app.url} is {'fit' if fit else 'not fit'} for buquet")
+            print(f"{app.url} is {'fit' if fit else 'NOT fit'} for buquet")
         return fit
 
     if not run(app, work):
         raise typer.Exit(1)
 
 
+def _show(verdict: Verdict) -> None:
+    """Print a verdict; what it means is told where it is not well, and always on a terminal."""
+    mark, colour = ("FAIL", "31") if not verdict.ok else ("note", "33") if verdict.warning else ("ok  ", "32")
+    terminal = sys.stdout.isatty()
+    shown = f"\033[{colour}m{mark}\033[0m" if terminal else mark
+    print(f"{shown}  {verdict.name}: {verdict.detail}", flush=True)
+    if mark != "ok  ":
+        print(f"      {verdict.meaning}")
+    elif terminal:
+        print(f"      \033[2m{verdict.meaning}\033[0m")
+
+
 @cli.command()
 def fsck(
-    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Mend what can be mended without a risk.")] = False,
     url: Url = None,
     json: Json = False,
 ) -> None:
     """Check every record against the protocol's invariants. Status 1 when something is left to mend."""
-    from buquet.operate.fsck import check  # noqa: PLC0415
+    from buquet.operate.fsck import fsck as check  # noqa: PLC0415 - only this command needs it
 
     app = open_app(url)
 
-    async def work() -> bool:
-        found = [each async for each in check(app.client, repair=repair, progress=scan_progress())]
-        if json:
-            print_json([each._asdict() for each in found])
-        else:
-            rows = [(each.what, each.key, "repaired" if each.repaired else "") for each in found]
-            print_table(("finding", "key", ""), rows, "nothing is wrong")
-        return all(each.repaired for each in found)
+    async def work() -> Report:
+        return await check(app.client, repair=repair, progress=_progress())
 
-    if not run(app, work):
+    report = run(app, work)
+    if json:
+        print_json(report)
+    else:
+        to_stderr(f"{report.records:,} records, {report.entries:,} entries and {report.payloads:,} payloads checked")
+        rows = [(each.kind, each.key, each.detail, "repaired" if each.repaired else "") for each in report.findings]
+        print_table(("finding", "key", "what it is", ""), rows, "nothing is wrong")
+        if report.left and not repair:
+            to_stderr("run it again with --repair to mend what can be mended")
+    if report.left:
         raise typer.Exit(1)
 
 
 @cli.command()
 def prune(
-    older_than: Annotated[str, typer.Option("--older-than", metavar="AGE", help="Finished longer ago than this, for instance 7d or 12h.")],
+    older_than: Annotated[
+        str, typer.Option("--older-than", metavar="AGE", help="Ended longer ago than this, for instance 7d or 12h.")
+    ],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count, and remove nothing.")] = False,
     url: Url = None,
     json: Json = False,
 ) -> None:
-    """Remove finished tasks, their values and their earlier versions."""
-    from buquet.operate.prune import prune as remove  # noqa: PLC0415
+    """Remove tasks that ended, with their values and earlier versions. A task with a key leaves a small stub."""
+    from buquet.operate.prune import prune as remove  # noqa: PLC0415 - only this command needs it
 
     age = seconds(older_than)
     app = open_app(url)
-    shown = sys.stderr.isatty()
-
-    def progress(done: int) -> None:
-        print(f"\r{done:,} records", end="", file=sys.stderr, flush=True)
-
-    async def work() -> None:
-        pruned = await remove(app.client, age, dry_run=dry_run, progress=progress if shown else None)
-        if shown:
-            to_stderr("")
-        if json:
-            print_json(pruned._asdict())
-        else:
-            would = "would be " if dry_run else ""
-            print(f"{pruned.tasks:,} tasks {would}pruned, {pruned.stubs:,} stubs and {pruned.payloads:,} payloads {would}removed")
-
-    run(app, work)
+    done = run(app, lambda: remove(app.client, age, dry_run=dry_run, progress=_progress()))
+    if json:
+        print_json(done)
+        return
+    would = "would be " if dry_run else ""
+    print(
+        f"{done.looked:,} records looked at: {done.pruned:,} tasks {would}pruned, {done.stubs:,} stubs and {done.payloads:,} payloads "
+        f"{would}removed"
+    )
+    if done.unreadable:
+        to_stderr(f"{done.unreadable:,} records cannot be read and were left; `buquet fsck` names them")
 
 
 def seconds(age: str) -> float:
@@ -131,27 +149,45 @@ def seconds(age: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
+def _progress() -> Callable[[float, str], None] | None:
+    """Return what shows on a terminal how far a long look is."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(fraction: float, what: str) -> None:
+        print(f"\r{fraction:4.0%} {what:<20}", end="\n" if fraction >= 1 else "", file=sys.stderr, flush=True)
+
+    return show
+
+
 @cli.command()
 def bench(
     tasks: Annotated[int, typer.Option("--tasks", "-n", min=1, help="Tasks to submit and drain.")] = 1000,
     concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Handlers at once in the worker.")] = 64,
-    latency: Annotated[int, typer.Option("--latency", min=0, help="Tasks submitted one by one to an idle worker.")] = 50,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Tasks submitted one by one to an idle worker.")] = 50,
     url: Url = None,
     json: Json = False,
 ) -> None:
     """Measure throughput, latency and requests a task on a store. Its tasks are removed at the end."""
-    from buquet.operate.bench import measure  # noqa: PLC0415
+    from buquet.operate.bench import bench as measure  # noqa: PLC0415 - only this command needs it
 
     app = open_app(url)
-    result: Result = asyncio.run(measure(app.url, app.clock, tasks, concurrency, latency, to_stderr))
+    measured: Measured = asyncio.run(
+        measure(app.url, app.clock, tasks=tasks, concurrency=concurrency, samples=samples, tell=to_stderr)
+    )
     if json:
-        print_json(msgspec.to_builtins(result))
+        print_json(measured._asdict())
         return
-    rows: list[tuple[str, Any]] = [
-        ("submit", f"{result.submit_per_second:,.0f} tasks/s"),
-        ("drain", f"{result.drain_per_second:,.0f} tasks/s, one worker process"),
-        ("submit to start, p50", f"{result.start_p50_ms:.1f} ms"),
-        ("submit to start, p99", f"{result.start_p99_ms:.1f} ms"),
-        *((f"{kind} a task", f"{number:.3f}") for kind, number in result.requests_per_task.items()),
+    rows: list[tuple[str, str]] = [
+        ("submit", f"{measured.submit_per_second:,.0f} tasks/s"),
+        ("drain, one worker", f"{measured.drain_per_second:,.0f} tasks/s, {measured.concurrency} at once"),
+        ("submit to start, p50", f"{measured.start_p50_ms:.1f} ms"),
+        ("submit to start, p99", f"{measured.start_p99_ms:.1f} ms"),
+        ("requests a submit", _requests(measured.submit_requests)),
+        ("requests a run", _requests(measured.run_requests)),
     ]
     print_table(("measure", "result"), rows)
+
+
+def _requests(each: dict[str, float]) -> str:
+    return ", ".join(f"{number:g} {kind}" for kind, number in each.items() if number)

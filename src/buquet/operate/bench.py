@@ -23,7 +23,7 @@ from buquet.store.open import open_store
 from buquet.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
     from buquet.queue.handle import Handle
 
@@ -185,7 +185,7 @@ async def _latencies(one: _Bench, url: str, samples: int, ids: list[str]) -> lis
 
 
 @asynccontextmanager
-async def _idle_worker(one: _Bench, url: str) -> AsyncIterator[None]:
+async def _idle_worker(one: _Bench, url: str) -> AsyncGenerator[None]:
     """Run a worker, in a process of its own where the store can be seen from there, and wait for nothing more than its start."""
     if url == "memory:":
         worker = one.worker(4, drain=False)

@@ -205,7 +205,7 @@ class _Checker:
             await self._overdue(held)
 
     async def _put_back(self, finding: Finding, task: Task) -> None:
-        """PUT the entry that the record names. Has the record moved on since, it is a stale one, which whoever meets it deletes."""
+        """PUT the entry that the record names. Where the record has moved on, it is stale, and whoever meets it deletes it."""
         if self.repair:
             await self.reads.put(task.entry, b"")
             # a look back does not reach as far as this entry's time: only the bell tells of it at once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -48,7 +49,7 @@ async def prepare(client: Client, *, keep_versions_days: int = 30) -> AsyncItera
     store = client.store
     place = getattr(store, "place", None)
     if isinstance(place, Place):
-        for step in _Bucket(place).prepare(keep_versions_days):
+        for step in await asyncio.to_thread(_Bucket(place).prepare, keep_versions_days):
             yield step
     await client.open()
     if isinstance(place, Place):

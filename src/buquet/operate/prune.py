@@ -3,7 +3,7 @@
 What a crash leaves between each write and the next:
 
 - **prune a task**: CAS to `pruned` | delete its payloads | forget its earlier versions. The CAS comes first, so that nobody
-  redrives a task whose arguments are going. After it, a stub's payloads and earlier versions are left: the next sweep removes both.
+  redrives a task whose arguments are going. After it, a stub's payloads and earlier versions are left to the next sweep.
 - **remove a stub** without a key, an hour later: delete its payloads | delete the record | forget its earlier versions. Payloads
   come first, while the record still says whose they are; a stub without payloads is simply met again. A late write to a removed
   record is an If-Match and fails; such an id is never submitted again.

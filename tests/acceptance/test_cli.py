@@ -1,0 +1,196 @@
+"""The command line as its users meet it: real processes, a real file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+TASKS = '''
+import time
+from buquet import App, current
+
+app = App()
+other = 3
+
+
+@app.task
+def greet(name: str, *, loud: bool = False) -> str:
+    text = f"Hello {name}"
+    return text.upper() if loud else text
+
+
+@app.task(max_attempts=1)
+def breaks(secret: str = "") -> None:
+    raise ValueError("it is broken")
+
+
+@app.task(queue="slow")
+def sleeps(marker: str) -> str:
+    open(marker, "a").write("started\\n")
+    time.sleep(60 if current().checkpointed is None and len(open(marker).readlines()) == 1 else 0)
+    return "slept"
+'''
+
+
+class Shell:
+    def __init__(self, folder):
+        self.folder = folder
+        self.env = {name: value for name, value in os.environ.items() if name != "BUQUET_URL"} | {"NO_COLOR": "1"}
+        (folder / "tasks.py").write_text(TASKS)
+
+    def start(self, *words, **options):
+        return subprocess.Popen([sys.executable, "-m", "buquet", *words], cwd=self.folder, env=self.env, **options)
+
+    def run(self, *words, status=0):
+        done = subprocess.run(
+            [sys.executable, "-m", "buquet", *words], cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    def json(self, *words, status=0):
+        return json.loads(self.run(*words, "--json", status=status).stdout)
+
+
+@pytest.fixture
+def shell(tmp_path):
+    return Shell(tmp_path)
+
+
+def test_submit_work_off_and_look(shell):
+    done = shell.run("submit", "tasks:app", "greet", "--args", '["you"]')
+    assert str(shell.folder / ".buquet" / "buquet.db") in done.stderr, "the default store's place is told"
+    task_id = done.stdout.strip()
+    assert len(task_id) == 32
+    bad = shell.json("submit", "tasks:app", "breaks")["id"]
+    stats = shell.json("stats")
+    assert stats["states"] == {"pending": 2}
+    assert stats["queues"][0]["unhandled"] == ["breaks", "greet"], "no worker lives"
+    worked = shell.run("worker", "tasks:app", "--drain")
+    assert "greet (default)" in worked.stderr
+    assert "it is broken" in worked.stderr
+    assert shell.json("get", task_id)["result"] == "Hello you"
+    assert [each["why"] for each in shell.json("history", task_id)] == ["submitted", "claimed", "completed"]
+    versions = shell.json("history", task_id, "--versions")
+    assert [each["state"] for each in versions] == ["completed", "running", "pending"]
+    assert [each["id"] for each in shell.json("ls", "--status", "failed")] == [bad]
+    assert len(shell.json("ls", "--limit", "1")) == 1
+    assert shell.json("stats")["states"] == {"completed": 1, "failed": 1}
+    assert "it is broken" in shell.run("get", bad).stdout
+    assert shell.json("workers") == []
+    for command in (["ls"], ["stats"], ["workers"], ["history", bad], ["get", task_id]):
+        assert shell.run(*command).stdout
+
+
+def test_submit_and_wait_prints_the_result_or_fails(shell):
+    worker = shell.start("worker", "tasks:app", stderr=subprocess.DEVNULL)
+    try:
+        assert shell.json("submit", "tasks:app", "greet", "--kwargs", '{"name": "you", "loud": true}', "--wait")["result"] == "HELLO YOU"
+        failed = shell.run("submit", "tasks:app", "breaks", "--wait", status=1)
+        assert "it is broken" in failed.stderr
+    finally:
+        worker.send_signal(signal.SIGINT)
+        assert worker.wait(20) == 0
+
+
+def test_a_key_is_submitted_once(shell):
+    first = shell.json("submit", "tasks:app", "greet", "--args", '["a"]', "--key", "k")
+    again = shell.json("submit", "tasks:app", "greet", "--args", '["a"]', "--key", "k")
+    assert (first["created"], again["created"], again["id"]) == (True, False, first["id"])
+    assert "other arguments" in shell.run("submit", "tasks:app", "greet", "--args", '["b"]', "--key", "k", status=1).stderr
+
+
+def test_cancel_and_redrive_by_id_and_by_filter(shell):
+    ids = [shell.json("submit", "tasks:app", "greet", "--args", '["x"]', "--delay", "500")["id"] for _ in range(3)]
+    assert shell.json("cancel", ids[0]) == [{"id": ids[0], "ok": True, "outcome": "cancelled"}]
+    planned = shell.json("cancel", "--name", "greet", "--dry-run")
+    assert {each["id"] for each in planned} == set(ids[1:])
+    assert shell.json("stats")["states"] == {"pending": 2, "cancelled": 1}
+    shell.run("cancel", "--name", "greet", "--yes")
+    assert shell.json("stats")["states"] == {"cancelled": 3}
+    shell.run("redrive", "--status", "cancelled", "--yes")
+    assert shell.json("stats")["states"] == {"pending": 3}
+    shell.run("worker", "tasks:app", "--drain")
+    refused = shell.json("cancel", ids[0], status=1)
+    assert "already completed" in refused[0]["outcome"]
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["ls", "--url", "redis://localhost"], 2, "Understood are"),
+        (["ls", "--status", "lost"], 2, "--status is one of"),
+        (["get", "0" * 32], 1, "there is no task"),
+        (["get", "nonsense"], 1, "32 hex digits"),
+        (["cancel"], 2, "ids or a filter"),
+        (["submit", "tasks:app", "unknown"], 2, "it has breaks, greet, sleeps"),
+        (["submit", "tasks:app", "greet"], 2, "missing a required argument"),
+        (["submit", "tasks:app", "greet", "--args", "{"], 2, "--args takes a JSON array"),
+        (["submit", "tasks:app", "greet", "--args", '["a"]', "--priority", "12"], 2, "priority goes from 0"),
+        (["worker", "tasks"], 2, "MODULE:APP"),
+        (["worker", "nowhere:app"], 2, "there is no module 'nowhere'"),
+        (["worker", "broken:app"], 2, "RuntimeError: at import"),
+        (["worker", "needs:app"], 2, "needs 'surely_not_installed'"),
+        (["worker", "tasks:other"], 2, "it has tasks:app"),
+        (["prune", "--older-than", "soon"], 2, "for instance 7d"),
+        (["nonsense"], 2, "nonsense"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(shell, words, status, says):
+    (shell.folder / "broken.py").write_text("raise RuntimeError('at import')\n")
+    (shell.folder / "needs.py").write_text("import surely_not_installed\n")
+    done = shell.run(*words, status=status)
+    assert says in done.stderr
+
+
+def test_a_file_that_is_no_database_is_left_alone(shell):
+    (shell.folder / "notes.txt").write_text("these are notes, and no database at all\n" * 50)
+    done = shell.run("ls", "--url", "sqlite:notes.txt", status=1)
+    assert "no SQLite database" in done.stderr
+    assert (shell.folder / "notes.txt").read_text().startswith("these are notes")
+
+
+def test_output_into_a_closed_pipe_and_ctrl_c_are_quiet(shell):
+    for _ in range(3):
+        shell.run("submit", "tasks:app", "greet", "--args", '["x"]')
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    listing = shell.start("ls", stdout=reader.stdin, stderr=subprocess.PIPE)
+    reader.stdin.close()
+    reader.wait()
+    assert b"Traceback" not in listing.communicate(timeout=20)[1]
+
+
+def test_a_dead_worker_process_is_replaced_and_its_task_is_run_again_at_once(shell):
+    marker = shell.folder / "marker"
+    task_id = shell.json("submit", "tasks:app", "sleeps", "--args", json.dumps([str(marker)]))["id"]
+    parent = shell.start("worker", "tasks:app", "--processes", "2", stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(marker.exists)
+        record = shell.json("get", task_id)
+        pid = next(each["pid"] for each in shell.json("workers") if each["id"] == record["worker"])
+        killed_at = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: shell.json("get", task_id)["state"] == "completed")
+        assert time.monotonic() - killed_at < 15, "well before the session's time-to-live of 30 s"
+        record = shell.json("get", task_id)
+        assert (record["losses"], record.get("failures", 0)) == (1, 0)
+        wait_for(lambda: len(shell.json("workers")) == 2)
+    finally:
+        parent.send_signal(signal.SIGTERM)
+        said = parent.communicate(timeout=30)[1]
+    assert parent.returncode == 0
+    assert "killed by SIGKILL" in said
+    assert shell.json("workers") == []
+
+
+def wait_for(condition, seconds=30):
+    """Ask again and again: what happens in other processes gives no event here."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends, "it did not happen in time"
+        time.sleep(0.05)

@@ -75,7 +75,9 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="names of peers, separated by commas; --list shows them")
     parser.add_argument("--list", action="store_true", help="list the peers and stop")
-    parser.add_argument("--tasks", type=int, default=2000, help="tasks a peer; batched peers take a multiple of it (default 2000)")
+    parser.add_argument(
+        "--tasks", type=int, default=2000, help="tasks a peer; batched peers take a multiple of it (default 2000)"
+    )
     parser.add_argument("--probes", type=int, default=100, help="latency probes, one each 100 ms (default 100)")
     parser.add_argument("--out", type=Path, help="write the results as JSON; results of other peers in that file are kept")
     parser.add_argument("--envs", type=Path, default=HERE.parent / ".benchmarks", help="folder of the virtual environments")
@@ -90,6 +92,7 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     """Measure the peers one after another."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwinds, so that servers and workers are stopped
     given = options()
     if given.list:
         for peer in PEERS:

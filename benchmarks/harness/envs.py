@@ -15,6 +15,10 @@ class InstallError(RuntimeError):
 
 def environment(folder: Path, name: str, packages: tuple[str, ...]) -> Path:
     """Return the python of the environment `name`, made anew when its list of packages changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ignore = folder / ".gitignore"
+    if not ignore.exists():
+        ignore.write_text("*\n")
     home = folder.resolve() / name
     python = home / "bin" / "python"
     mark = home / "benchmark.json"
@@ -33,5 +37,3 @@ def environment(folder: Path, name: str, packages: tuple[str, ...]) -> Path:
         raise InstallError(f"pip install {' '.join(packages)} failed:\n{done.stderr[-2000:]}")
     mark.write_text(wanted)
     return python
-
-

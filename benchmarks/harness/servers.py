@@ -174,8 +174,9 @@ def seaweed(folder: Path, python: Path) -> Iterator[Server]:
 
     with running([str(weed), "mini", *flags], folder / "seaweed.log", ready, env=KEYS):
         version = output(str(weed), "version").split()[2]
-        yield Server(f"s3://{BUCKET}/bench?endpoint={endpoint}", version, env=KEYS, extra={"endpoint": endpoint, "metrics": metrics})
+        yield Server(
+            f"s3://{BUCKET}/bench?endpoint={endpoint}", version, env=KEYS, extra={"endpoint": endpoint, "metrics": metrics}
+        )
 
 
 KINDS = {"": none, "redis": redis, "postgres": postgres, "seaweed": seaweed}
-

@@ -5,7 +5,8 @@ import os
 import sys
 
 import common
-from buquet import Worker, connect
+
+from buquet import Worker, connect  # the one from PyPI, not this checkout
 
 CONCURRENT_SUBMITS = 16
 WORKERS = int(common.setting("workers", "1"))

@@ -13,6 +13,8 @@ def noop(sent: float) -> bool:
 
 
 def main() -> None:
+    from huey_sqlite import huey, noop  # Huey names a task by its module: that of the consumer, not __main__
+
     def submit(count: int) -> None:
         for _ in range(count):
             noop(0.0)

@@ -142,6 +142,7 @@ class Signature:
                 raise UsageError(msg)
         self._arguments: msgspec.json.Decoder[Any] | None = None
         self._result: msgspec.json.Decoder[Any] | None = None
+        self._item: msgspec.json.Decoder[Any] | None = None
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments by parameter name. Raises TypeError as a plain call would."""
@@ -176,6 +177,27 @@ class Signature:
             else:
                 named[name] = value
         return positional, named
+
+    def check_batch(self) -> None:
+        """Raise UsageError unless the function can be called with one positional argument, an item."""
+        first, *others = [*self.parameters.values(), None]
+        if first is None or first.kind is first.KEYWORD_ONLY or any(each and each.default is each.empty for each in others):
+            msg = (
+                f"{self.function.__qualname__}{self.signature} cannot run in a batch: an item is its first argument, and the only "
+                "one. Give the others defaults, or put all into one dataclass"
+            )
+            raise UsageError(msg)
+
+    def decode_item(self, body: bytes | msgspec.Raw) -> Any:
+        """Return a batch's item as the declared type of the first parameter. Raises InvalidPayload."""
+        if self._item is None:
+            name = next(iter(self.parameters), "")
+            self._item = _decoder(self._hints().get(name, Any), f"the parameter {name!r} of {self.function.__qualname__}")
+        try:
+            return self._item.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            msg = f"the item does not fit {self.function.__qualname__}{self.signature}: {error}"
+            raise InvalidPayload(msg) from None
 
     def check_result(self, value: Any) -> bytes:
         """Return a result's JSON. Raises InvalidResult when JSON does not carry it or it is not of the declared type."""

@@ -26,13 +26,17 @@
     └── TaskError                 how a task ended, other than well
         ├── TaskFailed
         ├── TaskCancelled
-        └── TaskExpired
+        ├── TaskExpired
+        └── BatchFailed           some items of a batch have no result
 
 ``Fail`` and ``Snooze`` are not errors but what a handler raises to say how its attempt is to end.
 Every error's text says what happened, to what, and what to do next.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 
 class BuquetError(Exception):
@@ -108,11 +112,15 @@ class KeyConflict(BuquetError):
 
 
 class SubmitInterrupted(BuquetError):
-    """Submitting many stopped half way. `ids` are the tasks that were submitted, in order; `__cause__` says why."""
+    """Submitting many stopped half way. `ids` are the tasks that were submitted, in order; `__cause__` says why.
 
-    def __init__(self, message: str, ids: list[str]) -> None:
+    `batch_id` names the batch of what was submitted, where that is whole packs up to some item; else it is empty.
+    """
+
+    def __init__(self, message: str, ids: list[str], *, batch_id: str = "") -> None:
         super().__init__(message)
         self.ids = ids
+        self.batch_id = batch_id
 
 
 class TaskNotFound(BuquetError):
@@ -146,6 +154,31 @@ class TaskCancelled(TaskError):
 
 class TaskExpired(TaskError):
     """The task was not started before its deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class FailedItem:
+    """An item of a batch that has no result, and why."""
+
+    index: int
+    """Its place in the batch, from 0."""
+    item: Any
+    """The item itself, as plain builtins."""
+    error: str
+    traceback: str = ""
+    """Where the error was raised; kept for the first few failed items of a pack."""
+    attempts: int = 0
+    """How often it was tried; 0 where it never was, or nobody could record it."""
+    task_id: str = ""
+    """The pack that it is in: the task that `buquet get` shows."""
+
+
+class BatchFailed(TaskError):
+    """Some items of a batch have no result. ``failed`` lists them, by their index."""
+
+    def __init__(self, message: str, task_id: str = "", *, failed: list[FailedItem] | None = None) -> None:
+        super().__init__(message, task_id)
+        self.failed = failed or []
 
 
 class Fail(Exception):

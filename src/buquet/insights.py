@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from buquet import keys
+from buquet.codec import decode_record
 from buquet.errors import UnreadableRecord
 from buquet.records import Session, State, Task
 from buquet.store.base import Stored
-from buquet.codec import decode_record
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -139,7 +139,7 @@ async def find(client: Client, wanted: Filter, limit: int | None, scan: Scan) ->
     return found
 
 
-async def states(client: Client, scan: Scan, listed: list[Listed]) -> dict[str, int]:
+async def states(scan: Scan, listed: list[Listed]) -> dict[str, int]:
     """Count records by state."""
     count: Counter[str] = Counter()
     async for task in scan.tasks(listed):
@@ -186,7 +186,8 @@ async def waiting(client: Client, fleet: list[WorkerView]) -> list[Waiting]:
     """Count what waits and runs in each queue that has a bell or a worker. LISTs entries and reads no record."""
     names = {each.key.partition("/")[2] async for page in pages(client, "bell/") for each in page}
     queues = {keys.unquoted(name) for name in names} | {queue for worker in fleet for queue in worker.queues}
-    return [await _queue(client, queue, [worker for worker in fleet if worker.alive and queue in worker.queues]) for queue in sorted(queues)]
+    alive = [worker for worker in fleet if worker.alive]
+    return [await _queue(client, queue, [worker for worker in alive if queue in worker.queues]) for queue in sorted(queues)]
 
 
 async def _queue(client: Client, queue: str, fleet: list[WorkerView]) -> Waiting:

@@ -54,6 +54,17 @@ def keyed_id(queue: str, name: str, key: str) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
+def batch_token(queue: str, name: str, key: str) -> str:
+    """Return the token of the batch that an idempotency key names; no task has it as its id."""
+    parts = "\0".join((quoted(queue, "queue"), quoted(name, "task"), "batch", key))
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
+def pack_id(token: str, index: int) -> str:
+    """Return the id of a batch's pack, so that the batch's token and the number of its packs name all of them."""
+    return hashlib.sha256(f"{token}\0{index}".encode()).hexdigest()[:32]
+
+
 def task(task_id: str) -> str:
     """Return the key of a task's record."""
     return f"tasks/{task_id[-2:]}/{task_id}.json"

@@ -103,6 +103,47 @@ class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
     events: tuple[Event, ...] = ()
     dropped: int = 0
     """How many events were left out between the first one and the rest, to bound the record."""
+    pack: int = 0
+    """How many items of a batch this task holds, its `args` being PackItems; 0: it is a plain task."""
+    batch: str = ""
+    """The token of the batch that a pack belongs to."""
+
+
+class PackItems(msgspec.Struct, frozen=True):
+    """The arguments of a pack: values of the function's first parameter."""
+
+    items: list[Raw]
+
+
+class PackResults(msgspec.Struct, frozen=True):
+    """The result of a pack: what the function returned for each item, in order."""
+
+    results: list[Raw]
+
+
+class ItemFailure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An item that failed for good."""
+
+    index: int
+    """Its place in the pack."""
+    type: str
+    message: str
+    traceback: str = ""
+    attempts: int = 1
+
+
+class PackState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The checkpoint of a pack: what became of its items so far."""
+
+    started: int
+    """The record's `started`: a redrive changes it, and then what failed before is to run again."""
+    done: list[tuple[int, int]] = []
+    """The items that are done: ranges, each from its first to the one after its last."""
+    results: list[Raw] = []
+    """Their results, in the same order."""
+    failed: list[ItemFailure] = []
+    waiting: list[tuple[int, int, int]] = []
+    """Items that failed or snoozed and come back: index, failures so far, and from when on (milliseconds since 1970)."""
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -1,4 +1,4 @@
-"""Workers are killed at random while tasks run: nothing is lost, nothing is recorded twice, and the invariants hold at the end."""
+"""Workers are killed at random while tasks run: nothing is lost, nothing recorded twice, and the invariants hold."""
 
 import asyncio
 import os
@@ -21,26 +21,27 @@ TASKS = 2000
 FOLDER = Path(__file__).parent
 
 
-async def start_worker(url):
+async def start_worker(url, log):
     command = [sys.executable, "-m", "buquet", "worker", "chaostasks:app", "--url", url, "--concurrency", "8"]
-    return await asyncio.create_subprocess_exec(*command, cwd=FOLDER, stderr=asyncio.subprocess.DEVNULL)
+    return await asyncio.create_subprocess_exec(*command, cwd=FOLDER, stderr=log)
 
 
-async def kill_at_random(url, workers, seconds, rng):
+async def kill_at_random(url, workers, seconds, rng, log):
     """Kill two of four workers at random moments again and again; each is replaced, as a supervisor would."""
     kills = 0
     ends = asyncio.get_running_loop().time() + seconds
     while asyncio.get_running_loop().time() < ends:
         await asyncio.sleep(rng.uniform(0.5, 4.0))
         victim = rng.randrange(2)
+        assert workers[victim].returncode is None, "a worker ended by itself"
         workers[victim].send_signal(signal.SIGKILL)
         await workers[victim].wait()
         kills += 1
-        workers[victim] = await start_worker(url)
+        workers[victim] = await start_worker(url, log)
     return kills
 
 
-async def chaos(url, seconds):
+async def chaos(url, seconds, log):
     clock = Clock()
     store = open_store(url, clock)
     background = Background()
@@ -50,9 +51,9 @@ async def chaos(url, seconds):
     import chaostasks
 
     chaostasks.app.use(url)
-    workers = [await start_worker(url) for _ in range(4)]
+    workers = [await start_worker(url, log) for _ in range(4)]
     try:
-        killing = asyncio.create_task(kill_at_random(url, workers, seconds, random.Random(20)))
+        killing = asyncio.create_task(kill_at_random(url, workers, seconds, random.Random(20), log))
         submitted = []
         # spread over the time, so that the kills meet submits, claims, runs and ends
         for start in range(0, TASKS, 50):
@@ -81,7 +82,12 @@ async def chaos(url, seconds):
 @pytest.mark.parametrize("ground", ["sqlite", "seaweedfs"])
 def test_kill_9_at_random_loses_nothing(ground, tmp_path, request):
     url = f"sqlite:{tmp_path}/chaos.db" if ground == "sqlite" else request.getfixturevalue("seaweed").url("chaos")
-    kills, auditor, bucket = asyncio.run(chaos(url, SECONDS))
+    with (tmp_path / "workers.log").open("w+") as log:
+        try:
+            kills, auditor, bucket = asyncio.run(chaos(url, SECONDS, log))
+        finally:
+            log.seek(0)
+            print("".join(line for line in log if "Traceback" in line or "ERROR" in line or "rror:" in line)[-4000:])
     # sessions of killed workers may still be there: nobody was left to reap them
     assert auditor.findings(bucket) == []
     assert len(bucket.tasks) == TASKS

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-TASKS = '''
+TASKS = """
 import time
 from buquet import App, current
 
@@ -33,7 +33,7 @@ def sleeps(marker: str) -> str:
     open(marker, "a").write("started\\n")
     time.sleep(60 if current().checkpointed is None and len(open(marker).readlines()) == 1 else 0)
     return "slept"
-'''
+"""
 
 
 class Shell:
@@ -46,9 +46,8 @@ class Shell:
         return subprocess.Popen([sys.executable, "-m", "buquet", *words], cwd=self.folder, env=self.env, **options)
 
     def run(self, *words, status=0):
-        done = subprocess.run(
-            [sys.executable, "-m", "buquet", *words], cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=60, check=False
-        )
+        command = [sys.executable, "-m", "buquet", *words]
+        done = subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
@@ -90,7 +89,8 @@ def test_submit_work_off_and_look(shell):
 def test_submit_and_wait_prints_the_result_or_fails(shell):
     worker = shell.start("worker", "tasks:app", stderr=subprocess.DEVNULL)
     try:
-        assert shell.json("submit", "tasks:app", "greet", "--kwargs", '{"name": "you", "loud": true}', "--wait")["result"] == "HELLO YOU"
+        arguments = '{"name": "you", "loud": true}'
+        assert shell.json("submit", "tasks:app", "greet", "--kwargs", arguments, "--wait")["result"] == "HELLO YOU"
         failed = shell.run("submit", "tasks:app", "breaks", "--wait", status=1)
         assert "it is broken" in failed.stderr
     finally:
@@ -158,7 +158,7 @@ def test_a_file_that_is_no_database_is_left_alone(shell):
 def test_output_into_a_closed_pipe_and_ctrl_c_are_quiet(shell):
     for _ in range(3):
         shell.run("submit", "tasks:app", "greet", "--args", '["x"]')
-    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.PIPE)
     listing = shell.start("ls", stdout=reader.stdin, stderr=subprocess.PIPE)
     reader.stdin.close()
     reader.wait()

@@ -217,4 +217,4 @@ class TaskMachine(RuleBasedStateMachine):
 
 
 TestTask = TaskMachine.TestCase
-TestTask.settings = settings(max_examples=150, stateful_step_count=40, derandomize=True, deadline=None, database=None)
+TestTask.settings = settings(max_examples=100, stateful_step_count=30, derandomize=True, deadline=None, database=None)

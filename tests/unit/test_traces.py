@@ -1,8 +1,8 @@
 """The interleavings that lose a task when one rule of the protocol is left out, each driven through our own code.
 
-The names are those of the flags of the protocol's model, which takes one rule away at a time and shows the trace. Every process here has a
-store of its own that can be stopped or made to fail, over one bucket; every test ends with all of them dead, the writes in flight
-landed, and a fresh worker alone, which must bring every acknowledged task to exactly one end.
+The names are those of the flags of the protocol's model, which takes one rule away at a time and shows the trace. Every process
+here has a store of its own that can be stopped or made to fail, over one bucket; every test ends with all of them dead, the
+writes in flight landed, and a fresh worker alone, which must bring every acknowledged task to exactly one end.
 """
 
 import asyncio
@@ -248,8 +248,8 @@ async def test_i3_text_an_entry_of_a_later_rev_is_a_move_in_progress(rig):
 
 @virtual
 async def test_rerev_reuse_a_lost_race_is_run_again_under_a_new_entry(rig):
-    """Two redrive: the first has written its entry, the second wins. A worker deletes the first's entry, which is of an old rev now.
-    The task is cancelled; the first tries again, with the entry that is gone.
+    """Two redrive: the first has written its entry, the second wins. A worker deletes the first's entry, which is of an old rev
+    now. The task is cancelled; the first tries again, with the entry that is gone.
     """
     handle = await rig.submitted()
     await rig.process().app.acancel(handle.id)
@@ -274,8 +274,8 @@ async def test_rerev_reuse_a_lost_race_is_run_again_under_a_new_entry(rig):
 
 @virtual
 async def test_rerev_reuse_a_reaper_that_met_a_checkpoint_writes_a_new_entry(rig):
-    """A reaper has written the entry of the next rev; the worker, alive after all, stores a checkpoint of that rev; somebody deletes
-    the entry, which nothing names. The reaper tries again: it must not name that entry.
+    """A reaper has written the entry of the next rev; the worker, alive after all, stores a checkpoint of that rev; somebody
+    deletes the entry, which nothing names. The reaper tries again: it must not name that entry.
     """
     handle = await rig.submitted()
     one, two, three = await rig.worker(), await rig.worker(), await rig.worker()
@@ -335,8 +335,8 @@ async def test_loser_blind_of_two_submits_of_one_key(rig):
 
 @virtual
 async def test_loser_blind_of_two_reapers(rig):
-    """Two reapers put the same task back in one millisecond, under the same entry. The one that comes second finds the record pending
-    and deletes "its" entry.
+    """Two reapers put the same task back in one millisecond, under the same entry. The one that comes second finds the record
+    pending and deletes "its" entry.
     """
     handle = await rig.submitted()
     dead, two, three = await rig.worker(), await rig.worker(), await rig.worker()
@@ -452,8 +452,8 @@ def test_hour_text_a_submit_that_takes_longer_than_an_hour(key):
 
 @virtual
 async def test_hour_text_a_worker_that_buries_while_the_submit_goes_on(rig):
-    """The worker has written the tombstone and stalls before it deletes the entry; the submitter revives the task under the entry of
-    the next rev, and the delete then lands.
+    """The worker has written the tombstone and stalls before it deletes the entry; the submitter revives the task under the
+    entry of the next rev, and the delete then lands.
     """
     submitter, worker = rig.process(), await rig.worker()
     stop = submitter.store.pause("create", "tasks/")
@@ -474,7 +474,9 @@ async def test_hour_text_a_worker_that_buries_while_the_submit_goes_on(rig):
 
 @virtual
 async def test_hour_text_a_late_create_after_the_tombstone_does_not_land(rig):
-    """The submitter's create is on its way for an hour and its process is dead; the worker buries the entry; the create arrives."""
+    """The submitter's create is on its way for an hour and its process is dead; the worker buries the entry; the create
+    arrives.
+    """
     submitter, worker = rig.process(), await rig.worker()
     submitter.store.inject("late", "create", "tasks/")
     stop = submitter.store.pause("get", "tasks/")
@@ -490,8 +492,8 @@ async def test_hour_text_a_late_create_after_the_tombstone_does_not_land(rig):
 
 @virtual
 async def test_orphan_leave_a_redrive_that_takes_longer_than_an_hour(rig):
-    """A redrive has written its entry and stalls. An hour later a worker finds the entry of a rev above the ended record's; it may
-    only delete it once no record can name it any more. The redrive goes on.
+    """A redrive has written its entry and stalls. An hour later a worker finds the entry of a rev above the ended record's; it
+    may only delete it once no record can name it any more. The redrive goes on.
     """
     handle = await rig.submitted()
     await rig.process().app.acancel(handle.id)
@@ -595,8 +597,9 @@ async def test_take_new_the_worker_that_was_taken_from_deletes_nothing(rig):
 
 @virtual
 async def test_hbdel_lookup_a_heartbeat_deletes_only_what_it_noted(rig):
-    """A heartbeat that lists the claim is stored, its answer slow. The handler fails, the same worker claims the task again under the
-    new entry. The answer comes: the heartbeat deletes the entry that the task has now, and the claim is not listed.
+    """A heartbeat that lists the claim is stored, its answer slow. The handler fails, the same worker claims the task again
+    under the new entry. The answer comes: the heartbeat deletes the entry that the task has now, and the claim is not
+    listed.
     """
     handle = await rig.submitted()
     one = await rig.worker()
@@ -672,8 +675,9 @@ async def test_earlydrop_an_unknown_outcome_keeps_the_claim_listed(rig):
 
 @virtual
 async def test_hbadopt_blind_a_heartbeat_whose_answer_was_lost_looks_at_what_is_there(rig):
-    """A heartbeat is stored, its answer lost; then the worker claims, and is reaped. Reading back, it finds its own write among the
-    last ones, and goes on from the reaped session: its next heartbeat would list the claim in a session about to be deleted.
+    """A heartbeat is stored, its answer lost; then the worker claims, and is reaped. Reading back, it finds its own write among
+    the last ones, and goes on from the reaped session: its next heartbeat would list the claim in a session about to be
+    deleted.
     """
     handle = await rig.submitted()
     one, two = await rig.worker(), await rig.worker()
@@ -699,8 +703,8 @@ async def test_hbadopt_blind_a_heartbeat_whose_answer_was_lost_looks_at_what_is_
 
 @virtual
 async def test_nofence_a_heartbeat_that_comes_after_the_reaper_read_is_refused(rig):
-    """A reaper reads the session, which lists nothing yet, while the heartbeat that lists the claim is on its way; were that stored, the
-    entry would be deleted, and the session with it.
+    """A reaper reads the session, which lists nothing yet, while the heartbeat that lists the claim is on its way; were that
+    stored, the entry would be deleted, and the session with it.
     """
     handle = await rig.submitted()
     one, two = await rig.worker(), await rig.worker()
@@ -764,8 +768,8 @@ async def test_a_reaper_that_dies_halfway_leaves_the_rest_to_the_next(rig):
 
 @virtual
 async def test_screate_resend_a_session_is_never_created_twice(rig):
-    """The create of W1's session is on its way; sent again, it succeeds; W1 claims, is reaped, W2 takes over under the old entry. The
-    first copy lands: W1's next heartbeat finds its session's ETag, lists its claim, and deletes W2's entry.
+    """The create of W1's session is on its way; sent again, it succeeds; W1 claims, is reaped, W2 takes over under the old
+    entry. The first copy lands: W1's next heartbeat finds its session's ETag, lists its claim, and deletes W2's entry.
     """
     handle = await rig.submitted()
     one, two = rig.process(), await rig.worker()
@@ -797,8 +801,8 @@ async def test_screate_resend_a_session_is_never_created_twice(rig):
 
 @virtual
 async def test_tok_worker_an_earlier_claim_of_the_same_worker_is_another_claim(rig):
-    """W1 stores a checkpoint; before it lands W1 is reaped, and claims the task again in another slot. The checkpoint's conflict shows
-    a record that runs under W1: the old claim would go on and end the task under the new one.
+    """W1 stores a checkpoint; before it lands W1 is reaped, and claims the task again in another slot. The checkpoint's
+    conflict shows a record that runs under W1: the old claim would go on and end the task under the new one.
     """
     handle = await rig.submitted()
     one, two = await rig.worker(), await rig.worker()
@@ -821,7 +825,9 @@ async def test_tok_worker_an_earlier_claim_of_the_same_worker_is_another_claim(r
 
 @virtual
 async def test_tok_worker_a_stale_outcome_is_not_recorded(rig):
-    """As before, with an outcome instead of a checkpoint: what the first claim's handler returned must not end the second's task."""
+    """As before, with an outcome instead of a checkpoint: what the first claim's handler returned must not end the second's
+    task.
+    """
     handle = await rig.submitted()
     one, two = await rig.worker(), await rig.worker()
     old = await one.claims(await rig.entry())
@@ -842,8 +848,8 @@ async def test_tok_worker_a_stale_outcome_is_not_recorded(rig):
 
 @virtual
 async def test_giveup_a_claim_of_unknown_outcome_is_pursued_until_it_is_known(rig):
-    """A claim lands, its answer lost, and the store is away for two hours. A worker that gave it up would live on, and nobody would
-    run the task: everybody sees it run under a worker that is alive.
+    """A claim lands, its answer lost, and the store is away for two hours. A worker that gave it up would live on, and nobody
+    would run the task: everybody sees it run under a worker that is alive.
     """
     handle = await rig.submitted()
     one = await rig.worker()
@@ -869,8 +875,8 @@ async def test_giveup_a_claim_of_unknown_outcome_is_pursued_until_it_is_known(ri
 
 @virtual
 async def test_giveup_a_worker_that_starts_anew_drops_a_claim_that_lands_later(rig):
-    """A whole worker, and a store that is away for ten minutes while a claim's outcome is unknown: the worker fences itself and starts
-    anew; the claim lands under the id that is gone.
+    """A whole worker, and a store that is away for ten minutes while a claim's outcome is unknown: the worker fences itself and
+    starts anew; the claim lands under the id that is gone.
     """
     one = rig.process(outcome="done")
     one.worker.concurrency = 1
@@ -897,8 +903,8 @@ async def test_giveup_a_worker_that_starts_anew_drops_a_claim_that_lands_later(r
 
 @virtual
 async def test_selfrun_leave_a_claim_that_this_worker_does_not_know_of_is_adopted(rig):
-    """A claim lands, its answer lost, and so many others write meanwhile that its mark is no longer in the record. The worker takes it
-    for a conflict and lives on; everybody, itself included, leaves the task to it.
+    """A claim lands, its answer lost, and so many others write meanwhile that its mark is no longer in the record. The worker
+    takes it for a conflict and lives on; everybody, itself included, leaves the task to it.
     """
     handle = await rig.submitted()
     one = await rig.worker()
@@ -930,7 +936,9 @@ async def test_selfrun_leave_a_claim_that_this_worker_does_not_know_of_is_adopte
 
 @virtual
 async def test_selfrun_a_claim_under_way_is_not_adopted_by_another_slot(rig):
-    """The claim is stored and its answer slow; the other slot meets the entry and reads a record that runs under its own worker."""
+    """The claim is stored and its answer slow; the other slot meets the entry and reads a record that runs under its own
+    worker.
+    """
     handle = await rig.submitted()
     one = await rig.worker()
     entry = await rig.entry()
@@ -972,8 +980,8 @@ async def test_two_workers_claim_one_task_and_one_of_them_runs_it(rig):
 
 @virtual
 async def test_cx_text_a_task_whose_cancel_was_promised_is_not_taken_over_to_run(rig):
-    """W1's session is gone, its task runs on. The cancel is stored, and its caller told "requested". W2 takes the task over: another
-    attempt would start.
+    """W1's session is gone, its task runs on. The cancel is stored, and its caller told "requested". W2 takes the task over:
+    another attempt would start.
     """
     handle = await rig.submitted()
     one, two = await rig.worker(), await rig.worker()
@@ -1025,8 +1033,8 @@ def test_cx_text_a_task_whose_cancel_was_promised_is_not_put_back(how):
 
 @virtual
 async def test_mbx_text_a_note_that_comes_late_cancels_no_later_life_of_the_task(rig):
-    """A cancel is stored; before its note is written the task fails, is redriven and claimed by the same worker. The note says "look",
-    and the record says nothing of a cancel.
+    """A cancel is stored; before its note is written the task fails, is redriven and claimed by the same worker. The note says
+    "look", and the record says nothing of a cancel.
     """
     handle = await rig.submitted()
     one = await rig.worker()
@@ -1090,8 +1098,8 @@ async def test_a_worker_that_starts_where_several_died_reaps_them_all(rig):
 
 @virtual
 async def test_a_reaper_that_cannot_read_a_record_keeps_the_session_that_lists_it(rig):
-    """I5: a session is deleted only when no claim that it lists still runs. A record of a newer format (a fleet half way through an
-    upgrade) or one that is broken for now may still run under it; without entry and session nobody ever finds it.
+    """I5: a session is deleted only when no claim that it lists still runs. A record of a newer format (a fleet half way
+    through an upgrade) or one that is broken for now may still run under it; without entry and session nobody ever finds it.
     """
     handle = await rig.submitted()
     dead, reaper = await rig.worker(), await rig.worker()
@@ -1109,8 +1117,8 @@ async def test_a_reaper_that_cannot_read_a_record_keeps_the_session_that_lists_i
 
 @virtual
 async def test_a_worker_that_starts_anew_on_a_full_disk_still_puts_its_entries_back(rig):
-    """The session was removed by hand, so no reaper ever sees its list; the entry was deleted in trust of it. Putting it back meets a
-    full disk once.
+    """The session was removed by hand, so no reaper ever sees its list; the entry was deleted in trust of it. Putting it back
+    meets a full disk once.
     """
     await rig.submitted()
     one = await rig.worker()

@@ -201,8 +201,8 @@ async def test_cancel_of_a_pending_and_of_a_running_task(rig):
     record = await running.arecord()
     assert (record.state, record.cancel_requested, record.failures) == ("pending", False, 0)
     await running.acancel()
+    done = await _completed(rig)
     with pytest.raises(Refused, match="already completed"):
-        done = await _completed(rig)
         await done.acancel()
     await rig.audit()
 
@@ -244,6 +244,7 @@ async def test_a_checkpoint_is_handed_to_the_next_attempt(rig):
     @rig.app.task(backoff=Backoff(initial=0))
     async def counts() -> int:
         seen.append(current().checkpointed)
+        current().logger.warning("counted %d", len(seen))
         done = (current().checkpointed or 0) + 1
         await current().acheckpoint(done)
         if done < 3:
@@ -583,7 +584,7 @@ def test_a_handler_that_blocks_the_event_loop_keeps_its_session():
 
     @app.task
     async def blocks() -> str:
-        time.sleep(2.5)  # longer than the session lives without a heartbeat
+        time.sleep(2.5)  # noqa: ASYNC251 - blocks the loop on purpose, for longer than the session lives without a heartbeat
         return "done"
 
     handle = blocks.submit()

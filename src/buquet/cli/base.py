@@ -28,15 +28,19 @@ cli = typer.Typer(
 
 Url = Annotated[
     str | None,
-    typer.Option("--url", metavar="URL", help="The store: sqlite:PATH or s3://BUCKET/PREFIX?endpoint=…  [default: BUQUET_URL, or sqlite:.buquet/buquet.db]"),
+    typer.Option(
+        "--url",
+        metavar="URL",
+        help="The store: sqlite:PATH or s3://BUCKET/PREFIX?endpoint=…  [default: BUQUET_URL, or sqlite:.buquet/buquet.db]",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Ids = Annotated[list[str] | None, typer.Argument(metavar="ID…", help="Ids of tasks.")]
-Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="Where the App is, for instance tasks:app; the current folder is looked in.")]
+Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="Where the App is, such as tasks:app in the current folder.")]
 
 
 def open_app(url: str | None) -> App:
-    """Return an App without tasks on the store that the command is about. The embedded default is told, as its place depends on the folder."""
+    """Return an App without tasks on the store that the command is about."""
     app = App(url)
     tell_default(app, url)
     return app

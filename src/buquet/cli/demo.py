@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
 import sys
 import sysconfig
-import tokenize
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from buquet.app import App
-    from buquet.cli.demotasks import Index, Summary
+    from buquet.cli.demotasks import Index, Report
     from buquet.queue.handle import Handle
     from buquet.records import Task
 
 TARGET = "buquet.cli.demotasks:app"
-TASKS = 240
+LARGEST = 60_000
+"""Larger files, in bytes, are left out: the demo should take seconds."""
 PROCESSES = 2
 SLOTS = 4
 CRASH_AT = 0.35
@@ -40,24 +41,36 @@ LOOKED_AT = 16
 """Tasks that are waited for at once."""
 TIMEOUT = 180.0
 
+NOT_READ = {"site-packages", "dist-packages", "test", "tests", "lib2to3", "__pycache__"}
+"""Folders of the library that are not its own code, or hold files that are broken on purpose."""
+
 
 class Numbers(NamedTuple):
     """What the tasks' own timelines say."""
 
+    seconds: float
     tasks: int
     completed: int
+    lost: int
+    """Tasks that did not complete."""
     retries: int
     killed: int
+    """Worker processes killed."""
     taken_over: int
-    duplicates: int
-    seconds: float
+    """Tasks that were in the middle of their work when it happened."""
+    recorded_twice: int
+    """Tasks with more than one outcome in their timeline."""
     example: str
     """A task that went through the crash."""
 
 
 @cli.command()
-def demo(url: Url = None, json: Json = False) -> None:
-    """Index Python's own library with two worker processes, one of which is killed half way. Needs nothing."""
+def demo(
+    files: Annotated[int, typer.Option("--files", min=20, max=2000, help="How many files to index, a task each.")] = 300,
+    url: Url = None,
+    json: Json = False,
+) -> None:
+    """See it work: hundreds of tasks index Python's own library, with a crash and a retry in the middle."""
     from buquet.cli.demotasks import app  # noqa: PLC0415 - an App of its own, that nobody else needs
 
     if url is not None:
@@ -65,49 +78,47 @@ def demo(url: Url = None, json: Json = False) -> None:
     if app.url == "memory:":
         msg = "the demo's workers are processes of their own, and do not see this one's memory. Use sqlite:PATH or s3://BUCKET/PREFIX"
         raise UsageError(msg)
+    logging.getLogger("buquet").setLevel(logging.CRITICAL)  # what happens is told in the demo's own words
+    paths = library(files)
 
-    async def work() -> tuple[Numbers, Summary]:
+    async def work() -> tuple[Numbers, Report]:
         async with app, asyncio.timeout(TIMEOUT):
-            return await _Demo(app, _Screen(plain=json)).run()
+            return await _Demo(app, _Screen(for_program=json)).run(paths)
 
-    numbers, summary = asyncio.run(work())
-    good = numbers.completed == numbers.tasks and not numbers.duplicates
+    numbers, report = asyncio.run(work())
     if json:
-        print_json({"url": app.url, **numbers._asdict(), "summary": summary})
+        print_json({"url": app.url, **numbers._asdict(), "report": report})
     else:
-        _report(numbers, summary, "" if url is None else f" --url '{url}'")
-    if not good:
+        _show(numbers, report, "" if url is None else f" --url '{url}'")
+    if numbers.lost or numbers.recorded_twice:
         raise typer.Exit(1)
 
 
-def _report(numbers: Numbers, summary: Summary, url: str) -> None:
+def _show(numbers: Numbers, report: Report, url: str) -> None:
     print()
     print_table(
-        ("the tasks", ""),
+        ("tasks", "count"),
         [
             ("completed", f"{numbers.completed} of {numbers.tasks}, in {numbers.seconds:.1f} s"),
             ("retried after an error", numbers.retries),
-            ("worker processes killed", numbers.killed),
             ("taken over after the crash", numbers.taken_over),
-            ("outcomes recorded twice", numbers.duplicates),
+            ("lost", numbers.lost),
+            ("duplicates recorded", numbers.recorded_twice),
         ],
     )
-    print(f"\n{summary['files']:,} files, {summary['lines']:,} lines, {summary['identifiers']:,} identifiers. The most used:\n")
-    print_table(
-        ("identifier", "uses", "files"),
-        [(each["name"], f"{each['uses']:,}", f"{each['files']:,}") for each in summary["most_used"]],
-    )
-    print("\nLook around:")
+    print(f"\n{report['files']:,} files, {report['lines']:,} lines, {report['identifiers']:,} identifiers. The most used:\n")
+    print_table(("identifier", "uses", "files"), [(name, f"{uses:,}", f"{where:,}") for name, uses, where in report["names"]])
+    print("\nNow try:")
     print(f"  buquet history {numbers.example}{url}    # the task that went through the crash")
-    print(f"  buquet ls --queue demo{url}")
+    print(f"  buquet ls{url}")
     print(f"  buquet doctor{url}")
 
 
 class _Screen:
     """Shows how it goes: a bar on a terminal, plain lines elsewhere, on stderr where stdout is for a program."""
 
-    def __init__(self, *, plain: bool) -> None:
-        self.file = sys.stderr if plain else sys.stdout
+    def __init__(self, *, for_program: bool) -> None:
+        self.file = sys.stderr if for_program else sys.stdout
         self.bar = self.file.isatty()
         self.shown = 0
 
@@ -135,23 +146,20 @@ class _Demo:
         self.screen = screen
         self.killed = 0
 
-    async def run(self) -> tuple[Numbers, Summary]:
+    async def run(self, paths: Sequence[str]) -> tuple[Numbers, Report]:
         from buquet.cli.demotasks import merge  # noqa: PLC0415 - as above
 
         begun = self.clock.monotonic()
-        files = library()
         self.screen.say(f"store: {self.app.url}")
-        handles = await self._submit(files)
-        self.screen.say(
-            f"{len(handles)} tasks were submitted: an index of {len(files):,} files of {sysconfig.get_path('stdlib')}"
-        )
+        handles = await self._submit(paths)
+        self.screen.say(f"{len(handles)} tasks were submitted: each indexes a file of {sysconfig.get_path('stdlib')}")
         options = ["--url", self.app.url, "--concurrency", str(SLOTS)]
         workers = Processes(self.client, [TARGET, *options], PROCESSES, quiet=True)
         running = asyncio.create_task(workers.arun())
         try:
             await self._watch(handles, workers)
-            summary_handle = await merge.asubmit([handle.id for handle in handles])
-            summary = await summary_handle.aresult(timeout=TIMEOUT)
+            merged = await merge.asubmit([handle.id for handle in handles])
+            report = await merged.aresult(timeout=TIMEOUT)
         finally:
             workers.stop()
             try:
@@ -159,15 +167,14 @@ class _Demo:
                     await running
             except TimeoutError:
                 self.screen.say("a worker did not end in time, and was killed")
-        records = [await handle.arecord() for handle in [*handles, summary_handle]]
-        return self._count(records, self.clock.monotonic() - begun), summary
+        records = [await handle.arecord() for handle in [*handles, merged]]
+        return self._count(records, self.clock.monotonic() - begun), report
 
-    async def _submit(self, files: Sequence[str]) -> list[Handle[Index]]:
+    async def _submit(self, paths: Sequence[str]) -> list[Handle[Index]]:
         from buquet.cli.demotasks import index  # noqa: PLC0415 - as above
 
-        count = min(TASKS, len(files))
-        calls = [{"paths": list(files[number::count]), "stumble": number == count // 10} for number in range(count)]
-        return await index.asubmit_many(calls)
+        stumbling = len(paths) // 10
+        return await index.asubmit_many({"path": path, "stumbles": number == stumbling} for number, path in enumerate(paths))
 
     async def _watch(self, handles: Sequence[Handle[Index]], workers: Processes) -> None:
         """Wait for all tasks, in order, and kill a worker on the way."""
@@ -204,7 +211,7 @@ class _Demo:
                         os.kill(child.pid, signal.SIGKILL)
                         self.killed += 1
                         self.screen.say(
-                            f"kill -9 {child.pid}: a worker process dies in the middle of {caught} tasks; its parent replaces it"
+                            f"killed worker process {child.pid} with SIGKILL, in the middle of {caught} tasks; another follows"
                         )
                         return
                     os.kill(child.pid, signal.SIGCONT)
@@ -238,29 +245,30 @@ class _Demo:
 
         over = times(lambda why, _: why in {"taken over", "lost"})
         ends = times(lambda _, state: state in ENDED)
+        completed = sum(task.state == "completed" for task in records)
         return Numbers(
+            seconds=round(seconds, 1),
             tasks=len(records),
-            completed=sum(task.state == "completed" for task in records),
+            completed=completed,
+            lost=len(records) - completed,
             retries=sum(times(lambda why, _: why == "retry")),
             killed=self.killed,
             taken_over=sum(number > 0 for number in over),
-            duplicates=sum(max(number - 1, 0) for number in ends),
-            seconds=round(seconds, 2),
+            recorded_twice=sum(number > 1 for number in ends),
             example=next((task.id for task, number in zip(records, over, strict=True) if number), records[0].id),
         )
 
 
-def library() -> list[str]:
-    """Return the Python files of this Python's standard library that can be read, without its own tests."""
+def library(count: int) -> list[str]:
+    """Return the paths of up to `count` files of this Python's standard library, spread over all of it, without its own tests."""
     root = Path(sysconfig.get_path("stdlib"))
     found: list[str] = []
-    for path in sorted(root.rglob("*.py")):
-        parts = set(path.relative_to(root).parts)
-        if parts & {"site-packages", "dist-packages", "test", "tests", "lib2to3", "idlelib"}:
-            continue
-        with contextlib.suppress(OSError, SyntaxError), tokenize.open(path):
-            found.append(str(path))
+    for folder, inner, names in os.walk(root):
+        inner[:] = sorted(set(inner) - NOT_READ)
+        paths = (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
+        found += [str(path) for path in paths if 0 < path.stat().st_size <= LARGEST]
     if not found:
         msg = f"there are no Python files in {root}: this Python keeps its library in another form, and the demo needs it"
         raise UsageError(msg)
-    return found
+    step = max(len(found) // count, 1)
+    return found[::step][:count]

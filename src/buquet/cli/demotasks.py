@@ -1,4 +1,4 @@
-"""The tasks of `buquet demo`: an index of the identifiers in Python files. Written as a user's own module would be."""
+"""The tasks of `buquet demo`: an index of Python files, a file a task. Written as a user's own module would be."""
 
 from __future__ import annotations
 
@@ -14,67 +14,46 @@ app = App()
 
 
 class Index(TypedDict):
-    """What is known of some files."""
+    """What one file holds."""
 
-    files: int
     lines: int
-    names: dict[str, tuple[int, int]]
-    """Each identifier: how often it is there, and in how many files."""
+    names: dict[str, int]
+    """Each identifier, and how often it is there."""
 
 
-class Found(TypedDict):
-    """One identifier of the report."""
-
-    name: str
-    uses: int
-    files: int
-
-
-class Summary(TypedDict):
-    """What is known of all files."""
+class Report(TypedDict):
+    """What all files hold together."""
 
     files: int
     lines: int
     identifiers: int
-    most_used: list[Found]
+    names: list[tuple[str, int, int]]
+    """The identifiers most used: how often, and in how many files."""
 
 
 @app.task(queue="demo", backoff=Backoff(initial=0.3))
-def index(paths: list[str], stumble: bool = False) -> Index:  # noqa: FBT001, FBT002 - a task's arguments are stored by name
-    """Count the identifiers of some Python files. With `stumble` the first attempt fails, as a disk or a network would make it."""
-    if stumble and current().attempt == 1:
-        msg = "the first attempt of this one fails, to show a retry"
-        raise OSError(msg)
-    lines = 0
-    uses: Counter[str] = Counter()
-    files: Counter[str] = Counter()
-    for path in paths:
-        with tokenize.open(path) as file:
-            source = file.readlines()
-        names = Counter(
-            token.string
-            for token in tokenize.generate_tokens(iter(source).__next__)
-            if token.type == tokenize.NAME and not keyword.iskeyword(token.string)
-        )
-        lines += len(source)
-        uses += names
-        files.update(names.keys())
-    return {"files": len(paths), "lines": lines, "names": {name: (count, files[name]) for name, count in uses.items()}}
+def index(path: str, *, stumbles: bool = False) -> Index:
+    """Count the lines and identifiers of a Python file. One that `stumbles` fails at first, as things on a network do."""
+    if stumbles and current().attempt == 1:
+        msg = "the connection was reset (on purpose: this shows a retry)"
+        raise ConnectionResetError(msg)
+    with tokenize.open(path) as file:
+        lines = file.readlines()
+    tokens = tokenize.generate_tokens(iter(lines).__next__)
+    names = Counter(token.string for token in tokens if token.type == tokenize.NAME and not keyword.iskeyword(token.string))
+    return {"lines": len(lines), "names": dict(names)}
 
 
 @app.task(queue="demo")
-async def merge(ids: list[str], top: int = 10) -> Summary:
+async def merge(ids: list[str], most: int = 10) -> Report:
     """Merge the results of `index` tasks that have completed into one report."""
+    lines = 0
     uses: Counter[str] = Counter()
     files: Counter[str] = Counter()
-    counted = lines = 0
     for first in range(0, len(ids), 16):
-        parts = await asyncio.gather(*(index.get(task_id).aresult() for task_id in ids[first : first + 16]))
-        for part in parts:
-            counted += part["files"]
+        for part in await asyncio.gather(*(index.get(task_id).aresult() for task_id in ids[first : first + 16])):
             lines += part["lines"]
-            for name, (count, where) in part["names"].items():
-                uses[name] += count
-                files[name] += where
-    most: list[Found] = [{"name": name, "uses": count, "files": files[name]} for name, count in uses.most_common(top)]
-    return {"files": counted, "lines": lines, "identifiers": len(uses), "most_used": most}
+            uses.update(part["names"])
+            files.update(part["names"].keys())
+    names = [(name, count, files[name]) for name, count in uses.most_common(most)]
+    return {"files": len(ids), "lines": lines, "identifiers": len(uses), "names": names}

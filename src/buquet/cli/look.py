@@ -15,7 +15,7 @@ from buquet.cli.tasks import scan_progress
 
 @cli.command()
 def stats(
-    scan: Annotated[bool, typer.Option("--scan", help="Count ended tasks by state however many there are: a GET for each.")] = False,
+    scan: Annotated[bool, typer.Option("--scan", help="Count tasks by state however many there are: a GET for each.")] = False,
     url: Url = None,
     json: Json = False,
 ) -> None:
@@ -28,7 +28,7 @@ def stats(
         listed = await insights.records(app.client)
         reader = insights.Scan(app.client, scan_progress())
         counted = scan or len(listed) <= insights.CHEAP
-        states = await insights.states(app.client, reader, listed) if counted else {}
+        states = await insights.states(reader, listed) if counted else {}
         if json:
             value: dict[str, Any] = {"queues": queues, "records": len(listed), "states": states, "unreadable": reader.unreadable}
             print_json(msgspec.to_builtins(value))

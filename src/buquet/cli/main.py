@@ -23,7 +23,9 @@ def _version(asked: bool) -> None:
 
 
 @cli.callback()
-def root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False) -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
     """Durable task queues in a bucket: S3, or one SQLite file."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -13,7 +13,7 @@ from buquet.cli.output import duration, moment, print_json, print_table, to_stde
 from buquet.errors import BuquetError, UsageError
 from buquet.insights import Filter, Scan, find
 from buquet.queue.handle import ending
-from buquet.records import STATES, State, Task
+from buquet.records import STATES, Task
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -38,7 +38,9 @@ def submit(
     key: Annotated[str | None, typer.Option("--key", help="Submit only once under this key.")] = None,
     delay: Annotated[float | None, typer.Option("--delay", metavar="S", help="Not before so many seconds from now.")] = None,
     priority: Annotated[int | None, typer.Option("--priority", help="0 (first) to 9.")] = None,
-    expires: Annotated[float | None, typer.Option("--expires", metavar="S", help="Drop it unless it starts within so many seconds.")] = None,
+    expires: Annotated[
+        float | None, typer.Option("--expires", metavar="S", help="Drop it unless started within so many seconds.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the task's end; status 1 unless it completes.")] = False,
     url: Url = None,
     json: Json = False,
@@ -105,12 +107,13 @@ def _plain(task: Task) -> dict[str, Any]:
 
 
 def _show(task: Task) -> None:
+    lost = f", {task.losses} lost with their workers" if task.losses else ""
     rows: list[tuple[str, object]] = [
         ("id", task.id),
         ("task", task.name),
         ("queue", task.queue),
         ("state", task.state),
-        ("attempt", f"{task.attempt} of {task.max_attempts}" + (f", {task.losses} lost with their workers" if task.losses else "")),
+        ("attempt", f"{task.attempt} of {task.max_attempts}{lost}"),
         ("priority", task.priority),
         ("created", moment(task.created)),
     ]
@@ -136,7 +139,7 @@ def _show(task: Task) -> None:
 @cli.command()
 def history(
     task_id: Id,
-    versions: Annotated[bool, typer.Option("--versions", help="Every version of the record that the store still keeps, newest first.")] = False,
+    versions: Annotated[bool, typer.Option("--versions", help="Every version of the record that is still kept.")] = False,
     url: Url = None,
     json: Json = False,
 ) -> None:
@@ -149,8 +152,8 @@ def history(
             if json:
                 print_json([{"version": held.version, **_plain(held.record)} for held in kept])
             else:
-                rows = [(each.record.rev, each.record.state, each.record.attempt, each.record.worker, each.version) for each in kept]
-                print_table(("rev", "state", "attempt", "worker", "version"), rows)
+                columns = ("rev", "state", "attempt", "worker", "version")
+                print_table(columns, [(task.rev, task.state, task.attempt, task.worker, version) for _, task, _, version in kept])
             return
         task = (await app.client.read(task_id)).record
         if json:
@@ -158,8 +161,8 @@ def history(
             return
         since = task.events[0].at if task.events else 0
         rows = [
-            (moment(each.at), f"+{duration((each.at - since) / 1000)}", each.state, each.why, each.attempt or "", each.worker, each.detail)
-            for each in task.events
+            (moment(at.at), f"+{duration((at.at - since) / 1000)}", at.state, at.why, at.attempt or "", at.worker, at.detail)
+            for at in task.events
         ]
         print_table(("when", "after", "state", "why", "attempt", "worker", "detail"), rows)
         if task.dropped:
@@ -220,7 +223,7 @@ def _filter(status: str | None, queue: str | None, name: str | None, tag: list[s
             msg = f"--tag takes NAME=VALUE, not {each!r}"
             raise UsageError(msg)
         tags[left] = right
-    return Filter(cast("State | None", status), queue, name, tags)
+    return Filter(status, queue, name, tags)
 
 
 def _many(
@@ -297,7 +300,8 @@ def ls(
             print_json([_plain(task) for task in found])
         else:
             rows = [
-                (task.id, task.name, task.queue, task.state, task.attempt or "", moment(task.created), _remark(task)) for task in found
+                (each.id, each.name, each.queue, each.state, each.attempt or "", moment(each.created), _remark(each))
+                for each in found
             ]
             print_table(("id", "task", "queue", "state", "attempt", "created", ""), rows, "no task fits")
         for problem in scan.unreadable:

@@ -18,12 +18,15 @@ from buquet.worker.processes import Processes
 @cli.command()
 def worker(
     target: Target,
-    queue: Annotated[list[str] | None, typer.Option("--queue", "-q", help="A queue to serve; may be given again. [default: those of the App's tasks]")] = None,
+    queue: Annotated[
+        list[str] | None,
+        typer.Option("--queue", "-q", help="A queue to serve; may be given again. [default: those of all tasks]"),
+    ] = None,
     concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Handlers at once in each process.")] = 16,
-    processes: Annotated[int, typer.Option("--processes", "-p", min=1, help="Worker processes; one that dies is replaced at once.")] = 1,
+    processes: Annotated[int, typer.Option("--processes", "-p", min=1, help="Processes; one that dies is replaced.")] = 1,
     drain: Annotated[bool, typer.Option("--drain", help="End, with status 0, when nothing is left to do.")] = False,
-    max_time: Annotated[float | None, typer.Option("--max-time", metavar="S", min=0.001, help="End after so many seconds.")] = None,
-    grace: Annotated[float, typer.Option("--grace", metavar="S", min=0, help="Seconds that running tasks get at the end.")] = 30.0,
+    max_time: Annotated[float | None, typer.Option("--max-time", metavar="S", help="End after so many seconds.")] = None,
+    grace: Annotated[float, typer.Option("--grace", metavar="S", min=0, help="Seconds for running tasks at the end.")] = 30.0,
     url: Url = None,
     parent: Annotated[str, typer.Option("--parent", hidden=True)] = "",
 ) -> None:

@@ -1,6 +1,7 @@
 """Proves that a store is fit to be trusted with tasks, by trying what everything else stands on.
 
-Its keys lie under `doctor/{random}/`, and one under `tasks/`, since some stores keep versions only there. They are deleted at the end.
+Its keys lie under `doctor/{random}/`, and one under `tasks/`, since some stores keep versions only there. They are removed at the
+end.
 """
 
 from __future__ import annotations
@@ -23,14 +24,11 @@ if TYPE_CHECKING:
 
 WRITERS = 32
 ROUNDS = 3
-SAMPLES = 8
+SAMPLES = 12
 CLOCK_TOLERANCE = 2.0
-"""Seconds of difference that LastModified in whole seconds and the way to the store explain."""
+"""Seconds of difference that whole-second LastModified and the way there explain."""
 PATIENCE = 20.0
 """Seconds for which an unanswered read or delete is sent again."""
-NAMES = ("0-a.0~x", "0-a.1~x", "0-b.0~x", "00000", "1-a.0~x", "1-a.0~y", "1-a.0~y%20z", "A", "B", "_", "a", "a-b", "b")
-"""Names whose order tells an order of bytes from others."""
-DO_NOT_USE = "Do not use this store for tasks"
 
 
 class Verdict(NamedTuple):
@@ -38,47 +36,43 @@ class Verdict(NamedTuple):
 
     name: str
     ok: bool
-    needed: bool
-    """Whether buquet cannot do without: a store with a needed verdict that is not ok is unfit."""
+    """Whether buquet can work with this. A store with one verdict that is not ok is unfit."""
     detail: str
-    """What was seen and, where it is not well, what it means and what to do."""
+    """What was seen."""
+    meaning: str
+    """What it means for tasks, and what to do where it is not well."""
+    warning: bool = False
+    """True where it works, but something is worth knowing."""
 
 
-class _Finding(NamedTuple):
-    ok: bool
-    detail: str
+def _good(name: str, detail: str, meaning: str) -> Verdict:
+    return Verdict(name, ok=True, detail=detail, meaning=meaning)
+
+
+def _warning(name: str, detail: str, meaning: str) -> Verdict:
+    return Verdict(name, ok=True, detail=detail, meaning=meaning, warning=True)
+
+
+def _bad(name: str, detail: str, meaning: str) -> Verdict:
+    return Verdict(name, ok=False, detail=detail, meaning=meaning)
 
 
 async def examine(store: Store, clock: Clock) -> AsyncIterator[Verdict]:
-    """Try a store out and yield a verdict after each check: ten, of about 500 small requests in all.
+    """Try a store out and yield a verdict after each check; a dozen in all, about 500 small requests.
 
-    An error that a check meets makes its verdict not ok. Raises AccessDenied and BucketMissing, before anything is written.
+    An error that a check meets is its verdict. Raises AccessDenied and BucketMissing; the first request only reads.
 
-    >>> from buquet.clock import Clock
-    >>> from buquet.store.memory import MemoryStore
-    >>> async def unfit():
-    ...     clock = Clock()
-    ...     return [each.name async for each in examine(MemoryStore(clock), clock) if each.needed and not each.ok]
-    >>> asyncio.run(unfit())
-    []
+    >>> async for verdict in examine(client.store, client.clock):  # doctest: +SKIP
+    ...     print(verdict.name, verdict.ok, verdict.detail)
     """
     examiner = _Examiner(store, clock)
-    # a GET first: a PUT would create a missing bucket on some stores
+    # a GET first: on some stores a PUT creates a missing bucket
     await examiner.reads.get(keys.LAYOUT)
     try:
-        for name, needed, check in examiner.checks():
-            yield await _judge(name, needed, check)
+        for check in examiner.checks():
+            yield await examiner.verdict(check)
     finally:
         await examiner.clean_up()
-
-
-async def _judge(name: str, needed: bool, check: Callable[[], Awaitable[_Finding]]) -> Verdict:
-    try:
-        return Verdict(name, needed=needed, **(await check())._asdict())
-    except (AccessDenied, BucketMissing, UsageError):
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever a check meets is what it found
-        return Verdict(name, ok=False, needed=needed, detail=str(error) or type(error).__name__)
 
 
 class _Examiner:
@@ -91,19 +85,31 @@ class _Examiner:
         self.kept = f"{keys.TASKS}00/doctor-{clock.new_op()}.json"
         self.used: set[str] = set()
 
-    def checks(self) -> list[tuple[str, bool, Callable[[], Awaitable[_Finding]]]]:
+    def checks(self) -> list[Callable[[], Awaitable[Verdict]]]:
         return [
-            ("racing creates", True, self.racing_creates),
-            ("racing updates", True, self.racing_updates),
-            ("update of a missing key", True, self.update_of_nothing),
-            ("read after write", True, self.read_after_write),
-            ("list", True, self.list_order),
-            ("conditional get", True, self.conditional_get),
-            ("delete", True, self.delete),
-            ("versions", False, self.versions),
-            ("clock", False, self.clock_difference),
-            ("latency", False, self.latency),
+            self.reach,
+            self.racing_creates,
+            self.racing_updates,
+            self.update_of_nothing,
+            self.read_after_write,
+            self.conditional_get,
+            self.list_order,
+            self.delete,
+            self.versions,
+            self.clock_difference,
+            self.latency,
         ]
+
+    async def verdict(self, check: Callable[[], Awaitable[Verdict]]) -> Verdict:
+        """Carry out a check; an error that it does not expect is a verdict, too."""
+        try:
+            return await check()
+        except (AccessDenied, BucketMissing, UsageError):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a check meets is what it found
+            name = check.__name__.replace("_", " ")
+            meaning = "this could not be tried out; mend what the error says and run doctor again"
+            return _bad(name, str(error) or type(error).__name__, meaning)
 
     def key(self, name: str) -> str:
         key = f"{self.folder}/{name}"
@@ -111,7 +117,7 @@ class _Examiner:
         return key
 
     async def clean_up(self) -> None:
-        """Delete every key that was written. What cannot be deleted stays; it disturbs nobody."""
+        """Remove every key that was written."""
         limit = asyncio.Semaphore(WRITERS)
 
         async def remove(key: str) -> None:
@@ -120,37 +126,56 @@ class _Examiner:
                     await self.reads.delete(key)
 
         await asyncio.gather(*(remove(key) for key in self.used))
-        with suppress(StoreError):
-            if self.kept in self.used:
+        if self.kept in self.used:
+            with suppress(StoreError):
                 await self.store.forget_versions(self.kept)
 
-    # ------------------------------------------------------------------ conditional writes
+    # ------------------------------------------------------------------ the checks
 
-    async def racing_creates(self) -> _Finding:
+    async def reach(self) -> Verdict:
+        key = self.key("reach")
+        await self.reads.put(key, b"here")
+        await self.reads.get(key)
+        return _good("reach", f"{self.store.url} answers", "credentials and rights are there to write and to read")
+
+    async def racing_creates(self) -> Verdict:
         async def round_(number: int) -> str:
             key = self.key(f"create-{number}")
             return await self._race(key, lambda body: self.store.create(key, body))
 
-        return await self._rounds("PUT If-None-Match", "two submits under one key can both win", round_)
+        return await self._rounds(
+            "racing creates",
+            "PUT If-None-Match",
+            round_,
+            "a task's key is taken once, so one submit is one task",
+            "two submits of one idempotency key can both win. Do not use this store; it needs atomic PUT with If-None-Match",
+        )
 
-    async def racing_updates(self) -> _Finding:
+    async def racing_updates(self) -> Verdict:
         async def round_(number: int) -> str:
             key = self.key(f"update-{number}")
             etag = (await self.store.put(key, b"base")).etag
             return await self._race(key, lambda body: self.store.update(key, body, etag))
 
-        return await self._rounds("PUT If-Match", "two workers can win one claim", round_)
+        return await self._rounds(
+            "racing updates",
+            "PUT If-Match",
+            round_,
+            "a claim is won by one worker, and a worker that lost it can write no more",
+            "two workers can win one claim. Do not use this store; it needs atomic PUT with If-Match",
+        )
 
-    async def _rounds(self, what: str, meaning: str, round_: Callable[[int], Awaitable[str]]) -> _Finding:
-        for number in range(ROUNDS):
-            problem = await round_(number)
-            if problem:
-                detail = f"{what}: of {WRITERS} writers at once {problem}; so {meaning}. {DO_NOT_USE}"
-                return _Finding(ok=False, detail=detail)
-        return _Finding(ok=True, detail=f"{what}: {WRITERS} writers at once, {ROUNDS} times, one winner each")
+    async def _rounds(self, name: str, what: str, round_: Callable[[int], Awaitable[str]], good: str, bad: str) -> Verdict:
+        outcomes = [await round_(number) for number in range(ROUNDS)]
+        problems = [each for each in outcomes if each not in {"one", "none"}]
+        if problems:
+            return _bad(name, f"{what}: in {len(problems)} of {ROUNDS} rounds of {WRITERS} writers {problems[0]}", bad)
+        if "one" not in outcomes:
+            return _bad(name, f"{what}: in {ROUNDS} rounds of {WRITERS} writers nobody won", bad)
+        return _good(name, f"{what}: {WRITERS} writers, {ROUNDS} rounds, never more than one winner", good)
 
     async def _race(self, key: str, write: Callable[[bytes], Awaitable[Receipt]]) -> str:
-        """Let all write at once; say what is wrong, or nothing."""
+        """Let all write at once; say `one` (winner), `none`, or what is wrong."""
         won: dict[bytes, str] = {}
         unknown: set[bytes] = set()
 
@@ -163,136 +188,139 @@ class _Examiner:
             except (AlreadyExists, Changed):
                 pass
 
-        # all of them are awaited, also when one fails: nobody may still write when the keys are deleted
+        # all are awaited, also when one fails: nobody may still write when the keys are deleted
         outcomes = await asyncio.gather(*(writer(number) for number in range(WRITERS)), return_exceptions=True)
         if errors := [each for each in outcomes if each is not None]:
             raise errors[0]
-        there = await self.reads.get(key)
-        body = there.body if isinstance(there, Stored) else None
         if len(won) > 1:
             return f"{len(won)} won"
-        if not won:
-            return "" if body in unknown else "nobody won"
-        if body not in won:
-            return "the winner's object was not what lay there afterwards"
-        if isinstance(there, Stored) and there.etag != won[there.body]:
-            return "the winner was told another ETag than a GET tells"
-        return ""
+        there = await self.reads.get(key)
+        for body, etag in won.items():
+            if not isinstance(there, Stored) or there.body != body:
+                return "the winner's object was not what lay there afterwards"
+            if there.etag != etag:
+                return "the ETag that the winner was told is not the one that a GET tells"
+        if won or (isinstance(there, Stored) and there.body in unknown):
+            return "one"
+        return "none"
 
-    async def update_of_nothing(self) -> _Finding:
+    async def update_of_nothing(self) -> Verdict:
+        name, good = "update of nothing", "a removed record cannot be brought back by a late write"
         etag = (await self.store.put(self.key("gone"), b"here")).etag
         await self.reads.delete(self.key("gone"))
         for key in (self.key("gone"), self.key("never")):
             with suppress(Changed):
                 await self.store.update(key, b"ghost", etag)
-                return _Finding(
-                    ok=False, detail=f"PUT If-Match wrote it: a late write can bring back what was removed. {DO_NOT_USE}"
-                )
+                bad = "a late write can bring back what was removed. Do not use this store"
+                return _bad(name, "an update with If-Match of a missing key was accepted", bad)
             if await self.reads.get(key) is not None:
-                return _Finding(ok=False, detail=f"PUT If-Match was refused and wrote it all the same. {DO_NOT_USE}")
-        return _Finding(ok=True, detail="PUT If-Match is refused")
+                return _bad(name, "a refused update of a missing key wrote an object all the same", good)
+        return _good(name, "PUT If-Match of a missing key is refused", good)
 
-    # ------------------------------------------------------------------ reads
-
-    async def read_after_write(self) -> _Finding:
-        bad = "so workers would decide by what is no longer so"
+    async def read_after_write(self) -> Verdict:
+        name, meaning = "read after write", "what was written is seen by the next read, GET and LIST, of everybody"
         for number in range(SAMPLES):
             key = self.key(f"fresh/{number:02}")
             for body in (b"first", b"second"):
                 etag = (await self.store.put(key, body)).etag
                 there = await self.reads.get(key)
                 if not isinstance(there, Stored) or (there.body, there.etag) != (body, etag):
-                    return _Finding(ok=False, detail=f"a GET did not return what had just been written; {bad}. {DO_NOT_USE}")
-            if key not in {each.key for each in await self.reads.list(f"{self.folder}/fresh/")}:
-                return _Finding(ok=False, detail=f"a LIST did not show a key that had just been written; {bad}. {DO_NOT_USE}")
-        return _Finding(ok=True, detail=f"{SAMPLES} keys, each written twice, by GET and by LIST")
+                    return _bad(name, "a GET did not return what had just been written", f"not so here: {meaning}")
+            page = await self.reads.list(f"{self.folder}/fresh/")
+            if key not in {each.key for each in page}:
+                return _bad(name, "a LIST did not show a key that had just been written", f"not so here: {meaning}")
+        return _good(name, f"{SAMPLES} keys, by GET and by LIST", meaning)
 
-    async def list_order(self) -> _Finding:
-        prefix = f"{self.folder}/list/"
-        wanted = sorted(self.key(f"list/{each}") for each in NAMES)
-        for key in (*sorted(wanted, key=lambda _: self.clock.random.random()), self.key("list2")):
-            await self.store.put(key, b"")
-        between = wanted[4] + "!"
-        pages = {
-            "of all": (await self.reads.list(prefix), wanted),
-            "after a key": (await self.reads.list(prefix, after=wanted[4]), wanted[5:]),
-            "after what is not there": (await self.reads.list(prefix, after=between), [key for key in wanted if key > between]),
-            "of one page": (await self.reads.list(prefix, after=wanted[1], limit=3), wanted[2:5]),
-        }
-        for which, (page, right) in pages.items():
-            if [each.key for each in page] != right:
-                shown = ", ".join(each.key.removeprefix(prefix) for each in page) or "nothing"
-                return _Finding(ok=False, detail=f"a LIST {which} returned {shown}; so workers would miss tasks. {DO_NOT_USE}")
-        return _Finding(ok=True, detail="in order of bytes, from start-after on, in pages")
-
-    async def conditional_get(self) -> _Finding:
+    async def conditional_get(self) -> Verdict:
+        name = "conditional GET"
         key = self.key("unchanged")
         etag = (await self.store.put(key, b"one")).etag
         same = await self.reads.get(key, unless=etag)
         await self.store.put(key, b"two")
         other = await self.reads.get(key, unless=etag)
         if not isinstance(other, Stored) or other.body != b"two":
-            return _Finding(
-                ok=False, detail=f"GET If-None-Match did not see a change; so nobody hears of new tasks. {DO_NOT_USE}"
-            )
+            return _bad(name, "a GET with If-None-Match did not see a change", "workers would not hear of new tasks")
         if same is not NOT_MODIFIED:
-            detail = "GET If-None-Match is never answered 304; so idle workers would take every poll for news. Ask for it at the provider"
-            return _Finding(ok=False, detail=detail)
-        return _Finding(ok=True, detail="304 while unchanged, the object once changed")
+            meaning = "idle workers read the whole bell each time; it works, and costs more traffic"
+            return _warning(name, "a GET with If-None-Match is never answered 304", meaning)
+        return _good(name, "304 while unchanged, the object once changed", "idle workers poll for next to nothing")
 
-    async def delete(self) -> _Finding:
+    async def list_order(self) -> Verdict:
+        name, meaning = "LIST", "workers find what waits, page by page, the oldest first"
+        prefix = f"{self.folder}/list/"
+        names = ["0-a.0~x", "0-a.1~x", "0-b.0~x", "00000", "1-a.0~x", "1-a.0~y", "1-a.0~y%20z", "A", "B", "_", "a", "a-b", "b"]
+        wanted = sorted(self.key(f"list/{each}") for each in names)
+        for key in sorted(wanted, key=lambda _: self.clock.random.random()):
+            await self.store.put(key, b"")
+        self.used.add(f"{self.folder}/list2")
+        await self.store.put(f"{self.folder}/list2", b"")
+        pages = {
+            "of all": ([each.key for each in await self.reads.list(prefix)], wanted),
+            "after a key": ([each.key for each in await self.reads.list(prefix, after=wanted[4])], wanted[5:]),
+            "after what is not there": ([each.key for each in await self.reads.list(prefix, after=wanted[4] + "!")], wanted[5:]),
+            "of one page": ([each.key for each in await self.reads.list(prefix, after=wanted[1], limit=3)], wanted[2:5]),
+        }
+        for which, (found, right) in pages.items():
+            if found != right:
+                shown = ", ".join(key.removeprefix(prefix) for key in found) or "nothing"
+                return _bad(name, f"a LIST {which} returned {shown}", f"not so here: {meaning}")
+        return _good(name, "in order, from start-after on, in pages", meaning)
+
+    async def delete(self) -> Verdict:
+        name, meaning = "delete", "entries of finished tasks go away"
         key = self.key("deleted/one")
         await self.store.put(key, b"")
-        await self.reads.delete(key)
-        await self.reads.delete(key)
+        await self.store.delete(key)
+        await self.store.delete(key)
         if await self.reads.get(key) is not None or await self.reads.list(f"{self.folder}/deleted/"):
-            return _Finding(
-                ok=False, detail=f"a deleted key was still shown; so what was done would be looked at again. {DO_NOT_USE}"
-            )
-        return _Finding(ok=True, detail="gone for GET and LIST; a second DELETE is no error")
+            return _bad(name, "a deleted key was still shown", f"not so here: {meaning}")
+        return _good(name, "gone for GET and LIST; a second DELETE is no error", meaning)
 
-    # ------------------------------------------------------------------ what is good to have
-
-    async def versions(self) -> _Finding:
+    async def versions(self) -> Verdict:
         self.used.add(self.kept)
         first = await self.store.put(self.kept, b"first")
         await self.store.put(self.kept, b"second")
         there = await self.reads.get(self.kept, version=first.version) if first.version else None
         if isinstance(there, Stored) and there.body == b"first":
-            return _Finding(ok=True, detail="earlier versions of a record can be read")
-        detail = "earlier versions of records are not kept; each record's own timeline is. `buquet init` turns versions on"
-        return _Finding(ok=False, detail=detail)
+            return _good("versions", "an earlier version can be read", "a task's whole past can be looked up")
+        meaning = (
+            "a task's timeline is kept all the same, in its record; earlier records are not. `buquet init` turns versions on"
+        )
+        return _warning("versions", "earlier versions are not kept", meaning)
 
-    async def clock_difference(self) -> _Finding:
+    async def clock_difference(self) -> Verdict:
         key = self.key("clock")
         before = self.clock.now()
         await self.store.put(key, b"")
         after = self.clock.now()
         there = await self.reads.get(key)
-        if not isinstance(there, Stored):
-            return _Finding(ok=False, detail="the object that was to tell the store's time was not there")
+        modified = there.modified if isinstance(there, Stored) else 0.0
         # LastModified may be cut to a whole second
-        difference = max(there.modified - after, before - (there.modified + 1), 0.0)
-        if difference <= CLOCK_TOLERANCE:
-            return _Finding(ok=True, detail=f"within {CLOCK_TOLERANCE:g} s of the store's")
-        side = "behind" if there.modified > after else "ahead of"
-        detail = (
-            f"this machine's is {difference:.1f} s {side} the store's. No task is lost by it, but times shown and delays are off: "
-            "set this machine's clock (NTP)"
-        )
-        return _Finding(ok=False, detail=detail)
+        difference = max(modified - after, before - (modified + 1), 0.0)
+        ahead = "ahead of" if modified > after else "behind"
+        if difference > CLOCK_TOLERANCE:
+            detail = f"the store's clock is {difference:.1f} s {ahead} this machine's"
+            meaning = "nothing is lost by it: workers judge by the store's clock. Set this machine's, or times shown look odd"
+            return _warning("clock", detail, meaning)
+        return _good("clock", f"within {CLOCK_TOLERANCE:g} s of the store's", "delays and times shown are right")
 
-    async def latency(self) -> _Finding:
-        puts: list[float] = []
-        gets: list[float] = []
+    async def latency(self) -> Verdict:
+        took: dict[str, list[float]] = {"create": [], "update": [], "GET": [], "LIST": []}
+
+        async def timed(kind: str, request: Awaitable[object]) -> object:
+            begun = self.clock.monotonic()
+            answer = await request
+            took[kind].append(self.clock.monotonic() - begun)
+            return answer
+
         for number in range(SAMPLES):
             key = self.key(f"time/{number}")
-            begun = self.clock.monotonic()
-            await self.store.put(key, b"x" * 400)
-            put = self.clock.monotonic()
-            await self.store.get(key)
-            puts.append(put - begun)
-            gets.append(self.clock.monotonic() - put)
-        return _Finding(
-            ok=True, detail=f"PUT {median(puts) * 1000:.1f} ms, GET {median(gets) * 1000:.1f} ms (medians of {SAMPLES})"
-        )
+            await timed("create", self.store.create(key, b"x" * 400))
+            there = await timed("GET", self.store.get(key))
+            if isinstance(there, Stored):
+                await timed("update", self.store.update(key, b"y" * 400, there.etag))
+            await timed("LIST", self.store.list(f"{self.folder}/time/"))
+        shown = ", ".join(f"{kind} {median(times) * 1000:.1f} ms" for kind, times in took.items() if times)
+        alone = sum(median(took[kind]) for kind in ("create", "update") if took[kind]) * 2
+        meaning = f"a task alone takes about {alone * 1000:.0f} ms beside its work; many run side by side"
+        return _good("latency", shown, meaning)

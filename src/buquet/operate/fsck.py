@@ -13,7 +13,7 @@ A live system moves while fsck looks, so each verdict rests on an order of reads
   deleting it is harmless.
 - **abandoned entry**: over a day old, and of a later rev than an ended record's: the move that wrote it never came. The record's
   rev is raised by CAS before the entry goes, so that a move that still comes meets a conflict.
-- **orphaned entry**: over an hour old, and no record. A tombstone is created (If-None-Match) before the entry goes, so that a
+- **orphaned entry**: over a day old, and no record. A tombstone is created (If-None-Match) before the entry goes, so that a
   submit which still comes meets it instead of leaving a task without an entry.
 - **orphaned payload**: over an hour old; no record, read after the payload was listed. Only prune removes those.
 - **overdue**: pending, though cancelled or a day past its deadline; ended by CAS, as the claim of a worker would.
@@ -27,19 +27,32 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from buquet import keys
-from buquet.errors import UnreadableRecord
+from buquet.errors import StoreRefused, UnreadableRecord
 from buquet.operate.ages import store_ahead
-from buquet.operate.sweep import BELLS, DAY, HOUR, PAYLOADS, each_key, owner_of_payload, queue_of_bell, side_by_side
+from buquet.operate.sweep import (
+    BELLS,
+    DAY,
+    HOUR,
+    PAYLOADS,
+    each_entry,
+    each_key,
+    each_record,
+    owner_of_payload,
+    queue_of_bell,
+    side_by_side,
+)
 from buquet.queue import transitions
 from buquet.records import TERMINAL, Session, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from buquet.queue.client import Client
     from buquet.store.base import Listed
     from buquet.store.register import Held
 
+LOOKS = 3
+"""How often a record is looked at again that was written meanwhile."""
 SETTLED_MS = 60_000
 """How long a record must have been as it is before an entry that it left behind is called stale: its owner may just be at it."""
 
@@ -93,83 +106,82 @@ class _Checker:
         self.repair = repair
         self.progress = progress
         self.report = Report()
-        self.entries: set[str] = set()
-        self.old: list[Listed] = []
-        """Entries over an hour old."""
         self.queues: set[str] = set()
-        self.listed: set[str] = set()
+        self.moved: set[str] = set()
+        """Records that were written while they were looked at."""
         self.now = 0.0
 
     async def run(self) -> Report:
-        self.now = self.clock.now() + await store_ahead(self.client)
-        self.progress(0.0, "entries")
-        await self._discover_queues()
-        await self._list_entries()
-        await side_by_side(self._record, each_key(self.reads, keys.TASKS, self._tell))
-        await self._list_entries()  # of queues that only records told of
+        await self.client.open()
+        self.now = self.clock.now() + await self._ahead()
+        await side_by_side(self._record, each_record(self.reads, lambda part: self.progress(0.9 * part, "records")))
+        for _ in range(LOOKS):
+            moved, self.moved = self.moved, set()
+            await side_by_side(self._look, moved)
         self.progress(0.9, "old entries")
-        await side_by_side(self._old_entry, self.old)
+        await self._discover_queues()
+        await side_by_side(self._old_entry, self._old_entries())
         self.progress(0.95, "payloads")
         await self._payloads()
         self.progress(1.0, "done")
         self.report.findings.sort(key=lambda each: (each.kind, each.key))
         return self.report
 
-    def _tell(self, key: str) -> None:
-        shard = key[len(keys.TASKS) :][:2]
-        if len(shard) == 2 and all(digit in "0123456789abcdef" for digit in shard):  # noqa: PLR2004
-            self.progress(0.05 + 0.85 * int(shard, 16) / 256, "records")
+    async def _ahead(self) -> float:
+        try:
+            return await store_ahead(self.client)
+        except StoreRefused:
+            if self.repair:
+                raise
+            return 0.0  # whoever may only read can look all the same
 
     def _find(self, kind: str, key: str, detail: str) -> Finding:
         finding = Finding(kind, key, detail)
         self.report.findings.append(finding)
         return finding
 
-    # ------------------------------------------------------------------ entries, as a list
+    # ------------------------------------------------------------------ queues and their entries
 
     async def _discover_queues(self) -> None:
-        """Learn the queues from their bells and, one LIST each, from the entries themselves."""
+        """Learn queues from bells and sessions; the records told of theirs. `ready/` is not listed as a whole, see each_entry."""
         async for each in each_key(self.reads, BELLS):
             self.queues.add(queue_of_bell(each.key))
-        for prefix, end in ((keys.READY, keys.ready_prefix), (keys.LATER, keys.later_lane)):
-            after = ""
-            while page := await self.reads.list(prefix, after=after, limit=1):
-                entry = keys.parse_entry(page[0].key)
-                if entry is None:
-                    after = page[0].key
-                    continue
-                self.queues.add(entry.queue)
-                after = end(entry.queue) + "~"
+        async for each in each_key(self.reads, keys.WORKERS):
+            try:
+                held = await self.register.read(Session, each.key)
+            except UnreadableRecord as error:
+                self._find("unreadable record", each.key, str(error))
+                continue
+            if held is not None:
+                self.queues.update(held.record.queues)
 
-    async def _list_entries(self) -> None:
-        for queue in sorted(self.queues - self.listed):
-            self.listed.add(queue)
-            for prefix in (keys.ready_prefix(queue), keys.later_lane(queue)):
-                async for each in each_key(self.reads, prefix):
-                    self.report.entries += 1
-                    self.entries.add(each.key)
-                    if self.now - each.modified > HOUR:
-                        self.old.append(each)
+    async def _old_entries(self) -> AsyncIterator[Listed]:
+        for queue in sorted(self.queues):
+            async for each in each_entry(self.reads, queue):
+                self.report.entries += 1
+                if self.now - each.modified > HOUR:
+                    yield each
 
     # ------------------------------------------------------------------ records
 
     async def _record(self, listed: Listed) -> None:
         self.report.records += 1
-        task_id = keys.task_id_of(listed.key)
-        if task_id is None:
-            if await self.reads.get(listed.key) is not None:
-                self._find("foreign object", listed.key, "this is no key of a task; look at it and move it away")
-            return
+        if keys.task_id_of(listed.key) is not None:
+            await self._look(listed.key)
+        elif self.now - listed.modified > HOUR and await self.reads.get(listed.key) is not None:  # doctor's is soon gone
+            self._find("foreign object", listed.key, "this is no key of a task; look at it and move it away")
+
+    async def _look(self, key: str) -> None:
         try:
-            held = await self.register.read(Task, listed.key)
+            held = await self.register.read(Task, key)
         except UnreadableRecord as error:
-            self._find("unreadable record", listed.key, str(error))
+            self._find("unreadable record", key, str(error))
             return
         if held is None:
             return
         task = held.record
-        if task.id != task_id:
-            self._find("unreadable record", listed.key, f"it says that it is task {task.id[:80]!r}; it is left as it is")
+        if key != keys.task(task.id):
+            self._find("unreadable record", key, f"it says that it is task {task.id[:80]!r}; it is left as it is")
             return
         self.queues.add(task.queue)
         if task.state == "pending":
@@ -179,15 +191,18 @@ class _Checker:
         await self._payloads_of(held)
 
     async def _entry_there(self, entry: str) -> bool:
-        return entry in self.entries or await self.reads.get(entry) is not None
+        return await self.reads.get(entry) is not None
 
     async def _unchanged(self, held: Held[Task]) -> bool:
-        """Read the record again; tell whether it is still the same version."""
+        """Read the record again; tell whether it is still the same version. If not, it is looked at once more, later."""
         try:
             now = await self.register.reread(Task, held)
         except UnreadableRecord:
-            return False
-        return now is not None and now.etag == held.etag
+            now = None
+        same = now is not None and now.etag == held.etag
+        if not same:
+            self.moved.add(held.key)
+        return same
 
     async def _pending(self, held: Held[Task]) -> None:
         task = held.record
@@ -200,8 +215,7 @@ class _Checker:
                 "entry missing", held.key, f"it is pending, and its entry {task.entry} is not there: no worker would find it"
             )
             await self._put_back(finding, task)
-        ended_long_ago = task.deadline and not task.started and self.now * 1000 - task.deadline > DAY * 1000
-        if ended_long_ago or task.cancel_requested:
+        if task.deadline and not task.started and self.now - max(task.deadline, task.due) / 1000 > DAY:
             await self._overdue(held)
 
     async def _put_back(self, finding: Finding, task: Task) -> None:
@@ -213,7 +227,7 @@ class _Checker:
             finding.repaired = True
 
     async def _overdue(self, held: Held[Task]) -> None:
-        """End a task that no worker has met since it was cancelled, or since its deadline passed a day ago."""
+        """End a task that no worker has met since its deadline passed, and its time came, a day ago."""
         ended = transitions.claim(held.record, "", self.clock.new_op(), int(self.now * 1000))
         if ended.state not in TERMINAL or not await self._unchanged(held):
             return
@@ -289,16 +303,18 @@ class _Checker:
             held = await self.register.read(Task, keys.task(entry.task))
         except UnreadableRecord:
             return  # reported with the record
+        very_old = self.now - listed.modified > DAY
         if held is None:
-            await self._orphan(entry)
-        elif self.now - listed.modified > DAY:
+            if very_old:
+                await self._orphan(entry)
+        elif held.record.rev >= entry.rev or very_old:
             await self._left_behind(held, entry)
 
     async def _orphan(self, entry: keys.Entry) -> None:
         if await self.reads.get(entry.key) is None:
             return
         finding = self._find(
-            "orphaned entry", entry.key, "it has been there for over an hour and has no record: its submit was never finished"
+            "orphaned entry", entry.key, "it has been there for over a day and has no record: its submit was never finished"
         )
         if self.repair:
             tombstone = transitions.bury(entry, self.clock.now_ms())
@@ -320,7 +336,7 @@ class _Checker:
         elif ended or task.entry != entry.key:
             kind, detail = (
                 "stale entry",
-                f"it is over a day old, and its task is {task.state}" + ("" if ended else " under another entry"),
+                f"it is over an hour old, and its task is {task.state}" + ("" if ended else " under another entry"),
             )
         else:
             return

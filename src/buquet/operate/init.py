@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from buquet.queue.client import Client
 
 RULE = "buquet"
+LONGEST_NAME = 200
 DEFAULT_REGION = "us-east-1"
 ABSENT = {"NoSuchLifecycleConfiguration", "NoSuchLifecycle"}
 MISSING = {"404", "NoSuchBucket", "NotFound"}
@@ -63,10 +65,11 @@ async def prepare(client: Client, *, keep_versions_days: int = 30) -> AsyncItera
 def lifecycle_rules(prefix: str, keep_versions_days: int) -> list[dict[str, Any]]:
     """Return the lifecycle rules of a prefix (empty: the whole bucket), in S3's own words."""
     folder = f"{prefix}/" if prefix else ""
-    # the rule's name tells the prefixes of one bucket apart
+    # the rule's name tells the prefixes of one bucket apart; it may have 255 bytes
+    name = folder if len(folder) <= LONGEST_NAME else hashlib.sha256(folder.encode()).hexdigest()
     return [
         {
-            "ID": f"{RULE}:{folder}"[:255],
+            "ID": f"{RULE}:{name}",
             "Status": "Enabled",
             "Filter": {"Prefix": folder},
             "NoncurrentVersionExpiration": {"NoncurrentDays": keep_versions_days},
@@ -97,8 +100,13 @@ class _Bucket:
         environ = os.environ
         named = place.region or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
         self.region: str = named or boto3.session.Session().region_name or DEFAULT_REGION
+        elsewhere = place.endpoint or environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
         config = cast("Any", importlib.import_module("botocore.config")).Config(
-            connect_timeout=5, read_timeout=30, retries={"max_attempts": 3, "mode": "standard"}
+            connect_timeout=5,
+            read_timeout=30,
+            retries={"max_attempts": 3, "mode": "standard"},
+            # other servers seldom know names of buckets as hosts
+            s3={"addressing_style": "path" if elsewhere else "auto"},
         )
         self.boto = boto3.client("s3", endpoint_url=place.endpoint, region_name=self.region, config=config)
 

@@ -2,36 +2,36 @@
 
 What a crash leaves between each write and the next:
 
-- **prune a task**: CAS to `pruned` | delete its payloads | forget its earlier versions. The CAS comes first, so that nobody
-  redrives a task whose arguments are going. After it, a stub's payloads and earlier versions are left to the next sweep.
-- **remove a stub** without a key, an hour later: delete its payloads | delete the record | forget its earlier versions. Payloads
-  come first, while the record still says whose they are; a stub without payloads is simply met again. A late write to a removed
-  record is an If-Match and fails; such an id is never submitted again.
-- **a keyed stub** stays for good: a DELETE that comes late would take the key's next task with it.
-- **a payload** over an hour old by the store's clock whose record is missing or a stub: read it, read the record, delete it, read
-  the record again. A payload's key is the hash of what it holds, so a submit of the same key with the same arguments names the
-  same object; had it come in between, the payload is put back.
+- **prune a task**: CAS to `pruned` | delete the payloads that it named | forget its earlier versions. The CAS comes first, so
+  that nobody redrives a task whose arguments are going. After it, payloads and earlier versions are left to the next run.
+- **remove a stub** without a key, an hour later: delete the entry that it names (I3: it has ended) | delete the record | forget
+  its earlier versions. The entry comes first: without a record it would be buried under a tombstone, which stays. A late write to
+  a removed record is an If-Match and fails; such an id is never submitted again.
+- **a keyed stub** stays for good: a DELETE that comes late would take the key's next task with it. So does a tombstone.
+- **a payload** over an hour old by the store's clock whose record is missing or a stub: read it, read the record | delete it |
+  raise the stub's rev. A payload's key is the hash of what it holds, so a submit of the same key with the same arguments names
+  the same object. Has such a submit revived the stub in between, the last step meets a conflict, and the payload is put back.
 """
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from buquet import keys
 from buquet.errors import UnreadableRecord, UsageError
 from buquet.operate.ages import store_ahead
-from buquet.operate.sweep import HOUR, PAYLOADS, each_key, owner_of_payload, side_by_side
+from buquet.operate.sweep import HOUR, PAYLOADS, each_key, each_record, owner_of_payload, side_by_side
 from buquet.queue import transitions
 from buquet.records import ENDED, Task
 from buquet.store.base import Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from buquet.queue.client import Client
     from buquet.store.base import Listed
+    from buquet.store.register import Held
 
 LARGE_AT_ONCE = 4
 """Payloads held in memory at once; each may have 64 MiB."""
@@ -66,6 +66,7 @@ async def prune(
     if not older_than >= HOUR:
         msg = f"a finished task is kept for an hour at least, and this asks for {older_than:g} s. Its result may still be wanted"
         raise UsageError(msg)
+    await client.open()
     now = client.clock.now() + await store_ahead(client)
     return await _Sweep(client, now, older_than, dry_run, progress or (lambda _fraction, _what: None)).run()
 
@@ -82,19 +83,13 @@ class _Sweep:
         self.dry_run = dry_run
         self.progress = progress
         self.done = Pruned()
-        self.large = asyncio.Semaphore(LARGE_AT_ONCE)
 
     async def run(self) -> Pruned:
-        await side_by_side(self._record, each_key(self.reads, keys.TASKS, self._tell))
+        await side_by_side(self._record, each_record(self.reads, lambda part: self.progress(0.95 * part, "records")))
         self.progress(0.95, "payloads")
         await self._sweep_payloads()
         self.progress(1.0, "done")
         return self.done
-
-    def _tell(self, key: str) -> None:
-        shard = key[len(keys.TASKS) :][:2]
-        if len(shard) == 2 and all(digit in "0123456789abcdef" for digit in shard):  # noqa: PLR2004
-            self.progress(0.95 * int(shard, 16) / 256, "records")
 
     # ------------------------------------------------------------------ records
 
@@ -105,15 +100,15 @@ class _Sweep:
             return
         try:
             held = await self.register.read(Task, listed.key)
-            while held is not None and self._due(held.record):
-                self.done.pruned += 1
+            while held is not None and self.now - listed.modified > self.older_than and self._due(held.record):
                 if self.dry_run:
+                    self.done.pruned += 1
                     return
                 write = await self.register.update(held, transitions.prune(held.record, int(self.now * 1000)))
                 if write.landed:
+                    self.done.pruned += 1
                     await self._bare(held.record)
                     return
-                self.done.pruned -= 1
                 held = write.held
         except UnreadableRecord:
             self.done.unreadable += 1
@@ -125,15 +120,12 @@ class _Sweep:
         return task.state in ENDED and self.now - task.finished / 1000 > self.older_than
 
     async def _bare(self, task: Task) -> None:
-        """Remove what a task just pruned leaves. A keyed one's payloads are left to the sweep below."""
+        """Remove what a task just pruned leaves. A keyed one's payloads, and any that it did not name, wait for the sweep."""
         if not task.key:
-            await self._delete_payloads(task.id)
+            for payload in {task.args_at, task.result_at, task.checkpoint_at} - {""}:
+                await self.reads.delete(payload)
+                self.done.payloads += 1
         await self.client.store.forget_versions(keys.task(task.id))
-
-    async def _delete_payloads(self, task_id: str) -> None:
-        async for each in each_key(self.reads, keys.payloads(task_id)):
-            await self.reads.delete(each.key)
-            self.done.payloads += 1
 
     async def _stub(self, stub: Task) -> None:
         """Remove the stub of a task without a key; of a keyed one, only the versions that a crash may have left."""
@@ -147,7 +139,8 @@ class _Sweep:
             return
         self.done.stubs += 1
         if not self.dry_run:
-            await self._delete_payloads(stub.id)
+            if stub.entry:
+                await self.reads.delete(stub.entry)
             await self.reads.delete(key)
             await self.client.store.forget_versions(key)
 
@@ -155,42 +148,54 @@ class _Sweep:
 
     async def _sweep_payloads(self) -> None:
         last = ""
-        wanted = True
+        needed = True
 
-        async def look(listed: Listed) -> None:
-            async with self.large:
-                await self._payload(listed)
+        async def doomed() -> AsyncIterator[Listed]:
+            nonlocal last, needed
+            async for each in each_key(self.reads, PAYLOADS):
+                task_id = owner_of_payload(each.key)
+                if task_id is None or self.now - each.modified < HOUR:
+                    continue
+                if task_id != last:
+                    last = task_id
+                    needed, _ = await self._needed(task_id)
+                if not needed:
+                    yield each
 
-        doomed: list[Listed] = []
-        async for each in each_key(self.reads, PAYLOADS):
-            task_id = owner_of_payload(each.key)
-            if task_id is None or self.now - each.modified < HOUR:
-                continue
-            if task_id != last:
-                last = task_id
-                wanted = await self._wanted(task_id)
-            if not wanted:
-                doomed.append(each)
-        await side_by_side(look, doomed, LARGE_AT_ONCE)
+        await side_by_side(self._payload, doomed(), LARGE_AT_ONCE)
 
-    async def _wanted(self, task_id: str) -> bool:
-        """Tell whether a task's payloads are still needed: not when it has no record, or a stub."""
+    async def _needed(self, task_id: str) -> tuple[bool, Held[Task] | None]:
+        """Tell whether a task's payloads are still needed, and return its record: not when that is missing, or a stub."""
         try:
             held = await self.register.read(Task, keys.task(task_id))
         except UnreadableRecord:
-            return True
-        return held is not None and held.record.state not in {"pruned", "tombstone"}
+            return True, None
+        if held is None or held.record.state in {"pruned", "tombstone"}:
+            return False, held
+        return not (self.dry_run and self._due(held.record)), held
 
     async def _payload(self, listed: Listed) -> None:
         task_id = owner_of_payload(listed.key) or ""
         there = await self.reads.get(listed.key)
         # stored anew since it was listed: a submit is under way
-        if not isinstance(there, Stored) or there.modified != listed.modified or await self._wanted(task_id):
+        if not isinstance(there, Stored) or there.modified > listed.modified + 1:
+            return
+        needed, stub = await self._needed(task_id)
+        if needed:
             return
         self.done.payloads += 1
         if self.dry_run:
             return
         await self.reads.delete(listed.key)
-        if await self._wanted(task_id):
+        if await self._revived(task_id, stub):
             await self.reads.put(listed.key, there.body)
             self.done.payloads -= 1
+
+    async def _revived(self, task_id: str, stub: Held[Task] | None) -> bool:
+        """Tell whether a submit came in between. Raising a stub's rev lets one that read it before meet a conflict."""
+        while stub is not None and stub.record.state in {"pruned", "tombstone"}:
+            write = await self.register.update(stub, transitions.touch(stub.record))
+            if write.landed and write.held is not None and write.held.record.state in {"pruned", "tombstone"}:
+                return False
+            stub = write.held
+        return (await self._needed(task_id))[0]

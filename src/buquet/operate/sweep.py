@@ -21,22 +21,36 @@ BELLS = "bell/"
 PAYLOADS = "payloads/"
 HOUR = 3600.0
 DAY = 86_400.0
+SHARDS = 256
 AT_ONCE = 32
 """Requests under way at once."""
 
 
-async def each_key(reads: Retrying, prefix: str, tell: Callable[[str], None] | None = None) -> AsyncIterator[Listed]:
-    """Yield every key under a prefix, page by page; `tell` is called with the first key of each page."""
+async def each_key(reads: Retrying, prefix: str) -> AsyncIterator[Listed]:
+    """Yield every key under a prefix, page by page."""
     after = ""
     while True:
         page = await reads.list(prefix, after=after, limit=PAGE)
-        if page and tell:
-            tell(page[0].key)
         for each in page:
             yield each
         if len(page) < PAGE:
             return
         after = page[-1].key
+
+
+async def each_record(reads: Retrying, tell: Callable[[float], None]) -> AsyncIterator[Listed]:
+    """Yield every key of a record, one `{xx}` at a time; `tell` is called with the fraction that lies behind."""
+    for shard in range(SHARDS):
+        tell(shard / SHARDS)
+        async for each in each_key(reads, f"{keys.TASKS}{shard:02x}/"):
+            yield each
+
+
+async def each_entry(reads: Retrying, queue: str) -> AsyncIterator[Listed]:
+    """Yield every entry of a queue, lane by lane: some stores lose keys where a LIST goes on in another folder than it began."""
+    for prefix in (*(keys.ready_lane(queue, priority) for priority in keys.PRIORITIES), keys.later_lane(queue)):
+        async for each in each_key(reads, prefix):
+            yield each
 
 
 async def side_by_side(
@@ -59,10 +73,14 @@ async def side_by_side(
         for _ in range(at_once):
             await waiting.put(None)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(at_once):
-            group.create_task(lane())
-        group.create_task(feed())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(at_once):
+                group.create_task(lane())
+            group.create_task(feed())
+    except ExceptionGroup as errors:
+        # those who call this expect the error itself; the others came of the same trouble
+        raise errors.exceptions[0] from None
 
 
 def queue_of_bell(key: str) -> str:

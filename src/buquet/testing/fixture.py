@@ -11,7 +11,7 @@ from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import VirtualClock, VirtualLoop
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from buquet.app import App
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def run_until_idle(app: App, *, virtual: bool = False) -> None:
     """Work off every task that the App has a handler for, also delayed ones and retries, in this process.
 
-    With `virtual`, a delay of a day takes no time; handlers must then be async, since threads know nothing of virtual time, and the
-    App is left in memory: only `MemoryStore` follows. Raises nothing for a task that fails: ask its handle.
+    With `virtual`, a delay of a day takes no time. Handlers must then be async, as threads know nothing of virtual time, and the
+    App must be on `memory:`. Raises nothing for a task that fails: ask its handle.
 
     >>> from buquet import App
     >>> app = App("memory:")
@@ -50,13 +50,14 @@ def run_until_idle(app: App, *, virtual: bool = False) -> None:
 
 
 @contextmanager
-def _virtual(app: App, store: MemoryStore, loop: VirtualLoop) -> Iterator[None]:
+def _virtual(app: App, store: MemoryStore, loop: VirtualLoop) -> Generator[None]:
     """Put the App on a virtual loop and clock for a while, which begins at the real time of now."""
     client = app.client
     clock = VirtualClock(loop)
     clock.skew = app.clock.now() - clock.now()
     real, background = app.clock, client.ringer.background
-    parts = (app, client, store, client.register, client.reads, client.ringer, client.ringer.register, client.ringer.register.reads)
+    registers = (client.register, client.ringer.register)
+    parts = (app, client, store, client.ringer, *registers, *(each.reads for each in registers))
     for part in parts:
         part.clock = clock
     client.ringer.background = Background(loop)

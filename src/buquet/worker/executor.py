@@ -149,7 +149,7 @@ class Executor:
             args, kwargs, checkpointed = await self._load(function, task)
         except (InvalidPayload, UnreadableRecord, UsageError) as error:
             return self._failed(run, error, trace=False)
-        logger = _TaskLogger(log, {"task": task.id, "name": task.name, "attempt": task.attempt})
+        logger = _TaskLogger(log, {"task": task.id, "task_name": task.name, "attempt": task.attempt})
         run.attempt = Attempt(run, task.id, task.attempt, checkpointed, logger)
         run.in_handler = True
         try:

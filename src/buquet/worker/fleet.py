@@ -64,7 +64,7 @@ class Reaper:
                 log.error("%s", error)  # noqa: TRY400 - the text says all
         await self.register.reads.delete(key)
         await self.register.reads.delete(keys.notes(worker))
-        # what it claimed since its last heartbeat is listed nowhere, but still has its entries: those who left them to it look again
+        # what it claimed since its last heartbeat is listed nowhere, but still has its entries: who left them to it looks again
         for queue in held.record.queues:
             self.added(queue, key)
         return True
@@ -133,9 +133,10 @@ class Fleet:
             for worker, each in found.items()
             if worker.startswith(mine) and (now - each.modified <= self.keeper.ttl or worker == self.keeper.id)
         )
-        for worker, each in found.items():
-            if worker != self.keeper.id and now - each.modified > self.keeper.ttl:
-                await self.bury(worker)
+        # a list of its own: whoever meets a running task meanwhile adds to or takes from the sessions that are known
+        old = [worker for worker, each in found.items() if worker != self.keeper.id and now - each.modified > self.keeper.ttl]
+        for worker in old:
+            await self.bury(worker)
 
     def _learn_time(self) -> None:
         held = self.keeper.held

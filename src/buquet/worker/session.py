@@ -167,7 +167,12 @@ class SessionKeeper:
             await self.clock.sleep(BUSY_BEAT * self.ttl / TTL)
             idle = self.clock.monotonic() - self.stored_at < (IDLE_BEAT - 1) * self.ttl / TTL
             if self.claims or not idle:
-                await self.beat()
+                try:
+                    await self.beat()
+                except Exception:
+                    # without heartbeats others take over soon: better to stop now than to run on unknowing
+                    log.exception("a defect of buquet in the heartbeat of worker %s", self.id)
+                    self._fence("its heartbeat broke")
 
     async def beat(self) -> None:
         """Store one heartbeat, then delete the entries of the claims that it lists."""

@@ -61,7 +61,9 @@ class Worker:
             msg = "this worker has no queue to serve: the App has no tasks. Declare one with @app.task, or name a queue"
             raise UsageError(msg)
         if concurrency < 1 or grace < 0 or ttl < 1 or (max_time is not None and max_time <= 0):
-            msg = f"needed are concurrency >= 1, grace >= 0, ttl >= 1, max_time > 0, not {concurrency}, {grace}, {ttl}, {max_time}"
+            msg = (
+                f"concurrency >= 1, grace >= 0, ttl >= 1, max_time > 0 are needed, not {concurrency}, {grace}, {ttl}, {max_time}"
+            )
             raise UsageError(msg)
         for queue in served:
             keys.quoted(queue, "queue")
@@ -134,6 +136,8 @@ class Worker:
         self.client.listeners.append(self._told)
         timer = self._loop.call_later(self.max_time, self.stop) if self.max_time else None
         aside = [asyncio.create_task(self._look_at_fleet()), asyncio.create_task(self._read_notes())]
+        for task in aside:
+            task.add_done_callback(self._broke)
         try:
             await self._work()
             await self._wind_down()
@@ -241,6 +245,11 @@ class Worker:
         if not pursuit.cancelled() and (error := pursuit.exception()):
             log.error("a defect of buquet: a task was left to be taken over", exc_info=error)
         self._wake.set()
+
+    def _broke(self, aside: asyncio.Task[None]) -> None:
+        if not aside.cancelled() and (error := aside.exception()):
+            log.error("a defect of buquet: this worker ends", exc_info=error)
+            self.stop()
 
     async def _rest(self) -> None:
         rests: list[Coroutine[Any, Any, object]] = [finder.rest() for finder in self.finders]

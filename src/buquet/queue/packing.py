@@ -1,0 +1,191 @@
+"""Packs the items of a batch into tasks, as they are read, and submits those."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from buquet import keys
+from buquet.codec import encode_value
+from buquet.errors import InvalidArgument, SubmitInterrupted, UnreadableRecord, UsageError
+from buquet.queue.payloads import LARGEST
+from buquet.records import Session, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator
+    from typing import Literal
+
+    from buquet.queue.client import Client, Submitted
+    from buquet.queue.handle import Home
+    from buquet.queue.task import BaseTask
+
+MOST_ITEMS = 10_000
+"""The most items of a pack."""
+AUTO_BYTES = 256 << 10
+"""The most bytes of input of a pack that is sized by itself."""
+AUTO_ITEMS = 1_000
+"""Items of a pack that is sized by itself, where nobody knows how many there are."""
+PACKS_A_WORKER = 4
+FULL = 16 << 20
+"""A pack of so many bytes is closed, however few its items are."""
+FRAME = (b'{"items":[', b"]}")
+CHUNK = 256
+CHUNK_BYTES = 4 << 20
+"""A chunk of packs that is handed over at once has at most so many bytes, and one pack more."""
+
+
+class Packed(NamedTuple):
+    """A pack that is ready to be submitted."""
+
+    task: Task
+    args: bytes
+
+
+class Packing:
+    """The submit of one batch: what was read of its items, and what was stored."""
+
+    def __init__(self, function: BaseTask[Any, Any], client: Client, items: Iterable[Any], pack: int | Literal["auto"]) -> None:
+        function.signature.check_batch()
+        if pack != "auto" and (isinstance(pack, bool) or not isinstance(pack, int) or not 1 <= pack <= MOST_ITEMS):  # pyright: ignore[reportUnnecessaryIsInstance]
+            msg = f"pack is the number of items in a task, 1 to {MOST_ITEMS:,}, or 'auto', not {pack!r}"
+            raise UsageError(msg)
+        key = function.submit_options.key
+        self.function = function
+        self.client = client
+        self.items = items
+        self.key = key or ""
+        self.token = client.clock.new_id() if key is None else keys.batch_token(function.queue, function.name, key)
+        self.size = 0 if pack == "auto" else pack
+        """Items of a pack; 0: not decided yet."""
+        self.most_bytes = AUTO_BYTES if pack == "auto" else FULL
+        self.packs = 0
+        self.read = 0
+        self.stored: list[str] = []
+        self.stored_items = 0
+        self.problem: Exception | None = None
+        """What the items themselves, not the store, came to an end with."""
+
+    @property
+    def id(self) -> str:
+        """The batch's id, once all is submitted."""
+        return f"{self.token}.{self.packs}.{self.read}"
+
+    async def decide(self) -> None:
+        """Decide on the number of items of a pack, where that was left to us."""
+        if self.size:
+            return
+        if not isinstance(self.items, Sized):
+            self.size = AUTO_ITEMS
+            return
+        wanted = PACKS_A_WORKER * max(1, await live_workers(self.client, self.function.queue))
+        self.size = min(MOST_ITEMS, max(1, len(self.items) // wanted))
+
+    def chunks(self) -> Iterator[list[Packed]]:
+        """Read the items, a chunk of packs at a time. What was read before an error is handed over, then `problem` says it."""
+        chunk: list[Packed] = []
+        size = 0
+        for packed in self._pack_up():
+            chunk.append(packed)
+            size += len(packed.args)
+            if len(chunk) >= CHUNK or size >= CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
+
+    def _pack_up(self) -> Generator[Packed]:
+        bodies: list[bytes] = []
+        size = 0
+        try:
+            for item in self.items:
+                body = self._encode(item)
+                if bodies and (len(bodies) >= self.size or size + len(body) > self.most_bytes):
+                    yield self._close(bodies)
+                    bodies, size = [], 0
+                bodies.append(body)
+                size += len(body) + 1
+                self.read += 1
+        except Exception as error:  # noqa: BLE001 - told once what came before it is stored
+            self.problem = error
+        if bodies:
+            yield self._close(bodies)
+
+    def _encode(self, item: Any) -> bytes:
+        try:
+            body = encode_value(item, "it")
+        except InvalidArgument as error:
+            msg = f"item {self.read} of the batch is no argument of {self.function.name}: {error}"
+            raise InvalidArgument(msg) from None
+        if len(body) > LARGEST - len(b"".join(FRAME)):
+            msg = (
+                f"item {self.read} of the batch has {len(body):,} bytes as JSON; the most is {LARGEST:,}. "
+                "Store it in an object of yours and pass its key"
+            )
+            raise InvalidArgument(msg)
+        return body
+
+    def _close(self, bodies: list[bytes]) -> Packed:
+        task_id = keys.pack_id(self.token, self.packs)
+        self.packs += 1
+        task = self.function.new_record(task_id, self.key, pack=len(bodies), batch=self.token)
+        return Packed(task, FRAME[0] + b",".join(bodies) + FRAME[1])
+
+    def landed(self, chunk: list[Packed]) -> None:
+        """Note that a chunk was stored."""
+        self.stored_items += sum(packed.task.pack for packed in chunk)
+
+    def interrupted(self, error: Exception, ids: list[str]) -> SubmitInterrupted:
+        """Return the error that tells what was submitted of a batch that could not be submitted whole."""
+        whole = error is self.problem
+        again = "submit the batch again under the same key to go on" if self.key else "`.ids` are the packs"
+        known = f"; as a batch they are {self.id}" if whole else ""
+        msg = (
+            f"the batch of {self.function.name} stopped after {self.stored_items:,} items in {len(ids):,} packs, which are stored "
+            f"and will run ({again}{known}): {error}"
+        )
+        return SubmitInterrupted(msg, ids, batch_id=self.id if whole else "")
+
+
+async def submit_packs(packing: Packing, told: Callable[[int], None] | None) -> None:
+    """Submit a batch on the running loop. Raises SubmitInterrupted."""
+    at: list[Packed] = []
+    try:
+        await packing.decide()
+        for at in packing.chunks():
+            await packing.client.submit_chunk(at)
+            packing.landed(at)
+            if told:
+                told(packing.stored_items)
+        if packing.problem:
+            raise packing.problem
+    except Exception as error:
+        raise packing.interrupted(error, _ids(packing, error)) from error
+
+
+def submit_packs_blocking(packing: Packing, home: Home, told: Callable[[int], None] | None) -> None:
+    """Submit a batch from a thread: the items are read here, a chunk ahead of what is being stored. Raises SubmitInterrupted."""
+    home.background.run(packing.decide, "batch")
+    in_flight: list[tuple[list[Packed], Any]] = []
+
+    def settle() -> None:
+        chunk, future = in_flight[0]
+        future.result()
+        del in_flight[0]
+        packing.landed(chunk)
+        if told:
+            told(packing.stored_items)
+
+    try:
+        for chunk in packing.chunks():
+            in_flight.append(
+                (chunk, asyncio.run_coroutine_threadsafe(packing.client.submit_chunk(chunk), home.background.loop))
+            )
+            if len(in_flight) > 1:
+                settle()
+        while in_flight:
+            settle()
+        if packing.problem:
+            raise packing.problem
+    except Exception as error:
+        raise packing.interrupted(error, []) from error

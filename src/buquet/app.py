@@ -11,7 +11,7 @@ from buquet.backoff import Backoff
 from buquet.clock import Clock
 from buquet.errors import UsageError
 from buquet.queue.background import Background
-from buquet.queue.client import Client
+from buquet.queue.client import PATIENCE, Client
 from buquet.queue.handle import Handle
 from buquet.queue.task import AsyncTaskFunction, BaseTask, Policy, SubmitOptions, TaskFunction
 from buquet.store.open import open_store
@@ -62,6 +62,8 @@ class App:
         self._client: Client | None = None
         self._lock = threading.Lock()
         self.background = Background()
+        self.patience = PATIENCE
+        """Seconds to go on trying when the store does not answer, before StoreUnavailable is raised; set it before the first use."""
         self.tasks: dict[str, BaseTask[Any, Any]] = {}
 
     def __repr__(self) -> str:
@@ -98,7 +100,7 @@ class App:
                 client = self._client
                 if client is None:
                     store = self._store = self._store or open_store(self.url, self.clock)
-                    client = self._client = Client(store, self.clock, self.background)
+                    client = self._client = Client(store, self.clock, self.background, self.patience)
         return client
 
     # ------------------------------------------------------------------ declaring

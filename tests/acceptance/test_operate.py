@@ -310,11 +310,11 @@ async def test_ended_tasks_become_stubs_and_stubs_go(rig):
     plain, keyed = await rig.work.asubmit(LARGE), await rig.work.options(key="k").asubmit(LARGE)
     failed = await rig.work.asubmit(LARGE, fail=True)
     await rig.drain()
-    waits = await rig.work.options(delay=30 * DAY).asubmit(LARGE)
     assert (await prune(rig.client, DAY)).pruned == 0
     await rig.clock.sleep(DAY + 60)
     young = await rig.work.asubmit(LARGE)
     await rig.drain()
+    waits = await rig.work.options(delay=30 * DAY).asubmit(LARGE)
     payloads = len(await rig.keys("payloads/"))
     would = await prune(rig.client, DAY, dry_run=True)
     assert len(await rig.keys("payloads/")) == payloads
@@ -329,6 +329,7 @@ async def test_ended_tasks_become_stubs_and_stubs_go(rig):
     assert (await prune(rig.client, DAY)).stubs == 2
     left = {keys.task_id_of(key) for key in await rig.keys("tasks/")}
     assert left == {keyed.id, waits.id, young.id}
+    await waits.acancel()
     again = await rig.work.options(key="k").asubmit(LARGE)
     assert (again.id, again.created) == (keyed.id, True)
     await rig.drain()

@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -433,6 +434,32 @@ async def test_locked_for_too_long(store: SqliteStore, path: Path, monkeypatch: 
 
 
 # ---------------------------------------------------------------------- opening and closing
+
+
+async def test_another_process_is_the_first_by_a_moment(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lays out the file while this one looks whether the file is its own."""
+    first, second = SqliteStore(path, Clock()), SqliteStore(path, Clock())
+    connect = second._connect
+
+    class Slow:
+        def __init__(self, inner: sqlite3.Connection) -> None:
+            self.inner = inner
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def execute(self, sql: str) -> Any:
+            answer = self.inner.execute(sql).fetchall()
+            first._open()
+            return SimpleNamespace(fetchall=lambda: answer, fetchone=lambda: answer[0] if answer else None)
+
+    monkeypatch.setattr(second, "_connect", lambda: Slow(connect()))
+    await asyncio.to_thread(second._prepare)
+    monkeypatch.undo()
+    await second.put("bell/q", b"")
+    assert await first.get("bell/q") is not None
+    await first.close()
+    await second.close()
 
 
 async def test_nothing_is_made_before_the_first_use(path: Path) -> None:

@@ -593,3 +593,74 @@ def test_a_handler_that_blocks_the_event_loop_keeps_its_session():
     assert handle.result() == "done"
     assert (handle.record().losses, len(handle.history())) == (0, 3)
     app.close()
+
+
+@virtual
+async def test_a_full_disk_at_the_end_of_a_task_loses_nothing(rig):
+    from buquet.testing.faulty import FaultyStore
+
+    store = FaultyStore(rig.store, rig.clock)
+    rig.app._store, rig.app._client = store, None
+    runs = []
+
+    @rig.app.task
+    async def once() -> str:
+        runs.append(1)
+        store.inject("full", "update", "tasks/", times=3)
+        return "done"
+
+    handle = await once.asubmit()
+    await rig.drain()
+    assert await handle.aresult() == "done"
+    assert runs == [1]
+    assert len([event for event in await handle.ahistory() if event.state == "completed"]) == 1
+
+
+@virtual
+async def test_a_full_disk_at_submit_is_told(rig):
+    from buquet import StoreFull
+    from buquet.testing.faulty import FaultyStore
+
+    store = FaultyStore(rig.store, rig.clock)
+    rig.app._store, rig.app._client = store, None
+
+    @rig.app.task
+    async def noop() -> None: ...
+
+    await noop.asubmit()
+    store.inject("full", "create", "tasks/", times=1)
+    with pytest.raises(StoreFull):
+        await noop.asubmit()
+
+
+@virtual
+async def test_what_a_worker_claimed_just_before_it_died_is_taken_over_as_soon_as_it_is_reaped(rig):
+    runs = []
+
+    @rig.app.task
+    async def once_dead() -> str:
+        runs.append(rig.clock.monotonic())
+        if len(runs) == 1:
+            await asyncio.sleep(10_000)
+        return "saved"
+
+    dead, other = rig.worker(), rig.worker()
+    work = asyncio.create_task(dead.arun())
+    await rig.clock.sleep(1)
+    handle = await once_dead.asubmit()
+    while not runs:
+        await rig.clock.sleep(0.1)
+    rest = asyncio.create_task(other.arun())
+    await rig.clock.sleep(1)  # the other one has met the task, and left it to the first
+    dead.keeper._task.cancel()
+    for task in [work, *dead._pursuits]:
+        task.cancel()
+    await asyncio.gather(work, return_exceptions=True)
+    held = await Register(rig.store, rig.clock).read(Session, keys.session(dead.id))
+    if held is not None:  # its session lists nothing: no heartbeat came since the claim
+        assert held.record.claims == ()
+        await other.reaper.reap(dead.id)
+    assert await handle.aresult(timeout=5) == "saved"
+    assert (await handle.arecord()).losses == 1
+    other.stop()
+    await rest

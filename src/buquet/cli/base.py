@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PATIENCE = 15.0
+"""Seconds: a person at a terminal wants to know sooner than a program that the store does not answer."""
+
 cli = typer.Typer(
     name="buquet",
     help="Durable task queues in a bucket: S3, or one SQLite file.",
@@ -42,6 +45,7 @@ Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="Where the App
 def open_app(url: str | None) -> App:
     """Return an App without tasks on the store that the command is about."""
     app = App(url)
+    app.patience = PATIENCE
     tell_default(app, url)
     return app
 

@@ -32,6 +32,8 @@ log = logging.getLogger("buquet")
 IN_FLIGHT = 64
 """Submits of one chunk that are under way at once."""
 NOTED = 100
+PATIENCE = 60.0
+"""Seconds for which a caller waits for a store that does not answer, before it is told."""
 
 
 class Submitted(NamedTuple):
@@ -44,10 +46,10 @@ class Submitted(NamedTuple):
 class Client:
     """One process's way to the bucket. Its coroutines may be awaited on any loop."""
 
-    def __init__(self, store: Store, clock: Clock, background: Background) -> None:
+    def __init__(self, store: Store, clock: Clock, background: Background, patience: float = PATIENCE) -> None:
         self.store = store
         self.clock = clock
-        self.register = Register(store, clock)
+        self.register = Register(store, clock, patience)
         self.reads = self.register.reads
         self.ringer = Ringer(store, clock, background)
         self.listeners: list[Callable[[str, str], None]] = []

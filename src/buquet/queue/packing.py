@@ -14,6 +14,7 @@ from buquet.records import Session, Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
+    from concurrent.futures import Future
     from typing import Literal
 
     from buquet.queue.client import Client, Submitted
@@ -53,7 +54,7 @@ class Packing:
         key = function.submit_options.key
         self.function = function
         self.client = client
-        self.items = items
+        self.items = items if isinstance(items, Sized) else iter(items)
         self.key = key or ""
         self.token = client.clock.new_id() if key is None else keys.batch_token(function.queue, function.name, key)
         self.size = 0 if pack == "auto" else pack
@@ -61,8 +62,10 @@ class Packing:
         self.most_bytes = AUTO_BYTES if pack == "auto" else FULL
         self.packs = 0
         self.read = 0
-        self.stored: list[str] = []
+        self.stored_packs = 0
         self.stored_items = 0
+        self.strays: list[str] = []
+        """Packs that were stored of a chunk that was not stored whole."""
         self.problem: Exception | None = None
         """What the items themselves, not the store, came to an end with."""
 
@@ -131,56 +134,68 @@ class Packing:
         task = self.function.new_record(task_id, self.key, pack=len(bodies), batch=self.token)
         return Packed(task, FRAME[0] + b",".join(bodies) + FRAME[1])
 
-    def landed(self, chunk: list[Packed]) -> None:
-        """Note that a chunk was stored."""
-        self.stored_items += sum(packed.task.pack for packed in chunk)
+    def landed(self, chunk: list[Packed], error: BaseException | None = None) -> None:
+        """Note that a chunk was stored, or as much of it as the error says."""
+        if error is None and not self.strays:
+            self.stored_packs += len(chunk)
+            self.stored_items += sum(packed.task.pack for packed in chunk)
+            return
+        ids = {packed.task.id for packed in chunk} if error is None else set(getattr(error, "ids", ()))
+        for packed in chunk:
+            if packed.task.id in ids:
+                self.strays.append(packed.task.id)
+                self.stored_items += packed.task.pack
 
-    def interrupted(self, error: Exception, ids: list[str]) -> SubmitInterrupted:
+    def interrupted(self, error: Exception) -> SubmitInterrupted:
         """Return the error that tells what was submitted of a batch that could not be submitted whole."""
+        ids = [keys.pack_id(self.token, index) for index in range(self.stored_packs)] + self.strays
         whole = error is self.problem
-        again = "submit the batch again under the same key to go on" if self.key else "`.ids` are the packs"
         known = f"; as a batch they are {self.id}" if whole else ""
+        again = "; submit the batch again under its key to go on" if self.key else ""
         msg = (
             f"the batch of {self.function.name} stopped after {self.stored_items:,} items in {len(ids):,} packs, which are stored "
-            f"and will run ({again}{known}): {error}"
+            f"and will run (their ids in `.ids`{known}{again}): {error}"
         )
         return SubmitInterrupted(msg, ids, batch_id=self.id if whole else "")
 
 
 async def submit_packs(packing: Packing, told: Callable[[int], None] | None) -> None:
     """Submit a batch on the running loop. Raises SubmitInterrupted."""
-    at: list[Packed] = []
+    await packing.decide()
     try:
-        await packing.decide()
-        for at in packing.chunks():
-            await packing.client.submit_chunk(at)
-            packing.landed(at)
+        for chunk in packing.chunks():
+            try:
+                await packing.client.submit_chunk(chunk)
+            except SubmitInterrupted as error:
+                packing.landed(chunk, error)
+                raise
+            packing.landed(chunk)
             if told:
                 told(packing.stored_items)
         if packing.problem:
             raise packing.problem
     except Exception as error:
-        raise packing.interrupted(error, _ids(packing, error)) from error
+        raise packing.interrupted(error) from error
 
 
 def submit_packs_blocking(packing: Packing, home: Home, told: Callable[[int], None] | None) -> None:
     """Submit a batch from a thread: the items are read here, a chunk ahead of what is being stored. Raises SubmitInterrupted."""
     home.background.run(packing.decide, "batch")
-    in_flight: list[tuple[list[Packed], Any]] = []
+    in_flight: list[tuple[list[Packed], Future[list[Submitted]]]] = []
 
     def settle() -> None:
-        chunk, future = in_flight[0]
-        future.result()
-        del in_flight[0]
-        packing.landed(chunk)
+        chunk, future = in_flight.pop(0)
+        error = future.exception()
+        packing.landed(chunk, error)
+        if error:
+            raise error
         if told:
             told(packing.stored_items)
 
     try:
         for chunk in packing.chunks():
-            in_flight.append(
-                (chunk, asyncio.run_coroutine_threadsafe(packing.client.submit_chunk(chunk), home.background.loop))
-            )
+            submit = packing.client.submit_chunk(chunk)
+            in_flight.append((chunk, asyncio.run_coroutine_threadsafe(submit, home.background.loop)))
             if len(in_flight) > 1:
                 settle()
         while in_flight:
@@ -188,4 +203,33 @@ def submit_packs_blocking(packing: Packing, home: Home, told: Callable[[int], No
         if packing.problem:
             raise packing.problem
     except Exception as error:
-        raise packing.interrupted(error, []) from error
+        for chunk, future in in_flight:
+            packing.landed(chunk, future.exception())
+        raise packing.interrupted(error) from error
+
+
+async def live_workers(client: Client, queue: str) -> int:
+    """Count the workers that seem to live and serve a queue. All whose ids begin alike serve the same queues: one is read."""
+    found: dict[str, list[float]] = {}
+    one: dict[str, str] = {}
+    after = ""
+    while True:
+        page = await client.reads.list(keys.WORKERS, after=after)
+        for each in page:
+            worker = keys.worker_of(each.key)
+            kind = worker.partition(".")[0]
+            found.setdefault(kind, []).append(each.modified)
+            one[kind] = worker
+        if len(page) < 1000:  # noqa: PLR2004 - a page of S3
+            break
+        after = page[-1].key
+    count = 0
+    for kind, modified in found.items():
+        try:
+            held = await client.register.read(Session, keys.session(one[kind]))
+        except UnreadableRecord:
+            continue
+        if held is not None and queue in held.record.queues:
+            since = client.clock.now() - held.record.ttl
+            count += sum(each >= since for each in modified)
+    return count

@@ -13,13 +13,18 @@ from buquet import keys
 from buquet.backoff import Backoff
 from buquet.codec import Signature
 from buquet.errors import SubmitInterrupted, UsageError
+from buquet.queue.batch import Batch
 from buquet.queue.handle import Handle
+from buquet.queue.handles import Handles
+from buquet.queue.packing import Packing, submit_packs, submit_packs_blocking
 from buquet.queue.payloads import check_size
 from buquet.records import Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
+    from concurrent.futures import Future
     from datetime import datetime
+    from typing import Literal
 
     from buquet.queue.client import Submitted
     from buquet.queue.handle import Home
@@ -104,7 +109,7 @@ class BaseTask(Generic[P, R]):
         self, home: Home, function: Callable[..., Any], name: str, queue: str, policy: Policy, options: SubmitOptions
     ) -> None:
         self._home = home
-        self._options = options
+        self.submit_options = options
         self.function = function
         self.name = name
         self.queue = queue
@@ -140,7 +145,7 @@ class BaseTask(Generic[P, R]):
         >>> resize.options(key="img-42", delay=60).submit("a.png")  # doctest: +SKIP
         """
         given = {"key": key, "delay": delay, "run_at": run_at, "priority": priority, "expires": expires, "tags": tags}
-        changed = replace(self._options, **{name: value for name, value in given.items() if value is not None})
+        changed = replace(self.submit_options, **{name: value for name, value in given.items() if value is not None})
         return type(self)(self._home, self.function, self.name, self.queue, self.policy, changed)
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
@@ -148,23 +153,30 @@ class BaseTask(Generic[P, R]):
         clock = self._home.client.clock
         body = self.signature.encode(self.signature.bind(args, kwargs))
         check_size(body, f"the arguments of {self.name}")
-        options = self._options
-        now = clock.now_ms()
-        task = Task(
-            id=clock.new_id() if options.key is None else keys.keyed_id(self.queue, self.name, options.key),
+        key = self.submit_options.key
+        task_id = clock.new_id() if key is None else keys.keyed_id(self.queue, self.name, key)
+        return Prepared(self.new_record(task_id, key or ""), body)
+
+    def new_record(self, task_id: str, key: str, *, pack: int = 0, batch: str = "") -> Task:
+        """Make the record of a task that is about to be submitted with the options in force."""
+        options = self.submit_options
+        now = self._home.client.clock.now_ms()
+        return Task(
+            id=task_id,
             queue=self.queue,
             name=self.name,
             state="pending",
             created=now,
             priority=options.priority,
-            key=options.key or "",
+            key=key,
             tags=dict(options.tags),
             due=options.due_ms(now),
             expires_ms=int(options.expires * 1000) if options.expires else 0,
             max_attempts=self.policy.max_attempts,
             max_losses=self.policy.max_losses,
+            pack=pack,
+            batch=batch,
         )
-        return Prepared(task, body)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> Handle[R]:
         """Store a task that calls this function with these arguments; it will run, whatever happens to this process.
@@ -178,20 +190,24 @@ class BaseTask(Generic[P, R]):
         """Do what `submit` does, on the running event loop."""
         return self._handle(await self._home.client.submit(*self.prepare(args, kwargs)))
 
-    def submit_many(self, calls: Iterable[tuple[Any, ...] | Mapping[str, Any]]) -> list[Handle[R]]:
+    def submit_many(
+        self, calls: Iterable[tuple[Any, ...] | Mapping[str, Any]], *, progress: Callable[[int], None] | None = None
+    ) -> Handles[R]:
         """Submit one task for each tuple or dict of arguments, many at once; the handles come in the same order.
 
-        `calls` may be a generator: it is read in this thread, a few hundred ahead of what is stored.
-        Raises SubmitInterrupted, with the ids of what was submitted, when a call cannot be.
+        `calls` may be a generator: it is read in this thread, a few hundred ahead of what is stored. `progress` is told now and
+        then how many are stored. Raises SubmitInterrupted, with the ids of what was submitted, when a call cannot be.
 
         >>> resize.submit_many([("a.png",), {"path": "b.png", "width": 200}])  # doctest: +SKIP
         """
         background, client = self._home.background, self._home.client
-        done: list[Submitted] = []
-        in_flight: list[asyncio.Future[Any] | Any] = []
+        done: Handles[R] = Handles(self._home, self.signature)
+        in_flight: list[Future[list[Submitted]]] = []
 
         def settle() -> None:
-            done.extend(in_flight.pop(0).result())
+            done.add(in_flight.pop(0).result())
+            if progress:
+                progress(len(done))
 
         try:
             for chunk in self._chunks(calls):
@@ -202,17 +218,21 @@ class BaseTask(Generic[P, R]):
                 settle()
         except Exception as error:
             raise self._interrupted(done, in_flight, error) from error
-        return [self._handle(each) for each in done]
+        return done
 
-    async def asubmit_many(self, calls: Iterable[tuple[Any, ...] | Mapping[str, Any]]) -> list[Handle[R]]:
+    async def asubmit_many(
+        self, calls: Iterable[tuple[Any, ...] | Mapping[str, Any]], *, progress: Callable[[int], None] | None = None
+    ) -> Handles[R]:
         """Do what `submit_many` does, on the running event loop."""
-        done: list[Submitted] = []
+        done: Handles[R] = Handles(self._home, self.signature)
         try:
             for chunk in self._chunks(calls):
-                done += await self._home.client.submit_chunk(chunk)
+                done.add(await self._home.client.submit_chunk(chunk))
+                if progress:
+                    progress(len(done))
         except Exception as error:
             raise self._interrupted(done, [], error) from error
-        return [self._handle(each) for each in done]
+        return done
 
     def _chunks(self, calls: Iterable[tuple[Any, ...] | Mapping[str, Any]]) -> Iterator[list[Prepared]]:
         """Prepare calls by the chunk. What was read before a bad call is handed over before its error is raised."""
@@ -231,8 +251,10 @@ class BaseTask(Generic[P, R]):
                 return
             yield chunk
 
-    def _interrupted(self, done: list[Submitted], in_flight: list[Any], error: Exception) -> SubmitInterrupted:
-        ids = [each.id for each in done]
+    def _interrupted(
+        self, done: Handles[R], in_flight: list[Future[list[Submitted]]], error: Exception
+    ) -> SubmitInterrupted:
+        ids = done.ids
         for future in (None, *in_flight):
             problem: BaseException | None = future.exception() if future else error
             if isinstance(problem, SubmitInterrupted):
@@ -241,6 +263,43 @@ class BaseTask(Generic[P, R]):
                 ids += [each.id for each in future.result()]
         msg = f"submit_many of {self.name} stopped after {len(ids)} tasks, which are stored and will run (ids in `.ids`): {error}"
         return SubmitInterrupted(msg, ids)
+
+    def batch(
+        self,
+        items: Iterable[Any],
+        pack: int | Literal["auto"] = 100,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> Batch[R]:
+        """Run the function on each item, `pack` of them to a task, and keep a result or a failure of each.
+
+        An item is the function's first argument. `items` may be a generator, of a million too: it is read in this thread, a little
+        ahead of what is stored. `pack="auto"` sizes packs by bytes and by the live workers. `progress` is told now and then how
+        many items are stored. With `options(key=...)` the same batch submitted again, even after a crash half way, is one batch.
+        Raises UsageError, or SubmitInterrupted, which tells what was submitted, when an item cannot be.
+
+        >>> resize.batch(paths).results()  # doctest: +SKIP
+        ['a-800.png', 'b-800.png']
+        """
+        packing = Packing(self, self._home.client, items, pack)
+        submit_packs_blocking(packing, self._home, progress)
+        return Batch(self._home, self.signature, packing.id)
+
+    async def abatch(
+        self,
+        items: Iterable[Any],
+        pack: int | Literal["auto"] = 100,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> Batch[R]:
+        """Do what `batch` does, on the running event loop."""
+        packing = Packing(self, self._home.client, items, pack)
+        await submit_packs(packing, progress)
+        return Batch(self._home, self.signature, packing.id)
+
+    def get_batch(self, batch_id: str) -> Batch[R]:
+        """Return a batch of this function by its id; nothing is read yet. Raises UsageError for what is no batch's id."""
+        return Batch(self._home, self.signature, batch_id)
 
     def get(self, task_id: str) -> Handle[R]:
         """Return a handle of a task of this function, by its id; nothing is read yet.

@@ -276,9 +276,11 @@ class SqliteStore:
             raise StoreUnfit(msg)
         connection = self._connect()
         try:
+            # in this order: another process may lay out the file in between, and its tables come together with its mark
+            tables = connection.execute("SELECT 1 FROM sqlite_master").fetchall()
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             if application != APPLICATION:
-                if connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                if tables:
                     msg = f"{self.path} is a SQLite database of another program and left alone. Name another file, as sqlite:PATH"
                     raise StoreUnfit(msg)
                 self._lay_out(connection)

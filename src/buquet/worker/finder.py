@@ -355,7 +355,8 @@ class QueueFinder:
         self.foreign[found.entry.key] = (worker, found)
 
     def gone(self, worker: str) -> None:
-        """Look again at what was left to a worker, which is dead."""
+        """Look again at what was left to a worker, which is said to be dead: its session is read directly then."""
+        self.fleet.sessions.pop(worker, None)
         mine = [found for owner, found in self.foreign.values() if owner == worker]
         for found in mine:
             del self.foreign[found.entry.key]

@@ -1,0 +1,53 @@
+"""buquet, many items a task, on SQLite or on SeaweedFS: `task.batch(items, pack=100)`, one worker process."""
+
+import asyncio
+import sys
+import time
+
+import common
+
+from buquet import App
+
+PACK = int(common.setting("pack", "100"))
+app = App(common.URL)
+
+
+@app.task
+async def noop(item: int) -> int:
+    common.handled(0.0)
+    return item
+
+
+async def work(total: int) -> None:
+    """Be the worker, and note when `total` task objects have their outcome stored, by its own count."""
+    worker = app.worker()
+    running = asyncio.create_task(worker.arun())
+    while not running.done() and (worker.keeper.completed < total or worker.running):  # noqa: ASYNC110 - a count has no event
+        await asyncio.sleep(0.005)
+    common.append(common.DONES, time.time())
+    await running
+
+
+def main() -> None:
+    batches = []
+
+    def submit(count: int) -> None:
+        batches.append((count, noop.batch(range(count), pack=PACK)))
+
+    objects = -(-common.TASKS // PACK) + -(-common.WARM // PACK)
+    total = common.TASKS + common.WARM
+    result = common.measure(
+        submit,
+        lambda: [common.worker(sys.executable, __file__, "work", str(objects))],
+        lambda: total if common.DONES.exists() else 0,
+        None,
+    )
+    for count, batch in batches:
+        if list(batch.results()) != list(range(count)):
+            raise RuntimeError("a batch's results are not its items")
+    app.close()
+    common.report(**result, versions=common.versions("buquet", "obstore"))
+
+
+if __name__ == "__main__":
+    asyncio.run(work(int(sys.argv[2]))) if sys.argv[1:2] == ["work"] else main()

@@ -1,0 +1,28 @@
+"""Counts what an idle worker asks of its S3 server, and gives it for an hour."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import common
+
+SECONDS = float(common.setting("idle", "120"))
+"""Long enough for several of the rare looks (every 30 s here); what comes once an hour is seldom in it."""
+REST = 20.0
+"""Seconds until a worker that found nothing is at rest."""
+
+
+def requests_an_hour(worker: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
+    """Start one worker on an empty queue, let it come to rest, count. Nothing where no server counts, or for `idle` 0."""
+    if SECONDS <= 0 or not common.requests():
+        return {}
+    with worker():
+        time.sleep(REST)
+        before, begin = common.requests(), time.monotonic()
+        time.sleep(SECONDS)
+        after = common.requests()
+        took = time.monotonic() - begin
+    return {op: round((n - before[op]) * 3600 / took, 1) for op, n in sorted(after.items()) if n > before[op]}

@@ -1,0 +1,227 @@
+"""An App in the hands of threads, event loops, processes, and users who get something wrong."""
+
+import asyncio
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+from pydantic import BaseModel
+
+from buquet import (
+    App,
+    InvalidArgument,
+    Refused,
+    SubmitInterrupted,
+    TaskCancelled,
+    TaskNotFound,
+    UnreadableRecord,
+    UsageError,
+    WrongLoop,
+    current,
+)
+from buquet.testing.fixture import run_until_idle
+
+
+@dataclass
+class Point:
+    x: int
+    y: float
+
+
+class Order(BaseModel):
+    number: int
+    points: list[Point]
+
+
+@pytest.fixture
+def app(tmp_path):
+    with App(f"sqlite:{tmp_path}/app.db") as app:
+        yield app
+
+
+def test_one_app_serves_threads_and_event_loops_at_once(app):
+    @app.task
+    async def double(n: int) -> int:
+        return 2 * n
+
+    def blocking(start):
+        return [double.submit(n).result(timeout=60) for n in range(start, start + 5)]
+
+    def on_a_loop_of_its_own(start):
+        async def main():
+            handles = await asyncio.gather(*(double.asubmit(n) for n in range(start, start + 5)))
+            return [await handle.aresult(timeout=60) for handle in handles]
+
+        return asyncio.run(main())
+
+    worker = app.worker()
+    working = threading.Thread(target=worker.run)
+    working.start()
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(blocking if n % 2 else on_a_loop_of_its_own, 10 * n) for n in range(8)]
+        for n, future in enumerate(futures):
+            assert future.result(timeout=90) == [2 * each for each in range(10 * n, 10 * n + 5)]
+    worker.stop()
+    working.join(20)
+    assert not working.is_alive()
+
+
+def test_values_come_back_as_the_declared_types(app):
+    @app.task
+    def move(order: Order, by: Point, *, often: int = 1) -> Order:
+        assert isinstance(order, Order)
+        assert isinstance(by, Point)
+        moved = [Point(each.x + by.x * often, each.y + by.y * often) for each in order.points]
+        return Order(number=order.number, points=moved)
+
+    handle = move.submit(Order(number=7, points=[Point(1, 2.0)]), Point(10, 0.5), often=2)
+    run_until_idle(app)
+    assert handle.result() == Order(number=7, points=[Point(21, 3.0)])
+    assert app.get(handle.id).result() == {"number": 7, "points": [{"x": 21, "y": 3.0}]}
+    assert move.get(handle.id).status() == "completed"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**80, object(), {1, object()}, b"\xff".decode("latin-1") and "\ud800"])
+def test_what_json_does_not_carry_is_refused_at_submit_and_nothing_is_stored(app, value):
+    @app.task
+    def takes(value: object) -> None: ...
+
+    with pytest.raises(InvalidArgument, match="'value'"):
+        takes.submit({"deep": [value]})
+    assert asyncio.run(app.client.store.list("tasks/")) == []
+    assert asyncio.run(app.client.store.list("ready/default/5/")) == []
+
+
+def test_wrong_calls_and_declarations_are_told_at_once(app):
+    @app.task
+    def greet(name: str) -> str:
+        return name
+
+    with pytest.raises(TypeError, match="missing a required argument"):
+        greet.submit()
+    with pytest.raises(UsageError, match="two tasks"):
+        app.task(name="greet")(lambda: None)
+    with pytest.raises(UsageError, match=r"takes \*names"):
+
+        @app.task
+        def many(*names: str) -> None: ...
+
+    for options in ({"priority": 10}, {"delay": -1}, {"expires": 0}, {"key": ""}, {"delay": 1e12}, {"tags": {"a": 1}}):
+        with pytest.raises(UsageError):
+            greet.options(**options)
+    with pytest.raises(UsageError, match="bytes"):
+        app.task(queue="q" * 101)(lambda: None)
+    with pytest.raises(TaskNotFound, match="there is no task"):
+        app.get("0" * 32).status()
+    with pytest.raises(UsageError, match="outside|no task is running"):
+        current()
+
+
+def test_a_blocking_call_on_a_running_loop_names_its_twin(app):
+    @app.task
+    def greet(name: str) -> str:
+        return name
+
+    async def main():
+        with pytest.raises(WrongLoop, match="await asubmit"):
+            greet.submit("a")
+        handle = await greet.asubmit("a")
+        with pytest.raises(WrongLoop, match="await aresult"):
+            handle.result()
+
+    asyncio.run(main())
+
+
+def test_an_iterator_that_raises_half_way_tells_what_was_submitted(app):
+    @app.task
+    def takes(n: int) -> int:
+        return n
+
+    def calls():
+        for n in range(300):
+            yield (n,)
+        raise RuntimeError("the source broke")
+
+    with pytest.raises(SubmitInterrupted, match="300 tasks") as caught:
+        takes.submit_many(calls())
+    assert len(set(caught.value.ids)) == 300
+    run_until_idle(app)
+    assert {takes.get(each).result() for each in caught.value.ids} == set(range(300))
+
+
+def test_a_result_that_is_not_there_in_time_is_a_timeout_and_the_task_goes_on(app):
+    @app.task
+    def takes(n: int) -> int:
+        return n
+
+    handle = takes.submit(1)
+    with pytest.raises(TimeoutError, match="still pending"):
+        handle.result(timeout=0.05)
+    run_until_idle(app)
+    assert handle.result() == 1
+    with pytest.raises(Refused, match="already completed"):
+        handle.cancel()
+    with pytest.raises(Refused, match="has its result"):
+        app.redrive(handle.id)
+
+
+def test_a_handler_in_a_thread_sees_that_it_was_cancelled(app):
+    started = threading.Event()
+
+    @app.task
+    def loops() -> None:
+        started.set()
+        while not current().cancelled:
+            pass_time.wait(0.01)
+        raise InterruptedError
+
+    pass_time = threading.Event()
+    handle = loops.submit()
+    worker = app.worker()
+    working = threading.Thread(target=worker.run)
+    working.start()
+    assert started.wait(20)
+    assert handle.cancel() == "requested"
+    with pytest.raises(TaskCancelled):
+        handle.result(timeout=30)
+    assert worker.keeper.abandoned == 0
+    worker.stop()
+    working.join(20)
+
+
+def test_a_layout_of_a_newer_format_is_refused(app):
+    asyncio.run(app.client.store.put("buquet.json", b'{"format": 99, "created": 1}'))
+
+    @app.task
+    def takes() -> None: ...
+
+    with pytest.raises(UnreadableRecord, match="format 99"):
+        takes.submit()
+    with pytest.raises(UnreadableRecord, match="format 99"):
+        app.worker(drain=True).run()
+
+
+def _in_child(app, answers):
+    try:
+        app.get("0" * 32).status()
+    except UsageError as error:
+        answers.put(str(error))
+    except BaseException as error:  # noqa: BLE001 - told to the parent, which fails
+        answers.put(repr(error))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_an_app_that_was_used_and_then_forked_says_so_in_the_child(app):
+    asyncio.run(app.client.open())
+    with pytest.raises(TaskNotFound):
+        app.get("0" * 32).status()
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=_in_child, args=(app, answers))
+    child.start()
+    assert "forked" in answers.get(timeout=20)
+    child.join(20)

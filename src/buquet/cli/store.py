@@ -59,6 +59,8 @@ def doctor(url: Url = None, json: Json = False) -> None:
 
     async def work() -> bool:
         verdicts: list[Verdict] = []
+        if sys.stderr.isatty():
+            to_stderr("trying the store out; some servers take half a minute for the races")
         async for verdict in examine(app.client.store, app.clock):
             verdicts.append(verdict)
             if json:

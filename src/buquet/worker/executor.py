@@ -111,6 +111,7 @@ class Executor:
         self.keeper = keeper
         self.tasks = tasks
         self.threads = Threads()
+        self.permits = Permits(keeper.concurrency)
 
     async def move(self, run: Running, make: Callable[[Task], Task]) -> Task | None:
         """Store a move under a claim, however long it takes; None when the claim was lost, and with it the right to write."""
@@ -145,31 +146,33 @@ class Executor:
         task = run.held.record
         function = self.tasks[task.name]
         run.is_async = function.is_async
+        if task.pack:
+            return await PackRunner(self, run, function).run()
         try:
             args, kwargs, checkpointed = await self._load(function, task)
         except (InvalidPayload, UnreadableRecord, UsageError) as error:
-            return self._failed(run, error, trace=False)
+            return self.failed(run, error, trace=False)
         logger = _TaskLogger(log, {"task": task.id, "task_name": task.name, "attempt": task.attempt})
         run.attempt = Attempt(run, task.id, task.attempt, checkpointed, logger)
         run.in_handler = True
         try:
             try:
-                value = await self._call(run, function, args, kwargs)
+                value = await self._permitted(run, function, args, kwargs)
             finally:
                 run.in_handler = False
-                await self._absorb(run)
+                await self.absorb(run)
             return await self._completed(run, function, value)
         except asyncio.CancelledError as error:
             return self._cancelled(run, error)
         except Snooze as snooze:
             wait = int(snooze.seconds * 1000)
-            return lambda task: transitions.snooze(task, run.token, self._now() + wait, self._now())
+            return lambda task: transitions.snooze(task, run.token, self.now() + wait, self.now())
         except (Fail, InvalidResult) as error:
-            return self._failed(run, error, trace=isinstance(error, Fail))
+            return self.failed(run, error, trace=isinstance(error, Fail))
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its attempt's outcome
             return self._retried(run, function, error)
 
-    async def _absorb(self, run: Running) -> None:
+    async def absorb(self, run: Running) -> None:
         """Take in the cancellation that `request_stop` sent: it must not strike later, in the write of the outcome."""
         if run.stop and run.work is not None and run.work.cancelling():
             with suppress(asyncio.CancelledError):
@@ -181,6 +184,14 @@ class Executor:
         args, kwargs = function.signature.decode(await get_value(reads, task.args, task.args_at))
         body = await get_value(reads, task.checkpoint, task.checkpoint_at)
         return args, kwargs, decode_any(body) if bytes(body) else None
+
+    async def _permitted(self, run: Running, function: BaseTask[Any, Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Call the handler; should items of packs take up all there is, once one of them has ended."""
+        await self.permits.take(urgent=True)
+        try:
+            return await self._call(run, function, args, kwargs)
+        finally:
+            self.permits.give()
 
     async def _call(self, run: Running, function: BaseTask[Any, Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
         assert run.attempt is not None  # noqa: S101 - set by the only caller
@@ -228,38 +239,41 @@ class Executor:
             check_size(body, f"the result of {function.name}")
         except UsageError as error:
             raise InvalidResult(str(error)) from None
+        raw, at = await self.store_value(run, body)
+        self.keeper.completed += 1
+        return lambda task: transitions.complete(task, run.token, raw, at, self.now())
+
+    async def store_value(self, run: Running, body: bytes) -> tuple[Raw, str]:
+        """Do what `put_value` does for what the outcome needs, however long it takes."""
         tries = 0
         while True:
             try:
-                raw, at = await put_value(self.register.reads, run.listing.task, body)
-                break
+                return await put_value(self.register.reads, run.listing.task, body)
             except StoreError as error:
                 log.error("task %s: its result cannot be stored yet: %s", run.listing.task, error)  # noqa: TRY400
                 await pause(self.clock, tries)
                 tries += 1
-        self.keeper.completed += 1
-        return lambda task: transitions.complete(task, run.token, raw, at, self._now())
 
     def _cancelled(self, run: Running, error: asyncio.CancelledError) -> Callable[[Task], Task]:
         if run.stop:
             move = transitions.stop if run.stop == "cancel" else transitions.release
-            return lambda task: move(task, run.token, self._now())
+            return lambda task: move(task, run.token, self.now())
         if run.work is not None and run.work.cancelling():
             raise error
         # nobody cancelled it but the handler itself
         return self._retried(run, self.tasks[run.listing.name], error)
 
-    def _failed(self, run: Running, error: BaseException, *, trace: bool) -> Callable[[Task], Task]:
+    def failed(self, run: Running, error: BaseException, *, trace: bool) -> Callable[[Task], Task]:
         if run.stop == "cancel":
-            return lambda task: transitions.stop(task, run.token, self._now())
+            return lambda task: transitions.stop(task, run.token, self.now())
         self.keeper.failed += 1
         info = describe(error, trace=trace)
         log.error("task %s (%s) failed for good: %s: %s", run.listing.task, run.listing.name, info.type, info.message)
-        return lambda task: transitions.fail(task, run.token, info, self._now())
+        return lambda task: transitions.fail(task, run.token, info, self.now())
 
     def _retried(self, run: Running, function: BaseTask[Any, Any], error: BaseException) -> Callable[[Task], Task]:
         if run.stop == "cancel":
-            return lambda task: transitions.stop(task, run.token, self._now())
+            return lambda task: transitions.stop(task, run.token, self.now())
         info = describe(error, trace=True)
         failures = run.held.record.failures + 1
         last = failures >= run.held.record.max_attempts
@@ -274,18 +288,10 @@ class Executor:
             info.type,
             info.message,
         )
-        return lambda task: transitions.retry(task, run.token, info, self._now() + wait, self._now())
+        return lambda task: transitions.retry(task, run.token, info, self.now() + wait, self.now())
 
-    def _now(self) -> int:
+    def now(self) -> int:
         return self.fleet.due_now_ms()
-
-
-class AttemptTimeout(Exception):
-    """An attempt took longer than its timeout."""
-
-
-class HandlerExit(Exception):
-    """A handler tried to end the process."""
 
 
 def describe(error: BaseException, *, trace: bool) -> ErrorInfo:

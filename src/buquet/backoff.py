@@ -34,7 +34,8 @@ class Backoff:
 
     def seconds(self, failures: int, clock: Clock) -> float:
         """Return the wait after the n-th failure, counted from 1."""
-        # the power of a long row of failures would overflow a float; past the maximum it is of no interest
-        wait = self.initial * self.factor ** min(failures - 1, 64)
-        wait = min(wait, self.max)
+        try:
+            wait = min(self.initial * self.factor ** (failures - 1), self.max)
+        except OverflowError:  # past the maximum it is of no interest by how much
+            wait = self.max
         return wait * clock.jitter(self.jitter) if self.jitter else wait

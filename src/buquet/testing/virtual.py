@@ -38,6 +38,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         selector.loop = self
         self.elapsed = 0.0
         super().__init__(selector)
+        # with the real clock's nanosecond, a time of half a year could not be told from the next: its timers would never be due
+        self._clock_resolution = 1e-6
 
     def time(self) -> float:
         """Return the virtual seconds since the loop was made."""

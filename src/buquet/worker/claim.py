@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from buquet.clock import Clock
     from buquet.store.register import Held, Register
-    from buquet.worker.finder import Found, QueueFinder
+    from buquet.worker.finder import QueueFinder
     from buquet.worker.fleet import Fleet
+    from buquet.worker.lane import Found
     from buquet.worker.session import SessionKeeper
 
 log = logging.getLogger("buquet.worker")

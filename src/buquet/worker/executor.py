@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import functools
 import logging
-import traceback
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,13 +14,18 @@ from buquet.errors import Fail, InvalidPayload, InvalidResult, Refused, Snooze, 
 from buquet.queue import transitions
 from buquet.queue.attempt import Attempt, enter
 from buquet.queue.payloads import check_size, get_value, put_value
-from buquet.records import ErrorInfo, Progress, Task
+from buquet.records import Progress, Task
 from buquet.store.retrying import pause
+from buquet.worker.failures import AttemptTimeout, HandlerExit, TaskLogger, describe
+from buquet.worker.pack import PackRunner
+from buquet.worker.permits import Permits
 from buquet.worker.session import Listing
 from buquet.worker.threads import Raised, Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from msgspec import Raw
 
     from buquet.clock import Clock
     from buquet.queue.task import BaseTask
@@ -33,14 +37,6 @@ log = logging.getLogger("buquet.task")
 
 CANCEL_GRACE = 10.0
 """Seconds that a handler in a thread has to see that it was cancelled."""
-LONGEST_TRACE = 8000
-
-
-class _TaskLogger(logging.LoggerAdapter[logging.Logger]):
-    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
-        extra: dict[str, Any] = dict(self.extra or {})
-        kwargs["extra"] = {**extra, **kwargs.get("extra", {})}
-        return f"[{extra['task']} attempt {extra['attempt']}] {msg}", kwargs
 
 
 class Running:
@@ -152,7 +148,7 @@ class Executor:
             args, kwargs, checkpointed = await self._load(function, task)
         except (InvalidPayload, UnreadableRecord, UsageError) as error:
             return self.failed(run, error, trace=False)
-        logger = _TaskLogger(log, {"task": task.id, "task_name": task.name, "attempt": task.attempt})
+        logger = TaskLogger(log, {"task": task.id, "task_name": task.name, "attempt": task.attempt})
         run.attempt = Attempt(run, task.id, task.attempt, checkpointed, logger)
         run.in_handler = True
         try:
@@ -264,6 +260,7 @@ class Executor:
         return self._retried(run, self.tasks[run.listing.name], error)
 
     def failed(self, run: Running, error: BaseException, *, trace: bool) -> Callable[[Task], Task]:
+        """Return the move of an attempt that failed for good."""
         if run.stop == "cancel":
             return lambda task: transitions.stop(task, run.token, self.now())
         self.keeper.failed += 1
@@ -291,35 +288,5 @@ class Executor:
         return lambda task: transitions.retry(task, run.token, info, self.now() + wait, self.now())
 
     def now(self) -> int:
+        """Return the time of the store, milliseconds since 1970."""
         return self.fleet.due_now_ms()
-
-
-def describe(error: BaseException, *, trace: bool) -> ErrorInfo:
-    """Return an error as a record keeps it: type, text, and the traceback from the handler on."""
-    text = ""
-    if trace:
-        lines = traceback.format_exception(type(error), error, _from_handler(error.__traceback__))
-        text = "".join(lines)[-LONGEST_TRACE:]
-    name = (
-        type(error).__name__
-        if type(error).__module__ in {"builtins", __name__}
-        else f"{type(error).__module__}.{type(error).__name__}"
-    )
-    try:
-        message = str(error)
-    except Exception as second:  # noqa: BLE001 - even a broken error is to be told
-        message = f"its text cannot be had: {type(second).__name__}"
-    return ErrorInfo(type=name, message=_clean(message)[:2000], traceback=_clean(text))
-
-
-def _clean(text: str) -> str:
-    """Replace lone surrogates, which JSON cannot carry."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _from_handler(trace: Any) -> Any:
-    """Skip our own frames at the top of a traceback."""
-    start = trace
-    while start is not None and start.tb_frame.f_globals.get("__name__", "").startswith("buquet."):
-        start = start.tb_next
-    return start or trace

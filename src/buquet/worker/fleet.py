@@ -36,6 +36,8 @@ class Reaper:
         self.clock = clock
         self.added = added
         self.ended = ended
+        self._grieved: set[str] = set()
+        """Tasks whose record could not be read; each is told of once."""
 
     async def reap(self, worker: str, still_dead: Callable[[Held[Session]], bool] | None = None) -> bool:
         """Reap a session; `still_dead` judges it as it is read now. Returns whether this call went through with it."""
@@ -50,18 +52,20 @@ class Reaper:
             if not write.landed or write.held is None:
                 return False
             held = write.held
-        log.warning(
-            "worker %s on %s (pid %d) is dead; it ran %d tasks",
-            worker,
-            held.record.host,
-            held.record.pid,
-            len(held.record.claims),
-        )
+            ran = len(held.record.claims)
+            log.warning("worker %s on %s (pid %d) is dead; it ran %d tasks", worker, held.record.host, held.record.pid, ran)
+        whole = True
         for claim in held.record.claims:
             try:
                 await self._put_back(claim)
             except UnreadableRecord as error:
-                log.error("%s", error)  # noqa: TRY400 - the text says all
+                whole = False
+                if claim.task not in self._grieved:
+                    self._grieved.add(claim.task)
+                    log.error("%s", error)  # noqa: TRY400 - the text says all
+        if not whole:
+            # the session is all that tells of a claim whose record cannot be read (here, or yet): it stays, marked as reaped (I5)
+            return False
         await self.register.reads.delete(key)
         await self.register.reads.delete(keys.notes(worker))
         # what it claimed since its last heartbeat is listed nowhere, but still has its entries: who left them to it looks again

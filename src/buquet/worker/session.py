@@ -16,7 +16,7 @@ if sys.platform != "win32":
 from msgspec.structs import replace
 
 from buquet import keys
-from buquet.errors import AlreadyExists, StoreError, StoreUnavailable
+from buquet.errors import StoreError, StoreFull, StoreRefused
 from buquet.records import Claim, Progress, Session
 from buquet.store.register import Held, Register
 from buquet.store.retrying import pause
@@ -92,8 +92,8 @@ class SessionKeeper:
         """The session's key."""
         return keys.session(self.id)
 
-    async def create(self) -> None:
-        """Store a session under a new id.
+    async def create(self, *, first: bool = True) -> None:
+        """Store a session under a new id. A worker's `first` one raises StoreRefused where the store will never take it.
 
         A create whose outcome is unknown is never sent again: a late copy of it would bring a reaped session back to life.
         So the next try takes another id.
@@ -120,7 +120,9 @@ class SessionKeeper:
             sent = self.clock.monotonic()
             try:
                 self.held = await self.register.create_once(self.key, session)
-            except (StoreUnavailable, AlreadyExists) as error:
+            except StoreError as error:
+                if first and isinstance(error, StoreRefused) and not isinstance(error, StoreFull):
+                    raise  # wrong credentials or no bucket: better said at once, at the worker's start
                 log.warning("the session could not be stored, trying again under a new id: %s", error)
                 await pause(self.clock, tries)
                 tries += 1

@@ -10,12 +10,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from buquet import keys
-from buquet.errors import BuquetError, StoreError, UsageError
+from buquet.errors import BuquetError, StoreError, UnreadableRecord, UsageError
 from buquet.queue.background import running_loop
-from buquet.records import Note, Session, Task
+from buquet.records import Note, Task
 from buquet.store.register import Register
 from buquet.store.retrying import pause
 from buquet.worker.claim import Claimer
+from buquet.worker.drained import drained
 from buquet.worker.executor import Executor, Running
 from buquet.worker.finder import QueueFinder
 from buquet.worker.fleet import Fleet, Reaper
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from buquet.queue.client import Client
     from buquet.queue.task import BaseTask
-    from buquet.worker.finder import Found
+    from buquet.worker.lane import Found
 
 log = logging.getLogger("buquet.worker")
 
@@ -153,9 +154,9 @@ class Worker:
                 "worker %s has ended; %d tasks completed, %d failed", self.keeper.id, self.keeper.completed, self.keeper.failed
             )
 
-    async def _begin(self) -> None:
+    async def _begin(self, *, first: bool = True) -> None:
         self.keeper.on_lost = self._lost
-        await self.keeper.create()
+        await self.keeper.create(first=first)
         self.keeper.start(thread=self._heartbeat_thread)
         await self.fleet.look()
 
@@ -215,7 +216,7 @@ class Worker:
                 if await self._take(room):
                     tries = 0
                     continue
-                if self.drain and not self._pursuits and await self._drained():
+                if self.drain and not self._pursuits and await drained(self.register, self.fleet, self.finders, self.tasks):
                     return
                 await self._rest()
                 tries = 0
@@ -315,20 +316,26 @@ class Worker:
         for finder in self.finders:
             finder.skip.clear()
             finder.look_all_at = 0.0
-        await self._begin()
+        await self._begin(first=False)
         log.warning("worker %s goes on as %s", lost.id, self.keeper.id)
 
     async def _put_entry_back(self, worker: str, task_id: str, token: str) -> None:
         """Write a claim's entry again: a heartbeat may have deleted it, trusting in a session that is gone now."""
-        with suppress(BuquetError):  # unreadable by now: reported when it is met
-            held = await self.register.read(Task, keys.task(task_id))
-            if (
-                held is not None
-                and held.record.state == "running"
-                and held.record.token == token
-                and held.record.worker == worker
-            ):
-                await self.register.reads.put(held.record.entry, b"")
+        tries = 0
+        while True:
+            try:
+                held = await self.register.read(Task, keys.task(task_id))
+                task = held.record if held else None
+                if task is not None and (task.state, task.token, task.worker) == ("running", token, worker):
+                    await self.register.reads.put(task.entry, b"")
+            except UnreadableRecord as error:
+                log.error("%s", error)  # noqa: TRY400 - the text says all; fsck puts the entry back once it can be read
+            except StoreError as error:  # a lasting no, such as a full disk: without the entry nobody would find the task
+                log.error("the entry of task %s cannot be put back yet: %s", task_id, error)  # noqa: TRY400
+                await pause(self.clock, tries)
+                tries += 1
+                continue
+            return
 
     # ------------------------------------------------------------------ beside the loop
 
@@ -370,29 +377,6 @@ class Worker:
         held = await self.register.read(Task, keys.task(run.listing.task))
         if held is not None and held.record.token == run.token and held.record.cancel_requested:
             run.request_stop("cancel")
-
-    # ------------------------------------------------------------------ draining
-
-    async def _drained(self) -> bool:
-        """Tell whether nothing is left that this worker could run, here or under another worker."""
-        for finder in self.finders:
-            for prefix in (keys.ready_prefix(finder.queue), keys.later_lane(finder.queue)):
-                after = ""
-                while True:
-                    page = await self.register.reads.list(prefix, after=after)
-                    for each in page:
-                        entry = keys.parse_entry(each.key)
-                        if entry and entry.name in self.tasks and entry.key not in finder.stale:
-                            return False
-                    if len(page) < 1000:  # noqa: PLR2004 - a page of S3
-                        break
-                    after = page[-1].key
-        for worker in self.fleet.mates:
-            if worker != self.keeper.id:
-                held = await self.register.read(Session, keys.session(worker))
-                if held is not None and any(claim.name in self.tasks for claim in held.record.claims):
-                    return False
-        return True
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

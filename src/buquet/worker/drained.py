@@ -1,0 +1,37 @@
+"""Whether a worker that was asked to drain is done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from buquet import keys
+from buquet.records import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable
+
+    from buquet.store.register import Register
+    from buquet.worker.finder import QueueFinder
+    from buquet.worker.fleet import Fleet
+
+
+async def drained(register: Register, fleet: Fleet, finders: Iterable[QueueFinder], names: Container[str]) -> bool:
+    """Tell whether nothing is left that a worker with these handlers could run, here or under another worker."""
+    for finder in finders:
+        for prefix in (keys.ready_prefix(finder.queue), keys.later_lane(finder.queue)):
+            after = ""
+            while True:
+                page = await register.reads.list(prefix, after=after)
+                for each in page:
+                    entry = keys.parse_entry(each.key)
+                    if entry and entry.name in names and entry.key not in finder.stale:
+                        return False
+                if len(page) < 1000:  # noqa: PLR2004 - a page of S3
+                    break
+                after = page[-1].key
+    for worker in fleet.mates:
+        if worker != fleet.keeper.id:
+            held = await register.read(Session, keys.session(worker))
+            if held is not None and any(claim.name in names for claim in held.record.claims):
+                return False
+    return True

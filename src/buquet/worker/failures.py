@@ -1,0 +1,62 @@
+"""How a handler's end is told: the errors that buquet adds, what a record keeps of an error, and the handler's log."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from typing import Any
+
+from buquet.records import ErrorInfo
+
+log = logging.getLogger("buquet.task")
+
+LONGEST_TRACE = 8000
+
+
+class TaskLogger(logging.LoggerAdapter[logging.Logger]):
+    """Adds the task's id and attempt to every line."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Put the task's id before the text, and all that is known into the record."""
+        extra: dict[str, Any] = dict(self.extra or {})
+        kwargs["extra"] = {**extra, **kwargs.get("extra", {})}
+        return f"[{extra['task']} attempt {extra['attempt']}] {msg}", kwargs
+
+
+class AttemptTimeout(Exception):
+    """An attempt took longer than its timeout."""
+
+
+class HandlerExit(Exception):
+    """A handler tried to end the process."""
+
+
+def describe(error: BaseException, *, trace: bool) -> ErrorInfo:
+    """Return an error as a record keeps it: type, text, and the traceback from the handler on."""
+    text = ""
+    if trace:
+        lines = traceback.format_exception(type(error), error, _from_handler(error.__traceback__))
+        text = "".join(lines)[-LONGEST_TRACE:]
+    name = (
+        type(error).__name__
+        if type(error).__module__ in {"builtins", __name__}
+        else f"{type(error).__module__}.{type(error).__name__}"
+    )
+    try:
+        message = str(error)
+    except Exception as second:  # noqa: BLE001 - even a broken error is to be told
+        message = f"its text cannot be had: {type(second).__name__}"
+    return ErrorInfo(type=name, message=_clean(message)[:2000], traceback=_clean(text))
+
+
+def _clean(text: str) -> str:
+    """Replace lone surrogates, which JSON cannot carry."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _from_handler(trace: Any) -> Any:
+    """Skip our own frames at the top of a traceback."""
+    start = trace
+    while start is not None and start.tb_frame.f_globals.get("__name__", "").startswith("buquet."):
+        start = start.tb_next
+    return start or trace

@@ -1,0 +1,253 @@
+"""Runs a pack: the items of a batch that one task holds, side by side, each with its own attempts and its own outcome.
+
+Lanes take items from one row. An async item runs in its lane; sync items run in a thread, several one after another while they are
+quick. What is done so far is the pack's checkpoint, stored at most once a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from heapq import heappop, heappush
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from buquet.errors import Fail, InvalidPayload, InvalidResult, Snooze, StoreError, UnreadableRecord, UsageError
+from buquet.queue import transitions
+from buquet.queue.attempt import Attempt
+from buquet.queue.payloads import put_value
+from buquet.records import ABSENT, ErrorInfo, Progress, Task
+from buquet.worker.failures import TaskLogger, describe
+from buquet.worker.ledger import Ledger
+from buquet.worker.lanes import AsyncLane, ThreadLane
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from buquet.queue.task import BaseTask
+    from buquet.worker.executor import Executor, Running
+
+    Move = Callable[[Task], Task]
+
+log = logging.getLogger("buquet.task")
+
+SAVE_EVERY = 1.0
+"""Seconds from one checkpoint to the next, at least."""
+SAVE_SHARE = 10
+"""And at least so many times as long as the last one took to store: large ones are stored less often."""
+TICK = 1.0
+STAY = 5.0
+"""Where all that is left comes back later than in so many seconds, the pack is given back until then."""
+FIRST_LOOK = 0.001
+"""Seconds after which a first lane in a thread is judged slow, and joined by others."""
+LOGGED = 10
+"""Failures of a pack's items that are logged one by one."""
+
+
+class PackRunner:
+    """One claim of a pack."""
+
+    def __init__(self, executor: Executor, run: Running, function: BaseTask[Any, Any]) -> None:
+        self.executor = executor
+        self.run_ = run
+        self.function = function
+        self.clock = executor.clock
+        self.permits = executor.permits
+        self.task = run.held.record
+        self.ledger = Ledger(self.task)
+        self.lanes: dict[asyncio.Task[None], AsyncLane | ThreadLane] = {}
+        self._saving: asyncio.Task[None] | None = None
+        self._save_at = self.clock.monotonic() + SAVE_EVERY
+        self._saved = 0
+        self._logged = 0
+        self._stored_at = self.task.checkpoint_at
+
+    # ------------------------------------------------------------------ the whole
+
+    async def run(self) -> Move:
+        """Run what is not done yet; return the move that the outcome asks for. Cancelled from outside, it raises CancelledError."""
+        run, ledger = self.run_, self.ledger
+        try:
+            await ledger.load(self.executor.register.reads)
+        except (InvalidPayload, UnreadableRecord, UsageError) as error:
+            return self.executor.failed(run, error, trace=False)
+        self._saved = ledger.version
+        logger = TaskLogger(log, {"task": self.task.id, "task_name": self.task.name, "attempt": self.task.attempt})
+        run.attempt = Attempt(run, self.task.id, self.task.attempt, None, logger)
+        run.in_handler = True
+        try:
+            try:
+                await self._work()
+            finally:
+                run.in_handler = False
+                await self._end_lanes()
+                await self.executor.absorb(run)
+        except asyncio.CancelledError:
+            if not run.stop or run.keeper.lost:
+                if self._saving:
+                    self._saving.cancel()
+                raise
+        if self._saving:
+            await self._saving
+        return await self._outcome()
+
+    async def _work(self) -> None:
+        """Keep lanes going until every item has its outcome, or all that is left comes back much later."""
+        ledger, run = self.ledger, self.run_
+        while ledger.left and not (run.stop or run.keeper.lost):
+            self._call_in()
+            if not ledger.ready and not self.lanes and self._idle_for() > STAY:
+                return
+            await self._open_lanes()
+            if self.lanes or not ledger.ready:
+                await self._wait()
+            self._save_now_and_then()
+        while self.lanes and run.stop and not run.keeper.lost:
+            for lane in self.lanes.values():
+                lane.tell_cancelled()
+            await self._wait()
+
+    def _call_in(self) -> None:
+        """Put the items whose time has come back into the row."""
+        later, now = self.ledger.later, self.executor.now()
+        while later and later[0][0] <= now:
+            self.ledger.ready.append(heappop(later)[1])
+
+    def _idle_for(self) -> float:
+        later = self.ledger.later
+        return (later[0][0] - self.executor.now()) / 1000 if later else 0.0
+
+    async def _open_lanes(self) -> None:
+        """Open lanes for what is in the row, ever more as those that are open do not empty it at once."""
+        ready = self.ledger.ready
+        most = self.executor.keeper.concurrency
+        more = 1
+        while ready and len(self.lanes) < most and not self.run_.stop:
+            for _ in range(min(more, len(ready), most - len(self.lanes))):
+                lane = AsyncLane(self) if self.function.is_async else ThreadLane(self)
+                self.lanes[asyncio.create_task(lane.run())] = lane
+            more *= 2
+            if self.function.is_async:
+                await self.clock.sleep(0)
+            else:
+                await asyncio.wait(self.lanes, timeout=FIRST_LOOK)
+            self._close_lanes()
+
+    def _close_lanes(self) -> None:
+        for each in [each for each in self.lanes if each.done()]:
+            del self.lanes[each]
+            each.result()
+
+    async def _wait(self) -> None:
+        """Wait until a lane has ended, an item's time has come, or a tick has passed."""
+        later = self.ledger.later
+        seconds = min(TICK, max(self._idle_for(), 0.001)) if later else TICK
+        if self.lanes:
+            await asyncio.wait(self.lanes, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            self._close_lanes()
+        else:
+            await self.clock.sleep(seconds)
+
+    async def _end_lanes(self) -> None:
+        for each in self.lanes:
+            each.cancel()
+        await asyncio.gather(*self.lanes, return_exceptions=True)
+        self.lanes.clear()
+
+    # ------------------------------------------------------------------ items
+
+    def fault(self, index: int, error: BaseException) -> None:
+        """Decide on an item whose attempt did not return a result: it comes back, or it has failed."""
+        ledger = self.ledger
+        if isinstance(error, Snooze):
+            heappush(ledger.later, (self.executor.now() + int(error.seconds * 1000), index))
+            ledger.version += 1
+            return
+        failures = ledger.tries.get(index, 0) + 1
+        final = isinstance(error, Fail | InvalidPayload | InvalidResult) or failures >= self.task.max_attempts
+        traced = isinstance(error, Fail) or not isinstance(error, InvalidPayload | InvalidResult)
+        info = describe(error, trace=traced and final and ledger.traces_left > 0)
+        wait = 0.0
+        if final:
+            ledger.fail(index, info, failures)
+        else:
+            wait = self.function.policy.backoff.seconds(failures, self.clock)
+            ledger.tries[index] = failures
+            heappush(ledger.later, (self.executor.now() + int(wait * 1000), index))
+            ledger.version += 1
+        self._logged += 1
+        if self._logged <= LOGGED:
+            what = "for good" if final else f"next in {wait:.1f} s"
+            text = "task %s (%s) item %d attempt %d failed, %s: %s: %s"
+            log.warning(text, self.task.id, self.task.name, index, failures, what, info.type, info.message)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save_now_and_then(self) -> None:
+        if self._saving and self._saving.done():
+            self._saving.result()
+            self._saving = None
+        if self._saving or self.clock.monotonic() < self._save_at or self.ledger.version == self._saved:
+            return
+        self._saving = asyncio.create_task(self._save())
+
+    async def _save(self) -> None:
+        """Store what is done so far as the pack's checkpoint."""
+        run, begun = self.run_, self.clock.monotonic()
+        run.listing.progress = Progress(fraction=self.ledger.settled / self.task.pack)
+        version, body = self.ledger.snapshot()
+        try:
+            raw, at = await put_value(self.executor.register.reads, self.task.id, body)
+        except StoreError as error:
+            log.warning("task %s: its checkpoint could not be stored: %s", self.task.id, error)
+            self._save_at = self.clock.monotonic() + SAVE_EVERY
+            return
+        if await self.executor.move(run, lambda task: transitions.checkpoint(task, run.token, raw, at)):
+            self._saved = version
+            await self._drop_last(at)
+        now = self.clock.monotonic()
+        self._save_at = max(begun + SAVE_EVERY, now + SAVE_SHARE * (now - begun))
+
+    async def _drop_last(self, at: str) -> None:
+        """Delete the payload of the checkpoint that was replaced: a long pack would leave one every second."""
+        last, self._stored_at = self._stored_at, at
+        if last and last != at:
+            try:
+                await self.executor.register.store.delete(last)
+            except StoreError as error:
+                log.debug("%s is left until its task is pruned: %s", last, error)
+
+    # ------------------------------------------------------------------ the outcome
+
+    async def _outcome(self) -> Move:
+        """Return the move that ends this claim. Where items are not done, it stores the checkpoint together with it."""
+        executor, run, ledger = self.executor, self.run_, self.ledger
+        if not ledger.left and not ledger.failed:
+            raw, at = await executor.store_value(run, ledger.result())
+            executor.keeper.completed += 1
+
+            def complete(task: Task) -> Task:
+                bare = transitions.checkpoint(task, run.token, ABSENT, "")
+                return transitions.complete(bare, run.token, raw, at, executor.now())
+
+            return complete
+        _, body = ledger.snapshot()
+        kept, kept_at = await executor.store_value(run, body)
+        end = self._unfinished()
+        return lambda task: end(transitions.checkpoint(task, run.token, kept, kept_at))
+
+    def _unfinished(self) -> Move:
+        executor, run, ledger = self.executor, self.run_, self.ledger
+        if run.stop == "cancel":
+            return lambda task: transitions.stop(task, run.token, executor.now())
+        if ledger.left and (run.stop or not ledger.later or run.keeper.lost):
+            return lambda task: transitions.release(task, run.token, executor.now())
+        if ledger.left:
+            due = ledger.later[0][0]
+            return lambda task: transitions.snooze(task, run.token, due, executor.now())
+        executor.keeper.failed += 1
+        first = next(islice(ledger.failed.values(), 1))
+        text = f"{len(ledger.failed)} of {self.task.pack} items failed; the first to, item {first.index}: {first.type}: {first.message}"
+        log.error("task %s (%s) failed for good: %s", self.task.id, self.task.name, text)
+        info = ErrorInfo(type="ItemsFailed", message=text)
+        return lambda task: transitions.fail(task, run.token, info, executor.now())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from buquet import keys
 from buquet.errors import BuquetError, StoreError, UnreadableRecord, UsageError
-from buquet.queue.background import running_loop
+from buquet.queue.background import new_loop, running_loop
 from buquet.records import Note, Task
 from buquet.store.register import Register
 from buquet.store.retrying import pause
@@ -108,7 +108,8 @@ class Worker:
         if running_loop():
             msg = "run() blocks, and an event loop is running here: use `await worker.arun()` instead"
             raise UsageError(msg)
-        asyncio.run(self._run_with_signals())
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(self._run_with_signals())
 
     async def _run_with_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():

@@ -5,6 +5,7 @@ import os
 import sys
 
 import common
+import idle
 
 from buquet import Worker, connect  # the one from PyPI, not this checkout
 
@@ -62,6 +63,9 @@ async def main() -> None:
     task = await q.get(last[0].id)
     if "completed" not in str(task.status).lower():
         raise RuntimeError(f"the last task is {task.status}")
+    if WORKERS == 1:
+        start = lambda: common.worker(sys.executable, __file__, "work", "idle", name="worker-idle")  # noqa: E731
+        result["idle_hour"] = await asyncio.to_thread(idle.requests_an_hour, start)
     common.report(**result, versions=common.versions("buquet"))
 
 

@@ -15,9 +15,11 @@ from buquet.app import App
 from buquet.backoff import Backoff
 from buquet.errors import (
     AccessDenied,
+    BatchFailed,
     BucketMissing,
     BuquetError,
     Fail,
+    FailedItem,
     InvalidArgument,
     InvalidPayload,
     InvalidResult,
@@ -41,7 +43,9 @@ from buquet.errors import (
     WrongLoop,
 )
 from buquet.queue.attempt import Attempt, current
+from buquet.queue.batch import Batch, BatchProgress
 from buquet.queue.handle import Handle
+from buquet.queue.handles import Handles
 from buquet.queue.task import AsyncTaskFunction, TaskFunction
 from buquet.worker.worker import Worker
 
@@ -53,10 +57,15 @@ __all__ = [
     "AsyncTaskFunction",
     "Attempt",
     "Backoff",
+    "Batch",
+    "BatchFailed",
+    "BatchProgress",
     "BucketMissing",
     "BuquetError",
     "Fail",
+    "FailedItem",
     "Handle",
+    "Handles",
     "InvalidArgument",
     "InvalidPayload",
     "InvalidResult",

@@ -63,7 +63,7 @@ class App:
         self._lock = threading.Lock()
         self.background = Background()
         self.patience = PATIENCE
-        """Seconds to go on trying when the store does not answer, before StoreUnavailable is raised; set it before the first use."""
+        """Seconds to go on trying when the store does not answer; set it before the first use."""
         self.tasks: dict[str, BaseTask[Any, Any]] = {}
 
     def __repr__(self) -> str:

@@ -183,8 +183,8 @@ class Signature:
         first, *others = [*self.parameters.values(), None]
         if first is None or first.kind is first.KEYWORD_ONLY or any(each and each.default is each.empty for each in others):
             msg = (
-                f"{self.function.__qualname__}{self.signature} cannot run in a batch: an item is its first argument, and the only "
-                "one. Give the others defaults, or put all into one dataclass"
+                f"{self.function.__qualname__}{self.signature} cannot run in a batch: an item is its first argument, "
+                "and the only one. Give the others defaults, or put all into one dataclass"
             )
             raise UsageError(msg)
 

@@ -84,7 +84,7 @@ def test_values_come_back_as_the_declared_types(app):
     assert move.get(handle.id).status() == "completed"
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**80, object(), {1, object()}, b"\xff".decode("latin-1") and "\ud800"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**80, object(), {1, object()}, "\ud800"])
 def test_what_json_does_not_carry_is_refused_at_submit_and_nothing_is_stored(app, value):
     @app.task
     def takes(value: object) -> None: ...
@@ -116,7 +116,7 @@ def test_wrong_calls_and_declarations_are_told_at_once(app):
         app.task(queue="q" * 101)(lambda: None)
     with pytest.raises(TaskNotFound, match="there is no task"):
         app.get("0" * 32).status()
-    with pytest.raises(UsageError, match="outside|no task is running"):
+    with pytest.raises(UsageError, match="no task is running"):
         current()
 
 

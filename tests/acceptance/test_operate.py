@@ -252,6 +252,35 @@ async def test_entries_of_moves_that_never_came(rig):
 
 
 @virtual
+async def test_an_entry_whose_task_has_just_ended_is_left_to_whoever_ended_it(rig):
+    handle = await rig.work.asubmit()
+    await rig.clock.sleep(2 * HOUR)
+    stop = rig.store.pause("delete", "ready/")
+    ending = asyncio.create_task(handle.acancel())
+    await stop.reached.wait()
+    assert await rig.check(repair=True) == []
+    stop.go.set()
+    await ending
+
+
+@virtual
+async def test_a_submit_that_comes_after_all_keeps_its_entry(rig):
+    handle = await rig.work.asubmit("late")
+    stored = await rig.memory.get(keys.task(handle.id))
+    await rig.memory.delete(keys.task(handle.id))
+    await rig.clock.sleep(2 * DAY)
+    stop = rig.store.pause("create", "tasks/")
+    looking = asyncio.create_task(rig.check(repair=True))
+    await stop.reached.wait()
+    await rig.memory.create(keys.task(handle.id), stored.body)
+    stop.go.set()
+    assert [repaired for _, _, repaired in await looking] == [True]
+    assert await rig.keys("ready/") == [(await handle.arecord()).entry]
+    await rig.drain()
+    assert await handle.aresult() == "late"
+
+
+@virtual
 async def test_what_cannot_be_read_or_is_missing_is_told_and_left(rig):
     broken, large = await rig.work.asubmit(), await rig.work.asubmit(LARGE)
     await rig.store.put(keys.task(broken.id), b"{")
@@ -420,11 +449,12 @@ async def crash(rig, op, key, when):
 
 @virtual
 async def test_arguments_are_put_back_where_the_key_was_submitted_again_meanwhile(rig):
-    await rig.work.options(key="k").asubmit(LARGE)
+    first = await rig.work.options(key="k").asubmit(LARGE)
+    args_at = (await first.arecord()).args_at
     await rig.drain()
     await rig.clock.sleep(DAY + HOUR)
     for when in ("before", "after"):
-        stop = rig.store.pause("delete", "payloads/", when=when)
+        stop = rig.store.pause("delete", args_at, when=when)
         run = asyncio.create_task(prune(rig.client, DAY))
         await stop.reached.wait()
         # its payload is stored, and may then be deleted under it

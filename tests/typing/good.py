@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from datetime import UTC, datetime
 from typing import Any, Literal, assert_type
 
-from buquet import App, AsyncTaskFunction, Backoff, Handle, TaskFunction, Worker, current
+from buquet import App, AsyncTaskFunction, Backoff, Handle, Handles, TaskFunction, Worker, current
 
 app = App("memory:")
 
@@ -69,13 +69,13 @@ def with_options() -> None:
 
 
 def many() -> None:
-    assert_type(resize.submit_many([("a.png",), {"path": "b.png", "width": 3}]), list[Handle[str]])
-    assert_type(count.submit_many((number,) for number in range(10)), list[Handle[int]])
-    assert_type(fetch.options(priority=9).submit_many([{"url": "u"}]), list[Handle[bytes]])
+    assert_type(resize.submit_many([("a.png",), {"path": "b.png", "width": 3}]), Handles[str])
+    assert_type(count.submit_many((number,) for number in range(10)), Handles[int])
+    assert_type(fetch.options(priority=9).submit_many([{"url": "u"}]), Handles[bytes])
 
 
 async def many_async() -> None:
-    assert_type(await fetch.asubmit_many([("u",)]), list[Handle[bytes]])
+    assert_type(await fetch.asubmit_many([("u",)]), Handles[bytes])
 
 
 def handles() -> None:

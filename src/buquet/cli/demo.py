@@ -170,7 +170,7 @@ class _Demo:
         records = [await handle.arecord() for handle in [*handles, merged]]
         return self._count(records, self.clock.monotonic() - begun), report
 
-    async def _submit(self, paths: Sequence[str]) -> list[Handle[Index]]:
+    async def _submit(self, paths: Sequence[str]) -> Sequence[Handle[Index]]:
         from buquet.cli.demotasks import index  # noqa: PLC0415 - as above
 
         stumbling = len(paths) // 10

@@ -134,10 +134,8 @@ def prune(
         print_json(done)
         return
     would = "would be " if dry_run else ""
-    print(
-        f"{done.looked:,} records looked at: {done.pruned:,} tasks {would}pruned, {done.stubs:,} stubs and {done.payloads:,} payloads "
-        f"{would}removed"
-    )
+    print(f"{done.looked:,} records looked at: {done.pruned:,} tasks {would}pruned")
+    print(f"{done.stubs:,} stubs and {done.payloads:,} payloads {would}removed")
     if done.unreadable:
         to_stderr(f"{done.unreadable:,} records cannot be read and were left; `buquet fsck` names them")
 

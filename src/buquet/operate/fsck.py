@@ -90,8 +90,7 @@ async def fsck(client: Client, *, repair: bool = False, progress: Callable[[floa
 
     `progress` is called with a fraction from 0 to 1 and a few words. One GET a record, and a LIST for each 1,000 keys.
 
-    >>> report = await fsck(client, repair=True)  # doctest: +SKIP
-    >>> report.left
+    >>> (await fsck(client, repair=True)).left  # doctest: +SKIP
     []
     """
     return await _Checker(client, repair, progress or (lambda _fraction, _what: None)).run()

@@ -83,8 +83,7 @@ class Batch(Generic[R_co]):
     async def aresults(self, timeout: float | None = None) -> list[R_co]:  # noqa: ASYNC109 - part of the public meaning
         """Wait until every item has its outcome, and return the results in the order of the items.
 
-        `timeout` is in seconds. Raises BatchFailed, which lists every item that has no result, or TimeoutError (the batch then goes
-        on).
+        `timeout` is in seconds. Raises BatchFailed, which lists the items that have no result, or TimeoutError (it then goes on).
         """
         clock = self._home.client.clock
         until = None if timeout is None else clock.monotonic() + timeout
@@ -238,7 +237,8 @@ class Batch(Generic[R_co]):
             for at, each in stored.items()
         ]
         if task.state in TERMINAL:
-            why = f"{task.error.type}: {task.error.message}" if task.error and task.state == "failed" else f"its pack {task.state}"
+            error = task.error if task.state == "failed" else None
+            why = f"{error.type}: {error.message}" if error else f"{task.state} with its pack"
             done = {at for start, end in state.done for at in range(start, end)}
             rest = [at for at in range(task.pack) if at not in done and at not in stored]
             failed += [FailedItem(at, decode_any(items[at]), why, task_id=task.id) for at in rest]

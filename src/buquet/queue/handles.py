@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from buquet.queue.handle import Handle
 
@@ -62,7 +62,7 @@ class Handles(Sequence[Handle[R_co]]):
         task_id = self._ids[places * WIDTH : (places + 1) * WIDTH].hex()
         return Handle(self._home, task_id, self._signature, created=bool(self._created[places]))
 
-    def __eq__(self, other: Any) -> bool:
+    def __eq__(self, other: object) -> bool:
         """Tell whether these are the same tasks in the same order."""
         return self._ids == other._ids if isinstance(other, Handles) else NotImplemented  # pyright: ignore[reportUnknownMemberType]
 

@@ -134,6 +134,11 @@ class Packing:
         task = self.function.new_record(task_id, self.key, pack=len(bodies), batch=self.token)
         return Packed(task, FRAME[0] + b",".join(bodies) + FRAME[1])
 
+    def complain(self) -> None:
+        """Raise what the items came to an end with, if it was an error."""
+        if self.problem:
+            raise self.problem
+
     def landed(self, chunk: list[Packed], error: BaseException | None = None) -> None:
         """Note that a chunk was stored, or as much of it as the error says."""
         if error is None and not self.strays:
@@ -153,8 +158,8 @@ class Packing:
         known = f"; as a batch they are {self.id}" if whole else ""
         again = "; submit the batch again under its key to go on" if self.key else ""
         msg = (
-            f"the batch of {self.function.name} stopped after {self.stored_items:,} items in {len(ids):,} packs, which are stored "
-            f"and will run (their ids in `.ids`{known}{again}): {error}"
+            f"the batch of {self.function.name} stopped after {self.stored_items:,} items in {len(ids):,} packs, which are "
+            f"stored and will run (their ids in `.ids`{known}{again}): {error}"
         )
         return SubmitInterrupted(msg, ids, batch_id=self.id if whole else "")
 
@@ -172,8 +177,7 @@ async def submit_packs(packing: Packing, told: Callable[[int], None] | None) -> 
             packing.landed(chunk)
             if told:
                 told(packing.stored_items)
-        if packing.problem:
-            raise packing.problem
+        packing.complain()
     except Exception as error:
         raise packing.interrupted(error) from error
 
@@ -185,10 +189,8 @@ def submit_packs_blocking(packing: Packing, home: Home, told: Callable[[int], No
 
     def settle() -> None:
         chunk, future = in_flight.pop(0)
-        error = future.exception()
-        packing.landed(chunk, error)
-        if error:
-            raise error
+        packing.landed(chunk, future.exception())
+        future.result()
         if told:
             told(packing.stored_items)
 
@@ -200,8 +202,7 @@ def submit_packs_blocking(packing: Packing, home: Home, told: Callable[[int], No
                 settle()
         while in_flight:
             settle()
-        if packing.problem:
-            raise packing.problem
+        packing.complain()
     except Exception as error:
         for chunk, future in in_flight:
             packing.landed(chunk, future.exception())

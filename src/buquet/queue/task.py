@@ -251,9 +251,7 @@ class BaseTask(Generic[P, R]):
                 return
             yield chunk
 
-    def _interrupted(
-        self, done: Handles[R], in_flight: list[Future[list[Submitted]]], error: Exception
-    ) -> SubmitInterrupted:
+    def _interrupted(self, done: Handles[R], in_flight: list[Future[list[Submitted]]], error: Exception) -> SubmitInterrupted:
         ids = done.ids
         for future in (None, *in_flight):
             problem: BaseException | None = future.exception() if future else error
@@ -273,9 +271,10 @@ class BaseTask(Generic[P, R]):
     ) -> Batch[R]:
         """Run the function on each item, `pack` of them to a task, and keep a result or a failure of each.
 
-        An item is the function's first argument. `items` may be a generator, of a million too: it is read in this thread, a little
-        ahead of what is stored. `pack="auto"` sizes packs by bytes and by the live workers. `progress` is told now and then how
-        many items are stored. With `options(key=...)` the same batch submitted again, even after a crash half way, is one batch.
+        An item is the function's first argument. `items` may be a generator, of a million too: it is read in this thread, a
+        little ahead of what is stored. `pack="auto"` sizes packs by bytes and by the live workers. `progress` is told now and
+        then how many items are stored. With `options(key=...)` the same batch submitted again, even after a crash half way, is
+        one batch.
         Raises UsageError, or SubmitInterrupted, which tells what was submitted, when an item cannot be.
 
         >>> resize.batch(paths).results()  # doctest: +SKIP

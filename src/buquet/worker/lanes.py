@@ -46,7 +46,7 @@ class _Lane:
         self.function = pack.function
         self.clock = pack.clock
         self.limit = pack.function.policy.timeout
-        self.host = ItemHost(pack.run_.loop)
+        self.host = ItemHost(pack.claim.loop)
         self.attempt: Attempt | None = None
         self.at: tuple[int, float] = (-1, 0.0)
         """The item that runs, and since when."""
@@ -62,7 +62,7 @@ class _Lane:
         task = self.pack.task
         logger = TaskLogger(log, {"task": f"{task.id} item {index}", "task_name": task.name, "attempt": number})
         attempt = self.attempt = Attempt(self.host, f"{task.id}-{index}", number, None, logger)
-        if self.pack.run_.stop:
+        if self.pack.claim.stop:
             attempt.cancelled = True
         return attempt
 
@@ -72,7 +72,7 @@ class _Lane:
 
     def over(self) -> bool:
         """Tell whether there is nothing more to run for now."""
-        return not self.ledger.ready or bool(self.pack.run_.stop) or self.pack.run_.keeper.lost
+        return not self.ledger.ready or bool(self.pack.claim.stop) or self.pack.claim.keeper.lost
 
     def late(self) -> AttemptTimeout:
         """Return the error of an item that took too long."""
@@ -163,23 +163,25 @@ class ThreadLane(_Lane):
             await future
         while not future.done():
             assert self.limit is not None  # noqa: S101 - for the type checker
-            index, since = self.at
+            at = index, since = self.at
             left = self.limit - (self.clock.monotonic() - since) if index >= 0 else self.limit
             if left <= 0:
-                if self._abandon(work):
+                if self._abandon(work, at):
                     self.pack.fault(index, self.late())
                     return
-                left = self.limit
+                left = 0.001
             await asyncio.wait([future], timeout=left)
         if work.fault:
             self.pack.fault(*work.fault)
 
-    def _abandon(self, work: _Work) -> bool:
-        """Give up on a thread, unless it is between two items: it cannot be stopped, only told and counted."""
+    def _abandon(self, work: _Work, at: tuple[int, float] | None = None) -> bool:
+        """Give up on a thread, unless it is past the item `at`: it cannot be stopped, only told and counted."""
         with self.ledger.lock:
-            if work.ended:
+            if work.ended or (at is not None and at != self.at):
                 return False
             work.dead = True
+        if self.at[0] < 0:
+            return False  # it is about to end by itself
         self.tell_cancelled()
         self.pack.executor.keeper.abandoned += 1
         log.warning(
@@ -207,7 +209,7 @@ class _Work:
         lane = self.lane
         ledger, clock = lane.ledger, lane.clock
         until = clock.monotonic() + SLICE
-        while not lane.pack.run_.stop:
+        while not (self.dead or lane.pack.claim.stop):
             try:
                 index = ledger.ready.popleft()
             except IndexError:

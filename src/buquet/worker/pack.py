@@ -1,7 +1,7 @@
 """Runs a pack: the items of a batch that one task holds, side by side, each with its own attempts and its own outcome.
 
-Lanes take items from one row. An async item runs in its lane; sync items run in a thread, several one after another while they are
-quick. What is done so far is the pack's checkpoint, stored at most once a second.
+Lanes take items from one row. An async item runs in its lane; sync items run in a thread, several one after another while they
+are quick. What is done so far is the pack's checkpoint, stored at most once a second.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from buquet.queue.attempt import Attempt
 from buquet.queue.payloads import put_value
 from buquet.records import ABSENT, ErrorInfo, Progress, Task
 from buquet.worker.failures import TaskLogger, describe
-from buquet.worker.ledger import Ledger
 from buquet.worker.lanes import AsyncLane, ThreadLane
+from buquet.worker.ledger import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +49,7 @@ class PackRunner:
 
     def __init__(self, executor: Executor, run: Running, function: BaseTask[Any, Any]) -> None:
         self.executor = executor
-        self.run_ = run
+        self.claim = run
         self.function = function
         self.clock = executor.clock
         self.permits = executor.permits
@@ -65,8 +65,8 @@ class PackRunner:
     # ------------------------------------------------------------------ the whole
 
     async def run(self) -> Move:
-        """Run what is not done yet; return the move that the outcome asks for. Cancelled from outside, it raises CancelledError."""
-        run, ledger = self.run_, self.ledger
+        """Run what is not done; return the move that the outcome asks for. Cancelled from outside, it raises CancelledError."""
+        run, ledger = self.claim, self.ledger
         try:
             await ledger.load(self.executor.register.reads)
         except (InvalidPayload, UnreadableRecord, UsageError) as error:
@@ -80,8 +80,8 @@ class PackRunner:
                 await self._work()
             finally:
                 run.in_handler = False
-                await self._end_lanes()
                 await self.executor.absorb(run)
+                await self._end_lanes()
         except asyncio.CancelledError:
             if not run.stop or run.keeper.lost:
                 if self._saving:
@@ -93,13 +93,13 @@ class PackRunner:
 
     async def _work(self) -> None:
         """Keep lanes going until every item has its outcome, or all that is left comes back much later."""
-        ledger, run = self.ledger, self.run_
+        ledger, run = self.ledger, self.claim
         while ledger.left and not (run.stop or run.keeper.lost):
             self._call_in()
             if not ledger.ready and not self.lanes and self._idle_for() > STAY:
                 return
             await self._open_lanes()
-            if self.lanes or not ledger.ready:
+            if ledger.left and (self.lanes or not ledger.ready):
                 await self._wait()
             self._save_now_and_then()
         while self.lanes and run.stop and not run.keeper.lost:
@@ -122,7 +122,7 @@ class PackRunner:
         ready = self.ledger.ready
         most = self.executor.keeper.concurrency
         more = 1
-        while ready and len(self.lanes) < most and not self.run_.stop:
+        while ready and len(self.lanes) < most and not self.claim.stop:
             for _ in range(min(more, len(ready), most - len(self.lanes))):
                 lane = AsyncLane(self) if self.function.is_async else ThreadLane(self)
                 self.lanes[asyncio.create_task(lane.run())] = lane
@@ -140,8 +140,9 @@ class PackRunner:
 
     async def _wait(self) -> None:
         """Wait until a lane has ended, an item's time has come, or a tick has passed."""
-        later = self.ledger.later
-        seconds = min(TICK, max(self._idle_for(), 0.001)) if later else TICK
+        seconds = min(TICK, max(self._idle_for(), 0.001)) if self.ledger.later else TICK
+        until_save = self._save_at - self.clock.monotonic()
+        seconds = min(seconds, until_save) if until_save > 0 else seconds
         if self.lanes:
             await asyncio.wait(self.lanes, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             self._close_lanes()
@@ -193,7 +194,7 @@ class PackRunner:
 
     async def _save(self) -> None:
         """Store what is done so far as the pack's checkpoint."""
-        run, begun = self.run_, self.clock.monotonic()
+        run, begun = self.claim, self.clock.monotonic()
         run.listing.progress = Progress(fraction=self.ledger.settled / self.task.pack)
         version, body = self.ledger.snapshot()
         try:
@@ -221,7 +222,9 @@ class PackRunner:
 
     async def _outcome(self) -> Move:
         """Return the move that ends this claim. Where items are not done, it stores the checkpoint together with it."""
-        executor, run, ledger = self.executor, self.run_, self.ledger
+        executor, run, ledger = self.executor, self.claim, self.ledger
+        if run.keeper.lost:  # nothing may be written any more; the move is not stored either
+            return lambda task: task
         if not ledger.left and not ledger.failed:
             raw, at = await executor.store_value(run, ledger.result())
             executor.keeper.completed += 1
@@ -237,17 +240,18 @@ class PackRunner:
         return lambda task: end(transitions.checkpoint(task, run.token, kept, kept_at))
 
     def _unfinished(self) -> Move:
-        executor, run, ledger = self.executor, self.run_, self.ledger
+        executor, run, ledger = self.executor, self.claim, self.ledger
         if run.stop == "cancel":
             return lambda task: transitions.stop(task, run.token, executor.now())
-        if ledger.left and (run.stop or not ledger.later or run.keeper.lost):
+        if ledger.left and (run.stop or not ledger.later):
             return lambda task: transitions.release(task, run.token, executor.now())
         if ledger.left:
             due = ledger.later[0][0]
             return lambda task: transitions.snooze(task, run.token, due, executor.now())
         executor.keeper.failed += 1
         first = next(islice(ledger.failed.values(), 1))
-        text = f"{len(ledger.failed)} of {self.task.pack} items failed; the first to, item {first.index}: {first.type}: {first.message}"
+        count = f"{len(ledger.failed)} of {self.task.pack} items failed"
+        text = f"{count}; the first of them, item {first.index}: {first.type}: {first.message}"
         log.error("task %s (%s) failed for good: %s", self.task.id, self.task.name, text)
         info = ErrorInfo(type="ItemsFailed", message=text)
         return lambda task: transitions.fail(task, run.token, info, executor.now())

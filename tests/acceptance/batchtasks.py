@@ -1,4 +1,4 @@
-"""The task of test_batch_processes.py, for its worker processes. Each execution that came to its end leaves a line in a file beside."""
+"""The task of test_batch_processes.py, for its worker processes. Each execution leaves a line in a file at its end."""
 
 import os
 import time

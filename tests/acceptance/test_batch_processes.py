@@ -40,14 +40,14 @@ async def start_worker(url, side):
 
 async def until_done(batch, count):
     async with asyncio.timeout(60):
-        while sum((await batch.aprogress())[:2]) < count:
+        while sum((await batch.aprogress())[:2]) < count:  # noqa: ASYNC110 - of another process
             await asyncio.sleep(0.05)
 
 
 async def until_lines(side, count):
     """Wait until so many items have run, so that the kill finds some that no checkpoint holds."""
     async with asyncio.timeout(60):
-        while len(side.read_text().splitlines()) < count:
+        while len(side.read_text().splitlines()) < count:  # noqa: ASYNC110 - of another process
             await asyncio.sleep(0.02)
 
 

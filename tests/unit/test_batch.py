@@ -414,7 +414,7 @@ async def test_an_iterator_that_raises_half_way_leaves_a_batch_of_what_came_befo
         yield from range(25)
         raise OSError("the disk is gone")
 
-    with pytest.raises(SubmitInterrupted, match="after 25 items in 3 packs.*the disk is gone") as caught:
+    with pytest.raises(SubmitInterrupted, match=r"after 25 items in 3 packs.*the disk is gone") as caught:
         await work.abatch(items(), pack=10)
     assert isinstance(caught.value.__cause__, OSError)
     batch = work.get_batch(caught.value.batch_id)

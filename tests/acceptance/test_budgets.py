@@ -50,7 +50,6 @@ async def _backlog(store, clock, loop, count, concurrency):
     assert gets(store) <= 1.05 * count, store.counts
     assert store.count("delete", "ready") == count
     assert store.count("list") <= 0.05 * count
-    print([r for r in store.log if "bell" in str(r)][:60])
     return handles
 
 

@@ -58,11 +58,15 @@ class Background:
                 self._thread.start()
             return self._loop
 
-    def run(self, work: Callable[[], Coroutine[Any, Any, T]], blocking: str) -> T:
-        """Carry out a coroutine and wait for it in this thread. `blocking` names the method, for the error on a running loop."""
+    def refuse_on_a_loop(self, blocking: str) -> None:
+        """Raise WrongLoop, with the name of the async twin, where an event loop is running in this thread."""
         if running_loop():
             msg = f"{blocking}() blocks, and an event loop is running here: use `await a{blocking}()` instead"
             raise WrongLoop(msg)
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, T]], blocking: str) -> T:
+        """Carry out a coroutine and wait for it in this thread. `blocking` names the method, for the error on a running loop."""
+        self.refuse_on_a_loop(blocking)
         future = asyncio.run_coroutine_threadsafe(work(), self.loop)
         try:
             return future.result()

@@ -83,12 +83,17 @@ class Client:
         value, at = await put_value(self.reads, task.id, args)
         task = transitions.submit(replace(task, args=value, args_at=at), self.clock.now_ms())
         await self.reads.put(task.entry, b"")
+        if not task.key:
+            # nobody else can have this id, so the bell may ring while the record is written: a worker that is quicker looks again soon
+            self.ringer.added(task.queue, task.entry)
         write = await self.register.create(keys.task(task.id), task)
         created = write.landed
         if not created:
             created = await self._meet(task, write.held, args)
         if created:
-            self.added(task.queue, task.entry)
+            self._tell_own(task.queue, task.entry)
+            if task.key:
+                self.ringer.added(task.queue, task.entry)
         return Submitted(task.id, created)
 
     async def _meet(self, fresh: Task, held: Held[Task] | None, args: bytes) -> bool:
@@ -142,9 +147,12 @@ class Client:
 
     def added(self, queue: str, entry: str) -> None:
         """Tell workers, here and elsewhere, that an entry was added."""
+        self._tell_own(queue, entry)
+        self.ringer.added(queue, entry)
+
+    def _tell_own(self, queue: str, entry: str) -> None:
         for listener in self.listeners:
             listener(queue, entry)
-        self.ringer.added(queue, entry)
 
     async def read(self, task_id: str) -> Held[Task]:
         """GET a task's record. Raises TaskNotFound, UnreadableRecord."""

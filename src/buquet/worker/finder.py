@@ -31,7 +31,11 @@ TRAIL = 10.0
 LOOK_BACK_EVERY = 30.0
 LOOK_BACK = 600.0
 LOOK_ALL_EVERY = 3600.0
-FIRST_POLL = 0.02
+FIRST_POLL = 0.01
+SLOWER = 1.15
+"""How much longer each poll that finds nothing makes the wait for the next."""
+REVISIT = 0.02
+"""Seconds after which an entry that was left is looked at again for the first time; then four times as long, up to 1 s."""
 SLOWEST_POLL = 0.5
 SLOWEST_POLL_A_WORKER = 0.05
 
@@ -64,8 +68,8 @@ class QueueFinder:
         self.look_all_at = 0.0
         self.foreign: dict[str, tuple[str, Found]] = {}
         """Entries that were left to another worker, which runs their tasks."""
-        self.revisit_at = 0.0
-        """When to look again at what was left; 0: nothing was."""
+        self.left: dict[str, tuple[Found, float, float]] = {}
+        """Entries that could not be dealt with yet, with the wait until they are looked at again, and when that is."""
         self.pace = FIRST_POLL
         self.poll_at = 0.0
 
@@ -75,10 +79,9 @@ class QueueFinder:
         """Return up to `most` entries to look at, the most urgent first; none when there is nothing now."""
         now = self.clock.monotonic()
         await self._look_back(now)
-        if self.revisit_at and now >= self.revisit_at:
-            self.revisit_at = 0.0
-            for lane in self.lanes:
-                lane.dirty = lane.dirty or bool(lane.left)
+        for found, _, at in list(self.left.values()):
+            if at <= now and found not in self.hinted:
+                self.hinted.append(found)
         found = self._from_hand(most, now)
         while not found and any(lane.dirty for lane in self.lanes):
             await self._list_lanes()
@@ -103,7 +106,10 @@ class QueueFinder:
                 break
             self._take_from(lane, taken, most, now)
         for found in taken:
-            self.skip[found.entry.key] = now + 3600
+            key = found.entry.key
+            self.skip[key] = now + 3600
+            if key in self.left:
+                self.left[key] = (found, self.left[key][1], now + 3600)
         return taken
 
     def _take_from(self, lane: Lane, taken: list[Found], most: int, now: float) -> None:
@@ -133,9 +139,6 @@ class QueueFinder:
             trail = keys.lane_at(lane.prefix, int((now - TRAIL) * 1000))
             if lane.priority is not None or lane.cursor > trail:
                 lane.cursor = trail
-            lane.left = {key: modified for key, modified in lane.left.items() if now - modified < TRAIL}
-            for key in lane.left:
-                lane.cursor = min(lane.cursor, key[:-1])
         lane.last = ""
 
     # ------------------------------------------------------------------ listing
@@ -306,17 +309,17 @@ class QueueFinder:
         """Note that an entry cannot be dealt with yet: no record, or a move in progress. It is met again while it is young."""
         now = self.clock.monotonic()
         entry = found.entry
-        self.skip[entry.key] = now + 1
-        lane = self.later if entry.priority is None else self.lane(entry.priority)
+        _, waited, _ = self.left.pop(entry.key, (found, REVISIT / 4, 0))
+        wait = min(waited * 4, 1.0)
+        self.skip[entry.key] = now + wait
         if self.fleet.store_now() - found.modified < TRAIL:
-            lane.left[entry.key] = found.modified
-            lane.cursor = min(lane.cursor, entry.key[:-1])
-            self.revisit_at = self.revisit_at or now + 1
+            self.left[entry.key] = (found, wait, now + wait)
         else:
             self.stale.add(entry.key)
 
     def others(self, found: Found, worker: str) -> None:
         """Note that another live worker runs it."""
+        self.left.pop(found.entry.key, None)
         self.skip[found.entry.key] = self.clock.monotonic() + self.fleet.keeper.ttl
         self.foreign[found.entry.key] = (worker, found)
 
@@ -339,6 +342,8 @@ class QueueFinder:
 
     def done(self, entry_key: str) -> None:
         """Note that an entry was dealt with; a LIST that was under way may still show it."""
+        self.left.pop(entry_key, None)
+        self.stale.discard(entry_key)
         self.skip[entry_key] = self.clock.monotonic() + 3
 
     # ------------------------------------------------------------------ waiting
@@ -350,8 +355,8 @@ class QueueFinder:
         if self.next_due:
             spread = 0.002 * len(self.fleet.mates) * self.clock.random.random()
             wait = min(wait, (self.next_due - self.fleet.due_now_ms()) / 1000 + spread)
-        if self.revisit_at:
-            wait = min(wait, self.revisit_at - now)
+        for _, _, at in self.left.values():
+            wait = min(wait, at - now)
         return max(wait, 0.0)
 
     async def rest(self) -> None:
@@ -366,5 +371,9 @@ class QueueFinder:
         if self.clock.monotonic() >= self.poll_at:
             mates = max(len(self.fleet.mates), 1)
             slowest = max(SLOWEST_POLL, SLOWEST_POLL_A_WORKER * mates)
-            self.pace = FIRST_POLL * mates if await self.hear() else min(self.pace * 1.25, slowest)
+            # the next poll's time first: this one may be cancelled, when something else wakes the worker
+            self.pace = min(self.pace * SLOWER, slowest)
             self.poll_at = self.clock.monotonic() + self.pace
+            if await self.hear():
+                self.pace = FIRST_POLL * mates
+                self.poll_at = self.clock.monotonic() + self.pace

@@ -34,8 +34,6 @@ class Lane:
         """Whether that page was full, so that more follows."""
         self.dirty = True
         """Whether there may be something new after the cursor."""
-        self.left: dict[str, float] = {}
-        """Entries that could not be dealt with yet, with their LastModified."""
 
     @property
     def rank(self) -> float:

@@ -34,7 +34,7 @@ def _buquet(name: str, label: str, server: str, **rest) -> Peer:
 PEERS = [
     _buquet("buquet-sqlite", "buquet, SQLite", "", module="buquet_single", scale=3),
     _buquet("buquet-s3", "buquet, SeaweedFS", "seaweed", module="buquet_single"),
-    _buquet("buquet-sqlite-batch", "buquet, SQLite, 100 items a task", "", module="buquet_batch", scale=30, unit=100),
+    _buquet("buquet-sqlite-batch", "buquet, SQLite, 100 items a task", "", module="buquet_batch", scale=100, unit=100),
     _buquet("buquet-s3-batch", "buquet, SeaweedFS, 100 items a task", "seaweed", module="buquet_batch", scale=30, unit=100),
     Peer("buquet-0.1", "buquet 0.1.0, SeaweedFS", "buquet_earlier", "buquet-0.1", ("buquet==0.1.0",), "seaweed"),
     Peer(

@@ -11,8 +11,8 @@ import common
 
 SECONDS = float(common.setting("idle", "120"))
 """Long enough for several of the rare looks (every 30 s here); what comes once an hour is seldom in it."""
-REST = 20.0
-"""Seconds until a worker that found nothing is at rest."""
+REST = 45.0
+"""Seconds until a worker that found nothing is at rest; by then the one before it is forgotten, too."""
 
 
 def requests_an_hour(worker: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:

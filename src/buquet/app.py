@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, overload
 
@@ -18,7 +19,7 @@ from buquet.store.open import open_store
 from buquet.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Sequence
     from types import TracebackType
     from typing import Literal
 
@@ -102,6 +103,19 @@ class App:
                     store = self._store = self._store or open_store(self.url, self.clock)
                     client = self._client = Client(store, self.clock, self.background, self.patience)
         return client
+
+    @contextmanager
+    def on_store(self, store: Store) -> Generator[None]:
+        """Use another store for a while, also after the first use: for tests."""
+        before = (self._store, self._client, self._named)
+        self._store, self._client, self._named = store, None, True
+        try:
+            yield
+        finally:
+            client = self._client
+            self._store, self._client, self._named = before
+            if client is not None:
+                self.background.run(client.close, "close")
 
     # ------------------------------------------------------------------ declaring
 

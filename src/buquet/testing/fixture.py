@@ -6,14 +6,13 @@ import asyncio
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from buquet.app import App
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import VirtualClock, VirtualLoop
 
 if TYPE_CHECKING:
     from collections.abc import Generator
-
-    from buquet.app import App
 
 
 def run_until_idle(app: App, *, virtual: bool = False) -> None:
@@ -67,3 +66,33 @@ def _virtual(app: App, store: MemoryStore, loop: VirtualLoop) -> Generator[None]
         for part in parts:
             part.clock = real
         client.ringer.background = background
+
+
+@contextmanager
+def in_memory(app: App) -> Generator[App]:
+    """Put an App, such as the module-level one of the code under test, on a fresh store in memory for a while.
+
+    >>> from buquet import App
+    >>> app = App("s3://production")
+    >>> @app.task
+    ... def double(n: int) -> int:
+    ...     return 2 * n
+    >>> with in_memory(app):
+    ...     handle = double.submit(4)
+    ...     run_until_idle(app)
+    ...     handle.result()
+    8
+    """
+    with app.on_store(MemoryStore(app.clock)):
+        yield app
+
+
+class MemoryApp(App):
+    """An App on a store in memory that works its own tasks off; the fixture `buquet_app` gives one."""
+
+    def __init__(self) -> None:
+        super().__init__("memory:")
+
+    def run_until_idle(self, *, virtual: bool = False) -> None:
+        """Do what the function `run_until_idle` does, for this App."""
+        run_until_idle(self, virtual=virtual)

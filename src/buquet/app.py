@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import os
 import threading
-from contextlib import contextmanager
+import weakref
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, overload
 
@@ -30,6 +33,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 DEFAULT_URL = "sqlite:.buquet/buquet.db"
+AT_EXIT = 3.0
+"""Seconds that the last ring may take when a program ends: the bell is only a hint."""
 
 
 class _Decorator(Protocol):
@@ -102,6 +107,7 @@ class App:
                 if client is None:
                     store = self._store = self._store or open_store(self.url, self.clock)
                     client = self._client = Client(store, self.clock, self.background, self.patience)
+                    atexit.register(_ring_at_exit, weakref.ref(client))
         return client
 
     @contextmanager
@@ -264,6 +270,14 @@ class App:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Close it."""
         await self.aclose()
+
+
+def _ring_at_exit(reference: weakref.ref[Client]) -> None:
+    """Ring for what was submitted in the last 0.1 s of a program that ends without closing its App."""
+    client = reference()
+    if client is not None and client.ringer.is_due:
+        with suppress(TimeoutError, UsageError):  # a forked child has nothing to ring for
+            client.ringer.background.run(lambda: asyncio.wait_for(client.ringer.flush(), AT_EXIT), "close")
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

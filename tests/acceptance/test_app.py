@@ -3,6 +3,8 @@
 import asyncio
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -225,3 +227,19 @@ def test_an_app_that_was_used_and_then_forked_says_so_in_the_child(app):
     child.start()
     assert "forked" in answers.get(timeout=20)
     child.join(20)
+
+
+def test_a_program_that_ends_right_after_a_submit_has_rung_the_bell(tmp_path):
+    script = "\n".join(
+        [
+            "from buquet import App",
+            f"app = App('sqlite:{tmp_path}/app.db')",
+            "@app.task",
+            "def noop() -> None: ...",
+            "for _ in range(5): noop.submit()",
+        ]
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=30)
+    with App(f"sqlite:{tmp_path}/app.db") as app:
+        stored = asyncio.run(app.client.store.get("bell/default"))
+        assert stored.body.count(b"ready/default/5/") == 5

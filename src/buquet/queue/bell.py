@@ -54,6 +54,11 @@ class Ringer:
             self._closing = True
         await self.flush()
 
+    @property
+    def is_due(self) -> bool:
+        """Whether something was added for which the bell was not yet rung."""
+        return bool(self._ringing)
+
     async def flush(self) -> None:
         """Wait until the bell was rung for all that was added."""
         while self._ringing:

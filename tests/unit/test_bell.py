@@ -112,18 +112,33 @@ def virtual(test):
 
 
 @virtual
-async def test_the_first_ring_is_at_once_and_more_within_a_tenth_of_a_second_are_one(rig):
+async def test_the_first_two_rings_are_at_once_and_more_within_a_tenth_of_a_second_are_one(rig):
     ringer = rig.ringer()
     ringer.added("q", "a")
     await rig.clock.sleep(0.001)
     assert news(await rig.bell(), -1) == ["a"]
+    ringer.added("q", "b")
+    await rig.clock.sleep(0.001)
+    assert news(await rig.bell(), 0) == ["b"]
     for number in range(20):
-        ringer.added("q", f"b{number}")
+        ringer.added("q", f"c{number}")
         await rig.clock.sleep(0.001)
     await rig.clock.sleep(EVERY)
     bell = await rig.bell()
-    assert (bell.rev, news(bell, 0)) == (1, [f"b{number}" for number in range(20)])
-    assert rig.store.count("update", "bell") == 1
+    assert (bell.rev, news(bell, 1)) == (2, [f"c{number}" for number in range(20)])
+    assert rig.store.count("update", "bell") == 2
+
+
+@virtual
+async def test_where_submits_come_as_often_as_rings_may_a_late_ring_does_not_make_all_others_late(rig):
+    ringer = rig.ringer()
+    for number in range(20):
+        at = rig.clock.monotonic()
+        await rig.clock.sleep(0.03 if number == 5 else 0)  # this one is late
+        ringer.added("q", f"e{number}")
+        await rig.clock.sleep(0.001)
+        assert f"e{number}" in [entry for _, entry in (await rig.bell()).hints]
+        await rig.clock.sleep(at + EVERY - rig.clock.monotonic())
 
 
 @virtual

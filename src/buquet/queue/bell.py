@@ -36,7 +36,8 @@ class Ringer:
         self._added: dict[str, list[str]] = {}
         self._ringing: set[str] = set()
         self._known: dict[str, Held[Bell] | None] = {}
-        self._last: dict[str, float] = {}
+        self._paid: dict[str, float] = {}
+        """Until when, by the monotonic clock, the rings of a queue use up their share of one each 0.1 s."""
         self._closing = False
 
     def added(self, queue: str, entry: str) -> None:
@@ -66,7 +67,8 @@ class Ringer:
 
     async def _ring_soon(self, queue: str) -> None:
         while True:
-            wait = self._last.get(queue, -EVERY) + EVERY - self.clock.monotonic()
+            # one ring ahead of its share: else, where submits come just as often as rings may, one late ring makes all after it late
+            wait = self._paid.get(queue, 0.0) - EVERY - self.clock.monotonic()
             if wait > 0:
                 await self.clock.sleep(wait)
             await self._ring_now(queue)
@@ -80,7 +82,8 @@ class Ringer:
             entries = self._added.pop(queue, None)
         if not entries:
             return
-        self._last[queue] = self.clock.monotonic()
+        now = self.clock.monotonic()
+        self._paid[queue] = max(self._paid.get(queue, now), now) + EVERY
         try:
             await self._ring(queue, entries)
         except (StoreError, UnreadableRecord) as error:

@@ -32,6 +32,8 @@ LOOK_BACK_EVERY = 30.0
 LOOK_BACK = 600.0
 LOOK_ALL_EVERY = 3600.0
 FIRST_POLL = 0.01
+HOLD = 0.15
+"""Seconds after work for which the polls come no slower: more often comes soon."""
 SLOWER = 1.15
 """How much longer each poll that finds nothing makes the wait for the next."""
 REVISIT = 0.02
@@ -72,6 +74,7 @@ class QueueFinder:
         """Entries that could not be dealt with yet, with the wait until they are looked at again, and when that is."""
         self.pace = FIRST_POLL
         self.poll_at = 0.0
+        self.hold_until = 0.0
 
     # ------------------------------------------------------------------ taking
 
@@ -89,6 +92,7 @@ class QueueFinder:
         if found:
             self.pace = FIRST_POLL * max(len(self.fleet.mates), 1)
             self.poll_at = self.clock.monotonic() + self.pace
+            self.hold_until = self.clock.monotonic() + HOLD
         return found
 
     def _from_hand(self, most: int, now: float) -> list[Found]:
@@ -372,7 +376,8 @@ class QueueFinder:
             mates = max(len(self.fleet.mates), 1)
             slowest = max(SLOWEST_POLL, SLOWEST_POLL_A_WORKER * mates)
             # the next poll's time first: this one may be cancelled, when something else wakes the worker
-            self.pace = min(self.pace * SLOWER, slowest)
+            if self.clock.monotonic() > self.hold_until:
+                self.pace = min(self.pace * SLOWER, slowest)
             self.poll_at = self.clock.monotonic() + self.pace
             if await self.hear():
                 self.pace = FIRST_POLL * mates

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -86,6 +87,101 @@ def test_submit_work_off_and_look(shell):
         assert shell.run(*command).stdout
 
 
+def test_values_are_whole_and_every_field_is_there(shell):
+    name = "x" * 100_000
+    task_id = shell.json("submit", "tasks:app", "greet", "--args", json.dumps([name]), "--tag", "who=me", "--priority", "2")["id"]
+    task = shell.json("get", task_id)
+    assert task["args"] == {"name": name}, "although it lies in an object of its own"
+    assert task["args_at"].startswith("payloads/")
+    assert (task["state"], task["priority"], task["failures"], task["result"], task["error"]) == ("pending", 2, 0, None, None)
+    assert [each["id"] for each in shell.json("ls", "--tag", "who=me")] == [task_id]
+    assert shell.json("ls", "--tag", "who=you") == []
+    assert shell.json("stats")["queues"][0]["priorities"] == {"2": 1}
+    assert "2 of the name" not in shell.run("stats").stdout
+    assert "1 of the name 'greet' wait, and no live worker" in shell.run("stats").stdout
+
+
+def test_running_tasks_are_counted_in_their_own_queue(shell):
+    marker = shell.folder / "marker"
+    slow = shell.json("submit", "tasks:app", "sleeps", "--args", json.dumps([str(marker)]))["id"]
+    late = shell.json("submit", "tasks:app", "greet", "--args", '["x"]', "--delay", "500")["id"]
+    worker = shell.start("worker", "tasks:app", "--grace", "0", stderr=subprocess.DEVNULL)
+    try:
+        wait_for(marker.exists)
+        assert [each["id"] for each in shell.json("ls", "--status", "running")] == [slow], "before any heartbeat"
+        assert [each["id"] for each in shell.json("ls", "--status", "pending")] == [late]
+        assert shell.json("ls", "--status", "running", "--queue", "default") == []
+        queues = {each["queue"]: each for each in shell.json("stats")["queues"]}
+        counts = {name: (each["ready"], each["later"], each["running"], each["workers"]) for name, each in queues.items()}
+        assert counts == {"default": (0, 1, 0, 1), "slow": (0, 0, 1, 1)}
+        assert queues["default"]["next_due"] == shell.json("get", late)["due"]
+        assert queues["default"]["unhandled"] == []
+        (view,) = shell.json("workers")
+        assert (view["pid"], view["alive"], view["queues"], view["concurrency"]) == (worker.pid, True, ["default", "slow"], 16)
+        assert 0 <= view["beat_age"] < 30
+    finally:
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(20) == 0
+    assert [each["why"] for each in shell.json("history", slow)][-1] == "released"
+
+
+def test_what_cannot_be_read_is_named_and_left_out(shell):
+    good = shell.json("submit", "tasks:app", "greet", "--args", '["x"]')["id"]
+    bad = shell.json("submit", "tasks:app", "greet", "--args", '["y"]')["id"]
+    with sqlite3.connect(shell.folder / ".buquet" / "buquet.db") as file:
+        file.execute("UPDATE objects SET body = ? WHERE key = ?", (b"{", f"tasks/{bad[-2:]}/{bad}.json"))
+    file.close()
+    for words in (["ls"], ["ls", "--status", "pending"], ["cancel", "--queue", "default", "--dry-run"]):
+        assert [each["id"] for each in shell.json(*words)] == [good]
+        assert f"unreadable: tasks/{bad[-2:]}/{bad}.json" in shell.run(*words).stderr
+    stats = shell.json("stats")
+    assert (stats["states"], len(stats["unreadable"])) == ({"pending": 1}, 1)
+    assert "is no task record" in shell.run("get", bad, status=1).stderr
+
+
+def test_the_log_for_programs(shell):
+    shell.run("submit", "tasks:app", "breaks")
+    lines = [json.loads(line) for line in shell.run("worker", "tasks:app", "--drain", "--json").stdout.splitlines()]
+    assert lines[0]["queues"] == ["default", "slow"]
+    assert {"name": "greet", "queue": "default"} in lines[0]["tasks"]
+    assert all({"at", "level", "message"} <= set(line) for line in lines[1:])
+    assert any(line["level"] == "warning" and "it is broken" in line["message"] for line in lines[1:])
+
+
+def test_which_store_is_meant(shell):
+    (shell.folder / "given.py").write_text(TASKS.replace("App()", "App('sqlite:given.db')"))
+    shell.env["BUQUET_URL"] = "sqlite:env.db"
+    submit = ["submit", "--args", '["x"]']
+    for words, file in (
+        (["given:app", "greet", "--url", "sqlite:option.db"], "option.db"),
+        (["given:app", "greet"], "given.db"),
+        (["tasks:app", "greet"], "env.db"),
+    ):
+        task_id = shell.json(*submit, *words)["id"]
+        assert shell.json("get", task_id, "--url", f"sqlite:{file}")["id"] == task_id
+
+
+def test_ctrl_c_while_waiting(shell):
+    waiting = shell.start(
+        "submit", "tasks:app", "greet", "--args", '["x"]', "--wait", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert waiting.stderr.readline().startswith("store: ")
+    assert len(waiting.stderr.readline().strip()) == 32, "the id is told before the wait"
+    waiting.send_signal(signal.SIGINT)
+    said = waiting.communicate(timeout=20)
+    assert waiting.returncode == 130
+    assert said == ("", "")
+
+
+def test_version_and_help(shell):
+    assert shell.run("--version").stdout.startswith("buquet 0")
+    listed = shell.run("--help").stdout
+    for command in ("worker", "submit", "get", "history", "cancel", "redrive", "ls", "stats", "workers"):
+        assert command in listed
+    assert "--dry-run" in shell.run("redrive", "--help").stdout
+    assert "--parent" not in shell.run("worker", "--help").stdout
+
+
 def test_submit_and_wait_prints_the_result_or_fails(shell):
     worker = shell.start("worker", "tasks:app", stderr=subprocess.DEVNULL)
     try:
@@ -93,6 +189,8 @@ def test_submit_and_wait_prints_the_result_or_fails(shell):
         assert shell.json("submit", "tasks:app", "greet", "--kwargs", arguments, "--wait")["result"] == "HELLO YOU"
         failed = shell.run("submit", "tasks:app", "breaks", "--wait", status=1)
         assert "it is broken" in failed.stderr
+        value = shell.json("submit", "tasks:app", "breaks", "--wait", status=1)
+        assert (value["state"], value["error"]["message"]) == ("failed", "it is broken")
     finally:
         worker.send_signal(signal.SIGINT)
         assert worker.wait(20) == 0
@@ -116,6 +214,9 @@ def test_cancel_and_redrive_by_id_and_by_filter(shell):
     shell.run("redrive", "--status", "cancelled", "--yes")
     assert shell.json("stats")["states"] == {"pending": 3}
     shell.run("worker", "tasks:app", "--drain")
+    missing = "0" * 32
+    planned = shell.json("redrive", ids[0], missing, "--dry-run", status=1)
+    assert [each["ok"] for each in planned] == [False, False]
     refused = shell.json("cancel", ids[0], status=1)
     assert "already completed" in refused[0]["outcome"]
 
@@ -130,6 +231,15 @@ def test_cancel_and_redrive_by_id_and_by_filter(shell):
         (["cancel"], 2, "ids or a filter"),
         (["submit", "tasks:app", "unknown"], 2, "it has breaks, greet, sleeps"),
         (["submit", "tasks:app", "greet"], 2, "missing a required argument"),
+        (["submit", "tasks:app", "greet", "--args", "[5]"], 2, "Expected `str`, got `int` - at `$.name`"),
+        (["submit", "tasks:app", "greet", "--kwargs", "[5]"], 2, "--kwargs takes a JSON object"),
+        (["cancel", "--status", "completed"], 2, "only one that is pending or running"),
+        (["redrive", "0" * 32, "--queue", "default"], 2, "either ids or a filter"),
+        (["cancel", "--tag", "nothing"], 2, "--tag takes NAME=VALUE"),
+        (["worker", "ends:app"], 2, "ends the program when it is imported"),
+        (["worker", "empty:app"], 2, "has no tasks"),
+        (["worker", "tasks:app", "--max-time", "0"], 2, "max_time > 0"),
+        (["worker", "tasks:app", "--processes", "2", "--url", "memory:"], 2, "other processes do not see"),
         (["submit", "tasks:app", "greet", "--args", "{"], 2, "--args takes a JSON array"),
         (["submit", "tasks:app", "greet", "--args", '["a"]', "--priority", "12"], 2, "priority goes from 0"),
         (["worker", "tasks"], 2, "MODULE:APP"),
@@ -143,6 +253,8 @@ def test_cancel_and_redrive_by_id_and_by_filter(shell):
 )
 def test_what_is_wrong_is_said_in_a_line(shell, words, status, says):
     (shell.folder / "broken.py").write_text("raise RuntimeError('at import')\n")
+    (shell.folder / "ends.py").write_text("raise SystemExit(3)\n")
+    (shell.folder / "empty.py").write_text("import buquet\napp = buquet.App()\n")
     (shell.folder / "needs.py").write_text("import surely_not_installed\n")
     done = shell.run(*words, status=status)
     assert says in done.stderr

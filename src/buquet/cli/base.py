@@ -38,6 +38,10 @@ Url = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Status = Annotated[str | None, typer.Option("--status", "-s", help="Only tasks in this state.")]
+Queue = Annotated[str | None, typer.Option("--queue", "-q", help="Only tasks of this queue.")]
+Name = Annotated[str | None, typer.Option("--name", "-n", help="Only tasks of this name.")]
+Tag = Annotated[list[str] | None, typer.Option("--tag", metavar="K=V", help="Only tasks with this tag; may be given again.")]
 Ids = Annotated[list[str] | None, typer.Argument(metavar="ID…", help="Ids of tasks.")]
 Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="Where the App is, such as tasks:app in the current folder.")]
 
@@ -66,12 +70,13 @@ def run(app: App, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     return asyncio.run(whole())
 
 
-def load(target: str, url: str | None) -> App:
+def load(target: str, url: str | None, *, quiet: bool = False) -> App:
     """Import MODULE:APP from the current folder or the path, and put it on `url` where that is given. Raises UsageError."""
     from buquet.cli.load import find_app  # noqa: PLC0415 - only for commands that import a user's module
 
     app = find_app(target, Path.cwd())
     if url is not None:
         app.use(url)
-    tell_default(app, url)
+    if not quiet:
+        tell_default(app, url)
     return app

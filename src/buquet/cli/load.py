@@ -45,6 +45,11 @@ def _import(name: str, folder: Path) -> ModuleType:
             raise UsageError(msg) from None
         msg = f"module {name} does not import: it needs {error.name!r}, which is not installed here"
         raise UsageError(msg) from None
+    except SystemExit as error:
+        msg = (
+            f"module {name} ends the program when it is imported (exit {error.code}). Put that under `if __name__ == '__main__':`"
+        )
+        raise UsageError(msg) from None
     except Exception as error:  # noqa: BLE001 - whatever a user's module raises is told
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         own = "".join(lines[-3:]).rstrip()

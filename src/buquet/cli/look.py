@@ -9,8 +9,7 @@ import typer
 
 from buquet import insights
 from buquet.cli.base import Json, Url, cli, open_app, run
-from buquet.cli.output import duration, moment, print_json, print_table, to_stderr
-from buquet.cli.tasks import scan_progress
+from buquet.cli.output import duration, moment, print_json, print_table, scan_progress, to_stderr
 
 
 @cli.command()
@@ -23,23 +22,24 @@ def stats(
     app = open_app(url)
 
     async def work() -> None:
-        fleet = await insights.workers(app.client)
-        queues = await insights.waiting(app.client, fleet)
-        listed = await insights.records(app.client)
         reader = insights.Scan(app.client, scan_progress())
+        fleet = await insights.workers(app.client, reader)
+        listed = await insights.records(app.client)
         counted = scan or len(listed) <= insights.CHEAP
-        states = await insights.states(reader, listed) if counted else {}
+        states = await insights.states(reader, listed) if counted else None
+        queues = await insights.waiting(app.client, fleet, reader, states.running if states else None)
         if json:
-            value: dict[str, Any] = {"queues": queues, "records": len(listed), "states": states, "unreadable": reader.unreadable}
+            value: dict[str, Any] = {
+                "queues": queues,
+                "records": len(listed),
+                "states": states.counts if states else None,
+                "unreadable": reader.unreadable,
+            }
             print_json(msgspec.to_builtins(value))
             return
-        rows = [
-            (each.queue, each.ready, each.later, each.running, each.workers, moment(each.next_due), ", ".join(each.unhandled))
-            for each in queues
-        ]
-        print_table(("queue", "ready", "later", "running", "workers", "next due", "nobody handles"), rows, "no queue yet")
-        if counted:
-            print_table(("state", "tasks"), sorted(states.items()), "no task yet")
+        _show(queues)
+        if states:
+            print_table(("state", "tasks"), sorted(states.counts.items()), "no task yet")
         else:
             print(f"{len(listed):,} tasks in all; --scan counts them by state, with a request for each")
         for problem in reader.unreadable:
@@ -48,13 +48,35 @@ def stats(
     run(app, work)
 
 
+def _show(queues: list[insights.Waiting]) -> None:
+    rows = [
+        (
+            each.queue,
+            each.ready,
+            ", ".join(f"p{priority}: {count}" for priority, count in sorted(each.priorities.items())),
+            each.later,
+            each.running,
+            each.workers,
+            moment(each.next_due),
+        )
+        for each in queues
+    ]
+    print_table(("queue", "ready", "by priority", "later", "running", "workers", "next due"), rows, "no queue yet")
+    for each in queues:
+        for name in each.unhandled:
+            print(f"in queue {each.queue!r} {each.names[name]:,} of the name {name!r} wait, and no live worker handles that name")
+
+
 @cli.command()
 def workers(url: Url = None, json: Json = False) -> None:
     """Show the workers: where they run, what they serve, how they are."""
     app = open_app(url)
 
     async def work() -> None:
-        fleet = await insights.workers(app.client)
+        reader = insights.Scan(app.client)
+        fleet = await insights.workers(app.client, reader)
+        for problem in reader.unreadable:
+            to_stderr(f"unreadable: {problem}")
         if json:
             print_json(msgspec.to_builtins(fleet))
             return
@@ -68,12 +90,13 @@ def workers(url: Url = None, json: Json = False) -> None:
                 f"{len(each.running)} of {each.concurrency}",
                 each.completed,
                 each.failed,
+                each.abandoned or "",
                 duration(each.beat_age),
                 f"{each.rss / 2**20:.0f} MB",
             )
             for each in fleet
         ]
-        columns = ("worker", "", "host", "pid", "queues", "running", "completed", "failed", "last beat", "memory")
+        columns = ("worker", "", "host", "pid", "queues", "running", "completed", "failed", "abandoned", "last beat", "memory")
         print_table(columns, rows, "no worker is running")
 
     run(app, work)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+LONG = 500
+"""From so many records on it is shown how far a scan is."""
 COLOURS = {
     "pending": "yellow",
     "running": "cyan",
@@ -75,3 +77,16 @@ def duration(seconds: float) -> str:
 def to_stderr(text: str) -> None:
     """Print a remark that is not the command's answer."""
     print(text, file=sys.stderr)
+
+
+def scan_progress() -> Callable[[int, int], None] | None:
+    """Return what shows how far a long scan is, on a terminal."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, whole: int) -> None:
+        if whole >= LONG:
+            text = "" if done == whole else f"{done:,} of {whole:,} records read"
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+    return show

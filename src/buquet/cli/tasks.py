@@ -1,32 +1,25 @@
-"""Commands about tasks: submit, get, history, cancel, redrive, ls."""
+"""Commands that submit and show tasks: submit, get, history, ls."""
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from buquet.cli.base import Ids, Json, Target, Url, cli, load, open_app, run
-from buquet.cli.output import duration, moment, print_json, print_table, to_stderr
-from buquet.errors import BuquetError, UsageError
-from buquet.insights import Filter, Scan, find
+from buquet.cli.base import Json, Name, Queue, Status, Tag, Target, Url, cli, load, open_app, run
+from buquet.cli.output import duration, moment, print_json, print_table, scan_progress, to_stderr
+from buquet.cli.selecting import selection, tags_of
+from buquet.errors import InvalidPayload, UnreadableRecord, UsageError
+from buquet.insights import Scan, find
+from buquet.queue.client import Client
 from buquet.queue.handle import ending
-from buquet.records import STATES, Task
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from buquet.app import App
+from buquet.queue.payloads import get_value
+from buquet.records import Task
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="A task's id.")]
-Status = Annotated[str | None, typer.Option("--status", "-s", help="Only tasks in this state.")]
-Queue = Annotated[str | None, typer.Option("--queue", "-q", help="Only tasks of this queue.")]
-Name = Annotated[str | None, typer.Option("--name", "-n", help="Only tasks of this name.")]
-Tag = Annotated[list[str] | None, typer.Option("--tag", metavar="K=V", help="Only tasks with this tag; may be given again.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+SHOWN = 2000
+"""Characters of a value that people are shown; --json gives all of it."""
 
 
 @cli.command()
@@ -41,6 +34,7 @@ def submit(
     expires: Annotated[
         float | None, typer.Option("--expires", metavar="S", help="Drop it unless started within so many seconds.")
     ] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", metavar="K=V", help="A tag of the task; may be given again.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the task's end; status 1 unless it completes.")] = False,
     url: Url = None,
     json: Json = False,
@@ -52,28 +46,29 @@ def submit(
         msg = f"{target} has no task {name!r}; it has {', '.join(sorted(app.tasks)) or 'none'}"
         raise UsageError(msg)
     positional, by_name = _parse(args, list[Any], "--args", "array"), _parse(kwargs, dict[str, Any], "--kwargs", "object")
-    task = function.options(key=key, delay=delay, priority=priority, expires=expires)
+    task = function.options(key=key, delay=delay, priority=priority, expires=expires, tags=tags_of(tag))
 
     async def work() -> None:
         try:
-            handle = await task.asubmit(*positional, **by_name)
-        except TypeError as error:
+            prepared = task.prepare(tuple(positional), by_name)
+            # the worker would refuse them too, but later and elsewhere
+            task.signature.decode(prepared.args)
+        except (TypeError, InvalidPayload) as error:
             msg = f"{name}{function.signature.signature}: {error}"
             raise UsageError(msg) from None
+        submitted = await app.client.submit(*prepared)
         if not wait:
-            print_json({"id": handle.id, "created": handle.created}) if json else print(handle.id)
+            print_json(submitted._asdict()) if json else print(submitted.id)
             return
-        record = await app.client.wait(handle.id, None)
+        if not json:
+            to_stderr(submitted.id)
+        record = await app.client.wait(submitted.id, None)
         if record.state != "completed":
             if json:
-                print_json(_plain(record))
+                print_json(submitted._asdict() | {"state": record.state, "error": msgspec.to_builtins(record.error)})
             raise ending(record)
         result = msgspec.json.decode(await app.client.value_of(record))
-        if json:
-            print_json({"id": handle.id, "created": handle.created, "state": record.state, "result": result})
-        else:
-            to_stderr(handle.id)
-            print_json(result)
+        print_json(submitted._asdict() | {"state": record.state, "result": result} if json else result)
 
     run(app, work)
 
@@ -92,7 +87,7 @@ def get(task_id: Id, url: Url = None, json: Json = False) -> None:
     app = open_app(url)
 
     async def work() -> None:
-        task = (await app.client.read(task_id)).record
+        task = await _with_values(app.client, (await app.client.read(task_id)).record)
         if json:
             print_json(_plain(task))
         else:
@@ -101,9 +96,32 @@ def get(task_id: Id, url: Url = None, json: Json = False) -> None:
     run(app, work)
 
 
+async def _with_values(client: Client, task: Task) -> Task:
+    """Put the values that lie in payload objects into the record."""
+    values: dict[str, msgspec.Raw] = {}
+    for name, value, at in (
+        ("args", task.args, task.args_at),
+        ("checkpoint", task.checkpoint, task.checkpoint_at),
+        ("result", task.result, task.result_at),
+    ):
+        if at:
+            try:
+                values[name] = msgspec.Raw(await get_value(client.reads, value, at))
+            except UnreadableRecord as error:
+                to_stderr(str(error))
+    return msgspec.structs.replace(task, **values)
+
+
 def _plain(task: Task) -> dict[str, Any]:
-    """Return a record as JSON values, with what is absent left out."""
-    return msgspec.json.decode(msgspec.json.encode(task))
+    """Return a record as JSON values, with every field; a value that is not there is null."""
+    values = {"args", "checkpoint", "result"}
+    whole: dict[str, Any] = {name: None if name in values else getattr(task, name) for name in task.__struct_fields__}
+    return msgspec.to_builtins(whole) | msgspec.json.decode(msgspec.json.encode(task))
+
+
+def _short(value: msgspec.Raw, at: str) -> str:
+    text = bytes(value).decode()
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters; --json shows all)" if text else at
 
 
 def _show(task: Task) -> None:
@@ -126,9 +144,9 @@ def _show(task: Task) -> None:
         ("finished", moment(task.finished)),
         ("worker", task.worker if task.state == "running" else ""),
         ("cancel", "requested" if task.cancel_requested and task.state == "running" else ""),
-        ("arguments", bytes(task.args).decode()[:2000] or task.args_at),
-        ("checkpoint", bytes(task.checkpoint).decode()[:2000] or task.checkpoint_at),
-        ("result", bytes(task.result).decode()[:2000] or task.result_at),
+        ("arguments", _short(task.args, task.args_at)),
+        ("checkpoint", _short(task.checkpoint, task.checkpoint_at)),
+        ("result", _short(task.result, task.result_at)),
         ("error", f"{task.error.type}: {task.error.message}" if task.error else ""),
     ]
     print_table(("field", "value"), [*rows, *(row for row in optional if row[1])])
@@ -157,7 +175,7 @@ def history(
             return
         task = (await app.client.read(task_id)).record
         if json:
-            print_json(_plain(task).get("events", []))
+            print_json(task.events)
             return
         since = task.events[0].at if task.events else 0
         rows = [
@@ -172,114 +190,6 @@ def history(
 
 
 @cli.command()
-def cancel(
-    ids: Ids = None,
-    status: Status = None,
-    queue: Queue = None,
-    name: Name = None,
-    tag: Tag = None,
-    dry_run: DryRun = False,
-    yes: Yes = False,
-    url: Url = None,
-    json: Json = False,
-) -> None:
-    """Cancel tasks by id, or all that a filter takes."""
-    app = open_app(url)
-    wanted = _filter(status, queue, name, tag)
-    _many(app, ids, wanted, ("pending", "running"), app.client.cancel, dry_run, yes, json)
-
-
-@cli.command()
-def redrive(
-    ids: Ids = None,
-    status: Status = None,
-    queue: Queue = None,
-    name: Name = None,
-    tag: Tag = None,
-    dry_run: DryRun = False,
-    yes: Yes = False,
-    url: Url = None,
-    json: Json = False,
-) -> None:
-    """Run failed, cancelled or expired tasks again: by id, or all that a filter takes."""
-    app = open_app(url)
-
-    async def again(task_id: str) -> str:
-        await app.client.redrive(task_id)
-        return "pending"
-
-    wanted = _filter(status, queue, name, tag)
-    _many(app, ids, wanted, ("failed", "cancelled", "expired"), again, dry_run, yes, json)
-
-
-def _filter(status: str | None, queue: str | None, name: str | None, tag: list[str] | None) -> Filter:
-    if status is not None and status not in STATES:
-        msg = f"--status is one of {', '.join(STATES)}, not {status!r}"
-        raise UsageError(msg)
-    tags: dict[str, str] = {}
-    for each in tag or ():
-        left, equals, right = each.partition("=")
-        if not equals:
-            msg = f"--tag takes NAME=VALUE, not {each!r}"
-            raise UsageError(msg)
-        tags[left] = right
-    return Filter(status, queue, name, tags)
-
-
-def _many(
-    app: App,
-    ids: list[str] | None,
-    wanted: Filter,
-    fitting: tuple[str, ...],
-    act: Callable[[str], Awaitable[str]],
-    dry_run: bool,
-    yes: bool,
-    json: bool,
-) -> None:
-    """Do something to each of many tasks, and go on past those that refuse; status 1 when any did."""
-    filtered = wanted != Filter()
-    if bool(ids) == filtered:
-        msg = "name either ids or a filter (--status, --queue, --name, --tag); --dry-run shows what a filter takes"
-        raise UsageError(msg)
-
-    async def work() -> bool:
-        chosen = list(ids or ())
-        if filtered:
-            found = await find(app.client, wanted, None, Scan(app.client, scan_progress()))
-            chosen = [task.id for task in found if task.state in fitting]
-            if not dry_run and not yes and sys.stdin.isatty() and not typer.confirm(f"{len(chosen)} tasks?"):
-                raise typer.Exit(1)
-        outcomes = [await _one(task_id, act, dry_run) for task_id in chosen]
-        if json:
-            print_json(outcomes)
-        else:
-            print_table(("id", "outcome"), [(each["id"], each["outcome"]) for each in outcomes], "no task fits")
-        return all(each["ok"] for each in outcomes)
-
-    if not run(app, work):
-        raise typer.Exit(1)
-
-
-async def _one(task_id: str, act: Callable[[str], Awaitable[str]], dry_run: bool) -> dict[str, Any]:
-    try:
-        return {"id": task_id, "ok": True, "outcome": "would be done" if dry_run else await act(task_id)}
-    except BuquetError as error:
-        return {"id": task_id, "ok": False, "outcome": str(error)}
-
-
-def scan_progress() -> Callable[[int, int], None] | None:
-    """Return what shows how far a long scan is, on a terminal."""
-    if not sys.stderr.isatty():
-        return None
-
-    def show(done: int, whole: int) -> None:
-        end = "\n" if done == whole else ""
-        print(f"\r{done:,} of {whole:,} records", end=end, file=sys.stderr, flush=True)
-
-    return show
-
-
-@cli.command()
 def ls(
     status: Status = None,
     queue: Queue = None,
@@ -291,7 +201,7 @@ def ls(
 ) -> None:
     """List tasks, the last changed first."""
     app = open_app(url)
-    wanted = _filter(status, queue, name, tag)
+    wanted = selection(status, queue, name, tag)
 
     async def work() -> None:
         scan = Scan(app.client, scan_progress())

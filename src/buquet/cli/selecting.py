@@ -1,0 +1,28 @@
+"""What the options that choose tasks mean."""
+
+from __future__ import annotations
+
+from buquet.errors import UsageError
+from buquet.insights import Filter
+from buquet.records import STATES, State
+
+
+def selection(status: str | None, queue: str | None, name: str | None, tag: list[str] | None) -> Filter:
+    """Return the filter that --status, --queue, --name and --tag make. Raises UsageError."""
+    states: tuple[State, ...] = tuple(state for state in STATES if state == status)
+    if status is not None and not states:
+        msg = f"--status is one of {', '.join(STATES)}, not {status!r}"
+        raise UsageError(msg)
+    return Filter(states, queue, name, tags_of(tag))
+
+
+def tags_of(tag: list[str] | None) -> dict[str, str]:
+    """Return the tags that --tag options name. Raises UsageError."""
+    tags: dict[str, str] = {}
+    for each in tag or ():
+        name, equals, value = each.partition("=")
+        if not name or not equals:
+            msg = f"--tag takes NAME=VALUE, not {each!r}"
+            raise UsageError(msg)
+        tags[name] = value
+    return tags

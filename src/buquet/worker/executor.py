@@ -276,7 +276,8 @@ class Executor:
         last = failures >= run.held.record.max_attempts
         self.keeper.failed += last
         wait = 0 if last else int(function.policy.backoff.seconds(failures, self.clock) * 1000)
-        log.warning(
+        log.log(
+            logging.ERROR if last else logging.WARNING,
             "task %s (%s) attempt %d failed, %s: %s: %s",
             run.listing.task,
             run.listing.name,

@@ -287,7 +287,10 @@ async def test_a_key_is_one_task_and_other_arguments_are_an_error(rig):
     again = await charge.options(key="o-1").asubmit("o-1")
     assert (first.created, again.created, again.id) == (True, False, first.id)
     with pytest.raises(KeyConflict, match="other arguments"):
-        await charge.options(key="o-1").asubmit("o-2")
+        await charge.options(key="o-1", delay=500).asubmit("o-2")
+    assert (await charge.options(key="o-1", delay=500).asubmit("o-1")).created is False
+    assert len(await rig.store.list("ready/default/5/")) == 1
+    assert await rig.store.list("later/default/") == []
     await rig.drain()
     assert await again.aresult() == "o-1"
     assert (await charge.options(key="o-1").asubmit("o-1")).created is False

@@ -115,6 +115,9 @@ class Client:
                 return True
             held = write.held
         there = held.record
+        if fresh.entry != there.entry or there.state in TERMINAL:
+            # this submit's own entry names nothing (I3: its record was read, of its rev or a later one), and would look like work
+            await self.reads.delete(fresh.entry)
         if not _same_value(there, fresh):
             msg = (
                 f"key {fresh.key!r} of task {fresh.name!r} was submitted before with other arguments, as task {fresh.id}; "

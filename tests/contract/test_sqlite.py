@@ -344,6 +344,42 @@ async def test_log_and_file_stay_small(store: SqliteStore, path: Path) -> None:
     assert size(path) < 10_000_000
 
 
+async def test_file_at_rest_has_an_empty_log(store: SqliteStore, path: Path) -> None:
+    for number in range(200):
+        await store.put(f"payloads/x/{number}", b"x" * 4000)
+    log = path.with_name(path.name + "-wal")
+    assert size(log) > 500_000
+    ends = asyncio.get_running_loop().time() + 20
+    while size(log):
+        assert asyncio.get_running_loop().time() < ends, "the log was never emptied"
+        await asyncio.sleep(0.05)
+    stored = await store.get("payloads/x/199")
+    assert isinstance(stored, Stored)
+
+
+async def test_day_of_heartbeats_and_bells_adds_less_than_a_megabyte(store: SqliteStore, path: Path) -> None:
+    beat = await store.create("workers/0/w.json", b"x" * 400)
+    ring = await store.create("bell/q", b"x" * 400)
+    await store.put("ready/q/5/first", b"")
+
+    def whole() -> int:
+        files = [path.with_name(path.name + end) for end in ("", "-wal", "-shm")]
+        return sum(size(each) for each in files if each.exists())
+
+    before = whole()
+    for number in range(8640):  # a heartbeat each ten seconds, and as many rings and entries that come and go
+        body = b"%0400d" % number
+        entry = f"ready/q/5/{number:08d}"
+        beat, ring, *_ = await asyncio.gather(
+            store.update("workers/0/w.json", body, beat.etag),
+            store.update("bell/q", body, ring.etag),
+            store.put(entry, b""),
+            store.delete(entry),
+        )
+    await store.close()
+    assert whole() - before < 1_000_000
+
+
 async def test_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite, "PRAGMAS", (*sqlite.PRAGMAS, "PRAGMA max_page_count = 50"))
     store = SqliteStore(path, Clock())

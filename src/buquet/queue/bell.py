@@ -67,7 +67,7 @@ class Ringer:
 
     async def _ring_soon(self, queue: str) -> None:
         while True:
-            # one ring ahead of its share: else, where submits come just as often as rings may, one late ring makes all after it late
+            # one ring ahead of its share: where submits come just as often as rings may, a late one would make all after it late
             wait = self._paid.get(queue, 0.0) - EVERY - self.clock.monotonic()
             if wait > 0:
                 await self.clock.sleep(wait)

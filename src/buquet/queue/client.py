@@ -84,7 +84,7 @@ class Client:
         task = transitions.submit(replace(task, args=value, args_at=at), self.clock.now_ms())
         await self.reads.put(task.entry, b"")
         if not task.key:
-            # nobody else can have this id, so the bell may ring while the record is written: a worker that is quicker looks again soon
+            # nobody else can have this id, so the bell may ring while the record is written: a quicker worker looks again soon
             self.ringer.added(task.queue, task.entry)
         write = await self.register.create(keys.task(task.id), task)
         created = write.landed

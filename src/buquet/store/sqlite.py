@@ -39,6 +39,8 @@ KEPT = ("tasks/", "runs/", "schedules/")
 """Keys whose earlier versions are kept, as in a versioned bucket; of sessions, bells and entries nobody reads them."""
 MOST = 1000
 """Operations in one transaction."""
+AT_REST = 1.0
+"""Seconds without a write after which the log is written back and emptied, so that a file at rest is small."""
 BUSY = 30.0
 """Seconds to wait for another process's transaction."""
 DIGITS = 18
@@ -136,9 +138,16 @@ class SqliteStore:
         return await future
 
     def _write_forever(self, connection: sqlite3.Connection) -> None:
+        written = False
         while True:
-            self._waiting.wait()
+            if not self._waiting.wait(AT_REST if written else None):
+                written = False
+                # all is in the file again and the log beside it empty; while others read or write it stays as it is
+                with suppress(sqlite3.Error):
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                continue
             self._waiting.clear()
+            written = True
             while self._queue:
                 batch = [self._queue.popleft() for _ in range(min(len(self._queue), MOST))]
                 self._deliver(batch, self._commit(connection, batch))

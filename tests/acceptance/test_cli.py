@@ -145,7 +145,7 @@ def test_the_log_for_programs(shell):
     assert lines[0]["queues"] == ["default", "slow"]
     assert {"name": "greet", "queue": "default"} in lines[0]["tasks"]
     assert all({"at", "level", "message"} <= set(line) for line in lines[1:])
-    assert any(line["level"] == "warning" and "it is broken" in line["message"] for line in lines[1:])
+    assert any(line["level"] == "error" and "it is broken" in line["message"] for line in lines[1:])
 
 
 def test_which_store_is_meant(shell):

@@ -667,3 +667,31 @@ async def test_what_a_worker_claimed_just_before_it_died_is_taken_over_as_soon_a
     assert (await handle.arecord()).losses == 1
     other.stop()
     await rest
+
+
+@virtual
+async def test_a_worker_is_stopped_also_while_the_store_is_away(rig):
+    from buquet.testing.faulty import FaultyStore
+
+    store = FaultyStore(rig.store, rig.clock)
+    rig.app._store, rig.app._client = store, None
+    started = asyncio.Semaphore(0)
+
+    @rig.app.task
+    async def long() -> None:
+        started.release()
+        await asyncio.sleep(3000)
+
+    await long.asubmit()
+    for seconds_away in (1, 100):  # before it fences itself, and while it tries to start anew
+        worker = rig.worker(grace=5)
+        work = asyncio.create_task(worker.arun())
+        await started.acquire()
+        rule = store.inject("refuse", times=None)
+        await rig.clock.sleep(seconds_away)
+        worker.stop()
+        begun = rig.clock.monotonic()
+        await work
+        assert rig.clock.monotonic() - begun < 60
+        rule.stop()
+        await rig.clock.sleep(40)

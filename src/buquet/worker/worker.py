@@ -20,6 +20,7 @@ from buquet.worker.drained import drained
 from buquet.worker.executor import Executor, Running
 from buquet.worker.finder import QueueFinder
 from buquet.worker.fleet import Fleet, Reaper
+from buquet.worker.racing import cancel_all, first_of
 from buquet.worker.session import TTL, SessionKeeper
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ log = logging.getLogger("buquet.worker")
 
 LOOK_AT_FLEET = 20.0
 READ_NOTES = 2.0
+LOOKS = 5.0
+"""Seconds for which looking for work waits for a store that is away, before the worker sees whether it is to stop."""
 FINISHING = 4
 """Tasks whose outcome is being stored, for each that may run: a handler need not wait for the write of the one before."""
 
@@ -77,12 +80,13 @@ class Worker:
         self.max_time = max_time
         self.grace = grace
         self.register = Register(client.store, self.clock, patience=None)
+        self.looks = Register(client.store, self.clock, patience=LOOKS)
         self.keeper = SessionKeeper(client.store, self.clock, served, tuple(sorted(tasks)), concurrency, ttl, parent)
         self.reaper = Reaper(self.register, self.clock, client.added, client.ended)
         self.fleet = Fleet(self.register, self.clock, self.keeper, self.reaper)
         self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, client.ended)
         self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks)
-        self.finders = [QueueFinder(queue, self.register.reads, self.clock, self.fleet, self._handled) for queue in served]
+        self.finders = [QueueFinder(queue, self.looks.reads, self.clock, self.fleet, self._handled) for queue in served]
         self.running: dict[str, Running] = {}
         """Claims by their token."""
         self.unhandled: dict[str, int] = {}
@@ -147,9 +151,11 @@ class Worker:
             self.client.listeners.remove(self._told)
             if timer:
                 timer.cancel()
-            await _cancel([*aside, *self._pursuits])
+            await cancel_all([*aside, *self._pursuits])
             await self.keeper.stop()
-            await self.keeper.end()
+            with suppress(TimeoutError):  # a session that stays is reaped by others
+                async with asyncio.timeout(self.keeper.ttl / 3):
+                    await self.keeper.end()
             self.executor.threads.close()
             log.info(
                 "worker %s has ended; %d tasks completed, %d failed", self.keeper.id, self.keeper.completed, self.keeper.failed
@@ -168,7 +174,7 @@ class Worker:
             deadline = self.clock.monotonic() + self.grace
             while self._pursuits and not self._hasty and not self.keeper.lost and self.clock.monotonic() < deadline:
                 self._wake.clear()
-                await _first(self._wake.wait(), asyncio.wait(self._pursuits, timeout=deadline - self.clock.monotonic()))
+                await first_of(self._wake.wait(), asyncio.wait(self._pursuits, timeout=deadline - self.clock.monotonic()))
         for run in list(self.running.values()):
             run.request_stop("release")
         if self._pursuits and not self.keeper.lost:
@@ -207,7 +213,8 @@ class Worker:
         while not self._stopping:
             self._wake.clear()
             if self.keeper.lost:
-                await self._begin_anew()
+                # while the store is away this takes as long as that lasts, and a stop must not wait for it
+                await first_of(self._begin_anew(), self._stopped())
                 continue
             room = min(self.concurrency - self._busy, (FINISHING + 1) * self.concurrency - len(self._pursuits))
             if room <= 0:
@@ -217,13 +224,13 @@ class Worker:
                 if await self._take(room):
                     tries = 0
                     continue
-                if self.drain and not self._pursuits and await drained(self.register, self.fleet, self.finders, self.tasks):
+                if self.drain and not self._pursuits and await drained(self.looks, self.fleet, self.finders, self.tasks):
                     return
                 await self._rest()
                 tries = 0
             except StoreError as error:
                 log.error("looking for work failed, trying again: %s", error)  # noqa: TRY400 - the text says all
-                await _first(self._wake.wait(), pause(self.clock, tries + 3))
+                await first_of(self._wake.wait(), pause(self.clock, tries + 3))
                 tries += 1
 
     async def _take(self, room: int) -> bool:
@@ -253,12 +260,17 @@ class Worker:
             log.error("a defect of buquet: this worker ends", exc_info=error)
             self.stop()
 
+    async def _stopped(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            await self._wake.wait()
+
     async def _rest(self) -> None:
         rests: list[Coroutine[Any, Any, object]] = [finder.rest() for finder in self.finders]
         if self.drain:
             rests.append(self.clock.sleep(self._drain_wait))
             self._drain_wait = min(self._drain_wait * 2, 2.0)
-        await _first(self._wake.wait(), *rests)
+        await first_of(self._wake.wait(), *rests)
 
     async def _pursue(self, finder: QueueFinder, found: Found) -> None:
         """Take one entry as far as it goes: claim, run, store the outcome."""
@@ -304,7 +316,7 @@ class Worker:
     async def _begin_anew(self) -> None:
         """Stop everything of the lost session, put back the entries of what is still mine, and start under a new id."""
         lost = self.keeper
-        await _cancel(list(self._pursuits))
+        await cancel_all(list(self._pursuits))
         await lost.stop()
         self.running.clear()
         for listing in list(lost.claims.values()):
@@ -378,20 +390,3 @@ class Worker:
         held = await self.register.read(Task, keys.task(run.listing.task))
         if held is not None and held.record.token == run.token and held.record.cancel_requested:
             run.request_stop("cancel")
-
-
-async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _first(*others: Coroutine[Any, Any, object]) -> None:
-    """Wait for the first of some coroutines, and cancel the rest. Raises what it raised."""
-    tasks = [asyncio.ensure_future(other) for other in others]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        await _cancel(tasks)
-    for task in done:
-        task.result()

@@ -16,7 +16,7 @@ from buquet import keys
 from buquet.codec import decode_record
 from buquet.errors import StoreRefused, UnreadableRecord
 from buquet.records import Record, Session, State, Task
-from buquet.store.base import PAGE, Listed, Stored
+from buquet.store.base import Listed, Stored
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -103,17 +103,6 @@ class Filter:
         )
 
 
-async def pages(client: Client, prefix: str) -> AsyncIterator[list[Listed]]:
-    """Yield the pages of a LIST."""
-    after = ""
-    while True:
-        page = await client.reads.list(prefix, after=after)
-        yield page
-        if len(page) < PAGE:
-            return
-        after = page[-1].key
-
-
 async def store_now(client: Client) -> float:
     """Return the time by the store's clock, seconds since 1970.
 
@@ -137,7 +126,7 @@ async def store_now(client: Client) -> float:
 
 async def records(client: Client) -> list[Listed]:
     """LIST all task records, the last changed first: one request for a thousand."""
-    found = [each async for page in pages(client, keys.TASKS) for each in page if keys.task_id_of(each.key)]
+    found = [each async for page in client.reads.pages(keys.TASKS) for each in page if keys.task_id_of(each.key)]
     found.sort(key=_newest)
     return found
 
@@ -209,7 +198,7 @@ async def _unfinished(client: Client, wanted: Filter, scan: Scan) -> list[Listed
     for queue in [wanted.queue] if wanted.queue is not None else await known_queues(client, (each for _, each in fleet)):
         for lane in lanes(queue):
             if "pending" in wanted.states:
-                async for page in pages(client, lane):
+                async for page in client.reads.pages(lane):
                     _note_entries(found, page, wanted)
             else:
                 _note_entries(found, await client.reads.list(lane, limit=FRONT), wanted)
@@ -243,7 +232,7 @@ async def states(scan: Scan, listed: Sequence[Listed]) -> States:
 async def sessions(client: Client, scan: Scan) -> list[tuple[Stored, Session]]:
     """Read all sessions."""
     found: list[tuple[Stored, Session]] = []
-    async for page in pages(client, keys.WORKERS):
+    async for page in client.reads.pages(keys.WORKERS):
         for start in range(0, len(page), AT_ONCE):
             found += await scan.many(Session, page[start : start + AT_ONCE])
     return found
@@ -280,7 +269,7 @@ def _view(stored: Stored, session: Session, now: float) -> WorkerView:
 
 async def known_queues(client: Client, fleet: Iterable[WorkerView | Session]) -> list[str]:
     """Return the queues that have a bell or a worker."""
-    names = {each.key.partition("/")[2] async for page in pages(client, BELLS) for each in page}
+    names = {each.key.partition("/")[2] async for page in client.reads.pages(BELLS) for each in page}
     return sorted({keys.unquoted(name) for name in names} | {queue for worker in fleet for queue in worker.queues})
 
 
@@ -324,7 +313,7 @@ async def _queue(client: Client, queue: str, fleet: list[WorkerView], running: s
     view = Waiting(queue=queue, workers=len(fleet), running=len(running))
     entries: dict[str, keys.Entry] = {}
     for lane in lanes(queue):
-        async for page in pages(client, lane):
+        async for page in client.reads.pages(lane):
             entries.update((entry.task, entry) for each in page if (entry := keys.parse_entry(each.key)))
     for entry in entries.values():
         if entry.task in running:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
 from buquet import keys
-from buquet.store.base import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
@@ -28,14 +27,9 @@ AT_ONCE = 32
 
 async def each_key(reads: Retrying, prefix: str) -> AsyncIterator[Listed]:
     """Yield every key under a prefix, page by page."""
-    after = ""
-    while True:
-        page = await reads.list(prefix, after=after, limit=PAGE)
+    async for page in reads.pages(prefix):
         for each in page:
             yield each
-        if len(page) < PAGE:
-            return
-        after = page[-1].key
 
 
 async def each_record(reads: Retrying, tell: Callable[[float], None]) -> AsyncIterator[Listed]:

@@ -213,17 +213,12 @@ async def live_workers(client: Client, queue: str) -> int:
     """Count the workers that seem to live and serve a queue. All whose ids begin alike serve the same queues: one is read."""
     found: dict[str, list[float]] = {}
     one: dict[str, str] = {}
-    after = ""
-    while True:
-        page = await client.reads.list(keys.WORKERS, after=after)
+    async for page in client.reads.pages(keys.WORKERS):
         for each in page:
             worker = keys.worker_of(each.key)
             kind = worker.partition(".")[0]
             found.setdefault(kind, []).append(each.modified)
             one[kind] = worker
-        if len(page) < 1000:  # noqa: PLR2004 - a page of S3
-            break
-        after = page[-1].key
     count = 0
     for kind, modified in found.items():
         try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from buquet.errors import StoreUnavailable
+from buquet.store.base import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from buquet.clock import Clock
     from buquet.store.base import Listed, NotModified, Receipt, Store, Stored
@@ -54,9 +55,19 @@ class Retrying:
         except StoreUnavailable:
             return await self.again(lambda: self.store.get(key, unless=unless, version=version))
 
-    async def list(self, prefix: str, *, after: str = "", limit: int = 1000) -> list[Listed]:
+    async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
         """LIST one page, see Store."""
         return await self.again(lambda: self.store.list(prefix, after=after, limit=limit))
+
+    async def pages(self, prefix: str) -> AsyncIterator[list[Listed]]:
+        """LIST everything under a prefix, and yield it a page at a time."""
+        after = ""
+        while True:
+            page = await self.list(prefix, after=after)
+            yield page
+            if len(page) < PAGE:
+                return
+            after = page[-1].key
 
     async def put(self, key: str, body: bytes) -> Receipt:
         """PUT without a condition, see Store."""

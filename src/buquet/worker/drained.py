@@ -19,16 +19,11 @@ async def drained(register: Register, fleet: Fleet, finders: Iterable[QueueFinde
     """Tell whether nothing is left that a worker with these handlers could run, here or under another worker."""
     for finder in finders:
         for prefix in (keys.ready_prefix(finder.queue), keys.later_lane(finder.queue)):
-            after = ""
-            while True:
-                page = await register.reads.list(prefix, after=after)
+            async for page in register.reads.pages(prefix):
                 for each in page:
                     entry = keys.parse_entry(each.key)
                     if entry and entry.name in names and entry.key not in finder.stale:
                         return False
-                if len(page) < 1000:  # noqa: PLR2004 - a page of S3
-                    break
-                after = page[-1].key
     for worker in fleet.mates:
         if worker != fleet.keeper.id:
             held = await register.read(Session, keys.session(worker))

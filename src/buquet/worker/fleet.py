@@ -121,13 +121,8 @@ class Fleet:
     async def look(self) -> None:
         """LIST the sessions, learn the store's time from my own, and reap the dead."""
         found: dict[str, Listed] = {}
-        after = ""
-        while True:
-            page = await self.register.reads.list(keys.WORKERS, after=after)
+        async for page in self.register.reads.pages(keys.WORKERS):
             found.update((keys.worker_of(each.key), each) for each in page)
-            if len(page) < 1000:  # noqa: PLR2004 - a page of S3
-                break
-            after = page[-1].key
         self.sessions = found
         self._learn_time()
         mine = self.keeper.id.partition(".")[0]

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from buquet import keys
 from buquet.errors import BuquetError, UnreadableRecord, UsageError
 from buquet.records import Session
-from buquet.store.base import PAGE
 from buquet.store.register import Register
 from buquet.worker.fleet import Reaper
 
@@ -215,15 +214,11 @@ class Processes:
             elif held.record.pid == pid:
                 found.append(held.record)
 
-        after = ""
-        while True:
-            page = await register.reads.list(keys.WORKERS, after=after)
+        async for page in register.reads.pages(keys.WORKERS):
             unknown = [each.key for each in page if each.key not in self._foreign]
             for start in range(0, len(unknown), AT_ONCE):
                 await asyncio.gather(*map(look, unknown[start : start + AT_ONCE]))
-            if len(page) < PAGE:
-                return found
-            after = page[-1].key
+        return found
 
 
 def watch_parent(gone: Callable[[], None]) -> None:

@@ -173,8 +173,9 @@ class Worker:
             log.info("waiting up to %g s for %d running tasks", self.grace, len(self._pursuits))
             deadline = self.clock.monotonic() + self.grace
             while self._pursuits and not self._hasty and not self.keeper.lost and self.clock.monotonic() < deadline:
+                # a pursuit that ends wakes it, and the last one may do so before this wait has begun
                 self._wake.clear()
-                await first_of(self._wake.wait(), asyncio.wait(self._pursuits, timeout=deadline - self.clock.monotonic()))
+                await first_of(self._wake.wait(), self.clock.sleep(deadline - self.clock.monotonic()))
         for run in list(self.running.values()):
             run.request_stop("release")
         if self._pursuits and not self.keeper.lost:

@@ -14,6 +14,8 @@ TASKS = "tasks/"
 READY = "ready/"
 LATER = "later/"
 WORKERS = "workers/"
+BELLS = "bell/"
+PAYLOADS = "payloads/"
 PRIORITIES = range(10)
 MAX_NAME = 100
 
@@ -123,6 +125,11 @@ def ready_prefix(queue: str) -> str:
 def later_lane(queue: str) -> str:
     """Return the prefix of a queue's entries that wait for their time."""
     return f"later/{quoted(queue, 'queue')}/"
+
+
+def lanes(queue: str) -> tuple[str, ...]:
+    """Return the lanes of a queue. Each is listed by itself: some stores lose keys where a LIST goes on in another folder."""
+    return (*(ready_lane(queue, priority) for priority in PRIORITIES), later_lane(queue))
 
 
 def lane_at(lane: str, at: int) -> str:

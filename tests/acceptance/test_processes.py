@@ -12,7 +12,7 @@ import pytest
 
 from buquet import App
 from buquet.errors import UsageError
-from buquet.insights import workers
+from buquet.insights.fleet import workers
 from buquet.worker.processes import Processes
 
 TASKS = """

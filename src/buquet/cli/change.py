@@ -13,7 +13,8 @@ from buquet.cli.base import Ids, Json, Name, Queue, Status, Tag, Url, cli, open_
 from buquet.cli.output import print_json, print_table, scan_progress, to_stderr
 from buquet.cli.selecting import selection
 from buquet.errors import BuquetError, UsageError
-from buquet.insights import AT_ONCE, Filter, Scan, find
+from buquet.insights.scan import AT_ONCE, Scan
+from buquet.insights.tasks import Filter, find
 from buquet.records import State
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from buquet import insights
 from buquet.cli.base import Json, Url, cli, open_app, run
 from buquet.cli.output import duration, moment, print_json, print_table, scan_progress, to_stderr
+from buquet.insights import fleet, tasks
+from buquet.insights.scan import Scan, records
 
 
 @cli.command()
@@ -22,12 +23,12 @@ def stats(
     app = open_app(url)
 
     async def work() -> None:
-        reader = insights.Scan(app.client, scan_progress())
-        fleet = await insights.workers(app.client, reader)
-        listed = await insights.records(app.client)
-        counted = scan or len(listed) <= insights.CHEAP
-        states = await insights.states(reader, listed) if counted else None
-        queues = await insights.waiting(app.client, fleet, reader, states.running if states else None)
+        reader = Scan(app.client, scan_progress())
+        crew = await fleet.workers(app.client, reader)
+        listed = await records(app.client)
+        counted = scan or len(listed) <= tasks.CHEAP
+        states = await tasks.states(reader, listed) if counted else None
+        queues = await fleet.waiting(app.client, crew, reader, states.running if states else None)
         if json:
             value: dict[str, Any] = {
                 "queues": queues,
@@ -48,7 +49,7 @@ def stats(
     run(app, work)
 
 
-def _show(queues: list[insights.Waiting]) -> None:
+def _show(queues: list[fleet.Waiting]) -> None:
     rows = [
         (
             each.queue,
@@ -73,12 +74,12 @@ def workers(url: Url = None, json: Json = False) -> None:
     app = open_app(url)
 
     async def work() -> None:
-        reader = insights.Scan(app.client)
-        fleet = await insights.workers(app.client, reader)
+        reader = Scan(app.client)
+        crew = await fleet.workers(app.client, reader)
         for problem in reader.unreadable:
             to_stderr(f"unreadable: {problem}")
         if json:
-            print_json(msgspec.to_builtins(fleet))
+            print_json(msgspec.to_builtins(crew))
             return
         rows = [
             (
@@ -94,7 +95,7 @@ def workers(url: Url = None, json: Json = False) -> None:
                 duration(each.beat_age),
                 f"{each.rss / 2**20:.0f} MB",
             )
-            for each in fleet
+            for each in crew
         ]
         columns = ("worker", "", "host", "pid", "queues", "running", "completed", "failed", "abandoned", "last beat", "memory")
         print_table(columns, rows, "no worker is running")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from buquet.errors import UsageError
-from buquet.insights import Filter
+from buquet.insights.tasks import Filter
 from buquet.records import STATES, State
 
 

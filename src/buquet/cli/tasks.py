@@ -11,7 +11,8 @@ from buquet.cli.base import Json, Name, Queue, Status, Tag, Target, Url, cli, lo
 from buquet.cli.output import duration, moment, print_json, print_table, scan_progress, to_stderr
 from buquet.cli.selecting import selection, tags_of
 from buquet.errors import InvalidPayload, UnreadableRecord, UsageError
-from buquet.insights import Scan, find
+from buquet.insights.scan import Scan
+from buquet.insights.tasks import find
 from buquet.queue.client import Client
 from buquet.queue.handle import ending
 from buquet.queue.payloads import get_value

@@ -30,10 +30,8 @@ from buquet import keys
 from buquet.errors import StoreRefused, UnreadableRecord
 from buquet.operate.ages import store_ahead
 from buquet.operate.sweep import (
-    BELLS,
     DAY,
     HOUR,
-    PAYLOADS,
     each_entry,
     each_key,
     each_record,
@@ -143,7 +141,7 @@ class _Checker:
 
     async def _discover_queues(self) -> None:
         """Learn queues from bells and sessions; the records told of theirs. `ready/` is not listed as a whole, see each_entry."""
-        async for each in each_key(self.reads, BELLS):
+        async for each in each_key(self.reads, keys.BELLS):
             self.queues.add(queue_of_bell(each.key))
         async for each in each_key(self.reads, keys.WORKERS):
             try:
@@ -282,7 +280,7 @@ class _Checker:
 
         old: list[Listed] = []
         last = ""
-        async for each in each_key(self.reads, PAYLOADS):
+        async for each in each_key(self.reads, keys.PAYLOADS):
             self.report.payloads += 1
             folder = each.key.rpartition("/")[0]
             if self.now - each.modified > HOUR and folder != last:  # one of a task speaks for the others

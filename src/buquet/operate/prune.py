@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from buquet import keys
 from buquet.errors import UnreadableRecord, UsageError
 from buquet.operate.ages import store_ahead
-from buquet.operate.sweep import HOUR, PAYLOADS, each_key, each_record, owner_of_payload, side_by_side
+from buquet.operate.sweep import HOUR, each_key, each_record, owner_of_payload, side_by_side
 from buquet.queue import transitions
 from buquet.records import ENDED, Task
 from buquet.store.base import Stored
@@ -152,7 +152,7 @@ class _Sweep:
 
         async def doomed() -> AsyncIterator[Listed]:
             nonlocal last, needed
-            async for each in each_key(self.reads, PAYLOADS):
+            async for each in each_key(self.reads, keys.PAYLOADS):
                 task_id = owner_of_payload(each.key)
                 if task_id is None or self.now - each.modified < HOUR:
                     continue

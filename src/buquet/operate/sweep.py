@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-BELLS = "bell/"
-PAYLOADS = "payloads/"
 HOUR = 3600.0
 DAY = 86_400.0
 SHARDS = 256
@@ -79,10 +77,10 @@ async def side_by_side(
 
 def queue_of_bell(key: str) -> str:
     """Return the queue whose doorbell this key is."""
-    return unquote(key.removeprefix(BELLS))
+    return unquote(key.removeprefix(keys.BELLS))
 
 
 def owner_of_payload(key: str) -> str | None:
     """Return the id of the task that a payload object belongs to, or None."""
-    task_id = key.removeprefix(PAYLOADS).partition("/")[0]
+    task_id = key.removeprefix(keys.PAYLOADS).partition("/")[0]
     return task_id if keys.is_id(task_id) else None

@@ -1,0 +1,177 @@
+"""Workers and queues: who is alive, what waits, what runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from buquet import keys
+from buquet.errors import StoreRefused
+from buquet.insights.scan import AT_ONCE, Scan
+from buquet.records import Session
+from buquet.store.base import Listed, Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from buquet.queue.client import Client
+
+NEAR = 2.0
+"""Below this many seconds a difference to the store's clock is taken for its whole-second LastModified and our latency."""
+
+
+class Waiting(msgspec.Struct, kw_only=True):
+    """What waits and runs in one queue. A task just claimed counts as ready until its worker's next heartbeat, unless scanned."""
+
+    queue: str
+    ready: int = 0
+    priorities: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    """The ready ones by priority, "0" first."""
+    later: int = 0
+    next_due: int = 0
+    """Milliseconds since 1970; 0 when nothing waits for its time."""
+    running: int = 0
+    workers: int = 0
+    names: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    """Entries by task name."""
+    unhandled: list[str] = msgspec.field(default_factory=list[str])
+    """Names that wait, and that no live worker has a handler for."""
+
+
+class WorkerView(msgspec.Struct, kw_only=True):
+    """One worker's session, and how old it is."""
+
+    id: str
+    alive: bool
+    host: str
+    pid: int
+    queues: tuple[str, ...]
+    names: tuple[str, ...]
+    concurrency: int
+    started: int
+    beat_age: float
+    """Seconds since its last heartbeat, by the store's clock."""
+    running: list[str]
+    """Ids of the tasks in its last heartbeat."""
+    completed: int
+    failed: int
+    abandoned: int
+    rss: int
+
+
+async def store_now(client: Client) -> float:
+    """Return the time by the store's clock, seconds since 1970.
+
+    Of a store elsewhere it is learnt from a small object, written and deleted; who may not write gets the local time.
+    """
+    clock = client.clock
+    if client.store.can_wait:  # it is on this machine
+        return clock.now()
+    key = keys.notes(f"clock.{clock.new_op()}")
+    begun = clock.now()
+    try:
+        await client.reads.put(key, b"")
+        there = await client.reads.get(key)
+        await client.reads.delete(key)
+    except StoreRefused:
+        return clock.now()
+    now = clock.now()
+    ahead = there.modified - (begun + now) / 2 if isinstance(there, Stored) else 0.0
+    return now + (ahead if abs(ahead) > NEAR else 0.0)
+
+
+async def sessions(client: Client, scan: Scan) -> list[tuple[Stored, Session]]:
+    """Read all sessions."""
+    found: list[tuple[Stored, Session]] = []
+    async for page in client.reads.pages(keys.WORKERS):
+        for start in range(0, len(page), AT_ONCE):
+            found += await scan.many(Session, page[start : start + AT_ONCE])
+    return found
+
+
+async def workers(client: Client, scan: Scan | None = None) -> list[WorkerView]:
+    """Return all sessions, those of live workers first."""
+    found = await sessions(client, scan or Scan(client))
+    now = await store_now(client) if found else 0.0
+    views = [_view(stored, session, now) for stored, session in found]
+    views.sort(key=lambda view: (not view.alive, view.started))
+    return views
+
+
+def _view(stored: Stored, session: Session, now: float) -> WorkerView:
+    age = max(now - stored.modified, 0.0)
+    return WorkerView(
+        id=session.id,
+        alive=not session.reaped and age <= session.ttl,
+        host=session.host,
+        pid=session.pid,
+        queues=session.queues,
+        names=session.names,
+        concurrency=session.concurrency,
+        started=session.started,
+        beat_age=age,
+        running=[claim.task for claim in session.claims],
+        completed=session.completed,
+        failed=session.failed,
+        abandoned=session.abandoned,
+        rss=session.rss,
+    )
+
+
+async def known_queues(client: Client, fleet: Iterable[WorkerView | Session]) -> list[str]:
+    """Return the queues that have a bell or a worker."""
+    names = {each.key.partition("/")[2] async for page in client.reads.pages(keys.BELLS) for each in page}
+    return sorted({keys.unquoted(name) for name in names} | {queue for worker in fleet for queue in worker.queues})
+
+
+async def waiting(
+    client: Client, fleet: list[WorkerView], scan: Scan, running: dict[str, set[str]] | None = None
+) -> list[Waiting]:
+    """Count what waits and runs in each queue that has a bell or a worker.
+
+    `running` are the running tasks' ids by queue, where they are known from all records; else the sessions tell, and a record is
+    read only of the tasks whose worker serves several queues.
+    """
+    if running is None:
+        running = await _running_by_queue(fleet, scan)
+    alive = [worker for worker in fleet if worker.alive]
+    return [
+        await _queue(client, queue, [worker for worker in alive if queue in worker.queues], running.get(queue, set()))
+        for queue in sorted({*await known_queues(client, fleet), *running})
+    ]
+
+
+async def _running_by_queue(fleet: list[WorkerView], scan: Scan) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    unsure: list[Listed] = []
+    for worker in fleet:
+        if len(worker.queues) == 1:
+            found.setdefault(worker.queues[0], set()).update(worker.running)
+        else:
+            unsure += [Listed(keys.task(task), None, 0, 0) for task in worker.running]
+    async for task in scan.tasks(unsure):
+        if task.state == "running":
+            found.setdefault(task.queue, set()).add(task.id)
+    return found
+
+
+async def _queue(client: Client, queue: str, fleet: list[WorkerView], running: set[str]) -> Waiting:
+    view = Waiting(queue=queue, workers=len(fleet), running=len(running))
+    entries: dict[str, keys.Entry] = {}
+    for lane in keys.lanes(queue):
+        async for page in client.reads.pages(lane):
+            entries.update((entry.task, entry) for each in page if (entry := keys.parse_entry(each.key)))
+    for entry in entries.values():
+        if entry.task in running:
+            continue
+        view.names[entry.name] = view.names.get(entry.name, 0) + 1
+        if entry.priority is None:
+            view.later += 1
+            view.next_due = min(view.next_due or entry.at, entry.at)
+        else:
+            view.ready += 1
+            view.priorities[str(entry.priority)] = view.priorities.get(str(entry.priority), 0) + 1
+    handled = {name for worker in fleet for name in worker.names}
+    view.unhandled = sorted(name for name in view.names if name not in handled)
+    return view

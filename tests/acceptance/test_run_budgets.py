@@ -122,6 +122,8 @@ def test_a_fan_in_of_200_on_4_workers_loses_no_update_and_stores_few(seaweed):
 
     async def main():
         gate = asyncio.Event()
+        all_begun = asyncio.Event()
+        begun = 0
         stores, apps = [], []
         for _ in range(4):
             store = FaultyStore(open_store(url, clock), clock)
@@ -129,6 +131,10 @@ def test_a_fan_in_of_200_on_4_workers_loses_no_update_and_stores_few(seaweed):
 
             @app.task
             async def item(n: int) -> int:
+                nonlocal begun
+                begun += 1
+                if begun == 200:
+                    all_begun.set()
                 await gate.wait()
                 return n
 
@@ -138,15 +144,15 @@ def test_a_fan_in_of_200_on_4_workers_loses_no_update_and_stores_few(seaweed):
 
             @app.workflow
             def wide(count: int) -> int:
-                return together(each(item, list(range(count))))  # noqa: B023 - each App has its own
+                return together(each(item, list(range(count))))
 
             stores.append(store)
             apps.append((app, wide))
         run = await apps[0][1].astart(200)
         workers = [app.worker(concurrency=60, heartbeat_thread=False) for app, _ in apps]
         working = [asyncio.create_task(worker.arun()) for worker in workers]
-        while sum(len(worker.running) for worker in workers) < 200:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(60):
+            await all_begun.wait()
         gate.set()
         assert await run.aresult(timeout=60) == sum(range(200))
         for worker in workers:

@@ -114,9 +114,9 @@ class Committer:
 
     # ------------------------------------------------------------------ writing
 
-    async def create(self, run: RunRecord) -> Write[RunRecord]:
-        """Write the record of a run that was started just now."""
-        write = await self.register.create(keys.run(run.id), run)
+    async def create(self, run: RunRecord, stub: Held[RunRecord] | None) -> Write[RunRecord]:
+        """Write the record of a run that was started just now; over the stub of a pruned one of the same key."""
+        write = await (self.register.update(stub, run) if stub else self.register.create(keys.run(run.id), run))
         self._keep(write.held)
         return write
 
@@ -169,10 +169,10 @@ class Committer:
             if held is None:
                 held = await self.read(run_id)
                 fresh = True
-                if held is None:
-                    taken += queue
-                    queue.clear()
-                    return None
+            if held is None or held.record.state == "pruned":
+                taken += queue
+                queue.clear()
+                return None
             taken += queue
             queue.clear()
             plan = await self.plan(held.record)

@@ -138,7 +138,7 @@ class Engine:
     async def _start(self, task: Task, event: Event) -> Known | None:
         """Create the run's record, its first steps due; or find that this was done."""
         held = await self.committer.read(task.run)
-        if held is None:
+        if held is None or held.record.state == "pruned":
             run = RunRecord(
                 id=task.run,
                 workflow=task.step,
@@ -153,7 +153,7 @@ class Engine:
             )
             run = await self._begun(run, event)
             await self.register.reads.put(keys.open_run(run.id, 1), b"")
-            write = await self.committer.create(run)
+            write = await self.committer.create(run, held)
             if write.landed and write.held is not None:
                 return Known(write.held.record, await self.committer.plan(run))
         return await self.committer.commit(task.run, event)

@@ -20,6 +20,7 @@ from buquet.worker.drained import drained
 from buquet.worker.executor import Executor, Running
 from buquet.worker.finder import QueueFinder
 from buquet.worker.fleet import Fleet, Reaper
+from buquet.worker.journal import JournalWriter
 from buquet.worker.racing import cancel_all, first_of
 from buquet.worker.session import TTL, SessionKeeper
 
@@ -82,9 +83,10 @@ class Worker:
         self.register = Register(client.store, self.clock, patience=None)
         self.looks = Register(client.store, self.clock, patience=LOOKS)
         self.keeper = SessionKeeper(client.store, self.clock, served, tuple(sorted(tasks)), concurrency, ttl, parent)
-        self.reaper = Reaper(self.register, self.clock, client.added, client.ended)
+        self.reaper = Reaper(self.register, self.clock, client.added, self._ended)
         self.fleet = Fleet(self.register, self.clock, self.keeper, self.reaper)
-        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, client.ended)
+        self.journal = JournalWriter(self.register.reads, self.clock, lambda: self.keeper.id, self.fleet.due_now_ms)
+        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, self._ended)
         self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks)
         self.finders = [QueueFinder(queue, self.looks.reads, self.clock, self.fleet, self._handled) for queue in served]
         self.running: dict[str, Running] = {}
@@ -142,6 +144,7 @@ class Worker:
         self.client.listeners.append(self._told)
         timer = self._loop.call_later(self.max_time, self.stop) if self.max_time else None
         aside = [asyncio.create_task(self._look_at_fleet()), asyncio.create_task(self._read_notes())]
+        aside.append(asyncio.create_task(self.journal.keep()))
         for task in aside:
             task.add_done_callback(self._broke)
         try:
@@ -156,10 +159,19 @@ class Worker:
             with suppress(TimeoutError):  # a session that stays is reaped by others
                 async with asyncio.timeout(self.keeper.ttl / 3):
                     await self.keeper.end()
+            await self._write_last()
             self.executor.threads.close()
             log.info(
                 "worker %s has ended; %d tasks completed, %d failed", self.keeper.id, self.keeper.completed, self.keeper.failed
             )
+
+    async def _write_last(self) -> None:
+        """Write the journal's last lines; a store that is away must not hold up the end for them."""
+        try:
+            async with asyncio.timeout(self.keeper.ttl / 3):
+                await self.journal.flush()
+        except (StoreError, TimeoutError) as error:
+            log.error("the journal's last lines are not written: %s", str(error) or "the store does not answer")  # noqa: TRY400
 
     async def _begin(self, *, first: bool = True) -> None:
         self.keeper.on_lost = self._lost
@@ -308,9 +320,14 @@ class Worker:
         if task.state == "pending":
             self.client.added(task.queue, task.entry)
         else:
-            self.client.ended(task.id)
+            self._ended(task)
         if run.listing.entry:
             await self.register.reads.delete(run.listing.entry)
+
+    def _ended(self, task: Task) -> None:
+        """Tell of a task that this worker ended, by running it or as its reaper, once its record says so."""
+        self.client.ended(task.id)
+        self.journal.add(task)
 
     # ------------------------------------------------------------------ losing the session
 

@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, overload
 
@@ -17,7 +18,8 @@ from buquet.errors import UsageError
 from buquet.queue.background import Background
 from buquet.queue.client import PATIENCE, Client
 from buquet.queue.handle import Handle
-from buquet.queue.task import AsyncTaskFunction, BaseTask, Policy, SubmitOptions, TaskFunction
+from buquet.queue.pruning import HOUR
+from buquet.queue.task import YEARS, AsyncTaskFunction, BaseTask, Policy, SubmitOptions, TaskFunction
 from buquet.store.open import open_store
 from buquet.worker.worker import Worker
 
@@ -52,6 +54,9 @@ class App:
     SQLite file `.buquet/buquet.db` in the current folder. May be used from several threads and event loops at once; made before a
     fork and used after it, it raises UsageError in the child.
 
+    `retention`: how long ended tasks are kept, a timedelta or seconds, an hour at least. This App's workers then prune older ones
+    of the queues that they serve, bit by bit. None: until `buquet prune`.
+
     >>> app = App("memory:")
     >>> @app.task
     ... def double(n: int) -> int:
@@ -60,7 +65,19 @@ class App:
     8
     """
 
-    def __init__(self, url: str | None = None, *, store: Store | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        store: Store | None = None,
+        clock: Clock | None = None,
+        retention: timedelta | float | None = None,
+    ) -> None:
+        seconds = retention.total_seconds() if isinstance(retention, timedelta) else retention
+        if seconds is not None and not HOUR <= seconds < YEARS:
+            msg = f"retention is a timedelta or seconds, an hour at least, not {retention!r}: results may still be wanted"
+            raise UsageError(msg)
+        self.retention = seconds
         self.clock = clock or Clock()
         self._given = url
         self._store = store
@@ -205,6 +222,7 @@ class App:
             ttl=ttl,
             parent=parent,
             heartbeat_thread=heartbeat_thread,
+            retention=self.retention,
         )
 
     # ------------------------------------------------------------------ by id

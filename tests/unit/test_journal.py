@@ -8,9 +8,9 @@ import pytest
 from msgspec.structs import replace
 
 from buquet import App, Fail, keys
-from buquet.insights.journal import Journal, decode_lines
+from buquet.insights.journal import Journal
 from buquet.queue.background import Background
-from buquet.queue.finished import finished, raised_in
+from buquet.queue.finished import decode_lines, finished, raised_in
 from buquet.records import ErrorInfo, Finished, Task
 from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore

@@ -23,7 +23,7 @@ import msgspec
 
 from buquet import keys
 from buquet.insights.fleet import store_now
-from buquet.records import FORMAT, Finished
+from buquet.queue.finished import decode_lines
 from buquet.store.base import Stored
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from buquet.queue.client import Client
-    from buquet.records import State
+    from buquet.records import Finished, State
     from buquet.store.base import Listed
 
 HOUR = 3_600_000
@@ -42,8 +42,6 @@ LOOK_BACK = 300_000
 """Milliseconds from one LIST of the whole window to the next: what came later than that is met then."""
 AT_ONCE = 16
 """Objects read side by side; each may have a MiB."""
-
-_decoder = msgspec.json.Decoder(Finished)
 
 
 class Spread(msgspec.Struct, kw_only=True):
@@ -286,23 +284,6 @@ class Journal:
             duration=_spread(line.ran for line in lines if line.started),
             delay=_spread(max(line.started - line.ready, 0) for line in lines if line.started and line.ready),
         )
-
-
-def decode_lines(body: bytes) -> tuple[list[Finished], int]:
-    """Return the lines of one object of the journal, and how many could not be read."""
-    lines: list[Finished] = []
-    unreadable = 0
-    for text in body.splitlines():
-        try:
-            line = _decoder.decode(text)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            unreadable += 1
-            continue
-        if line.v <= FORMAT:
-            lines.append(line)
-        else:
-            unreadable += 1
-    return lines, unreadable
 
 
 def _ended_at(line: Finished) -> int:

@@ -1,4 +1,4 @@
-"""What the journal says of a task that ended. Pure: from its record to a line."""
+"""What the journal says of a task that ended. Pure: from its record to a line, and from an object to its lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from buquet import keys
-from buquet.records import ErrorInfo, Finished
+from buquet.records import FORMAT, ErrorInfo, Finished
 
 if TYPE_CHECKING:
     from buquet.records import Task
@@ -23,6 +23,7 @@ CLAIMED = {"claimed", "taken over"}
 OTHERS = ("/site-packages/", "/dist-packages/", "/lib/python", "<frozen")
 """Where code lies that is not the user's."""
 
+_decoder = msgspec.json.Decoder(Finished)
 _FRAME = re.compile(r'^[ |+]*File "(.+)", line \d+, in (.+)$', re.MULTILINE)
 
 
@@ -102,3 +103,20 @@ def raised_in(traceback: str) -> str:
     own = [frame for frame in frames if not any(place in frame[0].replace("\\", "/") for place in OTHERS)]
     path, function = (own or frames)[-1]
     return f"{'/'.join(path.replace(chr(92), '/').split('/')[-2:])} {function}"
+
+
+def decode_lines(body: bytes) -> tuple[list[Finished], int]:
+    """Return the lines of one object of the journal, and how many could not be read."""
+    lines: list[Finished] = []
+    unreadable = 0
+    for text in body.splitlines():
+        try:
+            line = _decoder.decode(text)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            unreadable += 1
+            continue
+        if line.v <= FORMAT:
+            lines.append(line)
+        else:
+            unreadable += 1
+    return lines, unreadable

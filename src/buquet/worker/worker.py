@@ -10,18 +10,20 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from buquet import keys
-from buquet.errors import BuquetError, StoreError, UnreadableRecord, UsageError
+from buquet.errors import BuquetError, StoreError, UsageError
 from buquet.queue.background import new_loop, running_loop
 from buquet.records import Note, Task
 from buquet.store.register import Register
 from buquet.store.retrying import pause
 from buquet.worker.claim import Claimer
 from buquet.worker.drained import drained
+from buquet.worker.entries import put_entry_back
 from buquet.worker.executor import Executor, Running
 from buquet.worker.finder import QueueFinder
 from buquet.worker.fleet import Fleet, Reaper
 from buquet.worker.journal import JournalWriter
 from buquet.worker.racing import cancel_all, first_of
+from buquet.worker.retention import Retention
 from buquet.worker.session import TTL, SessionKeeper
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class Worker:
         ttl: float = TTL,
         parent: str = "",
         heartbeat_thread: bool = True,
+        retention: float | None = None,
     ) -> None:
         served = tuple(sorted(set(queues if queues is not None else {task.queue for task in tasks.values()})))
         if not served:
@@ -89,6 +92,7 @@ class Worker:
         self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, self._ended)
         self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks)
         self.finders = [QueueFinder(queue, self.looks.reads, self.clock, self.fleet, self._handled) for queue in served]
+        self.retention = Retention(self.register, self.clock, self.fleet, served, retention) if retention else None
         self.running: dict[str, Running] = {}
         """Claims by their token."""
         self.unhandled: dict[str, int] = {}
@@ -145,6 +149,8 @@ class Worker:
         timer = self._loop.call_later(self.max_time, self.stop) if self.max_time else None
         aside = [asyncio.create_task(self._look_at_fleet()), asyncio.create_task(self._read_notes())]
         aside.append(asyncio.create_task(self.journal.keep()))
+        if self.retention:
+            aside.append(asyncio.create_task(self.retention.keep()))
         for task in aside:
             task.add_done_callback(self._broke)
         try:
@@ -338,7 +344,7 @@ class Worker:
         await lost.stop()
         self.running.clear()
         for listing in list(lost.claims.values()):
-            await self._put_entry_back(lost.id, listing.task, listing.token)
+            await put_entry_back(self.register, lost.id, listing)
         self.keeper = SessionKeeper(
             self.client.store, self.clock, self.queues, lost.names, self.concurrency, lost.ttl, lost.parent
         )
@@ -349,24 +355,6 @@ class Worker:
             finder.look_all_at = 0.0
         await self._begin(first=False)
         log.warning("worker %s goes on as %s", lost.id, self.keeper.id)
-
-    async def _put_entry_back(self, worker: str, task_id: str, token: str) -> None:
-        """Write a claim's entry again: a heartbeat may have deleted it, trusting in a session that is gone now."""
-        tries = 0
-        while True:
-            try:
-                held = await self.register.read(Task, keys.task(task_id))
-                task = held.record if held else None
-                if task is not None and (task.state, task.token, task.worker) == ("running", token, worker):
-                    await self.register.reads.put(task.entry, b"")
-            except UnreadableRecord as error:
-                log.error("%s", error)  # noqa: TRY400 - the text says all; fsck puts the entry back once it can be read
-            except StoreError as error:  # a lasting no, such as a full disk: without the entry nobody would find the task
-                log.error("the entry of task %s cannot be put back yet: %s", task_id, error)  # noqa: TRY400
-                await pause(self.clock, tries)
-                tries += 1
-                continue
-            return
 
     # ------------------------------------------------------------------ beside the loop
 

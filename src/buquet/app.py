@@ -8,6 +8,7 @@ import os
 import threading
 import weakref
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, overload
 
@@ -17,10 +18,12 @@ from buquet.errors import UsageError
 from buquet.queue.background import Background
 from buquet.queue.client import PATIENCE, Client
 from buquet.queue.handle import Handle
-from buquet.queue.task import AsyncTaskFunction, BaseTask, Policy, SubmitOptions, TaskFunction
+from buquet.queue.pruning import HOUR
+from buquet.queue.task import YEARS, AsyncTaskFunction, BaseTask, Policy, SubmitOptions, TaskFunction
 from buquet.store.open import open_store
 from buquet.worker.worker import Worker
 from buquet.workflow.engine import Engine
+from buquet.workflow.finished import finished_run
 from buquet.workflow.function import StartOptions, WorkflowFunction
 from buquet.workflow.handle import Run, homes
 
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
     from buquet.records import Event
     from buquet.store.base import Store
-    from buquet.store.register import Register
+    from buquet.workflow.records import RunRecord
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,6 +67,9 @@ class App:
     SQLite file `.buquet/buquet.db` in the current folder. May be used from several threads and event loops at once; made before a
     fork and used after it, it raises UsageError in the child.
 
+    `retention`: how long ended tasks are kept, a timedelta or seconds, an hour at least. This App's workers then prune older ones
+    of the queues that they serve, bit by bit. None: until `buquet prune`.
+
     >>> app = App("memory:")
     >>> @app.task
     ... def double(n: int) -> int:
@@ -72,7 +78,19 @@ class App:
     8
     """
 
-    def __init__(self, url: str | None = None, *, store: Store | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        store: Store | None = None,
+        clock: Clock | None = None,
+        retention: timedelta | float | None = None,
+    ) -> None:
+        seconds = retention.total_seconds() if isinstance(retention, timedelta) else retention
+        if seconds is not None and not HOUR <= seconds < YEARS:
+            msg = f"retention is a timedelta or seconds, an hour at least, not {retention!r}: results may still be wanted"
+            raise UsageError(msg)
+        self.retention = seconds
         self.clock = clock or Clock()
         self._given = url
         self._store = store
@@ -251,13 +269,19 @@ class App:
             ttl=ttl,
             parent=parent,
             heartbeat_thread=heartbeat_thread,
+            retention=self.retention,
             runs=self._runs,
         )
 
-    def _runs(self, register: Register, clock: Clock, now: Callable[[], int]) -> Engine:
+    def _runs(self, worker: Worker) -> Engine:
         """Return what a worker asks about runs."""
-        engine = Engine(register, clock, now)
-        engine.ended = self.client.ended
+        engine = Engine(worker.register, worker.clock, worker.fleet.due_now_ms)
+
+        def ended(run: RunRecord) -> None:
+            worker.client.ended(run.id)
+            worker.journal.enter(finished_run(run, worker.id))
+
+        engine.ended = ended
         return engine
 
     # ------------------------------------------------------------------ by id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from datetime import UTC, datetime
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
@@ -18,10 +19,12 @@ BELLS = "bell/"
 RUNS = "runs/"
 OPEN = "open/"
 PAYLOADS = "payloads/"
+JOURNAL = "journal/"
 PRIORITIES = range(10)
 MAX_NAME = 100
 
 _ID = re.compile(r"[0-9a-f]{32}")
+_JOURNAL = re.compile(r"journal/[0-9]{4}-[0-9]{2}-[0-9]{2}/[0-9]{2}/([0-9]{13})-(.+)-([0-9]+)\.ndjson")
 _ENTRY = re.compile(r"(?:ready/([^/]+)/([0-9])|later/([^/]+))/([0-9]{13})-([0-9a-f]{32})\.([0-9]+)~([^/]+)")
 
 
@@ -200,3 +203,27 @@ def payload(task_id: str, body: bytes) -> str:
 def payloads(task_id: str) -> str:
     """Return the prefix of a task's payload objects."""
     return f"payloads/{task_id}/"
+
+
+def journal_hour(at: int) -> str:
+    """Return the folder of the journal for the hour of `at` milliseconds since 1970, by UTC.
+
+    >>> journal_hour(1_800_000_000_000)
+    'journal/2027-01-15/08/'
+    """
+    return datetime.fromtimestamp(at / 1000, UTC).strftime("journal/%Y-%m-%d/%H/")
+
+
+def journal(at: int, worker: str, number: int) -> str:
+    """Return the key of the journal's object that a worker begins to write at `at`. Keys sort by time, whoever writes.
+
+    >>> journal(1_800_000_000_000, "ab.cd", 3)
+    'journal/2027-01-15/08/1800000000000-ab.cd-3.ndjson'
+    """
+    return f"{journal_hour(at)}{at:013d}-{worker}-{number}.ndjson"
+
+
+def journal_at(key: str) -> int | None:
+    """Return the time, milliseconds since 1970, in a key of the journal; None when it is none."""
+    found = _JOURNAL.fullmatch(key)
+    return int(found[1]) if found else None

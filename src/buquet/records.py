@@ -121,6 +121,42 @@ class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
     graph_at: str = ""
 
 
+class Finished(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the journal: a task or run that ended. For reading, never for deciding: the record is the only truth.
+
+    Every field is in every line but `error`, which is there when it failed. One life of a task has one (`id`, `at`); a line that
+    is met twice has the same pair.
+    """
+
+    v: int = FORMAT
+    kind: Literal["task", "run"] = "task"
+    id: str
+    name: str
+    queue: str
+    status: State
+    at: int
+    """When it ended."""
+    submitted: int
+    """When it was submitted, or redriven since."""
+    ready: int = 0
+    """From when on it could start: `submitted`, or later where it was delayed; 0: not known any more."""
+    started: int = 0
+    """When its first attempt started since then; 0: never."""
+    ran: int = 0
+    """Milliseconds from the last claim to the end."""
+    attempts: int = 0
+    losses: int = 0
+    worker: str = ""
+    """Who ran it last."""
+    error: ErrorInfo | msgspec.UnsetType = msgspec.UNSET
+    group: str = ""
+    """12 hex digits that failures of one kind share: the task's name, the error's type and the function that raised it."""
+    run: str = ""
+    step: str = ""
+    tags: dict[str, str] = {}
+    pack: int = 0
+
+
 class PackItems(msgspec.Struct, frozen=True):
     """The arguments of a pack: values of the function's first parameter."""
 

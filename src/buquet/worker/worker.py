@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from buquet import keys
-from buquet.errors import BuquetError, StoreError, UnreadableRecord, UsageError
+from buquet.errors import BuquetError, StoreError, UsageError
 from buquet.queue.background import new_loop, running_loop
 from buquet.queue.parent import is_system
 from buquet.records import Note, Task
@@ -19,16 +19,18 @@ from buquet.store.retrying import pause
 from buquet.worker.children import Children
 from buquet.worker.claim import Claimer
 from buquet.worker.drained import drained
+from buquet.worker.entries import put_entry_back
 from buquet.worker.executor import Executor, Running
 from buquet.worker.finder import QueueFinder
 from buquet.worker.fleet import Fleet, Reaper
+from buquet.worker.journal import JournalWriter
 from buquet.worker.racing import cancel_all, first_of
+from buquet.worker.retention import Retention
 from buquet.worker.session import TTL, SessionKeeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
-    from buquet.clock import Clock
     from buquet.queue.client import Client
     from buquet.queue.parent import Parent
     from buquet.queue.task import BaseTask
@@ -64,7 +66,8 @@ class Worker:
         ttl: float = TTL,
         parent: str = "",
         heartbeat_thread: bool = True,
-        runs: Callable[[Register, Clock, Callable[[], int]], Parent] | None = None,
+        retention: float | None = None,
+        runs: Callable[[Worker], Parent] | None = None,
     ) -> None:
         served = tuple(sorted(set(queues if queues is not None else {task.queue for task in tasks.values()})))
         if not served:
@@ -88,13 +91,19 @@ class Worker:
         self.register = Register(client.store, self.clock, patience=None)
         self.looks = Register(client.store, self.clock, patience=LOOKS)
         self.keeper = SessionKeeper(client.store, self.clock, served, tuple(sorted(tasks)), concurrency, ttl, parent)
-        self.reaper = Reaper(self.register, self.clock, client.added, client.ended)
+        self.reaper = Reaper(self.register, self.clock, client.added, self._ended)
         self.fleet = Fleet(self.register, self.clock, self.keeper, self.reaper)
-        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, client.ended)
+        self.journal = JournalWriter(self.register.reads, self.clock, lambda: self.keeper.id, self.fleet.due_now_ms)
+        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, self._ended)
         self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks)
-        self.children = Children(self, runs(self.register, self.clock, self.fleet.due_now_ms)) if runs else None
+        self.children = Children(self, runs(self)) if runs else None
         self.executor.children = self.children
         self.finders = [QueueFinder(queue, self.looks.reads, self.clock, self.fleet, self._handled) for queue in served]
+        self.retention = (
+            Retention(self.register, self.clock, self.fleet, served, retention, self.children and self.children.parent)
+            if retention
+            else None
+        )
         self.running: dict[str, Running] = {}
         """Claims by their token."""
         self.unhandled: dict[str, int] = {}
@@ -150,6 +159,9 @@ class Worker:
         self.client.listeners.append(self._told)
         timer = self._loop.call_later(self.max_time, self.stop) if self.max_time else None
         aside = [asyncio.create_task(self._look_at_fleet()), asyncio.create_task(self._read_notes())]
+        aside.append(asyncio.create_task(self.journal.keep()))
+        if self.retention:
+            aside.append(asyncio.create_task(self.retention.keep()))
         for task in aside:
             task.add_done_callback(self._broke)
         try:
@@ -166,10 +178,19 @@ class Worker:
             with suppress(TimeoutError):  # a session that stays is reaped by others
                 async with asyncio.timeout(self.keeper.ttl / 3):
                     await self.keeper.end()
+            await self._write_last()
             self.executor.threads.close()
             log.info(
                 "worker %s has ended; %d tasks completed, %d failed", self.keeper.id, self.keeper.completed, self.keeper.failed
             )
+
+    async def _write_last(self) -> None:
+        """Write the journal's last lines; a store that is away must not hold up the end for them."""
+        try:
+            async with asyncio.timeout(self.keeper.ttl / 3):
+                await self.journal.flush()
+        except (StoreError, TimeoutError) as error:
+            log.error("the journal's last lines are not written: %s", str(error) or "the store does not answer")  # noqa: TRY400
 
     async def _begin(self, *, first: bool = True) -> None:
         self.keeper.on_lost = self._lost
@@ -356,9 +377,14 @@ class Worker:
         if task.state == "pending":
             self.client.added(task.queue, task.entry)
         else:
-            self.client.ended(task.id)
+            self._ended(task)
         if run.listing.entry:
             await self.register.reads.delete(run.listing.entry)
+
+    def _ended(self, task: Task) -> None:
+        """Tell of a task that this worker ended, by running it or as its reaper, once its record says so."""
+        self.client.ended(task.id)
+        self.journal.add(task)
 
     # ------------------------------------------------------------------ losing the session
 
@@ -369,7 +395,7 @@ class Worker:
         await lost.stop()
         self.running.clear()
         for listing in list(lost.claims.values()):
-            await self._put_entry_back(lost.id, listing.task, listing.token)
+            await put_entry_back(self.register, lost.id, listing)
         self.keeper = SessionKeeper(
             self.client.store, self.clock, self.queues, lost.names, self.concurrency, lost.ttl, lost.parent
         )
@@ -380,24 +406,6 @@ class Worker:
             finder.look_all_at = 0.0
         await self._begin(first=False)
         log.warning("worker %s goes on as %s", lost.id, self.keeper.id)
-
-    async def _put_entry_back(self, worker: str, task_id: str, token: str) -> None:
-        """Write a claim's entry again: a heartbeat may have deleted it, trusting in a session that is gone now."""
-        tries = 0
-        while True:
-            try:
-                held = await self.register.read(Task, keys.task(task_id))
-                task = held.record if held else None
-                if task is not None and (task.state, task.token, task.worker) == ("running", token, worker):
-                    await self.register.reads.put(task.entry, b"")
-            except UnreadableRecord as error:
-                log.error("%s", error)  # noqa: TRY400 - the text says all; fsck puts the entry back once it can be read
-            except StoreError as error:  # a lasting no, such as a full disk: without the entry nobody would find the task
-                log.error("the entry of task %s cannot be put back yet: %s", task_id, error)  # noqa: TRY400
-                await pause(self.clock, tries)
-                tries += 1
-                continue
-            return
 
     # ------------------------------------------------------------------ beside the loop
 

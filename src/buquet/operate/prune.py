@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from buquet import keys
+from buquet.codec import Oversized
 from buquet.errors import UnreadableRecord, UsageError
 from buquet.operate.ages import store_ahead
 from buquet.operate.sweep import HOUR, each_key, each_record, owner_of_payload, side_by_side
@@ -179,6 +180,9 @@ class _Sweep:
         there = await self.reads.get(listed.key)
         # stored anew since it was listed: a submit is under way
         if not isinstance(there, Stored) or there.modified > listed.modified + 1:
+            return
+        if isinstance(there.body, Oversized):  # none of ours, and it could not be put back
+            self.done.unreadable += 1
             return
         needed, stub = await self._needed(task_id)
         if needed:

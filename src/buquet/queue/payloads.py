@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from msgspec import Raw
 
 from buquet import keys
+from buquet.codec import Oversized
 from buquet.errors import InvalidArgument, UnreadableRecord
 from buquet.records import ABSENT
 from buquet.store.base import Stored
@@ -43,5 +44,8 @@ async def get_value(store: Retrying, value: Raw, key: str) -> bytes | Raw:
     stored = await store.get(key)
     if not isinstance(stored, Stored):
         msg = f"the payload {key} is missing: something other than buquet removed it. Submit the task anew"
+        raise UnreadableRecord(msg)
+    if isinstance(stored.body, Oversized):
+        msg = f"the payload {key} has {stored.body.size} bytes, more than any of buquet's. Look at it, and submit the task anew"
         raise UnreadableRecord(msg)
     return stored.body

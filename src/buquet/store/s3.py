@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, TypeVar
 from obstore.exceptions import BaseError, NotModifiedError
 from obstore.store import S3Store as Client
 
+from buquet import keys
 from buquet.clock import Clock
+from buquet.codec import Oversized
 from buquet.errors import AccessDenied, AlreadyExists, Changed, InvalidURL, StoreError, UsageError
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Stored
 from buquet.store.s3answers import Place, explain, is_conflict, is_missing, is_no_version
@@ -116,7 +118,8 @@ class S3Store:
         async def fetch() -> Stored:
             answer = await client.get_async(key, options=options)
             meta = answer.meta
-            body = bytes(await answer.bytes_async())
+            # the size comes with the head: what is too large is not read, or one object could use up a worker's memory
+            body = Oversized(meta["size"]) if meta["size"] > keys.most_bytes(key) else bytes(await answer.bytes_async())
             return Stored(body, meta["e_tag"] or "", _kept(meta["version"]), meta["last_modified"].timestamp())
 
         answer = await self._ask(f"GET {key}", fetch)

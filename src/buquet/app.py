@@ -18,6 +18,7 @@ from buquet.queue.background import Background
 from buquet.queue.client import PATIENCE, Client
 from buquet.queue.handle import Handle
 from buquet.queue.task import AsyncTaskFunction, BaseTask, Policy, SubmitOptions, TaskFunction
+from buquet.sealing import sealer
 from buquet.store.open import open_store
 from buquet.worker.worker import Worker
 
@@ -51,6 +52,8 @@ class App:
     `url`: `sqlite:path.db`, `s3://bucket/prefix?endpoint=…&region=…` or `memory:`; else the environment's BUQUET_URL; else the
     SQLite file `.buquet/buquet.db` in the current folder. May be used from several threads and event loops at once; made before a
     fork and used after it, it raises UsageError in the child.
+    `encryption`: keys, 32 bytes in base64 each, under which arguments, results, checkpoints and the texts of errors are
+    encrypted: the first encrypts, all decrypt. By default those of the environment's BUQUET_ENCRYPTION_KEYS, with commas between.
 
     >>> app = App("memory:")
     >>> @app.task
@@ -60,10 +63,18 @@ class App:
     8
     """
 
-    def __init__(self, url: str | None = None, *, store: Store | None = None, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        store: Store | None = None,
+        clock: Clock | None = None,
+        encryption: Sequence[str] | str | None = None,
+    ) -> None:
         self.clock = clock or Clock()
         self._given = url
         self._store = store
+        self._encryption = encryption
         self._named = url is not None or store is not None
         self._client: Client | None = None
         self._lock = threading.Lock()
@@ -106,7 +117,7 @@ class App:
                 client = self._client
                 if client is None:
                     store = self._store = self._store or open_store(self.url, self.clock)
-                    client = self._client = Client(store, self.clock, self.background, self.patience)
+                    client = self._client = Client(store, self.clock, self.background, self.patience, sealer(self._encryption))
                     atexit.register(_ring_at_exit, weakref.ref(client))
         return client
 

@@ -12,7 +12,10 @@ from contextlib import suppress
 
 FAULTS = ("delay", "cut before", "cut within", "answer lost", "503")
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-THROTTLED = b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n%s" % (len(SLOW_DOWN), SLOW_DOWN)
+THROTTLED = b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n%s" % (
+    len(SLOW_DOWN),
+    SLOW_DOWN,
+)
 
 
 class Proxy:

@@ -114,6 +114,8 @@ class Sqlite:
 
     def __init__(self, folder):
         self.path = f"sqlite:{folder}/storm.db"
+        self.faults = Counter()
+        self.requests = 0
 
     async def open(self):
         pass
@@ -129,9 +131,6 @@ class Sqlite:
 
     async def close(self):
         pass
-
-    faults = Counter()
-    requests = 0
 
 
 class Seaweed:

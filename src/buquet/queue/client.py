@@ -15,8 +15,9 @@ from buquet.codec import decode_any
 from buquet.errors import KeyConflict, SubmitInterrupted, TaskNotFound, UnreadableRecord
 from buquet.queue import transitions
 from buquet.queue.bell import Ringer
-from buquet.queue.payloads import get_value, put_value
+from buquet.queue.payloads import Values, context
 from buquet.records import FORMAT, TERMINAL, Layout, Note, Task
+from buquet.sealing import Plain
 from buquet.store.register import Held, Register
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from buquet.clock import Clock
     from buquet.queue.background import Background
+    from buquet.sealing import Sealer
     from buquet.store.base import Store
 
 log = logging.getLogger("buquet")
@@ -46,11 +48,20 @@ class Submitted(NamedTuple):
 class Client:
     """One process's way to the bucket. Its coroutines may be awaited on any loop."""
 
-    def __init__(self, store: Store, clock: Clock, background: Background, patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        background: Background,
+        patience: float = PATIENCE,
+        sealer: Sealer | None = None,
+    ) -> None:
         self.store = store
         self.clock = clock
         self.register = Register(store, clock, patience)
         self.reads = self.register.reads
+        self.sealer = sealer or Plain()
+        self.values = Values(self.reads, self.sealer)
         self.ringer = Ringer(store, clock, background)
         self.listeners: list[Callable[[str, str], None]] = []
         """Called with queue and entry when this process added one: its own workers need no bell."""
@@ -80,8 +91,9 @@ class Client:
         """Submit a task whose state is not set yet. Raises KeyConflict when its key names a task with other arguments."""
         if not self._open:
             await self.open()
-        value, at = await put_value(self.reads, task.id, args)
-        task = transitions.submit(replace(task, args=value, args_at=at), self.clock.now_ms())
+        value, at = await self.values.put(task.id, "args", args)
+        task = replace(task, args=value, args_at=at, key_id=self.sealer.key_id)
+        task = transitions.submit(task, self.clock.now_ms())
         await self.reads.put(task.entry, b"")
         if not task.key:
             # nobody else can have this id, so the bell may ring while the record is written: a quicker worker looks again soon
@@ -108,7 +120,7 @@ class Client:
                 if revived.args_at:
                     # under a key of this life's own: who prunes the life before may still be about to delete that one's
                     revived = replace(revived, args_at=f"{fresh.args_at}.{held.record.rev + 1}")
-                    await self.reads.put(revived.args_at, args)
+                    await self.reads.put(revived.args_at, self.sealer.seal(args, context(fresh.id, "args")))
                 await self.reads.put(revived.entry, b"")
                 write = await self.register.update(held, revived)
             if write.landed:
@@ -118,13 +130,22 @@ class Client:
         if fresh.entry != there.entry or there.state in TERMINAL:
             # this submit's own entry names nothing (I3: its record was read, of its rev or a later one), and would look like work
             await self.reads.delete(fresh.entry)
-        if not _same_value(there, fresh):
+        if not await self._same_args(there, fresh, args):
             msg = (
                 f"key {fresh.key!r} of task {fresh.name!r} was submitted before with other arguments, as task {fresh.id}; "
                 "that one stands. Use another key for other work"
             )
             raise KeyConflict(msg)
         return False
+
+    async def _same_args(self, there: Task, fresh: Task, args: bytes) -> bool:
+        """Tell whether a task that is there has the arguments of a fresh submit."""
+        if there.args_at.partition(".")[0] == fresh.args_at.partition(".")[0] and bytes(there.args) == bytes(fresh.args):
+            return True  # as they are stored, sealed or plain; for the part after the dot see revive
+        if there.key_id == fresh.key_id and (there.args_at or fresh.args_at):
+            return False  # the hashes differ
+        # another way to write the same JSON, or sealed under another key
+        return decode_any(await self.values.args(there)) == decode_any(args)
 
     async def submit_chunk(self, tasks: Sequence[tuple[Task, bytes]]) -> list[Submitted]:
         """Submit many side by side. Raises SubmitInterrupted, with what was submitted, when one of them cannot be."""
@@ -273,15 +294,9 @@ class Client:
 
     async def value_of(self, task: Task) -> bytes:
         """Return an ended task's result as JSON."""
-        return bytes(await get_value(self.reads, task.result, task.result_at))
+        return bytes(await self.values.result(task))
 
     async def close(self) -> None:
         """Ring for what was added, then release the store."""
         await self.ringer.close()
         await self.store.close()
-
-
-def _same_value(there: Task, fresh: Task) -> bool:
-    if there.args_at or fresh.args_at:
-        return there.args_at.partition(".")[0] == fresh.args_at.partition(".")[0]  # the hash of the arguments; see revive
-    return bytes(there.args) == bytes(fresh.args) or decode_any(there.args) == decode_any(fresh.args)

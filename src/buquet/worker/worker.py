@@ -84,8 +84,8 @@ class Worker:
         self.keeper = SessionKeeper(client.store, self.clock, served, tuple(sorted(tasks)), concurrency, ttl, parent)
         self.reaper = Reaper(self.register, self.clock, client.added, client.ended)
         self.fleet = Fleet(self.register, self.clock, self.keeper, self.reaper)
-        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, client.ended)
-        self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks)
+        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, client.ended, client.sealer)
+        self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks, client.sealer)
         self.finders = [QueueFinder(queue, self.looks.reads, self.clock, self.fleet, self._handled) for queue in served]
         self.running: dict[str, Running] = {}
         """Claims by their token."""

@@ -16,7 +16,7 @@ from buquet.records import ENDED
 from buquet.store.open import open_store
 from buquet.testing.auditor import Auditor, outcomes, read_bucket
 
-SECONDS = float(os.environ.get("BUQUET_CHAOS_SECONDS", "40"))
+SECONDS = float(os.environ.get("BUQUET_CHAOS_SECONDS", "30"))
 TASKS = 2000
 FOLDER = Path(__file__).parent
 

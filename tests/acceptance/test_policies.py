@@ -1,9 +1,5 @@
 """Least privilege: each role's policy of docs/policies lets it do its work, and nothing beside, where a server enforces it."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -12,8 +8,8 @@ from servers import run_moto
 
 from buquet import AccessDenied, App
 from buquet.clock import Clock
-from buquet.insights.tasks import Filter, find
 from buquet.insights.scan import Scan
+from buquet.insights.tasks import Filter, find
 from buquet.operate.fsck import fsck
 from buquet.store.s3 import S3Store
 

@@ -79,13 +79,9 @@ async def test_nothing_that_is_logged_stored_or_raised_holds_a_secret(seaweed, m
     with pytest.raises(BuquetError) as caught:
         await failed.aresult(timeout=10)
     said.append(told(caught.value))
-    stored = []
-    for key in (
-        await _keys(app.client.store, "tasks/")
-        + await _keys(app.client.store, "workers/")
-        + await _keys(app.client.store, "bell/")
-    ):
-        stored.append((await app.client.store.get(key)).body.decode())
+    store = app.client.store
+    found = [key for prefix in ("tasks/", "workers/", "bell/") for key in await _keys(store, prefix)]
+    stored = [(await store.get(key)).body.decode() for key in found]
     said += [repr(app), repr(app.client.store), repr(app.client.sealer), app.url]
     url = app.url
     await app.aclose()

@@ -9,6 +9,7 @@ import asyncio
 import random
 from collections import Counter
 from contextlib import suppress
+from weakref import WeakKeyDictionary
 
 FAULTS = ("delay", "cut before", "cut within", "answer lost", "503")
 SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
@@ -35,6 +36,10 @@ class Proxy:
         self.open.set()
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._behind: WeakKeyDictionary[asyncio.StreamWriter, tuple[asyncio.StreamReader, asyncio.StreamWriter]] = (
+            WeakKeyDictionary()
+        )
+        """The connection to the server behind each one to a worker."""
 
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, self.host, 0)
@@ -59,43 +64,51 @@ class Proxy:
         this = asyncio.current_task()
         assert this is not None
         self._connections.add(this)
-        behind = None
+        ends = [writer]
         try:
-            while True:
-                request = await _message(reader, request=True)
-                await self.open.wait()
-                self.requests += 1
-                fault = self.random.choice(FAULTS) if self.random.random() < self.rate else ""
-                self.faults[fault] += bool(fault)
-                if fault == "cut before":
-                    return
-                if fault == "503":
-                    writer.write(THROTTLED)
-                    continue
-                if fault == "delay":
-                    await asyncio.sleep(self.random.uniform(0, self.longest_delay))
-                if behind is None:
-                    behind = await asyncio.open_connection("127.0.0.1", self.port_behind)
-                if fault == "cut within":
-                    # the server gets the head and, of a request with a body, less than all of it
-                    behind[1].write(request[: max(len(request) - 1, 1)])
-                    await behind[1].drain()
-                    return
-                behind[1].write(request)
-                answer = await _message(behind[0], request=False, head=request.startswith(b"HEAD "))
-                await self.open.wait()
-                if fault == "answer lost":
-                    return
-                writer.write(answer)
-                await writer.drain()
+            while await self._exchange(reader, writer, ends):
+                pass
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass  # one of the two hung up: so does the proxy
         finally:
             self._connections.discard(this)
-            for each in (writer, behind[1] if behind else None):
-                if each:
-                    with suppress(OSError):
-                        each.transport.abort()
+            for each in ends:
+                with suppress(OSError):
+                    each.transport.abort()
+
+    async def _exchange(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ends: list[asyncio.StreamWriter]
+    ) -> bool:
+        """Pass one request and its answer on, disturbed or not; tell whether the connection goes on."""
+        request = await _message(reader, request=True)
+        await self.open.wait()
+        self.requests += 1
+        fault = self.random.choice(FAULTS) if self.random.random() < self.rate else ""
+        self.faults[fault] += bool(fault)
+        if fault == "cut before":
+            return False
+        if fault == "503":
+            writer.write(THROTTLED)
+            return True
+        if fault == "delay":
+            await asyncio.sleep(self.random.uniform(0, self.longest_delay))
+        if writer not in self._behind:
+            self._behind[writer] = await asyncio.open_connection("127.0.0.1", self.port_behind)
+            ends.append(self._behind[writer][1])
+        answers, behind = self._behind[writer]
+        if fault == "cut within":
+            # the server gets the head and, of a request with a body, less than all of it
+            behind.write(request[: max(len(request) - 1, 1)])
+            await behind.drain()
+            return False
+        behind.write(request)
+        answer = await _message(answers, request=False, head=request.startswith(b"HEAD "))
+        await self.open.wait()
+        if fault == "answer lost":
+            return False
+        writer.write(answer)
+        await writer.drain()
+        return True
 
 
 async def _message(reader: asyncio.StreamReader, *, request: bool, head: bool = False) -> bytes:

@@ -28,8 +28,8 @@ from buquet.clock import Clock
 from buquet.store.open import open_store
 from buquet.testing.auditor import Auditor, outcomes, read_bucket
 
-TASKS = int(os.environ.get("BUQUET_STORM_TASKS", "1500"))
-SECONDS = float(os.environ.get("BUQUET_STORM_SECONDS", "25"))
+TASKS = int(os.environ.get("BUQUET_STORM_TASKS", "1200"))
+SECONDS = float(os.environ.get("BUQUET_STORM_SECONDS", "20"))
 SEED = int(os.environ.get("BUQUET_STORM_SEED", "7"))
 CONCURRENCY = int(os.environ.get("BUQUET_STORM_CONCURRENCY", "8"))
 REPORT = os.environ.get("BUQUET_STORM_REPORT", "")

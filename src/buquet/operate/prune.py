@@ -117,7 +117,8 @@ class _Sweep:
             await self._stub(held.record)
 
     def _due(self, task: Task) -> bool:
-        return task.state in ENDED and self.now - task.finished / 1000 > self.older_than
+        # one of a run is pruned only together with it
+        return not task.run and task.state in ENDED and self.now - task.finished / 1000 > self.older_than
 
     async def _bare(self, task: Task) -> None:
         """Remove what a task just pruned leaves. A keyed one's payloads, and any that it did not name, wait for the sweep."""

@@ -83,7 +83,7 @@ class RunAuditor:
 
 
 def _entries(runs: Runs, run_id: str, run: dict[str, Any]) -> list[str]:
-    """An open run has the entry of its generation, a finished one none."""
+    """Check that an open run has the entry of its generation, and a finished one none."""
     if run.get("state", "running") not in OVER:
         missing = f"{run_id}.{run.get('gen', 1)}" not in runs.open
         return [f"open: run {run_id} is not over, and its entry of generation {run.get('gen', 1)} is not there"] * missing
@@ -92,7 +92,7 @@ def _entries(runs: Runs, run_id: str, run: dict[str, Any]) -> list[str]:
 
 
 def _outcomes(bucket: Bucket, run_id: str, run: dict[str, Any]) -> Iterator[str]:
-    """What a finished run's record says of a task is what that task's own record says: it is there, and over."""
+    """Check that every task that a finished run's record speaks of is there, and over."""
     if run.get("state", "running") not in OVER:
         return
     for name, step in run.get("steps", {}).items():

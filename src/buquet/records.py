@@ -107,6 +107,8 @@ class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
     """How many items of a batch this task holds, its `args` being PackItems; 0: it is a plain task."""
     batch: str = ""
     """The token of the batch that a pack belongs to."""
+    trace: str = ""
+    """The W3C traceparent of its submit's span, where the submitting process traces."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):

@@ -30,15 +30,17 @@ class Claimer:
     """Claims tasks for a worker. Lost races and unfinished moves are left alone; stale entries are deleted."""
 
     def __init__(
-        self, register: Register, clock: Clock, fleet: Fleet, keeper: SessionKeeper, ended: Callable[[Task], None]
+        self, register: Register, clock: Clock, fleet: Fleet, keeper: SessionKeeper, moved: Callable[[Task], None]
     ) -> None:
         self.register = register
         self.clock = clock
         self.fleet = fleet
         self.keeper = keeper
-        self.ended = ended
+        self.moved = moved
         self.quarantined: set[str] = set()
         """Keys of records that could not be read; each is reported once and left as it is."""
+        self.missed = 0
+        """Claims that another worker was quicker with."""
         self._under_way: set[str] = set()
         """Tasks that are being claimed: their record may already say so, before this process knows."""
 
@@ -135,10 +137,11 @@ class Claimer:
         write = await self.register.update(held, task, op=token)
         if write.landed and task.state in TERMINAL:
             await self._delete(finder, found.entry.key)
-            self.ended(task)
+            self.moved(task)
             return None
         now = write.held
         if write.landed and now is not None and now.record.token == token and now.record.state == "running":
             return now
+        self.missed += 1
         finder.others(found, now.record.worker if now is not None else "")
         return None

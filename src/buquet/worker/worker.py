@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from buquet import keys
 from buquet.errors import BuquetError, StoreError, UsageError
+from buquet.queue import tracing
 from buquet.queue.background import new_loop, running_loop
 from buquet.records import Note, Task
 from buquet.store.register import Register
@@ -25,6 +26,7 @@ from buquet.worker.journal import JournalWriter
 from buquet.worker.racing import cancel_all, first_of
 from buquet.worker.retention import Retention
 from buquet.worker.session import TTL, SessionKeeper
+from buquet.worker.watch import Telling
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping, Sequence
@@ -86,10 +88,11 @@ class Worker:
         self.register = Register(client.store, self.clock, patience=None)
         self.looks = Register(client.store, self.clock, patience=LOOKS)
         self.keeper = SessionKeeper(client.store, self.clock, served, tuple(sorted(tasks)), concurrency, ttl, parent)
-        self.reaper = Reaper(self.register, self.clock, client.added, self._ended)
+        self.journal = JournalWriter(self.register.reads, self.clock, lambda: self.keeper.id, self._now_ms)
+        self.telling = Telling(client, self.journal)
+        self.reaper = Reaper(self.register, self.clock, client.added, self.telling.moved)
         self.fleet = Fleet(self.register, self.clock, self.keeper, self.reaper)
-        self.journal = JournalWriter(self.register.reads, self.clock, lambda: self.keeper.id, self.fleet.due_now_ms)
-        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, self._ended)
+        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, self.telling.moved)
         self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks)
         self.finders = [QueueFinder(queue, self.looks.reads, self.clock, self.fleet, self._handled) for queue in served]
         self.retention = Retention(self.register, self.clock, self.fleet, served, retention) if retention else None
@@ -105,6 +108,14 @@ class Worker:
         self._wake = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_wait = 0.1
+
+    def _now_ms(self) -> int:
+        return self.fleet.due_now_ms()
+
+    @property
+    def free(self) -> int:
+        """How many more handlers it could run now."""
+        return max(self.concurrency - self._busy, 0)
 
     @property
     def id(self) -> str:
@@ -165,19 +176,11 @@ class Worker:
             with suppress(TimeoutError):  # a session that stays is reaped by others
                 async with asyncio.timeout(self.keeper.ttl / 3):
                     await self.keeper.end()
-            await self._write_last()
+            await self.journal.close(self.keeper.ttl / 3)
             self.executor.threads.close()
             log.info(
                 "worker %s has ended; %d tasks completed, %d failed", self.keeper.id, self.keeper.completed, self.keeper.failed
             )
-
-    async def _write_last(self) -> None:
-        """Write the journal's last lines; a store that is away must not hold up the end for them."""
-        try:
-            async with asyncio.timeout(self.keeper.ttl / 3):
-                await self.journal.flush()
-        except (StoreError, TimeoutError) as error:
-            log.error("the journal's last lines are not written: %s", str(error) or "the store does not answer")  # noqa: TRY400
 
     async def _begin(self, *, first: bool = True) -> None:
         self.keeper.on_lost = self._lost
@@ -307,11 +310,15 @@ class Worker:
             run = Running(self.executor, held, found.entry.key)
             self.keeper.claims[run.token] = run.listing
             self.running[run.token] = run
-            move = await self.executor.execute(run)
-            self._busy -= 1
-            freed = True
-            self._wake.set()
-            await self._finish(finder, run, await self.executor.move(run, move))
+            self.telling.started(held.record)
+            with tracing.attempt(held.record) as tell:
+                move = await self.executor.execute(run)
+                self._busy -= 1
+                freed = True
+                self._wake.set()
+                task = await self.executor.move(run, move)
+                tell(task)
+            await self._finish(finder, run, task)
         finally:
             if not freed:
                 self._busy -= 1
@@ -325,15 +332,9 @@ class Worker:
         finder.done(run.listing.entry)
         if task.state == "pending":
             self.client.added(task.queue, task.entry)
-        else:
-            self._ended(task)
+        self.telling.moved(task)
         if run.listing.entry:
             await self.register.reads.delete(run.listing.entry)
-
-    def _ended(self, task: Task) -> None:
-        """Tell of a task that this worker ended, by running it or as its reaper, once its record says so."""
-        self.client.ended(task.id)
-        self.journal.add(task)
 
     # ------------------------------------------------------------------ losing the session
 

@@ -85,7 +85,7 @@ def lifecycle_rules(prefix: str, keep_versions_days: int) -> list[dict[str, Any]
         },
         *(
             {
-                "ID": f"{RULE}:{name}:{part}",
+                "ID": f"{RULE}-{part[:-1]}:{name}",
                 "Status": "Enabled",
                 "Filter": {"Prefix": f"{folder}{part}"},
                 "NoncurrentVersionExpiration": {"NoncurrentDays": 1},

@@ -163,6 +163,25 @@ def test_foreign_names_do_not_make_labels():
     run_virtual(main)
 
 
+def test_a_task_taken_over_is_lost_and_started():
+    async def main(clock):
+        from buquet.queue import transitions
+
+        app, store = rig(clock)
+
+        @app.task
+        async def noop() -> None: ...
+
+        _, metrics = watched(app, store)
+        running = transitions.claim(transitions.submit(noop.prepare((), {}).task, 1), "dead", "token", 2)
+        metrics.started(transitions.take_over(running, "me", "other", 3))
+        found = scrape(metrics)
+        assert events(found, "noop") == {"started": 1, "lost": 1}
+        assert not any("delay_seconds_count" in name for name in found)
+
+    run_virtual(main)
+
+
 def free_ports():
     """Two ports side by side that are free now."""
     for _ in range(50):

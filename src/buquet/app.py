@@ -155,6 +155,13 @@ class App:
                     atexit.register(_ring_at_exit, weakref.ref(client))
         return client
 
+    def wrap_store(self, wrap: Callable[[Store], Store]) -> None:
+        """Put something around the store, such as what counts requests. Raises UsageError after the first use."""
+        if self._client is not None:
+            msg = f"this App already uses {self.url}: wrap its store before that"
+            raise UsageError(msg)
+        self._store = wrap(self._store or open_store(self.url, self.clock))
+
     @contextmanager
     def on_store(self, store: Store) -> Generator[None]:
         """Use another store for a while, also after the first use: for tests."""

@@ -123,6 +123,8 @@ class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
     graph: Raw = ABSENT
     """Of the task that starts a run: the graph, or else `graph_at`."""
     graph_at: str = ""
+    trace: str = ""
+    """The W3C traceparent of its submit's span, where the submitting process traces."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):

@@ -510,7 +510,7 @@ async def test_init_of_a_bucket_may_be_repeated(seaweed):
     await steps(f"s3://{bucket}/other?endpoint={seaweed.endpoint}", keep_versions_days=7)
     if first[2].done:
         rules = seaweed.boto.get_bucket_lifecycle_configuration(Bucket=bucket)["Rules"]
-        assert {rule["ID"] for rule in rules} == {"buquet:app/", "buquet:other/"}
+        assert {rule["ID"] for rule in rules} >= {"buquet:app/", "buquet:other/", "buquet-workers:app/"}
 
 
 async def test_init_keeps_rules_of_others(moto_server):
@@ -522,7 +522,12 @@ async def test_init_keeps_rules_of_others(moto_server):
         found = await steps(url, keep_versions_days=days)
         assert all(step.done for step in found)
         rules = {rule["ID"]: rule for rule in moto_server.boto.get_bucket_lifecycle_configuration(Bucket=bucket)["Rules"]}
-        assert set(rules) == {"theirs", "buquet:app/"}
+        volatile = {"workers/", "notes/", "bell/", "ready/", "later/"}
+        assert set(rules) == {"theirs", "buquet:app/"} | {f"buquet-{part[:-1]}:app/" for part in volatile}
+        assert {rules[f"buquet-{part[:-1]}:app/"]["Filter"]["Prefix"] for part in volatile} == {
+            f"app/{part}" for part in volatile
+        }
+        assert {rules[f"buquet-{part[:-1]}:app/"]["NoncurrentVersionExpiration"]["NoncurrentDays"] for part in volatile} == {1}
         assert rules["theirs"] == theirs
         assert rules["buquet:app/"]["NoncurrentVersionExpiration"]["NoncurrentDays"] == days
         assert rules["buquet:app/"]["Filter"] == {"Prefix": "app/"}
@@ -531,9 +536,9 @@ async def test_init_keeps_rules_of_others(moto_server):
 
 def test_only_a_prefixs_own_rule_is_replaced():
     there = lifecycle_rules("a", 1) + lifecycle_rules("ab", 1) + lifecycle_rules("a/b", 1) + lifecycle_rules("", 1)
-    assert len({rule["ID"] for rule in there}) == 4
+    assert len({rule["ID"] for rule in there}) == len(there) == 24
     now = merged(there, lifecycle_rules("a", 9))
-    assert sorted(rule["NoncurrentVersionExpiration"]["NoncurrentDays"] for rule in now) == [1, 1, 1, 9]
+    assert sorted(rule["NoncurrentVersionExpiration"]["NoncurrentDays"] for rule in now) == [*[1] * 23, 9]
     assert len({lifecycle_rules("long/" * 60 + end, 1)[0]["ID"] for end in "ab"}) == 2
 
 

@@ -237,6 +237,20 @@ async def test_a_lost_answer_doubles_no_line(rig):
 
 
 @virtual
+async def test_an_object_sent_again_after_an_interruption_keeps_its_name(rig):
+    writer = JournalWriter(rig.client.reads, rig.clock, lambda: "ab.cd", rig.clock.now_ms)
+    writer.enter(line(1, rig.clock.now_ms()))
+    stop = rig.store.pause("put", "journal/", when="after")
+    first = asyncio.create_task(writer.flush())
+    await stop.reached.wait()
+    first.cancel()  # it is stored, and the writer does not know
+    await asyncio.gather(first, return_exceptions=True)
+    await rig.clock.sleep(5)
+    await writer.close(10)
+    assert len(await rig.objects()) == len(await rig.lines()) == 1
+
+
+@virtual
 async def test_a_worker_ends_though_the_journal_cannot_be_written(rig):
     @rig.app.task
     async def noop() -> int:
@@ -349,6 +363,16 @@ async def test_an_object_that_comes_late_is_met_at_the_next_look_back(rig):
     await put_lines(rig, at, [line(1, at)])  # its first PUT was lost 150 s ago
     assert await journal.refresh() == []
     await rig.clock.sleep(101)
+    assert len(await journal.refresh()) == 1
+
+
+@virtual
+async def test_an_object_that_is_stored_a_little_behind_its_name_is_met_at_the_next_look(rig):
+    await rig.clock.sleep(200)
+    journal = Journal(rig.client)
+    await journal.refresh()
+    at = rig.clock.now_ms() - 30_000
+    await put_lines(rig, at, [line(1, at)])
     assert len(await journal.refresh()) == 1
 
 

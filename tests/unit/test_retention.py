@@ -4,6 +4,7 @@ import asyncio
 from datetime import timedelta
 
 import pytest
+from msgspec.structs import replace
 
 from buquet import App, UsageError, keys
 from buquet.operate.prune import prune
@@ -127,6 +128,20 @@ async def test_a_task_that_lives_again_is_kept_for_its_later_end(rig):
     await rig.clock.sleep(2 * HOUR)
     assert await rig.state(handle.id) is None
     assert await rig.keys("journal/") == []
+    work.cancel()
+
+
+@virtual
+async def test_an_end_that_the_line_does_not_mean_is_left_though_it_looks_old(rig):
+    handle = await rig.work.asubmit()
+    await drain(rig)
+    await rig.clock.sleep(DAY + 600)
+    held = await rig.client.read(handle.id)
+    # ended again just now, by a worker whose clock is years behind
+    await rig.client.register.update(held, replace(held.record, finished=1000))
+    _, work = await rig.start()
+    await rig.clock.sleep(4 * HOUR)
+    assert await handle.astatus() == "completed"
     work.cancel()
 
 

@@ -10,6 +10,7 @@ import typer
 from buquet.cli.base import Json, Url, cli, open_app, run
 from buquet.cli.output import duration, moment, print_json, print_table, scan_progress, to_stderr
 from buquet.insights import fleet, tasks
+from buquet.insights.journal import Journal, Spread, Summary
 from buquet.insights.scan import Scan, records
 
 
@@ -29,9 +30,14 @@ def stats(
         counted = scan or len(listed) <= tasks.CHEAP
         states = await tasks.states(reader, listed) if counted else None
         queues = await fleet.waiting(app.client, crew, reader, states.running if states else None)
+        journal = Journal(app.client)
+        await journal.refresh()
+        last_hour = journal.by_queue()
         if json:
             value: dict[str, Any] = {
                 "queues": queues,
+                "last_hour": last_hour,
+                "since": journal.since,
                 "records": len(listed),
                 "states": states.counts if states else None,
                 "unreadable": reader.unreadable,
@@ -39,6 +45,8 @@ def stats(
             print_json(msgspec.to_builtins(value))
             return
         _show(queues)
+        if last_hour:
+            _show_last_hour(last_hour, journal.since)
         if states:
             print_table(("state", "tasks"), sorted(states.counts.items()), "no task yet")
         else:
@@ -67,6 +75,18 @@ def _show(queues: list[fleet.Waiting]) -> None:
     for each in queues:
         for name in each.unhandled:
             print(f"in queue {each.queue!r} {each.names[name]:,} of the name {name!r} wait, and no live worker handles that name")
+
+
+def _show_last_hour(queues: dict[str, Summary], since: int) -> None:
+    def spread(times: Spread) -> str:
+        return f"{duration(times.p50 / 1000)}, {duration(times.p99 / 1000)}" if times.count else ""
+
+    rows = [
+        (queue, each.count, f"{each.per_minute:.1f}", each.failed, each.retried, spread(each.duration), spread(each.delay))
+        for queue, each in queues.items()
+    ]
+    print(f"since {moment(since)}:")
+    print_table(("queue", "ended", "a minute", "failed", "retried", "ran (p50, p99)", "waited (p50, p99)"), rows)
 
 
 @cli.command()

@@ -120,22 +120,28 @@ def prune(
     older_than: Annotated[
         str, typer.Option("--older-than", metavar="AGE", help="Ended longer ago than this, for instance 7d or 12h.")
     ],
+    sweep: Annotated[
+        bool, typer.Option("--sweep/--no-sweep", help="Go over all records, too, for what the journal does not know.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Count, and remove nothing.")] = False,
     url: Url = None,
     json: Json = False,
 ) -> None:
-    """Remove tasks that ended, with their values and earlier versions. A task with a key leaves a small stub."""
+    """Remove tasks that ended, with their values and earlier versions. A task with a key leaves a small stub.
+
+    First by the journal, then by a sweep over all records. Without the sweep it costs nothing for tasks that stay.
+    """
     from buquet.operate.prune import prune as remove  # noqa: PLC0415 - only this command needs it
 
     age = seconds(older_than)
     app = open_app(url)
-    done = run(app, lambda: remove(app.client, age, dry_run=dry_run, progress=_progress()))
+    done = run(app, lambda: remove(app.client, age, sweep=sweep, dry_run=dry_run, progress=_progress()))
     if json:
         print_json(done)
         return
     would = "would be " if dry_run else ""
     print(f"{done.looked:,} records looked at: {done.pruned:,} tasks {would}pruned")
-    print(f"{done.stubs:,} stubs and {done.payloads:,} payloads {would}removed")
+    print(f"{done.stubs:,} stubs, {done.payloads:,} payloads and {done.journal:,} objects of the journal {would}removed")
     if done.unreadable:
         to_stderr(f"{done.unreadable:,} records cannot be read and were left; `buquet fsck` names them")
 

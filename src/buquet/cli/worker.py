@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
-import msgspec
 import typer
 
 from buquet.cli.base import Json, Target, Url, cli, load
 from buquet.cli.output import print_json, to_stderr
 from buquet.errors import UsageError
+from buquet.worker.logs import JsonLines, TaskFields, TextLines
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from buquet.app import App
+    from buquet.operate.counting import CountingStore
+    from buquet.store.base import Store
+    from buquet.worker.worker import Worker
+
+
+class LogFormat(enum.StrEnum):
+    """How a line of the log looks."""
+
+    text = "text"
+    json = "json"
 
 
 @cli.command()
@@ -29,6 +42,14 @@ def worker(
     drain: Annotated[bool, typer.Option("--drain", help="End, with status 0, when nothing is left to do.")] = False,
     max_time: Annotated[float | None, typer.Option("--max-time", metavar="S", help="End after so many seconds.")] = None,
     grace: Annotated[float, typer.Option("--grace", metavar="S", min=0, help="Seconds for running tasks at the end.")] = 30.0,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option("--metrics-port", metavar="N", min=1, max=65535, help="Serve metrics for Prometheus; process i at N + i."),
+    ] = None,
+    metrics_host: Annotated[str, typer.Option("--metrics-host", metavar="HOST", help="Where they are served.")] = "127.0.0.1",
+    log_format: Annotated[
+        LogFormat | None, typer.Option("--log-format", help="How the log's lines look. [default: text, with --json json]")
+    ] = None,
     ttl: Annotated[float, typer.Option("--ttl", min=1, hidden=True)] = 30.0,
     url: Url = None,
     json: Json = False,
@@ -42,31 +63,64 @@ def worker(
     if not app.tasks:
         msg = f"{target} has no tasks: decorate a function with @app.task"
         raise UsageError(msg)
-    _log(json)
+    _log((log_format or (LogFormat.json if json else LogFormat.text)) is LogFormat.json, sys.stdout if json else sys.stderr)
+    counting = _counting(app) if metrics_port is not None and processes == 1 else None
     # made in any case: what is wrong with the options is said here, not by each child
     served = app.worker(queue, concurrency=concurrency, drain=drain, max_time=max_time, grace=grace, ttl=ttl, parent=parent)
     if not parent:
         _introduce(app, served.queues, json)
     if processes > 1:
+        from buquet.worker.processes import Processes  # noqa: PLC0415 - only for parents
+
         options = ["--concurrency", str(concurrency), "--grace", str(grace), "--ttl", str(ttl)]
         for each in queue or ():
             options += ["--queue", each]
         options += [flag for flag, wanted in (("--drain", drain), ("--json", json)) if wanted]
-        raise typer.Exit(_fleet(app, [target, "--url", app.url, *options], processes, grace, max_time))
+        options += ["--log-format", log_format.value] if log_format else []
+
+        def own_options(number: int) -> list[str]:
+            return [] if metrics_port is None else ["--metrics-port", str(metrics_port + number), "--metrics-host", metrics_host]
+
+        fleet = Processes(
+            app.client, [target, "--url", app.url, *options], processes, grace=grace, max_time=max_time, each=own_options
+        )
+        with app:
+            raise typer.Exit(fleet.run())
     if parent:
         from buquet.worker.processes import watch_parent  # noqa: PLC0415 - only for children
 
         watch_parent(served.stop)
-    served.run()
+    stop_serving = _serve_metrics(served, counting, metrics_host, metrics_port) if counting and metrics_port else None
+    try:
+        served.run()
+    finally:
+        if stop_serving:
+            stop_serving()
     app.close()
 
 
-def _fleet(app: App, arguments: list[str], count: int, grace: float, max_time: float | None) -> int:
-    from buquet.worker.processes import Processes  # noqa: PLC0415 - only for parents
+def _counting(app: App) -> CountingStore:
+    """Have the App's requests counted."""
+    from buquet.operate.counting import CountingStore  # noqa: PLC0415 - only with metrics
 
-    fleet = Processes(app.client, arguments, count, grace=grace, max_time=max_time)
-    with app:
-        return fleet.run()
+    made: list[CountingStore] = []
+
+    def wrap(store: Store) -> Store:
+        made.append(CountingStore(store))
+        return made[0]
+
+    app.wrap_store(wrap)
+    return made[0]
+
+
+def _serve_metrics(served: Worker, counting: CountingStore, host: str, port: int) -> Callable[[], None]:
+    from buquet.operate.metrics import Metrics, serve  # noqa: PLC0415 - its package is optional
+
+    metrics = Metrics(served, counting)
+    served.telling.watchers.append(metrics)
+    stop = serve(metrics, host, port)
+    to_stderr(f"metrics: http://{host}:{port}/metrics")
+    return stop
 
 
 def _introduce(app: App, queues: tuple[str, ...], json: bool) -> None:
@@ -80,28 +134,12 @@ def _introduce(app: App, queues: tuple[str, ...], json: bool) -> None:
     to_stderr(f"{url}\ntasks: {names}\nqueues: {', '.join(queues)}")
 
 
-class _Lines(logging.Formatter):
-    """Makes a JSON object of each line of the log."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return one line."""
-        line: dict[str, object] = {
-            "at": int(record.created * 1000),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        line |= {name: vars(record)[name] for name in ("task", "task_name", "attempt") if name in vars(record)}
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(line, enc_hook=str).decode()
-
-
-def _log(json: bool) -> None:
-    """Log readable lines, unless the user's module has set up logging in its own way."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stdout if json else sys.stderr
-    )
-    if json:
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(_Lines())
+def _log(as_json: bool, stream: TextIO) -> None:
+    """Log to a stream, unless the user's module has set up logging in its own way; tasks are named in either."""
+    logging.basicConfig(level=logging.INFO, stream=stream)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(TaskFields())
+        if as_json:
+            handler.setFormatter(JsonLines())
+        elif isinstance(handler, logging.StreamHandler) and handler.formatter and handler.formatter._fmt == logging.BASIC_FORMAT:  # noqa: SLF001
+            handler.setFormatter(TextLines())

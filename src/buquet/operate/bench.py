@@ -157,7 +157,7 @@ async def _drain(one: _Bench, tasks: int, concurrency: int) -> tuple[float, dict
 
 
 def _each(one: _Bench, tasks: int) -> dict[str, float]:
-    return {kind: round(one.store.counts[kind] / tasks, 3) for kind in ("PUT", "GET", "LIST", "DELETE")}
+    return {kind: round(one.store.total(kind) / tasks, 3) for kind in ("PUT", "GET", "LIST", "DELETE")}
 
 
 async def _latencies(one: _Bench, url: str, samples: int, ids: list[str]) -> list[float]:

@@ -16,6 +16,7 @@ from buquet.errors import KeyConflict, SubmitInterrupted, TaskNotFound, Unreadab
 from buquet.queue import transitions
 from buquet.queue.bell import Ringer
 from buquet.queue.payloads import INLINE, Values, context, run_context
+from buquet.queue.tracing import submitting
 from buquet.records import ABSENT, FORMAT, TERMINAL, Layout, Note, Raw, Record, Task
 from buquet.sealing import Plain
 from buquet.store.register import Held, Register
@@ -91,6 +92,10 @@ class Client:
 
     async def submit(self, task: Task, args: bytes) -> Submitted:
         """Submit a task whose state is not set yet. Raises KeyConflict when its key names a task with other arguments."""
+        with submitting(task) as traced:
+            return await self._submit(traced, args)
+
+    async def _submit(self, task: Task, args: bytes) -> Submitted:
         if not self._open:
             await self.open()
         value, at = await self.values.put(task.id, "args", args)

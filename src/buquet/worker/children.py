@@ -102,7 +102,7 @@ class Children:
         """Submit a task under a claim of this worker, whose slot is taken, and go on with it; return what is there instead."""
         worker = self.worker
         if task.id in worker.claimer.under_way:  # this worker has met its entry, of somebody else's submit
-            worker.free()
+            worker.vacate()
             return await self.client.follow_up(task, args)
         # until the claim is known here, its entry must not be met: this worker would take the claim for one that it forgot
         worker.claimer.under_way.add(task.id)
@@ -118,7 +118,7 @@ class Children:
         finally:
             worker.claimer.under_way.discard(task.id)
             if not carried:
-                worker.free()
+                worker.vacate()
 
     async def stop(self, task: Task, args: bytes) -> None:
         """See to it that a task ends without its handler: claim it here and now, or ask whoever runs it."""

@@ -36,19 +36,21 @@ class Claimer:
         clock: Clock,
         fleet: Fleet,
         keeper: SessionKeeper,
-        ended: Callable[[Task], None],
+        moved: Callable[[Task], None],
         sealer: Sealer,
     ) -> None:
         self.register = register
         self.clock = clock
         self.fleet = fleet
         self.keeper = keeper
-        self.ended = ended
+        self.moved = moved
         self.sealer = sealer
         self.locked: set[str] = set()
         """Ids of the encryption keys that were missed here; each is reported once."""
         self.quarantined: set[str] = set()
         """Keys of records that could not be read; each is reported once and left as it is."""
+        self.missed = 0
+        """Claims that another worker was quicker with."""
         self.under_way: set[str] = set()
         """Tasks that are being claimed: their record may already say so, before this process knows."""
 
@@ -162,10 +164,11 @@ class Claimer:
         write = await self.register.update(held, task, op=token)
         if write.landed and task.state in TERMINAL:
             await self._delete(finder, found.entry.key)
-            self.ended(task)
+            self.moved(task)
             return None
         now = write.held
         if write.landed and now is not None and now.record.token == token and now.record.state == "running":
             return now
+        self.missed += 1
         finder.others(found, now.record.worker if now is not None else "")
         return None

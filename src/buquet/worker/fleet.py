@@ -32,12 +32,12 @@ class Reaper:
     """Reaps sessions: fences the worker, puts back what it ran, deletes the session. Any process may, and may die at it."""
 
     def __init__(
-        self, register: Register, clock: Clock, added: Callable[[str, str], None], ended: Callable[[Task], None]
+        self, register: Register, clock: Clock, added: Callable[[str, str], None], moved: Callable[[Task], None]
     ) -> None:
         self.register = register
         self.clock = clock
         self.added = added
-        self.ended = ended
+        self.moved = moved
         self._grieved: set[str] = set()
         """Tasks whose record could not be read; each is told of once."""
 
@@ -87,7 +87,7 @@ class Reaper:
                     self.added(task.queue, task.entry)
                 elif task.state in TERMINAL:
                     await self.register.reads.delete(task.entry)
-                    self.ended(task)
+                self.moved(task)
                 return
             held = write.held
 

@@ -131,3 +131,11 @@ class JournalWriter:
         self._full.clear()
         if not self._lines:
             self._some.clear()
+
+    async def close(self, seconds: float) -> None:
+        """Write the last lines; a store that is away must not hold up the end for longer than so many seconds."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.flush()
+        except (StoreError, TimeoutError) as error:
+            log.error("the journal's last lines are not written: %s", str(error) or "the store does not answer")  # noqa: TRY400

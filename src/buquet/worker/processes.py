@@ -19,6 +19,7 @@ from buquet.records import Session
 from buquet.store.register import Register
 from buquet.worker.fleet import Reaper
 from buquet.worker.journal import JournalWriter
+from buquet.worker.watch import Telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ class Processes:
         grace: float = 30.0,
         max_time: float | None = None,
         quiet: bool = False,
+        each: Callable[[int], Sequence[str]] = lambda _number: (),
     ) -> None:
         if client.store.url.startswith("memory:"):
             msg = "memory: is this process's own memory, which other processes do not see. Use sqlite:PATH or s3://BUCKET/PREFIX"
@@ -69,6 +71,8 @@ class Processes:
         self.client = client
         self.arguments = list(arguments)
         self.count = count
+        self.each = each
+        """Further arguments of each process, by its number from 0, such as a port of its own."""
         self.grace = grace
         self.max_time = max_time
         self.quiet = quiet
@@ -159,7 +163,7 @@ class Processes:
     async def _run_one(self, number: int) -> tuple[int, int]:
         """Start a process and wait for its end; return its exit status (negative: the signal) and pid."""
         try:
-            child = await self._start()
+            child = await self._start(number)
         except OSError as error:  # no memory or too many processes: it may pass
             log.error("worker process %d cannot be started now: %s", number + 1, error)  # noqa: TRY400 - the text says all
             return 1, 0
@@ -172,8 +176,8 @@ class Processes:
             log.error("worker process %d (pid %d) died: %s", number + 1, child.pid, _reason(status))
         return status, child.pid
 
-    async def _start(self) -> asyncio.subprocess.Process:
-        command = [sys.executable, "-m", "buquet", "worker", *self.arguments, "--parent", self.nonce]
+    async def _start(self, number: int) -> asyncio.subprocess.Process:
+        command = [sys.executable, "-m", "buquet", "worker", *self.arguments, *self.each(number), "--parent", self.nonce]
         child = await asyncio.create_subprocess_exec(
             *command,
             stdin=subprocess.PIPE,  # held open: see `watch_parent`
@@ -191,7 +195,7 @@ class Processes:
         register = Register(self.client.store, self.client.clock, patience=30)
         # the parent is no worker, but what it ends (a task that has killed its last process) is to be seen as well
         journal = JournalWriter(register.reads, self.client.clock, lambda: self.nonce, self.client.clock.now_ms)
-        reaper = Reaper(register, self.client.clock, self.client.added, journal.add)
+        reaper = Reaper(register, self.client.clock, self.client.added, Telling(self.client, journal).moved)
         try:
             for session in await self._sessions_of(pid, register):
                 count = len(session.claims)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from buquet import keys
 from buquet.errors import StoreError, UsageError
+from buquet.queue import tracing
 from buquet.queue.background import new_loop, running_loop
 from buquet.queue.parent import is_system
 from buquet.store.register import Register
@@ -28,6 +29,7 @@ from buquet.worker.racing import cancel_all, first_of
 from buquet.worker.retention import Retention
 from buquet.worker.scheduler import Scheduler
 from buquet.worker.session import TTL, SessionKeeper
+from buquet.worker.watch import Telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -95,10 +97,11 @@ class Worker:
         self.register = Register(client.store, self.clock, patience=None)
         self.looks = Register(client.store, self.clock, patience=LOOKS)
         self.keeper = SessionKeeper(client.store, self.clock, served, tuple(sorted(tasks)), concurrency, ttl, parent)
-        self.reaper = Reaper(self.register, self.clock, client.added, self._ended)
+        self.journal = JournalWriter(self.register.reads, self.clock, lambda: self.keeper.id, self._now_ms)
+        self.telling = Telling(client, self.journal)
+        self.reaper = Reaper(self.register, self.clock, client.added, self.telling.moved)
         self.fleet = Fleet(self.register, self.clock, self.keeper, self.reaper)
-        self.journal = JournalWriter(self.register.reads, self.clock, lambda: self.keeper.id, self.fleet.due_now_ms)
-        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, self._ended, client.sealer)
+        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, self.telling.moved, client.sealer)
         self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks, client.sealer)
         self.children = Children(self, runs(self)) if runs else None
         self.executor.children = self.children
@@ -129,6 +132,14 @@ class Worker:
         self._wake = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_wait = 0.1
+
+    def _now_ms(self) -> int:
+        return self.fleet.due_now_ms()
+
+    @property
+    def free(self) -> int:
+        """How many more handlers it could run now."""
+        return max(self.concurrency - self._busy, 0)
 
     @property
     def id(self) -> str:
@@ -209,19 +220,11 @@ class Worker:
             with suppress(TimeoutError):  # a session that stays is reaped by others
                 async with asyncio.timeout(self.keeper.ttl / 3):
                     await self.keeper.end()
-            await self._write_last()
+            await self.journal.close(self.keeper.ttl / 3)
             self.executor.threads.close()
             log.info(
                 "worker %s has ended; %d tasks completed, %d failed", self.keeper.id, self.keeper.completed, self.keeper.failed
             )
-
-    async def _write_last(self) -> None:
-        """Write the journal's last lines; a store that is away must not hold up the end for them."""
-        try:
-            async with asyncio.timeout(self.keeper.ttl / 3):
-                await self.journal.flush()
-        except (StoreError, TimeoutError) as error:
-            log.error("the journal's last lines are not written: %s", str(error) or "the store does not answer")  # noqa: TRY400
 
     async def _begin(self, *, first: bool = True) -> None:
         self.keeper.on_lost = self._lost
@@ -341,7 +344,7 @@ class Worker:
         """Take a slot whether there is one or not: for what takes no handler."""
         self._busy += 1
 
-    def free(self) -> None:
+    def vacate(self) -> None:
         """Give a slot back."""
         self._busy -= 1
         self._wake.set()
@@ -401,11 +404,15 @@ class Worker:
         freed = False
         try:
             run.work = asyncio.current_task()
-            move = await self.executor.execute(run)
-            self._busy -= 1
-            freed = True
-            self._wake.set()
-            await self._finish(finder, run, await self.executor.move(run, move))
+            self.telling.started(run.held.record)
+            with tracing.attempt(run.held.record) as tell:
+                move = await self.executor.execute(run)
+                self._busy -= 1
+                freed = True
+                self._wake.set()
+                task = await self.executor.move(run, move)
+                tell(task)
+            await self._finish(finder, run, task)
         finally:
             if not freed:
                 self._busy -= 1
@@ -420,15 +427,9 @@ class Worker:
             finder.done(run.listing.entry)
         if task.state == "pending":
             self.client.added(task.queue, task.entry)
-        else:
-            self._ended(task)
+        self.telling.moved(task)
         if run.listing.entry:
             await self.register.reads.delete(run.listing.entry)
-
-    def _ended(self, task: Task) -> None:
-        """Tell of a task that this worker ended, by running it or as its reaper, once its record says so."""
-        self.client.ended(task.id)
-        self.journal.add(task)
 
     # ------------------------------------------------------------------ losing the session
 

@@ -1,0 +1,104 @@
+"""Commands that draw from the journal: errors and tail."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from typing import Annotated
+
+import msgspec
+import typer
+
+from buquet.cli.base import Json, Name, Queue, Url, cli, open_app, run
+from buquet.cli.output import duration, moment, print_json, print_table, to_stderr
+from buquet.errors import UsageError
+from buquet.insights.journal import Journal
+from buquet.insights.tail import EVENTS, Happening, Tail
+
+SHOWN = 80
+COLOURS = {"completed": "32", "failed": "31", "retried": "33", "lost": "33", "cancelled": "35", "expired": "35", "started": "36"}
+
+
+@cli.command()
+def errors(
+    hours: Annotated[float, typer.Option("--hours", metavar="H", min=0.01, help="How far back to look.")] = 1.0,
+    queue: Queue = None,
+    name: Name = None,
+    url: Url = None,
+    json: Json = False,
+) -> None:
+    """Show what failed lately by kind: the task, the error's type, and the function that raised it. Drawn from the journal."""
+    app = open_app(url)
+
+    async def work() -> None:
+        journal = Journal(app.client, hours=hours)
+        await journal.refresh()
+        found = journal.errors(queue=queue, name=name)
+        if json:
+            print_json({"since": journal.since, "groups": msgspec.to_builtins(found)})
+            return
+        rows = [
+            (
+                each.count,
+                each.name,
+                each.queue,
+                f"{each.type}: {each.message}"[:SHOWN],
+                moment(each.first),
+                moment(each.last),
+                each.example,
+            )
+            for each in found
+        ]
+        columns = ("count", "task", "queue", "error (the last one)", "first", "last", "example")
+        print_table(columns, rows, f"nothing failed since {moment(journal.since)}, as far as the journal knows")
+        if journal.unreadable:
+            to_stderr(f"{journal.unreadable:,} lines of the journal cannot be read, and were left out")
+
+    run(app, work)
+
+
+@cli.command()
+def tail(
+    queue: Queue = None,
+    name: Name = None,
+    status: Annotated[
+        str | None, typer.Option("--status", "-s", metavar="EVENT", help=f"Only one kind: {', '.join(EVENTS)}.")
+    ] = None,
+    interval: Annotated[float, typer.Option("--interval", metavar="S", min=0.2, help="Seconds between two looks.")] = 2.0,
+    url: Url = None,
+    json: Json = False,
+) -> None:
+    """Show what happens as it happens, until Ctrl-C. A look costs 3 LISTs, and a GET for each thing that changed."""
+    if status is not None and status not in EVENTS:
+        msg = f"--status is one of {', '.join(EVENTS)}, not {status!r}"
+        raise UsageError(msg)
+    app = open_app(url)
+
+    async def work() -> None:
+        events = Tail(app.client, queue=queue, name=name, event=status)
+        await events.poll()
+        to_stderr("watching; Ctrl-C ends it")
+        while True:
+            await app.clock.sleep(interval)
+            for each in await events.poll():
+                if json:
+                    print_json(each)
+                else:
+                    print(_line(each), flush=True)
+
+    with suppress(KeyboardInterrupt):
+        run(app, work)
+
+
+def _line(each: Happening) -> str:
+    word = f"{each.event:9}"
+    if sys.stdout.isatty():
+        word = f"\033[{COLOURS.get(each.event, '0')}m{word}\033[0m"
+    parts = [moment(each.at), word, each.id, f"{each.name} ({each.queue})"]
+    if each.attempt > 1:
+        parts.append(f"attempt {each.attempt}")
+    if each.ran:
+        parts.append(f"in {duration(each.ran / 1000)}")
+    if each.detail:
+        parts.append(each.detail.splitlines()[0][:200])
+    return "  ".join(parts)

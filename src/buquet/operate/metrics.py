@@ -1,0 +1,146 @@
+"""A worker's metrics for Prometheus, served over HTTP by the worker's own process. Needs the extra `metrics`.
+
+Labels are bounded: `name` and `queue` are those that the worker has handlers for and serves, all others are `other`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from buquet import keys
+from buquet.errors import UsageError
+from buquet.worker.watch import Watcher
+
+try:
+    from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+except ImportError:
+    msg = "metrics need the package prometheus-client: pip install 'buquet[metrics]', or leave --metrics-port out"
+    raise UsageError(msg) from None
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from prometheus_client.core import Metric
+
+    from buquet.operate.counting import CountingStore
+    from buquet.records import Task
+    from buquet.worker.worker import Worker
+
+OTHER = "other"
+LOST = {"lost", "taken over"}
+EVENTS = {
+    "completed": "completed",
+    "failed": "failed",
+    "retry": "retried",
+    "snoozed": "snoozed",
+    "released": "released",
+    "cancelled": "cancelled",
+    "expired": "expired",
+}
+"""Words of a record's timeline, and those of the metrics."""
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200)
+
+
+class Metrics(Watcher):
+    """Counts what a worker tells, and reads the rest from it when it is asked.
+
+    >>> metrics = Metrics(worker, store)  # doctest: +SKIP
+    >>> worker.telling.watchers.append(metrics)  # doctest: +SKIP
+    """
+
+    def __init__(self, worker: Worker, store: CountingStore) -> None:
+        self.worker = worker
+        self.store = store
+        self.registry = CollectorRegistry()
+        which = ("queue", "name")
+        self.tasks = Counter(
+            "buquet_tasks",
+            "What became of tasks: started, completed, failed, retried, lost, cancelled, expired, snoozed, released.",
+            (*which, "event"),
+            registry=self.registry,
+        )
+        self.duration = Histogram(
+            "buquet_task_duration_seconds",
+            "From claim to outcome, of one attempt.",
+            which,
+            buckets=BUCKETS,
+            registry=self.registry,
+        )
+        self.delay = Histogram(
+            "buquet_task_delay_seconds",
+            "From when a task could run to its claim.",
+            which,
+            buckets=BUCKETS,
+            registry=self.registry,
+        )
+        self.registry.register(self)
+
+    def _which(self, task: Task) -> tuple[str, str]:
+        return (
+            task.queue if task.queue in self.worker.queues else OTHER,
+            task.name if task.name in self.worker.tasks else OTHER,
+        )
+
+    def started(self, task: Task) -> None:
+        """See Watcher."""
+        which = self._which(task)
+        self.tasks.labels(*which, "started").inc()
+        event = task.events[-1]
+        if event.why in LOST:
+            self.tasks.labels(*which, "lost").inc()
+            return
+        entry = keys.parse_entry(task.entry)
+        if entry is not None:
+            # its time is when the task was put there or, delayed, when it was due
+            self.delay.labels(*which).observe(max(event.at - entry.at, 0) / 1000)
+
+    def moved(self, task: Task) -> None:
+        """See Watcher."""
+        which = self._which(task)
+        why = task.events[-1].why
+        if why in LOST:
+            self.tasks.labels(*which, "lost").inc()
+            why = task.state  # out of losses it has failed
+        if why in EVENTS:
+            self.tasks.labels(*which, EVENTS[why]).inc()
+        since = next((event.at for event in reversed(task.events) if event.why in {"claimed", "taken over"}), None)
+        if task.worker == self.worker.id and task.state != "pending" and since is not None:
+            self.duration.labels(*which).observe(max(task.events[-1].at - since, 0) / 1000)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what is read from the worker at this moment; prometheus-client calls it, in its own thread."""
+        worker = self.worker
+        yield _gauge("buquet_running_tasks", "Tasks that run, or whose outcome is being stored.", len(worker.running))
+        yield _gauge("buquet_slots", "Handlers that may run at once.", worker.concurrency)
+        yield _gauge("buquet_free_slots", "Handlers that could run now.", worker.free)
+        age = worker.clock.monotonic() - worker.keeper.stored_at if worker.keeper.held else 0.0
+        yield _gauge("buquet_heartbeat_age_seconds", "Since the last stored heartbeat was sent.", age)
+        yield _gauge("buquet_abandoned_threads", "Threads given up on that still run.", worker.keeper.abandoned)
+        missed = CounterMetricFamily("buquet_claims_lost", "Claims that another worker was quicker with.")
+        missed.add_metric([], worker.claimer.missed)
+        yield missed
+        requests = CounterMetricFamily("buquet_store_requests", "Requests to the store.", labels=("operation", "outcome"))
+        for (operation, outcome), number in sorted(dict(self.store.counts).items()):
+            requests.add_metric([operation, outcome], number)
+        yield requests
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def serve(metrics: Metrics, host: str, port: int) -> Callable[[], None]:
+    """Serve metrics at http://host:port/metrics, in a thread; return what ends that. Raises UsageError where it cannot."""
+    try:
+        server, thread = start_http_server(port, addr=host, registry=metrics.registry)
+    except OSError as error:
+        msg = f"metrics cannot be served at {host}:{port}: {error.strerror or error}. Choose another --metrics-port"
+        raise UsageError(msg) from None
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return close

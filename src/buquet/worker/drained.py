@@ -38,7 +38,9 @@ async def drained(register: Register, fleet: Fleet, finders: Iterable[QueueFinde
     if await _mates_run(register, fleet, names):
         return False
     for queue, count in left.items():
-        log.warning("queue %s is paused: %d tasks wait there, and are left until it is resumed", queue, count)
+        log.warning(
+            "queue %s is paused, tasks left there: %d. They are not waited for; `buquet resume` opens the queue", queue, count
+        )
     return True
 
 

@@ -124,7 +124,7 @@ def write(x: float, y: float, text: str, **attributes: object) -> str:
 
 
 def hooked(step: StepView, link: Callable[[StepView], str] | None, inside: Iterable[str], now: int) -> str:
-    """Return a step's group with what a page can hold on to: `data-step`, `data-task`, and an `<a>` where `link` has an address."""
+    """Return a step's group with what a page can hold on to: `data-step`, `data-task`, and `<a>` where `link` has an address."""
     group = tag("g", class_=f"step {step.state}", data_step=step.name, data_task=step.task_id)
     said = [words.plain(words.title(step)), ", ".join(each for each in (step.state, words.time(step, now)) if each)]
     drawn = group.around(tag("title").around(escaped("\n".join([*said, *words.remarks(step)]))), *inside)

@@ -43,13 +43,7 @@ def as_svg(run: RunView, now: int, link: Callable[[StepView], str] | None = None
     order = order_of(run.steps)
     across = _Plan(order, lay_out(order, HEIGHT, BESIDE, LANE), sideways=True)
     down = _Plan(order, lay_out(order, WIDTH, BESIDE, LANE), sideways=False)
-    plan = (
-        across
-        if across.width <= max(PAGE, down.width) and across.width <= PAGE
-        else down
-        if down.width <= across.width
-        else across
-    )
+    plan = across if across.width <= max(PAGE, down.width) else down
     edges = [part for pair in order.edges for part in _edge(plan, *pair)]
     boxes = [hooked(step, link, _box(step, *plan.corner(name), now), now) for name, step in order.steps.items()]
     conditions = [_condition(plan, step) for step in order.steps.values() if step.condition]
@@ -108,7 +102,7 @@ def condition_of(step: StepView) -> str:
 
 
 def _edge(plan: _Plan, source: str, target: str) -> tuple[str, str]:
-    """Return an edge's line and its tip. Between layers it bends; through a layer it goes straight, in a lane kept free for it."""
+    """Return an edge's line and its tip. Between layers it bends; through a layer it goes straight, in a lane kept free."""
     nodes = plan.layout.edges[source, target]
     steps = plan.order.steps
     state = "skipped" if "skipped" in {steps[source].state, steps[target].state} else ""

@@ -25,6 +25,8 @@ STYLES: dict[StepState, str] = {
     "stopped": "yellow",
     "cancelled": "magenta",
 }
+STATE = 20
+"""Columns of a state and its time."""
 NAME = 32
 """Most columns of a name."""
 LANES = 10
@@ -48,20 +50,21 @@ def as_text(run: RunView, now: int, width: int = 80) -> list[Line]:
     """
     order = order_of(run.steps)
     graph = _Lanes(order).drawn()
-    if max((len(cells) for cells, _ in graph), default=0) > 2 * LANES:
+    if max((len(cells) for cells, _ in graph), default=0) > 2 * min(LANES, width // 7):
         graph = _listed(order)
     lines: list[Line] = [[(words.cut(words.headline(run, now), width), "bold")]]
     if run.error:
         lines.append([(words.cut(run.error, width), "red")])
     left = max((len(cells.rstrip()) for cells, _ in graph), default=0)
-    names = min(max((words.columns(words.plain(words.title(step))) for step in run.steps), default=0), NAME)
+    longest = max((words.columns(words.plain(words.title(step))) for step in run.steps), default=0)
+    names = min(longest, NAME, max(width - left - 2 - STATE - 2, STATE // 2))
     for cells, name in graph:
         if name:
             step = order.steps[name]
             text = cells.rstrip()
             mark = text.index(words.MARKS[step.state])
             drawing = [(text[:mark], "dim"), (text[mark], STYLES[step.state]), (text[mark + 1 :].ljust(left - mark - 1), "dim")]
-            lines.append([*(span for span in drawing if span[0]), *_said(step, now, names, width - left - 2)])
+            lines.append([*(span for span in drawing if span[0]), *_said(step, now, names, max(width - left - 2, 0))])
         else:
             lines.append([(cells.rstrip(), "dim")])
     return lines
@@ -70,8 +73,9 @@ def as_text(run: RunView, now: int, width: int = 80) -> list[Line]:
 def _said(step: StepView, now: int, names: int, room: int) -> Line:
     """Return what stands beside the mark of a step."""
     style = STYLES[step.state]
-    name = words.cut(words.title(step), min(names, room))
+    name = words.cut(words.title(step), names)
     state = f"{step.state:<9}  {words.time(step, now):>9}"
+    state = state[: max(room - names - 2, 0)]
     left = room - names - 2 - len(state)
     remarks = words.cut(" · ".join(words.remarks(step)), left - 2) if left > NAME // 2 else ""
     padding = " " * (names - words.columns(name) + 2)

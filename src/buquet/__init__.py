@@ -26,6 +26,10 @@ from buquet.errors import (
     InvalidURL,
     KeyConflict,
     Refused,
+    RunCancelled,
+    RunFailed,
+    RunNotFound,
+    SignalTimeout,
     Snooze,
     StoreError,
     StoreFull,
@@ -48,6 +52,9 @@ from buquet.queue.handle import Handle
 from buquet.queue.handles import Handles
 from buquet.queue.task import AsyncTaskFunction, TaskFunction
 from buquet.worker.worker import Worker
+from buquet.workflow.function import WorkflowFunction
+from buquet.workflow.handle import Run, StepInfo
+from buquet.workflow.words import Signal, each, sleep, when
 
 __version__ = _version("buquet")
 
@@ -72,7 +79,14 @@ __all__ = [
     "InvalidURL",
     "KeyConflict",
     "Refused",
+    "Run",
+    "RunCancelled",
+    "RunFailed",
+    "RunNotFound",
+    "Signal",
+    "SignalTimeout",
     "Snooze",
+    "StepInfo",
     "StoreError",
     "StoreFull",
     "StoreRefused",
@@ -88,6 +102,10 @@ __all__ = [
     "UnreadableRecord",
     "UsageError",
     "Worker",
+    "WorkflowFunction",
     "WrongLoop",
     "current",
+    "each",
+    "sleep",
+    "when",
 ]

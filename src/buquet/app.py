@@ -20,6 +20,9 @@ from buquet.queue.handle import Handle
 from buquet.queue.task import AsyncTaskFunction, BaseTask, Policy, SubmitOptions, TaskFunction
 from buquet.store.open import open_store
 from buquet.worker.worker import Worker
+from buquet.workflow.engine import Engine
+from buquet.workflow.function import StartOptions, WorkflowFunction
+from buquet.workflow.handle import Run, homes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Sequence
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
     from buquet.records import Event
     from buquet.store.base import Store
+    from buquet.store.register import Register
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,6 +47,14 @@ class _Decorator(Protocol):
     def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTaskFunction[P, R]: ...  # pyright: ignore[reportOverlappingOverload]
     @overload
     def __call__(self, function: Callable[P, R], /) -> TaskFunction[P, R]: ...
+
+
+class _WorkflowDecorator(Protocol):
+    # as above
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> WorkflowFunction[P, R]: ...  # pyright: ignore[reportOverlappingOverload]
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> WorkflowFunction[P, R]: ...
 
 
 class App:
@@ -71,6 +83,7 @@ class App:
         self.patience = PATIENCE
         """Seconds to go on trying when the store does not answer; set it before the first use."""
         self.tasks: dict[str, BaseTask[Any, Any]] = {}
+        self.workflows: dict[str, WorkflowFunction[Any, Any]] = {}
 
     def __repr__(self) -> str:
         """Show the URL, which holds no secret."""
@@ -174,6 +187,37 @@ class App:
 
         return declare if function is None else declare(function)
 
+    @overload
+    def workflow(  # pyright: ignore[reportOverlappingOverload]
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> WorkflowFunction[P, R]: ...
+    @overload
+    def workflow(self, function: Callable[P, R], /) -> WorkflowFunction[P, R]: ...
+    @overload
+    def workflow(self, *, name: str | None = None, queue: str = "default") -> _WorkflowDecorator: ...
+
+    def workflow(self, function: Callable[..., Any] | None = None, *, name: str | None = None, queue: str = "default") -> Any:
+        """Declare a plain or async function that wires tasks as a workflow, under its own name or `name`.
+
+        `queue`: where the run's own events are carried; its steps go to their tasks' queues.
+        Raises UsageError for a name declared twice.
+
+        >>> @app.workflow  # doctest: +SKIP
+        ... def order(order_id: str) -> str:
+        ...     return ship(charge(validate(order_id)))
+        """
+
+        def declare(function: Callable[..., Any]) -> WorkflowFunction[..., Any]:
+            workflow = WorkflowFunction[..., Any](self, function, name or function.__name__, queue, StartOptions())
+            if workflow.name in self.workflows:
+                msg = f"two workflows of this App are named {workflow.name!r}: give one another name, @app.workflow(name=...)"
+                raise UsageError(msg)
+            self.workflows[workflow.name] = workflow
+            homes.add(self)
+            return workflow
+
+        return declare if function is None else declare(function)
+
     def worker(
         self,
         queues: Sequence[str] | None = None,
@@ -194,6 +238,8 @@ class App:
         `ttl`: seconds without a heartbeat after which others take over.
         `parent` and `heartbeat_thread` are for process managers and simulations.
         """
+        if queues is None:
+            queues = [*(task.queue for task in self.tasks.values()), *(each.queue for each in self.workflows.values())]
         return Worker(
             self.client,
             self.tasks,
@@ -205,7 +251,14 @@ class App:
             ttl=ttl,
             parent=parent,
             heartbeat_thread=heartbeat_thread,
+            runs=self._runs,
         )
+
+    def _runs(self, register: Register, clock: Clock, now: Callable[[], int]) -> Engine:
+        """Return what a worker asks about runs."""
+        engine = Engine(register, clock, now)
+        engine.ended = self.client.ended
+        return engine
 
     # ------------------------------------------------------------------ by id
 
@@ -236,6 +289,10 @@ class App:
     async def ahistory(self, task_id: str) -> list[Event]:
         """Return a task's timeline, see Handle.history."""
         return await self.get(task_id).ahistory()
+
+    def run(self, run_id: str) -> Run[Any]:
+        """Return a handle of any run by its id; nothing is read yet. Its result comes as plain builtins."""
+        return Run(self, run_id)
 
     # ------------------------------------------------------------------ closing
 

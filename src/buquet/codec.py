@@ -192,7 +192,7 @@ class Signature:
         """Return a batch's item as the declared type of the first parameter. Raises InvalidPayload."""
         if self._item is None:
             name = next(iter(self.parameters), "")
-            self._item = _decoder(self._hints().get(name, Any), f"the parameter {name!r} of {self.function.__qualname__}")
+            self._item = decoder_for(self._hints().get(name, Any), f"the parameter {name!r} of {self.function.__qualname__}")
         try:
             return self._item.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -211,7 +211,7 @@ class Signature:
     def decode_result(self, body: bytes | msgspec.Raw) -> Any:
         """Return a stored result as the declared type. Raises InvalidPayload."""
         if self._result is None:
-            self._result = _decoder(self._hints().get("return", Any), f"the result of {self.function.__qualname__}")
+            self._result = decoder_for(self._hints().get("return", Any), f"the result of {self.function.__qualname__}")
         try:
             return self._result.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -235,10 +235,11 @@ class Signature:
             else:
                 fields.append((name, typing.Union[kind, msgspec.UnsetType], msgspec.UNSET))  # noqa: UP007 - a type made at run time
         struct = msgspec.defstruct(self.function.__name__, fields, kw_only=True, forbid_unknown_fields=True)
-        return _decoder(struct, f"the parameters of {self.function.__qualname__}")
+        return decoder_for(struct, f"the parameters of {self.function.__qualname__}")
 
 
-def _decoder(kind: Any, what: str) -> msgspec.json.Decoder[Any]:
+def decoder_for(kind: Any, what: str) -> msgspec.json.Decoder[Any]:
+    """Return what decodes JSON to a declared type, pydantic models too. Raises UsageError for what is no type of JSON."""
     try:
         return msgspec.json.Decoder(kind, dec_hook=_decode_other)
     except TypeError as error:

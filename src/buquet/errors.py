@@ -22,10 +22,14 @@
     ├── KeyConflict               a second submit of a key with other arguments
     ├── SubmitInterrupted         many were to be submitted, and only some were
     ├── TaskNotFound              no task has this id
+    │   └── RunNotFound           no run of a workflow has this id
     ├── Refused                   a move that the task's state does not allow
     └── TaskError                 how a task ended, other than well
         ├── TaskFailed
+        │   ├── RunFailed         a run of a workflow failed
+        │   └── SignalTimeout     no signal came in time
         ├── TaskCancelled
+        │   └── RunCancelled
         ├── TaskExpired
         └── BatchFailed           some items of a batch have no result
 
@@ -127,6 +131,10 @@ class TaskNotFound(BuquetError):
     """No task has this id."""
 
 
+class RunNotFound(TaskNotFound):
+    """No run of a workflow has this id."""
+
+
 class Refused(BuquetError):
     """A move that the task's present state does not allow; nothing was changed."""
 
@@ -150,6 +158,18 @@ class TaskFailed(TaskError):
 
 class TaskCancelled(TaskError):
     """The task was cancelled."""
+
+
+class RunFailed(TaskFailed):
+    """A run of a workflow failed. ``task_id`` is the run's id, ``error`` names the step and why."""
+
+
+class SignalTimeout(TaskFailed):
+    """No signal came in time, and the wait had no default."""
+
+
+class RunCancelled(TaskCancelled):
+    """A run of a workflow was cancelled. ``task_id`` is the run's id."""
 
 
 class TaskExpired(TaskError):

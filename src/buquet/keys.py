@@ -15,6 +15,8 @@ READY = "ready/"
 LATER = "later/"
 WORKERS = "workers/"
 BELLS = "bell/"
+RUNS = "runs/"
+OPEN = "open/"
 PAYLOADS = "payloads/"
 PRIORITIES = range(10)
 MAX_NAME = 100
@@ -62,6 +64,12 @@ def batch_token(queue: str, name: str, key: str) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
+def keyed_run(queue: str, workflow: str, key: str) -> str:
+    """Return the id of the run that an idempotency key names."""
+    parts = "\0".join((quoted(queue, "queue"), quoted(workflow, "workflow"), "run", key))
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+
 def pack_id(token: str, index: int) -> str:
     """Return the id of a batch's pack, so that the batch's token and the number of its packs name all of them."""
     return hashlib.sha256(f"{token}\0{index}".encode()).hexdigest()[:32]
@@ -76,6 +84,28 @@ def task_id_of(key: str) -> str | None:
     """Return the id whose record this key is, or None."""
     task_id = key[9:41]
     return task_id if is_id(task_id) and key == task(task_id) else None
+
+
+def run(run_id: str) -> str:
+    """Return the key of a run's record."""
+    return f"runs/{run_id[-2:]}/{run_id}.json"
+
+
+def run_id_of(key: str) -> str | None:
+    """Return the id of the run whose record this key is, or None."""
+    run_id = key[8:40]
+    return run_id if is_id(run_id) and key == run(run_id) else None
+
+
+def open_run(run_id: str, gen: int) -> str:
+    """Return the key of the entry that says that a run is not over."""
+    return f"open/{run_id}.{gen}"
+
+
+def follow_up(run_id: str, kind: str, step: str, index: int, gen: int) -> str:
+    """Return the id of a task that follows from a run's state: submitting it again changes nothing."""
+    parts = "\0".join((run_id, kind, step, str(index), str(gen)))
+    return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 class Entry(NamedTuple):

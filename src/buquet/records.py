@@ -107,6 +107,18 @@ class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
     """How many items of a batch this task holds, its `args` being PackItems; 0: it is a plain task."""
     batch: str = ""
     """The token of the batch that a pack belongs to."""
+    run: str = ""
+    """The run that this task belongs to: it ends only after the run's record holds its outcome. Empty: it is on its own."""
+    step: str = ""
+    index: int = 0
+    """Which of its step's tasks it is, from 0."""
+    gen: int = 0
+    """The generation of the step, or of the run, that it is meant for."""
+    undoes: bool = False
+    """Whether it undoes its step."""
+    graph: Raw = ABSENT
+    """Of the task that starts a run: the graph, or else `graph_at`."""
+    graph_at: str = ""
 
 
 class PackItems(msgspec.Struct, frozen=True):

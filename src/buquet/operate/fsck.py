@@ -41,6 +41,7 @@ from buquet.operate.sweep import (
 )
 from buquet.queue import transitions
 from buquet.records import TERMINAL, Session, Task
+from buquet.workflow.records import OVER, RunRecord
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -118,6 +119,8 @@ class _Checker:
         self.progress(0.9, "old entries")
         await self._discover_queues()
         await side_by_side(self._old_entry, self._old_entries())
+        self.progress(0.93, "runs")
+        await side_by_side(self._run, each_key(self.reads, keys.RUNS))
         self.progress(0.95, "payloads")
         await self._payloads()
         self.progress(1.0, "done")
@@ -257,11 +260,30 @@ class _Checker:
             )
             await self._put_back(finding, task)
 
+    # ------------------------------------------------------------------ runs
+
+    async def _run(self, listed: Listed) -> None:
+        """Look whether an open run has its entry, and whether what it waits for is there."""
+        try:
+            held = await self.register.read(RunRecord, listed.key)
+        except UnreadableRecord as error:
+            self._find("unreadable record", listed.key, str(error))
+            return
+        if held is None or held.record.state in OVER:
+            return
+        run = held.record
+        entry = keys.open_run(run.id, run.gen)
+        if not await self._entry_there(entry):
+            finding = self._find("entry missing", held.key, f"the run is not over, and its entry {entry} is not there")
+            if self.repair:
+                await self.reads.put(entry, b"")
+                finding.repaired = True
+
     # ------------------------------------------------------------------ payloads
 
     async def _payloads_of(self, held: Held[Task]) -> None:
         task = held.record
-        named = [key for key in (task.args_at, task.result_at, task.checkpoint_at) if key]
+        named = [key for key in (task.args_at, task.result_at, task.checkpoint_at, task.graph_at) if key]
         if not named:
             return
         there = {each.key async for each in each_key(self.reads, keys.payloads(task.id))}

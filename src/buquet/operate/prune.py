@@ -25,6 +25,7 @@ from buquet.operate.sweep import HOUR, each_key, each_record, owner_of_payload, 
 from buquet.queue import transitions
 from buquet.records import ENDED, Task
 from buquet.store.base import Stored
+from buquet.workflow.pruning import prune_run
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -49,6 +50,8 @@ class Pruned:
     """Stubs removed."""
     payloads: int = 0
     """Payload objects removed."""
+    runs: int = 0
+    """Tasks of runs made into stubs, with their runs."""
     unreadable: int = 0
     """Records that could not be read, and were left."""
 
@@ -85,7 +88,9 @@ class _Sweep:
         self.done = Pruned()
 
     async def run(self) -> Pruned:
-        await side_by_side(self._record, each_record(self.reads, lambda part: self.progress(0.95 * part, "records")))
+        await side_by_side(self._record, each_record(self.reads, lambda part: self.progress(0.9 * part, "records")))
+        self.progress(0.9, "runs")
+        await side_by_side(self._run, each_key(self.reads, keys.RUNS))
         self.progress(0.95, "payloads")
         await self._sweep_payloads()
         self.progress(1.0, "done")
@@ -116,8 +121,18 @@ class _Sweep:
         if held is not None and held.record.state == "pruned":
             await self._stub(held.record)
 
+    async def _run(self, listed: Listed) -> None:
+        self.done.looked += 1
+        if self.now - listed.modified < HOUR or keys.run_id_of(listed.key) is None:
+            return
+        try:
+            self.done.runs += await prune_run(self.client, listed.key, self.older_than, self.now, dry_run=self.dry_run)
+        except UnreadableRecord:
+            self.done.unreadable += 1
+
     def _due(self, task: Task) -> bool:
-        return task.state in ENDED and self.now - task.finished / 1000 > self.older_than
+        # one of a run is pruned together with that
+        return task.state in ENDED and not task.run and self.now - task.finished / 1000 > self.older_than
 
     async def _bare(self, task: Task) -> None:
         """Remove what a task just pruned leaves. A keyed one's payloads, and any that it did not name, wait for the sweep."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
@@ -16,7 +16,7 @@ from buquet.errors import KeyConflict, SubmitInterrupted, TaskNotFound, Unreadab
 from buquet.queue import transitions
 from buquet.queue.bell import Ringer
 from buquet.queue.payloads import get_value, put_value
-from buquet.records import FORMAT, TERMINAL, Layout, Note, Task
+from buquet.records import FORMAT, TERMINAL, Layout, Note, Record, Task
 from buquet.store.register import Held, Register
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from buquet.store.base import Store
 
 log = logging.getLogger("buquet")
+
+R = TypeVar("R", bound=Record)
 
 IN_FLIGHT = 64
 """Submits of one chunk that are under way at once."""
@@ -95,6 +97,65 @@ class Client:
             if task.key:
                 self.ringer.added(task.queue, task.entry)
         return Submitted(task.id, created)
+
+    async def follow_up(self, task: Task, args: bytes, worker: str = "", token: str = "") -> Held[Task] | None:
+        """Submit a task whose id says what it is, so that doing it twice changes nothing; return what is there.
+
+        With a worker and a token it is under that claim from its first version on.
+        """
+        value, at = await put_value(self.reads, task.id, args)
+        now = self.clock.now_ms()
+        pending = transitions.submit(replace(task, args=value, args_at=at), now)
+        await self.reads.put(pending.entry, b"")
+        fresh = transitions.claim(pending, worker, token, now) if token else pending
+        write = await self.register.create(keys.task(task.id), fresh, op=token)
+        if write.landed:
+            if not token:
+                self.added(task.queue, fresh.entry)
+            return write.held
+        there = write.held
+        if there is None or there.record.state in {"tombstone", "pruned"}:
+            if await self._meet(pending, there, args):
+                self.added(task.queue, pending.entry)
+            return await self.register.read(Task, keys.task(task.id))
+        if pending.entry != there.record.entry or there.record.state in TERMINAL:
+            await self.reads.delete(pending.entry)
+        if there.record.state == "pending" and there.record.due > now >= task.due:
+            return await self._wake(there)
+        return there
+
+    async def _wake(self, held: Held[Task]) -> Held[Task] | None:
+        """Let a task that waits for its time run at once."""
+        there: Held[Task] | None = held
+        while there is not None and there.record.state == "pending" and there.record.due:
+            before = there.record.entry
+            task = transitions.wake(there.record, self.clock.now_ms())
+            await self.reads.put(task.entry, b"")
+            write = await self.register.update(there, task)
+            there = write.held
+            if write.landed:
+                await self.reads.delete(before)
+                self.added(task.queue, task.entry)
+                break
+        return there
+
+    async def close_task(self, task: Task) -> None:
+        """See to it that a task of a run which nobody has begun never runs, whether it is there or comes late."""
+        now = self.clock.now_ms()
+        key = keys.task(task.id)
+        held = await self.register.read(Task, key)
+        while held is None or held.record.state in {"pending", "tombstone", "pruned"}:
+            if held is None:
+                write = await self.register.create(key, transitions.close(replace(task, entry=""), now))
+            elif held.record.state == "pending":
+                write = await self.register.update(held, transitions.close(held.record, now))
+            else:
+                return
+            if write.landed:
+                if held is not None:
+                    await self.reads.delete(held.record.entry)
+                return
+            held = write.held
 
     async def _meet(self, fresh: Task, held: Held[Task] | None, args: bytes) -> bool:
         """Go on where the record exists: it is the same task, or a stub that this submit revives."""
@@ -183,18 +244,25 @@ class Client:
             task = held.record
             if task.state == "cancelled":
                 return "cancelled"
-            if task.cancel_requested and task.state == "running":
-                await self._note(task.worker, task_id)
+            if task.cancel_requested and task.state in {"pending", "running"}:
+                if task.state == "running":
+                    await self.note(task.worker, task_id)
                 return "requested"
-            write = await self.register.update(held, transitions.cancel(task, self.clock.now_ms()))
+            asked = transitions.cancel(task, self.clock.now_ms())
+            if asked.entry != task.entry:
+                await self.reads.put(asked.entry, b"")
+            write = await self.register.update(held, asked)
             held = write.held
             if write.landed and task.state == "pending":
                 await self.reads.delete(task.entry)
+                if asked.state == "pending":  # its run is told first, by a worker
+                    self.added(task.queue, asked.entry)
+                    return "requested"
                 self.ended(task_id)
         msg = f"task {task_id} was removed from the store while it was being cancelled"
         raise TaskNotFound(msg)
 
-    async def _note(self, worker: str, task_id: str) -> None:
+    async def note(self, worker: str, task_id: str) -> None:
         """Ask a worker to look at a task's record."""
         key = keys.notes(worker)
         held = await self.register.read(Note, key)
@@ -222,24 +290,42 @@ class Client:
 
     async def wait(self, task_id: str, timeout: float | None) -> Task:  # noqa: ASYNC109 - part of the public meaning
         """Wait until a task has ended and return its record. Raises TimeoutError after `timeout` seconds, TaskNotFound."""
-        held: Held[Task] | None = await self.read(task_id)
+        await self.read(task_id)
+        key = keys.task(task_id)
+        return (await self.wait_for(Task, key, task_id, lambda task: task.state in TERMINAL, timeout, f"task {task_id}")).record
+
+    async def wait_for(
+        self,
+        kind: type[R],
+        key: str,
+        name: str,
+        over: Callable[[R], bool],
+        timeout: float | None,  # noqa: ASYNC109 - part of the public meaning
+        what: str,
+    ) -> Held[R]:
+        """Wait until a record is there and over, and return it. `name` is what `ended` is told, `what` stands in errors.
+
+        Raises TimeoutError after `timeout` seconds, TaskNotFound when it was there and is gone.
+        """
+        held = await self.register.read(kind, key)
         begun = self.clock.monotonic()
         delay = 0.02
-        while held is not None:
-            if held.record.state in TERMINAL:
-                return held.record
+        while held is None or not over(held.record):
             left = 3600.0 if timeout is None else begun + timeout - self.clock.monotonic()
             if left <= 0:
-                msg = f"task {task_id} is still {held.record.state} after {timeout:g} s and goes on; `buquet get` looks at it"
+                msg = f"{what} is not over after {timeout:g} s and goes on; `buquet get` looks at it"
                 raise TimeoutError(msg)
             if self.store.can_wait:
-                await self.store.wait_changed(held.key, held.etag, min(left, 5))
+                await self.store.wait_changed(key, held.etag if held else None, min(left, 5))
             else:
-                await self._pause(task_id, min(left, delay))
+                await self._pause(name, min(left, delay))
                 delay = min(delay * 1.25, 1)
-            held = await self.register.reread(Task, held)
-        msg = f"task {task_id} was removed from the store while somebody waited for it"
-        raise TaskNotFound(msg)
+            before = held
+            held = await (self.register.read(kind, key) if held is None else self.register.reread(kind, held))
+            if before is not None and held is None:
+                msg = f"{what} was removed from the store while somebody waited for it"
+                raise TaskNotFound(msg)
+        return held
 
     async def _pause(self, task_id: str, seconds: float) -> None:
         """Sleep until a worker of this process ends the task, at most so many seconds."""

@@ -17,6 +17,7 @@ from buquet.queue.batch import Batch
 from buquet.queue.handle import Handle
 from buquet.queue.handles import Handles
 from buquet.queue.packing import Packing, submit_packs, submit_packs_blocking
+from buquet.queue.parent import SYSTEM, is_system, tracing
 from buquet.queue.payloads import check_size
 from buquet.records import Task
 
@@ -95,6 +96,16 @@ class SubmitOptions:
         return now_ms + int(self.delay * 1000) if self.delay else 0
 
 
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """What a call in a workflow says beside its arguments."""
+
+    after: tuple[Any, ...] = ()
+    step: str = ""
+    undo: BaseTask[..., Any] | None = None
+    allow_failures: bool = False
+
+
 class Prepared(NamedTuple):
     """A task that is ready to be submitted, and its arguments as JSON."""
 
@@ -110,6 +121,7 @@ class BaseTask(Generic[P, R]):
     ) -> None:
         self._home = home
         self.submit_options = options
+        self.step_options = StepOptions()
         self.function = function
         self.name = name
         self.queue = queue
@@ -120,6 +132,9 @@ class BaseTask(Generic[P, R]):
         self.__doc__ = function.__doc__
         self.__module__ = function.__module__
         self.__wrapped__ = function
+        if is_system(name):
+            msg = f"names that begin with {SYSTEM!r} are buquet's own: give task {name!r} another one, @app.task(name=...)"
+            raise UsageError(msg)
         keys.quoted(name, "task")
         keys.quoted(queue, "queue")
 
@@ -136,20 +151,34 @@ class BaseTask(Generic[P, R]):
         priority: int | None = None,
         expires: float | None = None,
         tags: Mapping[str, str] | None = None,
+        after: Iterable[Any] | None = None,
+        step: str | None = None,
+        undo: BaseTask[..., Any] | None = None,
+        allow_failures: bool | None = None,
     ) -> Self:
-        """Return the same task with other options for its submits.
+        """Return the same task with other options for its submits, or for its next call in a workflow.
 
         `key`: a second submit of the same key returns the first one's task. `delay`: seconds; `run_at`: an aware datetime.
-        `priority`: 0 (first) to 9, default 5. `expires`: seconds within which it must be started. Raises UsageError.
+        `priority`: 0 (first) to 9, default 5. `expires`: seconds within which it must be started.
+        In a workflow: `after` steps, or their names, that must have ended before; `step`: the step's name;
+        `undo`: a task that takes it back, called with its result first (None when it is not known) and with arguments of the
+        step by their names; `allow_failures`: an item of an `each` that fails leaves None. Raises UsageError.
 
         >>> resize.options(key="img-42", delay=60).submit("a.png")  # doctest: +SKIP
+        >>> charge.options(undo=refund)(order)  # doctest: +SKIP
         """
         given = {"key": key, "delay": delay, "run_at": run_at, "priority": priority, "expires": expires, "tags": tags}
         changed = replace(self.submit_options, **{name: value for name, value in given.items() if value is not None})
-        return type(self)(self._home, self.function, self.name, self.queue, self.policy, changed)
+        other = type(self)(self._home, self.function, self.name, self.queue, self.policy, changed)
+        steps = {"after": None if after is None else tuple(after), "step": step, "undo": undo, "allow_failures": allow_failures}
+        other.step_options = replace(self.step_options, **{name: value for name, value in steps.items() if value is not None})
+        return other
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
         """Make the record of a submit. Raises TypeError for wrong arguments, InvalidArgument for what JSON does not carry."""
+        if self.step_options != StepOptions():
+            msg = f"after, step, undo and allow_failures are for calls of {self.name} in a workflow, not for a task by itself"
+            raise UsageError(msg)
         clock = self._home.client.clock
         body = self.signature.encode(self.signature.bind(args, kwargs))
         check_size(body, f"the arguments of {self.name}")
@@ -317,7 +346,10 @@ class TaskFunction(BaseTask[P, R]):
     """A task of a plain function; called, it is that function."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the function itself, here and now, as tests do."""
+        """Call the function itself, here and now, as tests do; in a workflow that is being started, note the step."""
+        tracer = tracing.get()
+        if tracer is not None:
+            return cast("R", tracer.call(self, args, kwargs))
         return cast("R", self.function(*args, **kwargs))
 
 
@@ -325,5 +357,8 @@ class AsyncTaskFunction(BaseTask[P, R]):
     """A task of an async function; called, it is that function."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
-        """Call the function itself, as tests do; the result is to be awaited."""
+        """Call the function itself, as tests do; the result is to be awaited. In a workflow that is started, note the step."""
+        tracer = tracing.get()
+        if tracer is not None:
+            return cast("Coroutine[Any, Any, R]", tracer.call(self, args, kwargs))
         return cast("Coroutine[Any, Any, R]", self.function(*args, **kwargs))

@@ -23,6 +23,7 @@ from msgspec.structs import replace
 
 from buquet import keys
 from buquet.errors import Refused
+from buquet.queue.parent import END, is_system
 from buquet.records import ABSENT, ENDED, TERMINAL, ErrorInfo, Event, Raw, State, Task
 
 KEPT_EVENTS = 60
@@ -39,9 +40,9 @@ def _moved(task: Task, state: State, now: int, why: str, detail: str = "", by: s
     return replace(task, state=state, events=events, dropped=dropped, **changes)
 
 
-def _waiting(task: Task, now: int, due: int, why: str, detail: str = "", **changes: Any) -> Task:
-    """Put a task back among those that wait, under an entry of the next rev."""
-    entry = keys.entry(task.queue, task.priority, now, due, task.id, task.rev + 1, task.name)
+def _waiting(task: Task, now: int, due: int, why: str, detail: str = "", name: str = "", **changes: Any) -> Task:
+    """Put a task back among those that wait, under an entry of the next rev; `name` in it says who may take it."""
+    entry = keys.entry(task.queue, task.priority, now, due, task.id, task.rev + 1, name or task.name)
     return _moved(task, "pending", now, why, detail, entry=entry, due=due if due > now else 0, worker="", token="", **changes)
 
 
@@ -84,6 +85,9 @@ def claim(task: Task, worker: str, token: str, now: int) -> Task:
     if task.state != "pending":
         msg = f"task {task.id} is {task.state}, not pending"
         raise Refused(msg)
+    if task.run:
+        # whoever ends it tells its run first, under a claim
+        return _running(replace(task, attempt=task.failures + 1), worker, token, now, "claimed")
     if task.cancel_requested:
         return _over(task, "cancelled", now, "cancelled")
     if task.deadline and now > task.deadline and not task.started:
@@ -102,7 +106,7 @@ def take_over(task: Task, worker: str, token: str, now: int) -> Task:
     if task.state != "running":
         msg = f"task {task.id} is {task.state}, not running"
         raise Refused(msg)
-    ended = _lost_for_good(task, now)
+    ended = None if task.run else _lost_for_good(task, now)
     if ended:
         return ended
     return _running(task, worker, token, now, "taken over", f"from {task.worker}", losses=task.losses + 1)
@@ -112,9 +116,22 @@ def lose(task: Task, token: str, now: int) -> Task:
     """Put back what a dead worker ran: one loss more; out of losses, or cancelled, it ends instead."""
     _need_claim(task, token)
     ended = _lost_for_good(task, now)
-    if ended:
+    if ended and not task.run:
         return ended
-    return _waiting(task, now, 0, "lost", f"with its worker {task.worker}", losses=task.losses + 1)
+    return _waiting(task, now, 0, "lost", f"with its worker {task.worker}", END if ended else "", losses=task.losses + 1)
+
+
+def doomed(task: Task, token: str, now: int) -> Task | None:
+    """End a running task of a run that is not to run any more: cancelled, lost too often, or too late. None: it may run."""
+    _need_claim(task, token)
+    if task.cancel_requested:
+        return stop(task, token, now)
+    if task.losses >= task.max_losses:
+        return _lost_too_often(task, now, task.losses)
+    first = sum(event.why == "claimed" for event in task.events) == 1 and not task.losses
+    if task.deadline and now > task.deadline and first:
+        return _over(task, "expired", now, "expired", "it was not started before its deadline")
+    return None
 
 
 def _lost_for_good(task: Task, now: int) -> Task | None:
@@ -122,11 +139,15 @@ def _lost_for_good(task: Task, now: int) -> Task | None:
         return _over(task, "cancelled", now, "cancelled", "its worker was lost")
     if task.losses + 1 < task.max_losses:
         return None
+    return _lost_too_often(task, now, task.losses + 1)
+
+
+def _lost_too_often(task: Task, now: int, losses: int) -> Task:
+    again = "retry its run" if task.run else "redrive it"
     text = (
-        f"{task.losses + 1} workers were lost while they ran it: it may be what kills them. Look at memory and native code, "
-        "then redrive it"
+        f"{losses} workers were lost while they ran it: it may be what kills them. Look at memory and native code, then {again}"
     )
-    return _over(task, "failed", now, "lost", text, losses=task.losses + 1, error=ErrorInfo(type="WorkerLost", message=text))
+    return _over(task, "failed", now, "lost", text, losses=losses, error=ErrorInfo(type="WorkerLost", message=text))
 
 
 def complete(task: Task, token: str, result: Raw, result_at: str, now: int) -> Task:
@@ -176,7 +197,12 @@ def checkpoint(task: Task, token: str, value: Raw, value_at: str) -> Task:
 
 
 def cancel(task: Task, now: int) -> Task:
-    """Cancel a pending task, or ask the worker of a running one to stop."""
+    """Cancel a pending task, or ask the worker of a running one to stop. One of a run is put where any worker may end it."""
+    if is_system(task.name):
+        msg = f"task {task.id} carries an event of a run and cannot be cancelled; `buquet run cancel {task.run}` ends the run"
+        raise Refused(msg)
+    if task.state == "pending" and task.run:
+        return _waiting(task, now, 0, "cancel requested", name=END, cancel_requested=True)
     if task.state == "pending":
         return _over(task, "cancelled", now, "cancelled")
     if task.state == "running":
@@ -185,8 +211,24 @@ def cancel(task: Task, now: int) -> Task:
     raise Refused(msg)
 
 
+def close(task: Task, now: int) -> Task:
+    """Cancel a pending task that carries an event of a run, which needs it no longer."""
+    return _over(task, "cancelled", now, "cancelled", "its run needs it no longer")
+
+
+def wake(task: Task, now: int) -> Task:
+    """Let a task that waits for its time run at once."""
+    if task.state != "pending":
+        msg = f"task {task.id} is {task.state}, not pending"
+        raise Refused(msg)
+    return _waiting(task, now, 0, "woken")
+
+
 def redrive(task: Task, now: int) -> Task:
     """Run an ended task again from the start: failures, losses and the deadline are reset, the checkpoint is kept."""
+    if task.run:
+        msg = f"task {task.id} is a step of run {task.run}, and is not run again by itself. `buquet run retry {task.run}` goes on"
+        raise Refused(msg)
     if task.state not in {"failed", "cancelled", "expired"}:
         why = {
             "completed": "it has its result; submit a new task to run the work again",
@@ -202,8 +244,11 @@ def redrive(task: Task, now: int) -> Task:
     )
 
 
-def prune(task: Task, now: int) -> Task:
-    """Make an ended task a stub without its values."""
+def prune(task: Task, now: int, *, with_run: bool = False) -> Task:
+    """Make an ended task a stub without its values; one of a run only together with its run."""
+    if task.run and not with_run:
+        msg = f"task {task.id} belongs to run {task.run}, and is pruned only together with it"
+        raise Refused(msg)
     if task.state not in ENDED:
         msg = f"task {task.id} is {task.state}: only an ended task is pruned"
         raise Refused(msg)
@@ -215,6 +260,8 @@ def prune(task: Task, now: int) -> Task:
         result_at="",
         checkpoint=ABSENT,
         checkpoint_at="",
+        graph=ABSENT,
+        graph_at="",
         error=None,
         tags={},
         events=(),

@@ -39,17 +39,17 @@ class Claimer:
         self.ended = ended
         self.quarantined: set[str] = set()
         """Keys of records that could not be read; each is reported once and left as it is."""
-        self._under_way: set[str] = set()
+        self.under_way: set[str] = set()
         """Tasks that are being claimed: their record may already say so, before this process knows."""
 
     async def claim(self, finder: QueueFinder, found: Found) -> Held[Task] | None:
         """Look at an entry; return the task when it is now running under a claim of this worker."""
         entry = found.entry
         key = keys.task(entry.task)
-        if entry.task in self._under_way:
+        if entry.task in self.under_way:
             finder.leave(found)
             return None
-        self._under_way.add(entry.task)
+        self.under_way.add(entry.task)
         try:
             held = await self.register.read(Task, key)
             return await self._decide(finder, found, held)
@@ -61,7 +61,7 @@ class Claimer:
                 log.error("%s", error)  # noqa: TRY400 - the text says all
             return None
         finally:
-            self._under_way.discard(entry.task)
+            self.under_way.discard(entry.task)
 
     async def _decide(self, finder: QueueFinder, found: Found, held: Held[Task] | None) -> Held[Task] | None:
         entry = found.entry

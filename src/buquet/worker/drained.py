@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from buquet import keys
+from buquet.queue.parent import is_system
 from buquet.records import Session
 
 if TYPE_CHECKING:
@@ -22,11 +23,11 @@ async def drained(register: Register, fleet: Fleet, finders: Iterable[QueueFinde
             async for page in register.reads.pages(prefix):
                 for each in page:
                     entry = keys.parse_entry(each.key)
-                    if entry and entry.name in names and entry.key not in finder.stale:
+                    if entry and (entry.name in names or is_system(entry.name)) and entry.key not in finder.stale:
                         return False
     for worker in fleet.mates:
         if worker != fleet.keeper.id:
             held = await register.read(Session, keys.session(worker))
-            if held is not None and any(claim.name in names for claim in held.record.claims):
+            if held is not None and any(claim.name in names or is_system(claim.name) for claim in held.record.claims):
                 return False
     return True

@@ -14,7 +14,7 @@ from buquet.errors import Fail, InvalidPayload, InvalidResult, Refused, Snooze, 
 from buquet.queue import transitions
 from buquet.queue.attempt import Attempt, enter
 from buquet.queue.payloads import check_size, get_value, put_value
-from buquet.records import Progress, Task
+from buquet.records import TERMINAL, Progress, Task
 from buquet.store.retrying import pause
 from buquet.worker.failures import AttemptTimeout, HandlerExit, TaskLogger, describe
 from buquet.worker.pack import PackRunner
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from msgspec import Raw
 
     from buquet.clock import Clock
+    from buquet.queue.parent import Ending
     from buquet.queue.task import BaseTask
     from buquet.store.register import Held, Register
+    from buquet.worker.children import Children
     from buquet.worker.fleet import Fleet
     from buquet.worker.session import SessionKeeper
 
@@ -50,11 +52,14 @@ class Running:
         self.token = task.token
         self.listing = Listing(task.id, task.token, task.name, entry, executor.fleet.due_now_ms())
         self.loop = asyncio.get_running_loop()
-        self.work = asyncio.current_task()
+        self.work: asyncio.Task[None] | None = None
+        """What carries it."""
         self.stop: Literal["", "cancel", "release"] = ""
         self.in_handler = False
         self.is_async = True
         self.attempt: Attempt | None = None
+        self.ending: Ending | None = None
+        """How the task is to end, once its run has been told."""
 
     # the worker's side of the handler's Attempt
 
@@ -108,6 +113,8 @@ class Executor:
         self.tasks = tasks
         self.threads = Threads()
         self.permits = Permits(keeper.concurrency)
+        self.children: Children | None = None
+        """Speaks with the runs that tasks belong to."""
 
     async def move(self, run: Running, make: Callable[[Task], Task]) -> Task | None:
         """Store a move under a claim, however long it takes; None when the claim was lost, and with it the right to write."""
@@ -118,6 +125,8 @@ class Executor:
                 return None
             try:
                 task = make(held.record)
+                if task.run and task.state in TERMINAL and self.children is not None:
+                    task = await self.children.told(run, task)
                 if task.entry != held.record.entry:
                     await self.register.reads.put(task.entry, b"")
                 write = await self.register.update(held, task)
@@ -138,7 +147,16 @@ class Executor:
             run.held = write.held
 
     async def execute(self, run: Running) -> Callable[[Task], Task]:
-        """Run the handler; return the move that its outcome asks for. Cancelled from outside, it raises CancelledError."""
+        """Carry a task as far as it goes; return the move that its outcome asks for.
+
+        Cancelled from outside, it raises CancelledError.
+        """
+        if run.held.record.run and self.children is not None:
+            return await self.children.execute(run)
+        return await self.handle(run)
+
+    async def handle(self, run: Running) -> Callable[[Task], Task]:
+        """Run the handler, and do what `execute` does."""
         task = run.held.record
         function = self.tasks[task.name]
         run.is_async = function.is_async

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from buquet import keys
 from buquet.errors import BuquetError, StoreError, UnreadableRecord, UsageError
 from buquet.queue.background import new_loop, running_loop
+from buquet.queue.parent import is_system
 from buquet.records import Note, Task
 from buquet.store.register import Register
 from buquet.store.retrying import pause
+from buquet.worker.children import Children
 from buquet.worker.claim import Claimer
 from buquet.worker.drained import drained
 from buquet.worker.executor import Executor, Running
@@ -24,10 +26,13 @@ from buquet.worker.racing import cancel_all, first_of
 from buquet.worker.session import TTL, SessionKeeper
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
+    from buquet.clock import Clock
     from buquet.queue.client import Client
+    from buquet.queue.parent import Parent
     from buquet.queue.task import BaseTask
+    from buquet.store.register import Held
     from buquet.worker.lane import Found
 
 log = logging.getLogger("buquet.worker")
@@ -59,6 +64,7 @@ class Worker:
         ttl: float = TTL,
         parent: str = "",
         heartbeat_thread: bool = True,
+        runs: Callable[[Register, Clock, Callable[[], int]], Parent] | None = None,
     ) -> None:
         served = tuple(sorted(set(queues if queues is not None else {task.queue for task in tasks.values()})))
         if not served:
@@ -86,6 +92,8 @@ class Worker:
         self.fleet = Fleet(self.register, self.clock, self.keeper, self.reaper)
         self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, client.ended)
         self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks)
+        self.children = Children(self, runs(self.register, self.clock, self.fleet.due_now_ms)) if runs else None
+        self.executor.children = self.children
         self.finders = [QueueFinder(queue, self.looks.reads, self.clock, self.fleet, self._handled) for queue in served]
         self.running: dict[str, Running] = {}
         """Claims by their token."""
@@ -152,6 +160,8 @@ class Worker:
             if timer:
                 timer.cancel()
             await cancel_all([*aside, *self._pursuits])
+            if self.children is not None:
+                await self.children.close()
             await self.keeper.stop()
             with suppress(TimeoutError):  # a session that stays is reaped by others
                 async with asyncio.timeout(self.keeper.ttl / 3):
@@ -200,7 +210,7 @@ class Worker:
             self._loop.call_soon_threadsafe(self._wake.set)
 
     def _handled(self, entry: keys.Entry) -> bool:
-        if entry.name in self.tasks:
+        if entry.name in self.tasks or (is_system(entry.name) and self.children is not None):
             return True
         if entry.name not in self.unhandled:
             log.warning("tasks named %r wait in queue %r, and this worker has no handler of that name", entry.name, entry.queue)
@@ -240,15 +250,48 @@ class Worker:
             for found in await finder.take(room - taken):
                 taken += 1
                 self._busy += 1
-                pursuit = asyncio.create_task(self._pursue(finder, found))
-                self._pursuits.add(pursuit)
-                pursuit.add_done_callback(self._pursued)
+                self._start(self._pursue(finder, found))
             if taken >= room:
                 break
         if len(self.finders) > 1:
             self.finders.append(self.finders.pop(0))  # no queue is always the last to be asked
         self._drain_wait = 0.1 if taken else self._drain_wait
         return taken > 0
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        pursuit = asyncio.create_task(work)
+        self._pursuits.add(pursuit)
+        pursuit.add_done_callback(self._pursued)
+
+    def reserve(self, task: Task) -> bool:
+        """Keep a slot for a task that this worker is about to submit under its own claim; False when it has none for it."""
+        if self._stopping or self.keeper.lost or task.queue not in self.queues or task.name not in self.tasks:
+            return False
+        if self._busy >= self.concurrency or len(self._pursuits) >= (FINISHING + 1) * self.concurrency:
+            return False
+        self._busy += 1
+        return True
+
+    def occupy(self) -> None:
+        """Take a slot whether there is one or not: for what takes no handler."""
+        self._busy += 1
+
+    def free(self) -> None:
+        """Give a slot back."""
+        self._busy -= 1
+        self._wake.set()
+
+    def carry(self, held: Held[Task]) -> None:
+        """Go on with a task that is under a claim of this worker; its slot is taken already."""
+        finder = next((each for each in self.finders if each.queue == held.record.queue), None)
+        self._start(self._carry(finder, self._register(held, held.record.entry)))
+
+    def _register(self, held: Held[Task], entry: str) -> Running:
+        """Note a claim, before anything is awaited: this worker would else take it for one that it lost."""
+        run = Running(self.executor, held, entry)
+        self.keeper.claims[run.token] = run.listing
+        self.running[run.token] = run
+        return run
 
     def _pursued(self, pursuit: asyncio.Task[None]) -> None:
         self._pursuits.discard(pursuit)
@@ -275,20 +318,24 @@ class Worker:
 
     async def _pursue(self, finder: QueueFinder, found: Found) -> None:
         """Take one entry as far as it goes: claim, run, store the outcome."""
+        held: Held[Task] | None = None
+        try:
+            held = await self.claimer.claim(finder, found)
+        except StoreError as error:
+            log.error("claiming task %s failed: %s", found.entry.task, error)  # noqa: TRY400 - the text says all
+            finder.leave(found)
+            await self.clock.sleep(1)
+        finally:
+            if held is None:
+                self._busy -= 1
+        if held is not None:
+            await self._carry(finder, self._register(held, found.entry.key))
+
+    async def _carry(self, finder: QueueFinder | None, run: Running) -> None:
+        """Run a task that this worker has claimed, and store the outcome."""
         freed = False
         try:
-            try:
-                held = await self.claimer.claim(finder, found)
-            except StoreError as error:
-                log.error("claiming task %s failed: %s", found.entry.task, error)  # noqa: TRY400 - the text says all
-                finder.leave(found)
-                await self.clock.sleep(1)
-                return
-            if held is None:
-                return
-            run = Running(self.executor, held, found.entry.key)
-            self.keeper.claims[run.token] = run.listing
-            self.running[run.token] = run
+            run.work = asyncio.current_task()
             move = await self.executor.execute(run)
             self._busy -= 1
             freed = True
@@ -298,13 +345,14 @@ class Worker:
             if not freed:
                 self._busy -= 1
 
-    async def _finish(self, finder: QueueFinder, run: Running, task: Task | None) -> None:
+    async def _finish(self, finder: QueueFinder | None, run: Running, task: Task | None) -> None:
         """Let go of a claim after the record was stored as no longer under it, or was seen to be under another."""
         self.running.pop(run.token, None)
         run.keeper.claims.pop(run.token, None)
         if task is None:
             return
-        finder.done(run.listing.entry)
+        if finder is not None:
+            finder.done(run.listing.entry)
         if task.state == "pending":
             self.client.added(task.queue, task.entry)
         else:

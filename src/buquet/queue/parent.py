@@ -1,0 +1,91 @@
+"""The port through which the queue asks a run about its tasks, and through which a trace takes a task's call.
+
+Queue and worker know nothing of workflows: `App` gives them one that answers.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from buquet.queue.task import BaseTask
+    from buquet.records import ErrorInfo, Raw, Task
+
+SYSTEM = "buquet."
+"""How the names of the tasks begin that every worker carries out, and that no pause of a queue holds up."""
+END = f"{SYSTEM}end"
+"""The name in the entry of a task of a run that is to end without its handler: any worker may see to it."""
+
+
+def is_system(name: str) -> bool:
+    """Tell whether a task, or an entry, of this name is for every worker."""
+    return name.startswith(SYSTEM)
+
+
+class Later(Exception):
+    """A task cannot be dealt with before so many seconds have passed."""
+
+    def __init__(self, seconds: float, why: str) -> None:
+        super().__init__(why)
+        self.seconds = seconds
+
+
+class Ending(NamedTuple):
+    """How a task of a run is to end."""
+
+    state: Literal["completed", "failed", "cancelled"]
+    result: Raw
+    result_at: str
+    error: ErrorInfo | None
+
+
+class Helper(Protocol):
+    """What a worker does for the run of a task that it carries."""
+
+    async def submit(self, task: Task, args: bytes) -> None:
+        """Submit a task unless it is there: under a claim of this worker where it has room, else for any worker."""
+        ...
+
+    async def stop(self, task: Task, args: bytes) -> None:
+        """See to it that a task ends without its handler: claim it here and now, or ask whoever runs it."""
+        ...
+
+    async def close_task(self, task: Task) -> None:
+        """See to it that a task which nobody has begun never runs, whether it is there or comes late."""
+        ...
+
+    async def holds(self, task: Task) -> bool:
+        """Tell whether the task that is being carried is still under the claim of this worker, by a read."""
+        ...
+
+
+class Parent(Protocol):
+    """What a run answers."""
+
+    async def wanted(self, task: Task) -> bool:
+        """Read the run, and tell whether the handler of one of its tasks is to run. Raises Later where it is not yet."""
+        ...
+
+    async def deliver(self, task: Task, ended: Task | None, helper: Helper) -> Ending:
+        """Record in its run how a task of it ended (None: its handler is not to run), and submit what follows.
+
+        Returns how the task's own record is to end. Raises Later, StoreError.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give up what is under way, at the worker's end."""
+        ...
+
+
+class Tracer(Protocol):
+    """What turns the calls of task functions into a graph."""
+
+    def call(self, task: BaseTask[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note a call, and return what stands for its result."""
+        ...
+
+
+tracing: ContextVar[Tracer | None] = ContextVar("buquet_tracing", default=None)
+"""The trace that is under way here."""

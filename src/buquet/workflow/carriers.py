@@ -1,0 +1,114 @@
+"""The tasks of a run: those of its steps, and those that carry its own events."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import Raw
+
+from buquet import keys
+from buquet.queue.parent import SYSTEM
+from buquet.records import Task
+
+if TYPE_CHECKING:
+    from buquet.workflow.event import Kind
+    from buquet.workflow.follow import Follow
+    from buquet.workflow.graph import Step
+    from buquet.workflow.plan import Plan
+    from buquet.workflow.records import RunRecord, StepRecord
+    from buquet.workflow.values import Values
+
+START = f"{SYSTEM}start"
+TIMER = f"{SYSTEM}timer"
+SIGNAL = f"{SYSTEM}signal"
+CANCEL = f"{SYSTEM}cancel"
+PAUSE = f"{SYSTEM}pause"
+RESUME = f"{SYSTEM}resume"
+RETRY = f"{SYSTEM}retry"
+KINDS: dict[str, Kind] = {
+    START: "start",
+    TIMER: "timer",
+    SIGNAL: "signal",
+    CANCEL: "cancel",
+    PAUSE: "pause",
+    RESUME: "resume",
+    RETRY: "retry",
+}
+
+
+class Orders(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The arguments of a task that carries an event of a run."""
+
+    signal: str = ""
+    value: Raw = Raw(b"null")
+    number: int = 0
+    undo: bool = True
+
+
+def carrier(run: RunRecord, name: str, task_id: str, now: int, **more: Any) -> Task:
+    """Make the task that carries an event of a run."""
+    return Task(id=task_id, queue=run.queue, name=name, state="pending", created=now, run=run.id, priority=0, **more)
+
+
+def of_step(run: RunRecord, follow: Follow, plan: Plan, now: int) -> Task:
+    """Make the task of a step, of one item or pack of it, of its undo, or its timer."""
+    step, record = plan.graph.steps[follow.step], run.step(follow.step)
+    if follow.what in {"timer", "no timer"}:
+        task_id = keys.follow_up(run.id, "timer", follow.step, 0, follow.gen)
+        return carrier(run, TIMER, task_id, now, step=follow.step, gen=follow.gen, due=record.until)
+    undo = follow.what == "undo"
+    call = step.undo.call if undo and step.undo else step.call
+    assert call is not None  # noqa: S101 - waits and sleeps were dealt with above
+    return Task(
+        id=keys.follow_up(run.id, "undo" if undo else "step", follow.step, follow.item, follow.gen),
+        queue=call.queue,
+        name=call.task,
+        state="pending",
+        created=now,
+        priority=call.priority,
+        tags={**run.tags, **call.tags},
+        max_attempts=call.max_attempts,
+        max_losses=call.max_losses,
+        expires_ms=0 if undo else call.expires_ms,
+        run=run.id,
+        step=follow.step,
+        index=follow.item,
+        gen=follow.gen,
+        undoes=undo,
+        pack=_pack_size(step, record, follow.item),
+    )
+
+
+def _pack_size(step: Step, record: StepRecord, index: int) -> int:
+    return min(step.pack, record.fan.items - step.pack * index) if step.pack and record.fan else 0
+
+
+def arguments(run: RunRecord, follow: Follow, plan: Plan, values: Values) -> bytes:
+    """Return the arguments of a follow-up as JSON. Raises Missing for values that are not at hand."""
+    step, record = plan.graph.steps[follow.step], run.step(follow.step)
+    if follow.what in {"timer", "no timer"}:
+        return b"{}"
+    args: dict[str, Any] = values.of(run, step.args) or {}
+    if follow.what == "undo":
+        return msgspec.json.encode(_undo_arguments(run, follow, step, args, values))
+    if record.fan is not None:
+        items = values.of(run, step.over)
+        if step.pack:
+            return msgspec.json.encode({"items": items[follow.item * step.pack : (follow.item + 1) * step.pack]})
+        args = {**args, step.item: items[follow.item]}
+    return msgspec.json.encode(args)
+
+
+def _undo_arguments(run: RunRecord, follow: Follow, step: Step, args: dict[str, Any], values: Values) -> dict[str, Any]:
+    record, undo = run.step(follow.step), step.undo
+    assert undo is not None  # noqa: S101 - else none is due
+    if record.fan is None:
+        result = values.step(run, follow.step) if record.state == "done" else None
+        return {undo.result: result, **{name: args[name] for name in undo.args if name in args}}
+    result = values.results(record.fan).get(follow.item)
+    if step.pack:
+        size = _pack_size(step, record, follow.item)
+        return {"items": result["results"] if result else [None] * size}
+    taken = {**args, step.item: values.of(run, step.over)[follow.item]} if undo.args else {}
+    return {undo.result: result, **{name: taken[name] for name in undo.args if name in taken}}

@@ -1,0 +1,234 @@
+"""Stores what happens to runs. Events for one run that meet in a process are stored in one compare-and-swap."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+from msgspec import Raw
+from msgspec.structs import replace
+
+from buquet import keys
+from buquet.errors import StoreError, UnreadableRecord
+from buquet.queue.payloads import get_value
+from buquet.store.base import Stored
+from buquet.workflow.advance import advance
+from buquet.workflow.graph import Graph
+from buquet.workflow.outcome import INLINE
+from buquet.workflow.plan import Plan
+from buquet.workflow.records import OVER, RunRecord
+from buquet.workflow.values import Missing, Values
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from buquet.clock import Clock
+    from buquet.store.register import Held, Register, Write
+    from buquet.workflow.event import Event
+
+KEPT_RUNS = 200
+"""Runs whose graph and last known record are kept."""
+KEPT_BYTES = 64 << 20
+FAN_INLINE = 64 << 10
+"""The most bytes of an `each`'s results that the run's record holds itself."""
+
+
+class Known(NamedTuple):
+    """A run as its record is, and its graph."""
+
+    run: RunRecord
+    plan: Plan
+
+
+class Committer:
+    """The only one that writes runs' records in a process."""
+
+    def __init__(self, register: Register, clock: Clock, now: Callable[[], int]) -> None:
+        self.register = register
+        self.clock = clock
+        self.now = now
+        self.lost_races = 0
+        """Writes that met another one."""
+        self._held: dict[str, Held[RunRecord]] = {}
+        self._plans: dict[str, Plan] = {}
+        self._payloads: dict[str, bytes] = {}
+        self._queues: dict[str, list[tuple[Event, asyncio.Future[Known | None]]]] = {}
+        self._writers: set[asyncio.Task[None]] = set()
+
+    # ------------------------------------------------------------------ reading
+
+    async def read(self, run_id: str) -> Held[RunRecord] | None:
+        """Read a run's record as it is now. Raises UnreadableRecord."""
+        known = self._held.pop(run_id, None)
+        if known is not None:
+            held = await self.register.reread(RunRecord, known)
+        else:
+            held = await self.register.read(RunRecord, keys.run(run_id))
+        self._keep(held)
+        return held
+
+    def _keep(self, held: Held[RunRecord] | None) -> None:
+        if held is None:
+            return
+        run_id = held.record.id
+        if held.record.state in OVER:
+            self._plans.pop(run_id, None)
+            self._held.pop(run_id, None)
+            return
+        self._held[run_id] = held
+        while len(self._held) > KEPT_RUNS:
+            self._plans.pop(next(iter(self._held)), None)
+            del self._held[next(iter(self._held))]
+
+    async def plan(self, run: RunRecord) -> Plan:
+        """Return a run's graph. Raises UnreadableRecord for one that this buquet cannot read."""
+        plan = self._plans.get(run.id)
+        if plan is None:
+            body = await get_value(self.register.reads, run.graph, run.graph_at)
+            try:
+                plan = Plan(msgspec.json.decode(body, type=Graph))
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError) as error:
+                msg = f"the graph of run {run.id} cannot be read by this buquet: {error}"
+                raise UnreadableRecord(msg) from None
+            self._plans[run.id] = plan
+        return plan
+
+    def values(self, plan: Plan) -> Values:
+        """Return what looks up the values of a run's steps; those in payloads as far as they were fetched."""
+        return Values(plan.graph, self._payloads)
+
+    async def fetch(self, missing: Missing) -> None:
+        """Fetch payloads, so that what needs them can be computed again. Raises UnreadableRecord when one is gone."""
+        if sum(map(len, self._payloads.values())) > KEPT_BYTES:
+            self._payloads.clear()
+        for key, body in zip(missing.keys, await asyncio.gather(*map(self._payload, missing.keys)), strict=True):
+            self._payloads[key] = body
+
+    async def _payload(self, key: str) -> bytes:
+        stored = await self.register.reads.get(key)
+        if not isinstance(stored, Stored):
+            msg = f"the payload {key} is missing: something other than buquet removed it. Retry the run's steps that made it"
+            raise UnreadableRecord(msg)
+        return stored.body
+
+    # ------------------------------------------------------------------ writing
+
+    async def create(self, run: RunRecord, stub: Held[RunRecord] | None) -> Write[RunRecord]:
+        """Write the record of a run that was started just now; over the stub of a pruned one of the same key."""
+        write = await (self.register.update(stub, run) if stub else self.register.create(keys.run(run.id), run))
+        self._keep(write.held)
+        return write
+
+    async def commit(self, run_id: str, event: Event) -> Known | None:
+        """Store what an event makes of its run, together with others that wait; None when the run is gone.
+
+        Raises UnreadableRecord, StoreError.
+        """
+        future: asyncio.Future[Known | None] = asyncio.get_running_loop().create_future()
+        waiting = self._queues.get(run_id)
+        if waiting is not None:
+            waiting.append((event, future))
+        else:
+            self._queues[run_id] = [(event, future)]
+            writer = asyncio.create_task(self._write_all(run_id))
+            self._writers.add(writer)
+            writer.add_done_callback(self._writers.discard)
+        return await future
+
+    async def _write_all(self, run_id: str) -> None:
+        queue = self._queues[run_id]
+        taken: list[tuple[Event, asyncio.Future[Known | None]]] = []
+        try:
+            while queue:
+                taken = []
+                result = await self._write(run_id, queue, taken)
+                for _, future in taken:
+                    if not future.done():
+                        future.set_result(result)
+        except (StoreError, UnreadableRecord, msgspec.DecodeError) as error:
+            for _, future in (*taken, *queue):
+                if not future.done():
+                    future.set_exception(error)
+        finally:
+            del self._queues[run_id]
+            for _, future in (*taken, *queue):
+                future.cancel()
+
+    async def _write(
+        self,
+        run_id: str,
+        queue: list[tuple[Event, asyncio.Future[Known | None]]],
+        taken: list[tuple[Event, asyncio.Future[Known | None]]],
+    ) -> Known | None:
+        """Apply all events that wait to the record, and those that come while that has not landed."""
+        held = self._held.get(run_id)
+        fresh = held is None
+        races = 0
+        while True:
+            if held is None:
+                held = await self.read(run_id)
+                fresh = True
+            if held is None or held.record.state == "pruned":
+                taken += queue
+                queue.clear()
+                return None
+            taken += queue
+            queue.clear()
+            plan = await self.plan(held.record)
+            try:
+                run = await self._after(held.record, plan, [event for event, _ in taken])
+            except Missing as missing:
+                await self.fetch(missing)
+                continue
+            if run is held.record:
+                if fresh:
+                    return Known(run, plan)
+                held = None  # nothing new to what was known: but that may be old
+                continue
+            write = await self.register.update(held, run)
+            if write.held is not None:
+                self._keep(write.held)
+            if write.landed and write.held is not None:
+                return Known(write.held.record, plan)
+            self.lost_races += 1
+            held, fresh = write.held, True
+            if races:  # many are at it: those that wait meanwhile go along with the next try
+                await self.clock.sleep(0.004 * min(races, 8) * self.clock.random.random())
+            races += 1
+
+    async def _after(self, run: RunRecord, plan: Plan, events: list[Event]) -> RunRecord:
+        values = self.values(plan)
+        now = self.now()
+        after = run
+        for event in events:
+            after = advance(after, plan, event, now, values)
+        return after if after is run else await self._spill(after)
+
+    async def _spill(self, run: RunRecord) -> RunRecord:
+        """Move what is too large for the record to payloads, before the record points at them."""
+        for name, record in run.steps.items():
+            fan = record.fan
+            if fan is not None and sum(len(bytes(each)) for each in fan.results.values()) > FAN_INLINE:
+                key = await self._put(run.id, msgspec.json.encode(fan.results))
+                fan = replace(fan, results={}, chunks=(*fan.chunks, key))
+                run = replace(run, steps={**run.steps, name: replace(record, fan=fan)})
+            elif len(bytes(record.result)) > INLINE:
+                key = await self._put(run.id, bytes(record.result))
+                run = replace(run, steps={**run.steps, name: replace(record, result=Raw(b""), result_at=key)})
+        if len(bytes(run.output)) > INLINE:
+            run = replace(run, output=Raw(b""), output_at=await self._put(run.id, bytes(run.output)))
+        return run
+
+    async def _put(self, run_id: str, body: bytes) -> str:
+        key = keys.payload(run_id, body)
+        if key not in self._payloads:
+            await self.register.reads.put(key, body)
+            self._payloads[key] = body
+        return key
+
+    async def close(self) -> None:
+        """Give up what is under way: its tasks are still claimed, and taken up again by others."""
+        for writer in list(self._writers):
+            writer.cancel()
+        await asyncio.gather(*self._writers, return_exceptions=True)

@@ -1,0 +1,213 @@
+"""Carries out what happens to runs, for a worker: the answers of `queue.parent.Parent`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec import Raw
+
+from buquet import keys
+from buquet.errors import UnreadableRecord
+from buquet.queue.parent import Ending, Later
+from buquet.records import ABSENT, TERMINAL, ErrorInfo, Task
+from buquet.workflow import ranges
+from buquet.workflow.advance import advance
+from buquet.workflow.carriers import KINDS, START, arguments, of_step
+from buquet.workflow.committer import Committer, Known
+from buquet.workflow.follow import follows, verdict
+from buquet.workflow.outcome import event_of, first_claim
+from buquet.workflow.records import OVER, RunRecord
+from buquet.workflow.values import Missing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from buquet.clock import Clock
+    from buquet.queue.parent import Helper
+    from buquet.store.register import Register
+    from buquet.workflow.event import Event
+    from buquet.workflow.follow import Follow
+    from buquet.workflow.plan import Plan
+
+log = logging.getLogger("buquet.run")
+
+AT_ONCE = 32
+"""Follow-ups of one event that are submitted side by side."""
+WHILE_PAUSED = 60.0
+"""Seconds until a step of a paused run is looked at again; resume wakes it."""
+BEFORE_START = 1.0
+ALMOST = 0.2
+"""Seconds until a task that waits for the write of another's end is looked at again."""
+UNREADABLE = 60.0
+
+CANCELLED = Ending("cancelled", ABSENT, "", None)
+CARRIED = Ending("completed", Raw(b"null"), "", None)
+
+
+class Engine:
+    """One worker's side of all runs."""
+
+    def __init__(self, register: Register, clock: Clock, now: Callable[[], int]) -> None:
+        self.register = register
+        self.clock = clock
+        self.committer = Committer(register, clock, now)
+        self.now = now
+        self.ended: Callable[[str], None] = lambda _run_id: None
+        """Told of runs that are over: those of this process who wait for one need not poll."""
+
+    async def close(self) -> None:
+        """Give up what is under way, at the worker's end."""
+        await self.committer.close()
+
+    # ------------------------------------------------------------------ before a handler runs
+
+    async def wanted(self, task: Task) -> bool:
+        """Read the run, and tell whether the handler of one of its tasks is to run. Raises Later where it is not yet."""
+        if task.name in KINDS:
+            return False
+        try:
+            held = await self.committer.read(task.run)
+        except UnreadableRecord as error:
+            log.error("task %s waits, since its run cannot be read: %s", task.id, error)  # noqa: TRY400 - the text says all
+            raise Later(UNREADABLE, "its run cannot be read") from None
+        run = held.record if held else None
+        if run is None or run.state in OVER:
+            return False
+        record = run.step(task.step)
+        if record.gen != task.gen:
+            return False
+        if task.undoes:
+            if record.undo != "due" or ranges.has(record.undo_ended, task.index):
+                return False
+        elif record.state != "due" or run.unwinding or (record.fan is not None and ranges.has(record.fan.ended, task.index)):
+            return False
+        if run.paused:
+            raise Later(WHILE_PAUSED, "its run is paused")
+        before = self._must_have_ended(task)
+        if before and not await self._has_ended(before):
+            raise Later(ALMOST, f"task {before} is not over yet")
+        return True
+
+    def _must_have_ended(self, task: Task) -> str:
+        """Return the task that must be over first: of the step that is undone, or of the step's last generation."""
+        if task.undoes:
+            return keys.follow_up(task.run, "step", task.step, task.index, task.gen)
+        return keys.follow_up(task.run, "step", task.step, task.index, task.gen - 1) if task.gen > 1 else ""
+
+    async def _has_ended(self, task_id: str) -> bool:
+        for wait in (0.01, 0.03, 0.1, 0.0):
+            held = await self.register.read(Task, keys.task(task_id))
+            if held is None or held.record.state in TERMINAL:
+                return True
+            await self.clock.sleep(wait)
+        return False
+
+    # ------------------------------------------------------------------ an outcome, or an event of the run's own
+
+    async def deliver(self, task: Task, ended: Task | None, helper: Helper) -> Ending:
+        """Record in the run how a task of it ended, and submit what follows. See Parent.deliver."""
+        try:
+            return await self._deliver(task, ended, helper)
+        except UnreadableRecord as error:
+            log.error("task %s waits, since its run cannot be read: %s", task.id, error)  # noqa: TRY400 - the text says all
+            raise Later(UNREADABLE, "its run cannot be read") from None
+
+    async def _deliver(self, task: Task, ended: Task | None, helper: Helper) -> Ending:
+        holds = ended is None and first_claim(task) and await helper.holds(task)
+        event = await event_of(task, ended, self.register.reads, holds=holds)
+        known = await (self._start(task, event) if task.name == START else self.committer.commit(task.run, event))
+        if known is None:
+            if task.name in KINDS and await self._starts_yet(task.run):
+                raise Later(BEFORE_START, "its run has not started yet")
+            return CANCELLED
+        await self._follow_up(known, event, helper)
+        if known.run.state in OVER:
+            self.ended(task.run)
+        if task.name in KINDS:
+            return CARRIED
+        found = verdict(known.run, event)
+        return Ending(found.state, found.result, found.result_at, found.error)
+
+    async def _starts_yet(self, run_id: str) -> bool:
+        held = await self.register.read(Task, keys.task(run_id))
+        return held is not None and held.record.state not in TERMINAL
+
+    async def _start(self, task: Task, event: Event) -> Known | None:
+        """Create the run's record, its first steps due; or find that this was done."""
+        held = await self.committer.read(task.run)
+        if held is None or held.record.state == "pruned":
+            run = RunRecord(
+                id=task.run,
+                workflow=task.step,
+                queue=task.queue,
+                created=task.created,
+                key=task.key,
+                tags=task.tags,
+                args=task.args,
+                args_at=task.args_at,
+                graph=task.graph,
+                graph_at=task.graph_at,
+            )
+            run = await self._begun(run, event)
+            await self.register.reads.put(keys.open_run(run.id, 1), b"")
+            write = await self.committer.create(run, held)
+            if write.landed and write.held is not None:
+                return Known(write.held.record, await self.committer.plan(run))
+        return await self.committer.commit(task.run, event)
+
+    async def _begun(self, run: RunRecord, event: Event) -> RunRecord:
+        """Return a new run after its start; one whose graph cannot be read has failed by it."""
+        try:
+            plan = await self.committer.plan(run)
+        except UnreadableRecord as error:
+            log.error("%s", error)  # noqa: TRY400 - the text says all
+            info = ErrorInfo(type="UnreadableRecord", message=str(error)[:2000])
+            return msgspec.structs.replace(
+                run,
+                state="failed",
+                error=info,
+                finished=self.now(),
+                by=event.id,
+                applied=(event.id,),
+                graph=Raw(b"{}"),
+                graph_at="",
+            )
+        return advance(run, plan, event, self.now(), self.committer.values(plan))
+
+    # ------------------------------------------------------------------ what follows
+
+    async def _follow_up(self, known: Known, event: Event, helper: Helper) -> None:
+        """Do all that follows from an event, side by side; it is done when this returns, and not before."""
+        found = list(follows(known.run, known.plan, event))
+        work = iter(found)
+
+        async def lane() -> None:
+            for follow in work:
+                await self._do(known, follow, helper)
+
+        await asyncio.gather(*(lane() for _ in range(min(AT_ONCE, len(found)))))
+
+    async def _do(self, known: Known, follow: Follow, helper: Helper) -> None:
+        run, plan = known
+        if follow.what == "close":
+            for gen in range(1, follow.gen + 1):
+                await self.register.reads.delete(keys.open_run(run.id, gen))
+            return
+        task = of_step(run, follow, plan, self.now())
+        if follow.what == "no timer":
+            await helper.close_task(task)
+        elif follow.what == "stop":
+            await helper.stop(task, await self._arguments(run, follow, plan))
+        else:
+            await helper.submit(task, await self._arguments(run, follow, plan))
+
+    async def _arguments(self, run: RunRecord, follow: Follow, plan: Plan) -> bytes:
+        values = self.committer.values(plan)
+        while True:
+            try:
+                return arguments(run, follow, plan, values)
+            except Missing as missing:
+                await self.committer.fetch(missing)

@@ -1,0 +1,151 @@
+"""A workflow as its user writes it: a plain function that wires tasks, with `start`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, cast, overload
+
+import msgspec
+
+from buquet import keys
+from buquet.codec import Signature
+from buquet.errors import UsageError
+from buquet.queue.parent import is_system
+from buquet.queue.payloads import INLINE, check_size
+from buquet.records import ABSENT, Raw, Task
+from buquet.workflow.carriers import START
+from buquet.workflow.handle import Run
+from buquet.workflow.tracing import trace_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from buquet.queue.handle import Home
+    from buquet.workflow.graph import Graph
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+RESERVED = {"key"}
+
+
+@dataclass(frozen=True, slots=True)
+class StartOptions:
+    """How a run is started."""
+
+    key: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        if self.key is not None and not 1 <= len(self.key.encode("utf-8", "replace")) <= 1024:  # noqa: PLR2004
+            msg = f"key must have 1 to 1,024 bytes, not {self.key[:80]!r}"
+            raise UsageError(msg)
+
+
+class WorkflowFunction(Generic[P, R]):
+    """A workflow; called, it is its function, and `start` makes a run of it.
+
+    >>> run = order.start("o-1", key="o-1")  # doctest: +SKIP
+    """
+
+    def __init__(self, home: Home, function: Callable[..., Any], name: str, queue: str, options: StartOptions) -> None:
+        keys.quoted(name, "workflow")
+        keys.quoted(queue, "queue")
+        self._home = home
+        self.function = function
+        self.name = name
+        self.queue = queue
+        self.start_options = options
+        self.signature = Signature(function)
+        self.__name__ = name
+        self.__doc__ = function.__doc__
+        self.__module__ = function.__module__
+        self.__wrapped__ = function
+        if is_system(name):
+            msg = f"names that begin with 'buquet.' are buquet's own: give workflow {name!r} another one"
+            raise UsageError(msg)
+        if not RESERVED.isdisjoint(self.signature.parameters):
+            msg = f"a workflow cannot have a parameter named `key`, which start(..., key=...) takes for itself: {name}"
+            raise UsageError(msg)
+
+    def __repr__(self) -> str:
+        """Show the name."""
+        return f"<buquet workflow {self.name!r}>"
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function itself: its tasks run here and now, as plain Python. In another workflow it becomes part of that."""
+        return cast("R", self.function(*args, **kwargs))
+
+    def options(self, *, key: str | None = None, tags: Mapping[str, str] | None = None) -> Self:
+        """Return the same workflow with other options for its starts. `key`: one run a key. `tags` are those of its tasks too."""
+        given = {"key": key, "tags": tags}
+        changed = replace(self.start_options, **{name: value for name, value in given.items() if value is not None})
+        return type(self)(self._home, self.function, self.name, self.queue, changed)
+
+    def trace(self, *args: P.args, **kwargs: P.kwargs) -> Graph:
+        """Return the graph that a start with these arguments would run. Nothing is stored.
+
+        Raises TypeError for wrong arguments, UsageError for what a graph cannot hold.
+        """
+        self.signature.bind(args, kwargs)
+        return trace_of(self.function, args, kwargs)
+
+    @overload
+    def start(self, *args: P.args, **kwargs: P.kwargs) -> Run[R]: ...
+    @overload
+    def start(self, *args: Any, key: str, **kwargs: Any) -> Run[R]: ...
+    def start(self, *args: Any, key: str | None = None, **kwargs: Any) -> Run[R]:
+        """Start a run: the workflow is traced into a graph here, and workers carry that out, whatever happens to this process.
+
+        `key`: a second start of the same key returns the first one's run. (With it the type checker does not check the other
+        arguments; `options(key=...).start(...)` is checked.) Raises UsageError, InvalidArgument, KeyConflict, StoreError.
+        """
+        return self._home.background.run(lambda: self._start(args, kwargs, key), "start")
+
+    @overload
+    async def astart(self, *args: P.args, **kwargs: P.kwargs) -> Run[R]: ...
+    @overload
+    async def astart(self, *args: Any, key: str, **kwargs: Any) -> Run[R]: ...
+    async def astart(self, *args: Any, key: str | None = None, **kwargs: Any) -> Run[R]:
+        """Do what `start` does, on the running event loop."""
+        return await self._start(args, kwargs, key)
+
+    async def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None) -> Run[R]:
+        options = replace(self.start_options, key=key) if key is not None else self.start_options
+        task, body = self._prepare(options, args, kwargs)
+        client = self._home.client
+        graph = bytes(task.graph)
+        if len(graph) > INLINE:
+            # under a name of its own, since a pruned run of the same key may be about to lose its payloads
+            at = f"{keys.payload(task.id, graph)}.{client.clock.new_op()}"
+            await client.reads.put(at, graph)
+            task = msgspec.structs.replace(task, graph=ABSENT, graph_at=at)
+        submitted = await client.submit(task, body)
+        return Run(self._home, submitted.id, self.signature, created=submitted.created)
+
+    def _prepare(self, options: StartOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Task, bytes]:
+        body = self.signature.encode(self.signature.bind(args, kwargs))
+        check_size(body, f"the arguments of {self.name}")
+        graph = msgspec.json.encode(trace_of(self.function, args, kwargs))
+        check_size(graph, f"the graph of {self.name}")
+        clock = self._home.client.clock
+        key = options.key
+        run_id = clock.new_id() if key is None else keys.keyed_run(self.queue, self.name, key)
+        task = Task(
+            id=run_id,
+            queue=self.queue,
+            name=START,
+            state="pending",
+            created=clock.now_ms(),
+            priority=0,
+            key=key or "",
+            tags=dict(options.tags),
+            run=run_id,
+            step=self.name,
+            graph=Raw(graph),
+        )
+        return task, body
+
+    def get(self, run_id: str) -> Run[R]:
+        """Return a handle of a run of this workflow, by its id; nothing is read yet."""
+        return Run(self._home, run_id, self.signature)

@@ -1,0 +1,118 @@
+"""A workflow as data: its steps, what each needs, under which condition it runs. The run's record keeps it to its end."""
+
+from __future__ import annotations
+
+from graphlib import CycleError, TopologicalSorter
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from buquet.errors import UsageError
+from buquet.workflow.expression import NULL, Expr, steps_of, text_of
+
+Kind: TypeAlias = Literal["task", "each", "wait", "sleep"]
+
+MOST_STEPS = 1_000
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a task function is submitted for a step."""
+
+    task: str
+    queue: str
+    priority: int = 5
+    max_attempts: int = 3
+    max_losses: int = 10
+    expires_ms: int = 0
+    tags: dict[str, str] = {}
+
+
+class Undo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What takes a finished step back: a task that is given the step's result first, and arguments of the step by their name."""
+
+    call: Call
+    result: str
+    """The name of the parameter that takes the step's result."""
+    args: tuple[str, ...] = ()
+    """The names of the step's arguments that it takes too."""
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A node of the graph."""
+
+    kind: Kind
+    call: Call | None = None
+    """What a `task` or an `each` runs."""
+    args: Expr = NULL
+    """The arguments by name; of an `each` those besides the item."""
+    over: Expr = NULL
+    """Of an `each`: the list whose items are run."""
+    item: str = ""
+    """Of an `each`: the name of the parameter that takes an item."""
+    pack: int = 0
+    """Of an `each`: items in a task; 0: one task an item, with arguments of its own."""
+    allow_failures: bool = False
+    after: tuple[Expr, ...] = ()
+    """What must have ended before, skipped or not."""
+    guards: tuple[tuple[Expr, bool], ...] = ()
+    """Conditions of `when`, and what each must come to; else the step is skipped."""
+    undo: Undo | None = None
+    signal: str = ""
+    """Of a `wait`: the channel."""
+    timeout: Expr | None = None
+    """Of a `wait`: seconds after which it is over without a signal."""
+    default: Expr | None = None
+    """Of a `wait`: what it then comes to; None: it fails."""
+    seconds: Expr = NULL
+    """Of a `sleep`."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The steps that must have ended before this one may run, each once."""
+        return tuple(dict.fromkeys(step for expr in self._expressions() for step in steps_of(expr)))
+
+    @property
+    def condition(self) -> str:
+        """The guards as text, or an empty one."""
+        return " and ".join(text_of(expr) if wanted else f"not ({text_of(expr)})" for expr, wanted in self.guards)
+
+    def _expressions(self) -> tuple[Expr, ...]:
+        rest = [each for each in (self.timeout, self.default) if each is not None]
+        return (*(expr for expr, _ in self.guards), *self.after, self.args, self.over, self.seconds, *rest)
+
+
+class Graph(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Steps by name, in an order in which each comes after what it needs; and what the whole comes to."""
+
+    steps: dict[str, Step] = {}
+    output: Expr = NULL
+
+    def ordered(self) -> Graph:
+        """Return the graph in such an order. Raises UsageError for a step that does not exist, a cycle, or too many steps."""
+        if len(self.steps) > MOST_STEPS:
+            msg = (
+                f"this workflow has {len(self.steps):,} steps, and a graph has at most {MOST_STEPS:,}. "
+                "Use each(task, items) for what is done many times: it is one step"
+            )
+            raise UsageError(msg)
+        for name, step in self.steps.items():
+            missing = next((need for need in step.needs if need not in self.steps), None)
+            if missing is not None:
+                msg = f"step {name!r} comes after {missing!r}, and there is no step of that name: {', '.join(self.steps)[:300]}"
+                raise UsageError(msg)
+        try:
+            # ties stay in the order of the calls, so that the same function always gives the same graph
+            order = list(TopologicalSorter({name: step.needs for name, step in self.steps.items()}).static_order())
+        except CycleError as error:
+            msg = f"these steps wait for each other in a circle: {' -> '.join(error.args[1])}. Leave one of them out of `after`"
+            raise UsageError(msg) from None
+        return self if _sorted(self) else msgspec.structs.replace(self, steps={name: self.steps[name] for name in order})
+
+
+def _sorted(graph: Graph) -> bool:
+    seen: set[str] = set()
+    for name, step in graph.steps.items():
+        if not seen.issuperset(step.needs):
+            return False
+        seen.add(name)
+    return True

@@ -1,0 +1,238 @@
+"""What a caller holds of a run."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, cast
+
+import msgspec
+
+from buquet import keys
+from buquet.codec import decode_any
+from buquet.errors import RunCancelled, RunFailed, TaskNotFound
+from buquet.queue.attempt import inside_handler
+from buquet.queue.payloads import get_value
+from buquet.workflow import ranges, sending
+from buquet.workflow.graph import Graph
+from buquet.workflow.records import OVER, RunRecord
+
+if TYPE_CHECKING:
+    from buquet.codec import Signature
+    from buquet.queue.handle import Home
+    from buquet.workflow.graph import Kind
+    from buquet.workflow.records import ItemError, StepRecord
+
+R_co = TypeVar("R_co", covariant=True)
+
+Status: TypeAlias = Literal["pending", "running", "paused", "failing", "cancelling", "completed", "failed", "cancelled", "pruned"]
+homes: weakref.WeakSet[Home] = weakref.WeakSet()
+"""The Apps of this process that have workflows."""
+
+
+class StepInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A step of a run, as it is now. Times are milliseconds since 1970, 0: not yet."""
+
+    name: str
+    kind: Kind
+    status: Literal["waiting", "running", "completed", "failed", "skipped", "stopped"]
+    """`running`: it is due, and its task may wait for a worker; `stopped`: the run's end came before its own."""
+    task: str = ""
+    """The task function that it runs."""
+    queue: str = ""
+    task_id: str = ""
+    """Its task, which `buquet get` shows; of an `each` the first one."""
+    needs: tuple[str, ...] = ()
+    condition: str = ""
+    gen: int = 1
+    due: int = 0
+    until: int = 0
+    """When its timer fires."""
+    ended: int = 0
+    total: int = 0
+    """Tasks of an `each`."""
+    done: int = 0
+    error: str = ""
+    errors: tuple[ItemError, ...] = ()
+    """Items of an `each` that failed, the first hundred."""
+    undo: str = ""
+    """due, done or failed, where it is undone."""
+    undo_error: str = ""
+
+
+class Run(Generic[R_co]):
+    """One execution of a workflow: look at it, wait for it, steer it. Every blocking method has an async twin with an a.
+
+    >>> run = order.start("o-1", key="o-1")  # doctest: +SKIP
+    >>> run.result(timeout=60)  # doctest: +SKIP
+    'shipped'
+    """
+
+    __slots__ = ("_signature", "created", "home", "id")
+
+    def __init__(self, home: Home, run_id: str, signature: Signature | None = None, *, created: bool = False) -> None:
+        self.home = home
+        self._signature = signature
+        self.id = run_id
+        self.created = created
+        """Whether the start that returned this handle created the run. False: its key named one that was there."""
+
+    def __repr__(self) -> str:
+        """Show the id, which the command line takes."""
+        return f"<buquet run {self.id}>"
+
+    async def arecord(self) -> RunRecord | None:
+        """Return the run's record as it is now; None while no worker has carried out its start.
+
+        Raises RunNotFound, UnreadableRecord.
+        """
+        return await sending.read_run(self.home.client, self.id)
+
+    async def astatus(self) -> Status:
+        """Return the run's state: pending, running, paused, failing, cancelling, completed, failed, cancelled or pruned."""
+        run = await self.arecord()
+        if run is None:
+            return "pending"
+        return "paused" if run.paused and run.state == "running" else run.state
+
+    async def agraph(self) -> Graph:
+        """Return the graph that the run keeps to its end: its steps by name, each after what it needs."""
+        client = self.home.client
+        run = await self.arecord()
+        source = run if run is not None else (await client.read(self.id)).record
+        return msgspec.json.decode(await get_value(client.reads, source.graph, source.graph_at), type=Graph)
+
+    async def asteps(self) -> list[StepInfo]:
+        """Return the run's steps as they are now, each after what it needs."""
+        graph = await self.agraph()
+        return steps_of(await self.arecord(), self.id, graph)
+
+    async def acancel(self, *, undo: bool = True) -> Literal["cancelled", "requested"]:
+        """Cancel the run: what waits never starts, what runs is asked to stop, and then, with `undo`, what is done is undone.
+
+        Returns "cancelled" once that is recorded, "requested" before. Raises Refused when the run ended otherwise.
+        """
+        return await sending.cancel(self.home.client, self.id, undo=undo)
+
+    async def apause(self) -> None:
+        """Start no more steps until it is resumed; what runs goes on. Of a paused run nothing. Raises Refused when it is over."""
+        await sending.hold(self.home.client, self.id, paused=True)
+
+    async def aresume(self) -> None:
+        """Go on after a pause. Of a run that is not paused nothing. Raises Refused when it is over."""
+        await sending.hold(self.home.client, self.id, paused=False)
+
+    async def aretry(self) -> None:
+        """Go on with a failed or cancelled run: finished steps are kept, the others run again, with the code as it is now.
+
+        Raises Refused for any other run.
+        """
+        await sending.retry(self.home.client, self.id)
+
+    async def aresult(self, timeout: float | None = None) -> R_co:  # noqa: ASYNC109 - part of the public meaning
+        """Wait until the run is over and return what the workflow returned, as the declared type where this process knows it.
+
+        `timeout` is in seconds. Raises RunFailed, RunCancelled, or TimeoutError (the run then goes on).
+        """
+        attempt = inside_handler()
+        if attempt:
+            attempt.logger.warning(
+                "task %s waits for run %s and holds its slot meanwhile; a workflow called in a workflow does not",
+                attempt.id,
+                self.id,
+            )
+        client = self.home.client
+        await sending.read_run(client, self.id)
+        held = await client.wait_for(
+            RunRecord, keys.run(self.id), self.id, lambda run: run.state in OVER, timeout, f"run {self.id}"
+        )
+        run = held.record
+        if run.state != "completed":
+            raise run_ending(run)
+        body = await get_value(client.reads, run.output, run.output_at)
+        return cast("R_co", self._signature.decode_result(body) if self._signature else decode_any(body))
+
+    def record(self) -> RunRecord | None:
+        """Block and do what `arecord` does."""
+        return self.home.background.run(self.arecord, "record")
+
+    def status(self) -> Status:
+        """Block and do what `astatus` does."""
+        return self.home.background.run(self.astatus, "status")
+
+    def graph(self) -> Graph:
+        """Block and do what `agraph` does."""
+        return self.home.background.run(self.agraph, "graph")
+
+    def steps(self) -> list[StepInfo]:
+        """Block and do what `asteps` does."""
+        return self.home.background.run(self.asteps, "steps")
+
+    def cancel(self, *, undo: bool = True) -> Literal["cancelled", "requested"]:
+        """Block and do what `acancel` does."""
+        return self.home.background.run(lambda: self.acancel(undo=undo), "cancel")
+
+    def pause(self) -> None:
+        """Block and do what `apause` does."""
+        self.home.background.run(self.apause, "pause")
+
+    def resume(self) -> None:
+        """Block and do what `aresume` does."""
+        self.home.background.run(self.aresume, "resume")
+
+    def retry(self) -> None:
+        """Block and do what `aretry` does."""
+        self.home.background.run(self.aretry, "retry")
+
+    def result(self, timeout: float | None = None) -> R_co:
+        """Block and do what `aresult` does."""
+        return self.home.background.run(lambda: self.aresult(timeout), "result")
+
+
+def run_ending(run: RunRecord) -> Exception:
+    """Return the error that tells how a run ended, other than well."""
+    what = f"run {run.id} ({run.workflow})"
+    if run.state == "pruned":
+        return TaskNotFound(f"{what} was pruned: its result is gone")
+    again = f"`buquet run retry {run.id}` goes on with it"
+    if run.state == "cancelled":
+        return RunCancelled(f"{what} was cancelled. {again}", run.id)
+    reason = run.error.message if run.error else "no reason was recorded"
+    return RunFailed(
+        f"{what} failed: {reason}. {again}", run.id, error=reason, traceback=run.error.traceback if run.error else ""
+    )
+
+
+def steps_of(run: RunRecord | None, run_id: str, graph: Graph) -> list[StepInfo]:
+    """Return a run's steps as its record says."""
+    fresh = RunRecord(id=run_id, workflow="", queue="", created=0)
+    return [_info(run or fresh, name, graph) for name in graph.steps]
+
+
+_STATUS: dict[str, Any] = {"idle": "waiting", "due": "running", "done": "completed", "maybe": "stopped"}
+
+
+def _info(run: RunRecord, name: str, graph: Graph) -> StepInfo:
+    record: StepRecord = run.step(name)
+    step = graph.steps[name]
+    began = record.state not in {"idle", "skipped"}
+    fan = record.fan
+    return StepInfo(
+        name=name,
+        kind=step.kind,
+        status=_STATUS.get(record.state, record.state),
+        task=step.call.task if step.call else "",
+        queue=step.call.queue if step.call else run.queue,
+        task_id=keys.follow_up(run.id, "step", name, 0, record.gen) if began and step.call else "",
+        needs=step.needs,
+        condition=step.condition,
+        gen=record.gen,
+        due=record.due,
+        until=record.until,
+        ended=record.at,
+        total=fan.tasks if fan else 0,
+        done=ranges.count(fan.ended) if fan else 0,
+        error=f"{record.error.type}: {record.error.message}" if record.error else "",
+        errors=fan.errors if fan else (),
+        undo=record.undo,
+        undo_error=f"{record.undo_error.type}: {record.undo_error.message}" if record.undo_error else "",
+    )

@@ -1,0 +1,360 @@
+"""From a workflow's function to its graph: while it is traced, what stands for a step's value is a `Value`."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+from buquet.codec import encode_value
+from buquet.errors import InvalidArgument, UsageError
+from buquet.queue.parent import tracing
+from buquet.queue.task import AsyncTaskFunction, BaseTask
+from buquet.records import Raw
+from buquet.workflow.expression import NULL, Apply, Choose, Const, Expr, Fields, Get, Items, Ref
+from buquet.workflow.graph import Call, Graph, Step, Undo
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Mapping
+
+
+class Value:
+    """What a step will come to, while its workflow is traced: fields, items, comparisons and arithmetic become data."""
+
+    __slots__ = ("_buquet_expr",)
+
+    def __init__(self, expr: Expr) -> None:
+        object.__setattr__(self, "_buquet_expr", expr)
+
+    def __getattr__(self, name: str) -> Value:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Value(Get(expr_of(self), name))
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        _refuse(f"setting .{name}", "a step's value cannot be changed; do it in a task")
+
+    def __getitem__(self, key: object) -> Value:
+        if isinstance(key, bool) or not isinstance(key, str | int):
+            _refuse(f"[{key!r}]", "use a field's name or an item's number, or do it in a task")
+        return Value(Get(expr_of(self), key))
+
+    def __await__(self) -> Generator[Any, Any, Value]:
+        return self
+        yield  # pragma: no cover - makes this a generator, which ends at once
+
+    def __eq__(self, other: object) -> Value:  # type: ignore[override] # pyright: ignore[reportIncompatibleMethodOverride]
+        return _apply("==", self, other)
+
+    def __ne__(self, other: object) -> Value:  # type: ignore[override] # pyright: ignore[reportIncompatibleMethodOverride]
+        return _apply("!=", self, other)
+
+    __hash__ = None  # type: ignore[assignment] # pyright: ignore[reportAssignmentType]
+
+    def __lt__(self, other: object) -> Value:
+        return _apply("<", self, other)
+
+    def __le__(self, other: object) -> Value:
+        return _apply("<=", self, other)
+
+    def __gt__(self, other: object) -> Value:
+        return _apply(">", self, other)
+
+    def __ge__(self, other: object) -> Value:
+        return _apply(">=", self, other)
+
+    def __add__(self, other: object) -> Value:
+        return _apply("+", self, other)
+
+    def __radd__(self, other: object) -> Value:
+        return _apply("+", other, self)
+
+    def __sub__(self, other: object) -> Value:
+        return _apply("-", self, other)
+
+    def __rsub__(self, other: object) -> Value:
+        return _apply("-", other, self)
+
+    def __mul__(self, other: object) -> Value:
+        return _apply("*", self, other)
+
+    def __rmul__(self, other: object) -> Value:
+        return _apply("*", other, self)
+
+    def __truediv__(self, other: object) -> Value:
+        return _apply("/", self, other)
+
+    def __rtruediv__(self, other: object) -> Value:
+        return _apply("/", other, self)
+
+    def __floordiv__(self, other: object) -> Value:
+        return _apply("//", self, other)
+
+    def __rfloordiv__(self, other: object) -> Value:
+        return _apply("//", other, self)
+
+    def __mod__(self, other: object) -> Value:
+        return _apply("%", self, other)
+
+    def __rmod__(self, other: object) -> Value:
+        return _apply("%", other, self)
+
+    def __and__(self, other: object) -> Value:
+        return _apply("&", self, other)
+
+    def __rand__(self, other: object) -> Value:
+        return _apply("&", other, self)
+
+    def __or__(self, other: object) -> Value:
+        return _apply("|", self, other)
+
+    def __ror__(self, other: object) -> Value:
+        return _apply("|", other, self)
+
+    def __neg__(self) -> Value:
+        return Value(Apply("neg", (expr_of(self),)))
+
+    def __invert__(self) -> Value:
+        expr = expr_of(self)
+        if not isinstance(expr, Apply) or expr.op not in {"==", "!=", "<", "<=", ">", ">=", "&", "|", "~"}:
+            _refuse("~", "it turns a comparison round; write `value == False` for a value")
+        return Value(Apply("~", (expr,)))
+
+    def __bool__(self) -> NoReturn:  # noqa: PLE0304 - it never returns
+        _refuse("if, and, or, not", "use when(condition, then=lambda: ..., otherwise=lambda: ...), and &, | and ~ on comparisons")
+
+    def __iter__(self) -> NoReturn:
+        _refuse("iteration", "use each(task, items), or pass the whole value to a task")
+
+    def __len__(self) -> NoReturn:  # noqa: PLE0303 - the same
+        _refuse("len()", "count in a task, and return the number")
+
+    def __contains__(self, item: object) -> NoReturn:
+        _refuse("in", "look in a task, and return true or false")
+
+    def __str__(self) -> NoReturn:  # noqa: PLE0307 - the same
+        _refuse("str() and f-strings", "make the text in a task")
+
+    def __format__(self, spec: str) -> NoReturn:
+        _refuse("str() and f-strings", "make the text in a task")
+
+    def __int__(self) -> NoReturn:
+        _refuse("int()", "convert in a task")
+
+    def __float__(self) -> NoReturn:
+        _refuse("float()", "convert in a task")
+
+    def __call__(self, *_args: object, **_kwargs: object) -> NoReturn:
+        """Refuse: methods run in tasks."""
+        _refuse("a method call", "call it in a task")
+
+    def __repr__(self) -> str:
+        """Show that this is no value yet."""
+        return f"<what {expr_of(self)!r} will come to>"
+
+
+def _refuse(what: str, instead: str) -> NoReturn:
+    msg = f"a step has no value yet while its workflow is being started, so {what} cannot be used on it: {instead}"
+    raise UsageError(msg)
+
+
+def expr_of(value: Value) -> Expr:
+    """Return the expression that a value stands for."""
+    return cast("Expr", object.__getattribute__(value, "_buquet_expr"))
+
+
+def _apply(op: str, *args: object) -> Value:
+    return Value(Apply(op, tuple(to_expr(each, f"`{op}`") for each in args)))
+
+
+def to_expr(value: Any, what: str) -> Expr:
+    """Return a value that may hold steps, in lists, tuples and dicts, as an expression. Raises InvalidArgument."""
+    if isinstance(value, Value):
+        return expr_of(value)
+    if isinstance(value, list | tuple):
+        items = tuple(to_expr(each, what) for each in cast("list[object]", value))
+        if not all(isinstance(each, Const) for each in items):
+            return Items(items)
+    if isinstance(value, dict):
+        fields = {name: to_expr(each, what) for name, each in cast("dict[str, object]", value).items()}
+        if not all(isinstance(each, Const) for each in fields.values()):
+            return Fields(fields)
+    if inspect.iscoroutine(value):  # pyright: ignore[reportUnknownArgumentType]
+        value.close()
+        msg = f"{what} is a coroutine: `await` it in the workflow"
+        raise InvalidArgument(msg)
+    try:
+        return Const(Raw(encode_value(value, what)))
+    except UsageError as error:
+        msg = f"{error}. A step's value may stand in a list, a tuple or a dict of arguments, nowhere else"
+        raise InvalidArgument(msg) from None
+
+
+class Trace:
+    """One trace: the graph as it grows."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, Step] = {}
+        self.guards: tuple[tuple[Expr, bool], ...] = ()
+
+    def add(self, wanted: str, name: str, step: Step) -> Value:
+        """Add a step under the name that was asked for, or under its task's name and a number."""
+        if wanted and wanted in self.steps:
+            msg = f"two steps of this workflow are named {wanted!r}: give one of them another name with .options(step=...)"
+            raise UsageError(msg)
+        number = 1
+        unique = wanted or name
+        while unique in self.steps:
+            number += 1
+            unique = f"{name}_{number}"
+        self.steps[unique] = step
+        return Value(Ref(unique))
+
+    def call(self, task: BaseTask[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
+        """Note a call of a task. Raises TypeError for wrong arguments, UsageError for options that a step cannot have."""
+        bound = task.signature.bind(args, kwargs)
+        fields = {name: to_expr(value, f"argument {name!r} of {task.name}") for name, value in bound.items()}
+        options = task.step_options
+        if options.allow_failures:
+            msg = f"allow_failures is for each(...): a step {task.name} that fails fails its run"
+            raise UsageError(msg)
+        step = Step(
+            kind="task",
+            call=call_of(task),
+            args=Fields(fields),
+            after=after_of(options.after),
+            guards=self.guards,
+            undo=undo_of(options.undo, task, batch=False),
+        )
+        return self.add(options.step, task.name, step)
+
+    @contextmanager
+    def branch(self, condition: Expr, *, taken: bool) -> Generator[None]:
+        """Guard the steps that are noted meanwhile."""
+        before = self.guards
+        self.guards = (*before, (condition, taken))
+        try:
+            yield
+        finally:
+            self.guards = before
+
+    def graph(self, output: object) -> Graph:
+        """Return the whole graph. Raises UsageError when it is not one."""
+        return Graph(steps=self.steps, output=to_expr(output, "what the workflow returns")).ordered()
+
+
+def call_of(task: BaseTask[..., Any]) -> Call:
+    """Return how a task is submitted for a step. Raises UsageError for options that a step cannot have."""
+    options = task.submit_options
+    if options.key is not None or options.delay is not None or options.run_at is not None:
+        msg = (
+            f"key, delay and run_at are not for steps ({task.name}): a step runs once a run, when its inputs are there. "
+            "Use sleep(seconds) and options(after=[...]) to wait"
+        )
+        raise UsageError(msg)
+    return Call(
+        task=task.name,
+        queue=task.queue,
+        priority=options.priority,
+        max_attempts=task.policy.max_attempts,
+        max_losses=task.policy.max_losses,
+        expires_ms=int(options.expires * 1000) if options.expires else 0,
+        tags=dict(options.tags),
+    )
+
+
+def after_of(after: Iterable[Any]) -> tuple[Expr, ...]:
+    """Return what a step comes after: steps, or names of steps."""
+    found: list[Expr] = []
+    for each in after:
+        if isinstance(each, Value):
+            found.append(expr_of(each))
+        elif isinstance(each, str):
+            found.append(Ref(each))
+        else:
+            msg = f"`after` takes steps of this workflow, or their names, not {each!r}"
+            raise UsageError(msg)
+    return tuple(found)
+
+
+def undo_of(undo: BaseTask[..., Any] | None, task: BaseTask[..., Any], *, batch: bool) -> Undo | None:
+    """Return how a step is undone. Raises UsageError when the undo's parameters cannot be filled."""
+    if undo is None:
+        return None
+    if batch:
+        undo.signature.check_batch()
+    names = list(undo.signature.parameters)
+    required = [name for name, each in undo.signature.parameters.items() if each.default is each.empty]
+    shared = tuple(name for name in names[1:] if name in task.signature.parameters)
+    unknown = [name for name in required if name != names[0] and name not in shared]
+    if not names or unknown:
+        msg = (
+            f"{undo.name} cannot undo {task.name}: it is called with the step's result first, and may take the step's arguments "
+            f"({', '.join(task.signature.parameters) or 'none'}) by their names, and {', '.join(unknown) or 'a result'} is none"
+        )
+        raise UsageError(msg)
+    return Undo(call=call_of(undo), result=names[0], args=shared)
+
+
+def trace_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
+    """Call a workflow's function once, and return the graph that its calls make."""
+    trace = Trace()
+    token = tracing.set(trace)
+    try:
+        output = function(*args, **kwargs)
+        if inspect.iscoroutine(output):
+            output = _drive(output, function.__name__)
+        return trace.graph(output)
+    finally:
+        tracing.reset(token)
+
+
+def _drive(coroutine: Any, name: str) -> Any:
+    """Run an async workflow to its end: what it awaits are steps, which are there at once."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    coroutine.close()
+    msg = f"the workflow {name} awaits something other than a step while it is being started: do that in a task"
+    raise UsageError(msg)
+
+
+def current_trace() -> Trace | None:
+    """Return the trace that is under way here."""
+    trace = tracing.get()
+    return trace if isinstance(trace, Trace) else None
+
+
+def choose(trace: Trace, condition: Value, then: Callable[[], Any], otherwise: Callable[[], Any] | None) -> Value:
+    """Trace both branches of a `when`."""
+    expr = expr_of(condition)
+    with trace.branch(expr, taken=True):
+        first = to_expr(then(), "what `then` returns")
+    with trace.branch(expr, taken=False):
+        second = to_expr(otherwise(), "what `otherwise` returns") if otherwise is not None else NULL
+    return Value(Choose(expr, first, second))
+
+
+def fan_out(trace: Trace, task: BaseTask[..., Any], items: object, pack: int) -> Value:
+    """Note an `each`."""
+    task.signature.check_batch()
+    options = task.step_options
+    step = Step(
+        kind="each",
+        call=call_of(task),
+        args=Fields({}),
+        over=to_expr(items if isinstance(items, Value) else list(cast("Iterable[object]", items)), f"the items of {task.name}"),
+        item=next(iter(task.signature.parameters)),
+        pack=pack,
+        allow_failures=options.allow_failures,
+        after=after_of(options.after),
+        guards=trace.guards,
+        undo=undo_of(options.undo, task, batch=pack > 0),
+    )
+    return trace.add(options.step, task.name, step)
+
+
+def is_async(task: BaseTask[..., Any]) -> bool:
+    """Tell whether a plain call of a task is to be awaited."""
+    return isinstance(task, AsyncTaskFunction)

@@ -1,0 +1,222 @@
+"""What a workflow is written with besides tasks: `each`, `when`, `sleep` and `Signal`.
+
+In a workflow that is being started they become data in its graph. In a plain call of it, as in a test, they have a plain
+meaning: `each` calls the task on every item, `when` takes one branch, `sleep` takes no time, and a signal's value is given by the
+test (`Signal.given`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, TypeVar, cast, overload
+
+import msgspec
+
+from buquet import keys
+from buquet.codec import decoder_for, encode_value
+from buquet.errors import InvalidArgument, SignalTimeout, UsageError
+from buquet.queue.packing import MOST_ITEMS
+from buquet.workflow.graph import Step
+from buquet.workflow.handle import Run, homes
+from buquet.workflow.sending import send_signal
+from buquet.workflow.tracing import Value, after_of, choose, current_trace, fan_out, is_async, to_expr
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
+
+    from buquet.queue.handle import Home
+    from buquet.queue.task import AsyncTaskFunction, BaseTask, TaskFunction
+
+T = TypeVar("T")
+R = TypeVar("R")
+A = TypeVar("A")
+B = TypeVar("B")
+
+_MISSING: Any = object()
+_given: ContextVar[dict[str, list[Any]] | None] = ContextVar("buquet_signals", default=None)
+
+
+@overload
+def each(task: AsyncTaskFunction[Concatenate[T, ...], R], items: Iterable[T], pack: int = 0) -> Awaitable[list[R]]: ...
+@overload
+def each(task: TaskFunction[Concatenate[T, ...], R], items: Iterable[T], pack: int = 0) -> list[R]: ...
+def each(task: BaseTask[..., Any], items: Any, pack: int = 0) -> Any:
+    """Run a task on every item of a list, or of a step's value, side by side; the results come in the order of the items.
+
+    `pack`: so many items to a task object, 1 to 10,000; 0: a task an item. One item that fails for good fails the step, unless
+    `task.options(allow_failures=True)`, which leaves None in its place. Raises UsageError.
+
+    >>> labels = each(label, order.items, pack=50)  # doctest: +SKIP
+    """
+    if isinstance(pack, bool) or not 0 <= pack <= MOST_ITEMS:
+        msg = f"pack is the number of items in a task, 1 to {MOST_ITEMS:,}, or 0 for a task an item, not {pack!r}"
+        raise UsageError(msg)
+    trace = current_trace()
+    if trace is not None:
+        return fan_out(trace, task, items, pack)
+    allow = task.step_options.allow_failures
+    if is_async(task):
+        return _gather(task, list(items), allow=allow)
+    return [_one(task, item, allow=allow) for item in items]
+
+
+def _one(task: BaseTask[..., Any], item: Any, *, allow: bool) -> Any:
+    try:
+        return task.function(item)
+    except Exception:
+        if allow:
+            return None
+        raise
+
+
+async def _gather(task: BaseTask[..., Any], items: list[Any], *, allow: bool) -> list[Any]:
+    work: list[Coroutine[Any, Any, Any]] = [task.function(item) for item in items]
+    found = await asyncio.gather(*work, return_exceptions=allow)
+    return [None if allow and isinstance(result, Exception) else result for result in found]
+
+
+@overload
+def when(condition: object, then: Callable[[], A]) -> A | None: ...
+@overload
+def when(condition: object, then: Callable[[], A], otherwise: Callable[[], B]) -> A | B: ...
+def when(condition: object, then: Callable[[], Any], otherwise: Callable[[], Any] | None = None) -> Any:
+    """Take one of two branches, by a step's value; the steps of the other are skipped. Returns what the branch taken returns.
+
+    The branches are functions, so that their steps are known to be theirs. Raises UsageError.
+
+    >>> when(order.total > 100, then=lambda: ask(order), otherwise=lambda: accept(order))  # doctest: +SKIP
+    """
+    if (
+        not callable(then)
+        or isinstance(then, Value)
+        or not (otherwise is None or callable(otherwise))
+        or isinstance(otherwise, Value)
+    ):
+        msg = "the branches of `when` are functions, so that their steps are known to be theirs: when(x, then=lambda: ship(y))"
+        raise UsageError(msg)
+    trace = current_trace()
+    if trace is not None and isinstance(condition, Value):
+        return choose(trace, condition, then, otherwise)
+    if not isinstance(condition, bool):
+        msg = f"the condition of `when` must be True or False, or a step's value that comes to one, not {condition!r}"
+        raise UsageError(msg)
+    if condition:
+        return then()
+    return otherwise() if otherwise is not None else None
+
+
+class _Slept:
+    """What a plain `sleep` returns."""
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return
+        yield  # pragma: no cover - makes this a generator, which ends at once
+
+
+def sleep(seconds: float, *, after: Iterable[Any] = ()) -> Awaitable[None]:
+    """Wait so many seconds, after some steps; it holds no worker. Put it into another step's `after`.
+
+    >>> ship.options(after=[sleep(3600, after=[paid])])(order)  # doctest: +SKIP
+    """
+    trace = current_trace()
+    if trace is None:
+        return _Slept()
+    step = Step(kind="sleep", seconds=to_expr(seconds, "the seconds of a sleep"), after=after_of(after), guards=trace.guards)
+    return cast("Awaitable[None]", trace.add("", "sleep", step))
+
+
+class Signal(Generic[T]):
+    """A named, typed channel on which a run can be sent a message from outside.
+
+    >>> approved = Signal("approved", bool)
+    >>> with approved.given(True):
+    ...     approved.wait()
+    True
+    """
+
+    def __init__(self, name: str, type: type[T] = _MISSING) -> None:  # noqa: A002 - what it is
+        keys.quoted(name, "signal")
+        self.name = name
+        self.type: Any = Any if type is _MISSING else type
+
+    def __repr__(self) -> str:
+        """Show the name."""
+        return f"<buquet signal {self.name!r}>"
+
+    def wait(self, *, timeout: float | None = None, default: Any = _MISSING, after: Iterable[Any] = (), step: str = "") -> T:
+        """Wait for the next value on this channel, after some steps; it holds no worker.
+
+        `timeout`: seconds; then `default` is taken, and without one the step fails (SignalTimeout). Signals are taken in the
+        order in which they came; one that came before the wait is kept for it.
+        """
+        trace = current_trace()
+        if trace is None:
+            return self._plain(default)
+        node = Step(
+            kind="wait",
+            signal=self.name,
+            timeout=None if timeout is None else to_expr(timeout, "the timeout of a wait"),
+            default=None if default is _MISSING else to_expr(default, "the default of a wait"),
+            after=after_of(after),
+            guards=trace.guards,
+        )
+        return cast("T", trace.add(step, self.name, node))
+
+    def _plain(self, default: Any) -> T:
+        waiting = (_given.get() or {}).get(self.name)
+        if waiting:
+            return waiting.pop(0)
+        if default is not _MISSING:
+            return default
+        msg = f"no value for signal {self.name!r}: in a plain call of a workflow give it, `with {self.name}.given(value): ...`"
+        raise SignalTimeout(msg)
+
+    @contextmanager
+    def given(self, *values: T) -> Generator[None]:
+        """Give the values that `wait` returns, one after another, to plain calls of workflows meanwhile: for tests."""
+        token = _given.set({**(_given.get() or {}), self.name: list(values)})
+        try:
+            yield
+        finally:
+            _given.reset(token)
+
+    def encode(self, value: T) -> bytes:
+        """Return a value's JSON. Raises InvalidArgument when it is not of this signal's type."""
+        what = f"the value of signal {self.name!r}"
+        body = encode_value(value, what)
+        try:
+            decoder_for(self.type, what).decode(body)
+        except msgspec.ValidationError as error:
+            msg = f"{what} is not of its type {self.type!r}: {error}"
+            raise InvalidArgument(msg) from None
+        return body
+
+    def send(self, run: Run[Any] | str, value: T = None, *, key: str | None = None, app: Home | None = None) -> None:
+        """Send a value to a run, given as itself or by its id; it is taken by the next `wait` of this name.
+
+        `key`: sent again with the same key it counts once. `app` says where a run given by id is, should there be several Apps.
+        Raises InvalidArgument, RunNotFound, Refused when the run is over.
+
+        >>> approved.send(run, Decision(granted=True))  # doctest: +SKIP
+        """
+        home = _home(run, app)
+        home.background.run(lambda: self.asend(run, value, key=key, app=home), "send")
+
+    async def asend(self, run: Run[Any] | str, value: T = None, *, key: str | None = None, app: Home | None = None) -> None:
+        """Do what `send` does, on the running event loop."""
+        run_id = run if isinstance(run, str) else run.id
+        await send_signal(_home(run, app).client, run_id, self.name, self.encode(value), key)
+
+
+def _home(run: Run[Any] | str, app: Home | None) -> Home:
+    if isinstance(run, Run):
+        return run.home
+    if app is not None:
+        return app
+    apps = list(homes)
+    if len(apps) != 1:
+        msg = f"this process has {len(apps)} Apps with workflows: say which one has run {run}, send(run, value, app=app)"
+        raise UsageError(msg)
+    return apps[0]

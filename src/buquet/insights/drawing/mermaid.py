@@ -15,7 +15,6 @@ SHAPES: dict[StepKind, tuple[str, str]] = {
     "each": ("[[", "]]"),
     "wait": ("{{", "}}"),
     "sleep": ("([", "])"),
-    "value": ("(", ")"),
 }
 STYLES = {
     "waiting": "fill:#eaeef2,stroke:#6e7781,color:#1f2328",

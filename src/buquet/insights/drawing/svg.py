@@ -144,7 +144,7 @@ def _condition(plan: _Plan, step: StepView) -> str:
 
 def _box(step: StepView, x: float, y: float, now: int) -> list[str]:
     """Draw a step: its mark and name, below it the state and what matters most."""
-    round_ = HEIGHT / 2 if step.kind in {"wait", "sleep", "value"} else 7.0
+    round_ = HEIGHT / 2 if step.kind in {"wait", "sleep"} else 7.0
     parts = [tag("rect", class_="paper", x=x, y=y, width=WIDTH, height=HEIGHT, rx=round_).around()]
     if step.kind == "each":
         stack = f"M {x + 6:.0f} {y - 0.5:.1f} v -3.5 h {WIDTH - 2:.0f} v {HEIGHT - 4:.0f} h -3.5"
@@ -164,7 +164,7 @@ def _box(step: StepView, x: float, y: float, now: int) -> list[str]:
 
 
 def _said(step: StepView, now: int) -> str:
-    kind = {"wait": "signal", "sleep": "sleep"}.get(step.kind, "")
+    kind = words.kind(step)
     attempt = f"attempt {step.attempts}" if step.attempts > 1 else ""
     said = [
         each for each in (step.state, words.time(step, now), words.items(step), words.UNDONE[step.undo], kind, attempt) if each

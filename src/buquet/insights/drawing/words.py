@@ -69,6 +69,11 @@ def items(step: StepView) -> str:
     return f"{step.done:,}/{step.total:,}" if step.kind == "each" and step.total else ""
 
 
+def kind(step: StepView) -> str:
+    """Return what a step is, where it is no plain task."""
+    return {"wait": "signal", "sleep": "sleep"}.get(step.kind, "") if step.kind != step.name else ""
+
+
 def time(step: StepView, now: int) -> str:
     """Return for how long a step ran."""
     seconds = step.seconds(now)
@@ -84,7 +89,7 @@ def remarks(step: StepView) -> list[str]:
         items(step),
         f"attempt {step.attempts}" if step.attempts > 1 else "",
         f"if {step.condition}" if step.condition else "",
-        {"wait": "signal", "sleep": "sleep"}.get(step.kind, ""),
+        kind(step),
     )
     return [plain(each) for each in said if each]
 
@@ -95,7 +100,8 @@ def headline(run: RunView, now: int) -> str:
     said = (
         run.status + (", paused" if run.paused else ""),
         "" if seconds is None else duration(seconds),
-        f"retried {run.generation} times" if run.generation > 1 else "retried once" if run.generation else "",
+        f"retried {run.generation - 1} times" if run.generation > 2 else "retried once" if run.generation == 2 else "",  # noqa: PLR2004
         f"key {run.key}" if run.key else "",
+        run.reason,
     )
     return plain(f"{run.workflow} {run.id}: {', '.join(each for each in said if each)}")

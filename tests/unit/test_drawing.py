@@ -118,7 +118,7 @@ def test_mermaid_says_every_step_and_edge_in_its_grammar(run):
     """The grammar here is narrower than Mermaid's; its own parser has read such files."""
     head, *lines = as_mermaid(run, NOW).splitlines()
     assert head == "flowchart LR"
-    label = r'"(?:[^"\W]|[ _,/=]|#\d+;|<br/>)*"'
+    label = r'"(?:[^"\W]|[ _,/=.():]|#\d+;|<br/>)*"'
     node = re.compile(rf"  s\d+(?:\[{label}\]|\[\[{label}\]\]|{{{{{label}}}}}|\(\[{label}\]\)):::[a-z]+")
     edge = re.compile(rf"  s\d+ (?:-->|-\.->)(?:\|{label}\|)? s\d+")
     rest = [line for line in lines if not line.startswith("  classDef ")]

@@ -95,6 +95,8 @@ async def _views(client: Client, run_id: str, scan: Scan, *, changes_only: bool 
 
 def _lines(view: RunView, now: int) -> dict[str, str]:
     """Return a line for the run and one for each step that has begun: of what does not change by itself."""
+    status = "paused" if view.paused and not view.over else view.status
+    whole = {"": words.plain(f"{view.workflow}: {status}{f', {view.error}' if view.error else ''}")}
     lines: dict[str, str] = {}
     for step in view.steps:
         if step.state in {"waiting", "cancelled"}:
@@ -102,6 +104,4 @@ def _lines(view: RunView, now: int) -> dict[str, str]:
         took = words.time(step, now) if step.ended else ""
         said = (step.state, took, words.items(step), words.UNDONE[step.undo], step.error)
         lines[step.name] = words.plain(f"{step.name}: {', '.join(each for each in said if each)}")
-    status = "paused" if view.paused and not view.over else view.status
-    lines[""] = words.plain(f"{view.workflow}: {status}{f', {view.error}' if view.error else ''}")
-    return dict(reversed(lines.items())) if not view.over else lines
+    return lines | whole if view.over else whole | lines

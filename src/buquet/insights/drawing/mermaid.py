@@ -26,7 +26,7 @@ STYLES = {
     "stopped": "fill:#fff1e5,stroke:#bc4c00,color:#1f2328",
     "cancelled": "fill:#fbefff,stroke:#8250df,color:#1f2328",
 }
-SAFE = frozenset(" _,/=")
+SAFE = frozenset(" _,/=.():")
 LABEL = 60
 """Columns of a label; longer ones are cut."""
 
@@ -45,8 +45,10 @@ def as_mermaid(run: RunView, now: int) -> str:
         opening, closing = SHAPES[step.kind]
         lines.append(f'  {ids[name]}{opening}"{_label(step, now)}"{closing}:::{step.state}')
     for name, step in order.steps.items():
-        for index, source in enumerate(order.before[name]):
-            said = f'|"{escaped(step.condition)}"|' if step.condition and not index else ""
+        before = order.before[name]
+        judge = next((each for each in before if each in step.condition), before[0] if before else "")
+        for source in before:
+            said = f'|"{escaped(step.condition)}"|' if step.condition and source == judge else ""
             arrow = "-.->" if "skipped" in {step.state, order.steps[source].state} else "-->"
             lines.append(f"  {ids[source]} {arrow}{said} {ids[name]}")
     used = dict.fromkeys(step.state for step in order.steps.values())
@@ -61,4 +63,5 @@ def _label(step: StepView, now: int) -> str:
 
 def escaped(text: str) -> str:
     """Return a text for a quoted Mermaid label: letters, digits and a few signs as they are, the rest as numbers."""
-    return "".join(each if each.isalnum() or each in SAFE else f"#{ord(each)};" for each in words.cut(text, LABEL))
+    safe = "".join(each if each.isalnum() or each in SAFE else f"#{ord(each)};" for each in words.cut(text, LABEL))
+    return safe.replace(". ", "#46; ")  # "1. item" would be a list

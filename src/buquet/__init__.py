@@ -29,6 +29,7 @@ from buquet.errors import (
     RunCancelled,
     RunFailed,
     RunNotFound,
+    ScheduleNotFound,
     SignalTimeout,
     Snooze,
     StoreError,
@@ -44,6 +45,7 @@ from buquet.errors import (
     TaskNotFound,
     UnreadableRecord,
     UsageError,
+    WorkerNotFound,
     WrongLoop,
 )
 from buquet.queue.attempt import Attempt, current
@@ -83,6 +85,7 @@ __all__ = [
     "RunCancelled",
     "RunFailed",
     "RunNotFound",
+    "ScheduleNotFound",
     "Signal",
     "SignalTimeout",
     "Snooze",
@@ -102,6 +105,7 @@ __all__ = [
     "UnreadableRecord",
     "UsageError",
     "Worker",
+    "WorkerNotFound",
     "WorkflowFunction",
     "WrongLoop",
     "current",

@@ -23,6 +23,8 @@
     ├── SubmitInterrupted         many were to be submitted, and only some were
     ├── TaskNotFound              no task has this id
     │   └── RunNotFound           no run of a workflow has this id
+    ├── ScheduleNotFound          no schedule has this name
+    ├── WorkerNotFound            no worker has a session of this id
     ├── Refused                   a move that the task's state does not allow
     └── TaskError                 how a task ended, other than well
         ├── TaskFailed
@@ -133,6 +135,14 @@ class TaskNotFound(BuquetError):
 
 class RunNotFound(TaskNotFound):
     """No run of a workflow has this id."""
+
+
+class ScheduleNotFound(BuquetError):
+    """No schedule of this name lies in the store."""
+
+
+class WorkerNotFound(BuquetError):
+    """No worker has a session of this id."""
 
 
 class Refused(BuquetError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from datetime import UTC, datetime
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
@@ -18,10 +19,16 @@ BELLS = "bell/"
 RUNS = "runs/"
 OPEN = "open/"
 PAYLOADS = "payloads/"
+JOURNAL = "journal/"
+NOTES = "notes/"
+QUEUES = "queues/"
+SCHEDULES = "schedules/"
 PRIORITIES = range(10)
 MAX_NAME = 100
 
 _ID = re.compile(r"[0-9a-f]{32}")
+_JOURNAL = re.compile(r"journal/[0-9]{4}-[0-9]{2}-[0-9]{2}/[0-9]{2}/([0-9]{13})-(.+)-([0-9]+)\.ndjson")
+_WORKER = re.compile(r"[0-9a-f]{8}\.[0-9a-f]{16}")
 _ENTRY = re.compile(r"(?:ready/([^/]+)/([0-9])|later/([^/]+))/([0-9]{13})-([0-9a-f]{32})\.([0-9]+)~([^/]+)")
 
 
@@ -45,6 +52,11 @@ def quoted(name: str, what: str) -> str:
 def unquoted(text: str) -> str:
     """Return the name that was percent-encoded for a key."""
     return unquote(text)
+
+
+def is_worker(text: str) -> bool:
+    """Tell whether this can be a worker's id."""
+    return _WORKER.fullmatch(text) is not None
 
 
 def is_id(text: str) -> bool:
@@ -73,6 +85,11 @@ def keyed_run(queue: str, workflow: str, key: str) -> str:
 def pack_id(token: str, index: int) -> str:
     """Return the id of a batch's pack, so that the batch's token and the number of its packs name all of them."""
     return hashlib.sha256(f"{token}\0{index}".encode()).hexdigest()[:32]
+
+
+def fire_id(schedule: str, fire: int) -> str:
+    """Return the id of the task of a schedule's fire at `fire` (milliseconds since 1970); no keyed task has it as its id."""
+    return hashlib.sha256(f"\0schedule\0{quoted(schedule, 'schedule')}\0{fire}".encode()).hexdigest()[:32]
 
 
 def task(task_id: str) -> str:
@@ -172,6 +189,26 @@ def bell(queue: str) -> str:
     return f"bell/{quoted(queue, 'queue')}"
 
 
+def queue_settings(queue: str) -> str:
+    """Return the key of a queue's settings."""
+    return f"queues/{quoted(queue, 'queue')}.json"
+
+
+def queue_of_settings(key: str) -> str:
+    """Return the queue whose settings this key is."""
+    return unquoted(key.removeprefix(QUEUES).removesuffix(".json"))
+
+
+def schedule(name: str) -> str:
+    """Return the key of a schedule's record."""
+    return f"schedules/{quoted(name, 'schedule')}.json"
+
+
+def schedule_of(key: str) -> str:
+    """Return the schedule whose record this key is."""
+    return unquoted(key.removeprefix(SCHEDULES).removesuffix(".json"))
+
+
 def queues_hash(queues: tuple[str, ...]) -> str:
     """Return the `qq` of workers that serve this set of queues."""
     return hashlib.sha256("\0".join(sorted(queues)).encode()).hexdigest()[:8]
@@ -200,3 +237,27 @@ def payload(task_id: str, body: bytes) -> str:
 def payloads(task_id: str) -> str:
     """Return the prefix of a task's payload objects."""
     return f"payloads/{task_id}/"
+
+
+def journal_hour(at: int) -> str:
+    """Return the folder of the journal for the hour of `at` milliseconds since 1970, by UTC.
+
+    >>> journal_hour(1_800_000_000_000)
+    'journal/2027-01-15/08/'
+    """
+    return datetime.fromtimestamp(at / 1000, UTC).strftime("journal/%Y-%m-%d/%H/")
+
+
+def journal(at: int, worker: str, number: int) -> str:
+    """Return the key of the journal's object that a worker begins to write at `at`. Keys sort by time, whoever writes.
+
+    >>> journal(1_800_000_000_000, "ab.cd", 3)
+    'journal/2027-01-15/08/1800000000000-ab.cd-3.ndjson'
+    """
+    return f"{journal_hour(at)}{at:013d}-{worker}-{number}.ndjson"
+
+
+def journal_at(key: str) -> int | None:
+    """Return the time, milliseconds since 1970, in a key of the journal; None when it is none."""
+    found = _JOURNAL.fullmatch(key)
+    return int(found[1]) if found else None

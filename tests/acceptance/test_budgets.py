@@ -44,9 +44,13 @@ async def _backlog(store, clock, loop, count, concurrency):
     other, _ = an_app(store, clock, loop)
     await other.worker(drain=True, heartbeat_thread=False, concurrency=concurrency).arun()
     assert writes(store, "tasks", "ready") == 4 * count
-    everything = writes(store, "tasks", "ready", "later", "bell", "workers", "notes", "buquet.json", "payloads", "queues")
+    everything = writes(
+        store, "tasks", "ready", "later", "bell", "workers", "notes", "buquet.json", "payloads", "queues", "journal"
+    )
     assert everything == sum(store.count(op) for op in WRITES)
     assert everything - 4 * count <= 60
+    # an object for each 1,000 tasks that ended, or for what ended in 10 s
+    assert 1 <= writes(store, "journal") <= count / 1000 + 4
     assert gets(store) <= 1.05 * count, store.counts
     assert store.count("delete", "ready") == count
     assert store.count("list") <= 0.05 * count

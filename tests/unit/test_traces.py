@@ -1038,7 +1038,7 @@ async def test_mbx_text_a_note_that_comes_late_cancels_no_later_life_of_the_task
     """
     handle = await rig.submitted()
     one = await rig.worker()
-    reading = one.spawn(one.worker._read_notes())
+    reading = one.spawn(one.worker.notes.keep())
     canceller, redriver = rig.process(), rig.process()
     job = await one.claims(await rig.entry())
     stop = canceller.store.pause("create", "notes/")

@@ -1,16 +1,9 @@
-"""Retention: makes tasks that ended long ago into stubs, and removes stubs and payloads that nobody needs any more.
+"""Retention, as a command: makes tasks that ended long ago into stubs, and removes stubs and payloads that nobody needs.
 
-What a crash leaves between each write and the next:
-
-- **prune a task**: CAS to `pruned` | delete the payloads that it named | forget its earlier versions. The CAS comes first, so
-  that nobody redrives a task whose arguments are going. After it, payloads and earlier versions are left to the next run.
-- **remove a stub** without a key, an hour later: delete the entry that it names (I3: it has ended) | delete the record | forget
-  its earlier versions. The entry comes first: without a record it would be buried under a tombstone, which stays. A late write to
-  a removed record is an If-Match and fails; such an id is never submitted again.
-- **a keyed stub** stays for good: a DELETE that comes late would take the key's next task with it. So does a tombstone.
-- **a payload** over an hour old by the store's clock whose record is missing or a stub: read it, read the record | delete it |
-  raise the stub's rev. A payload's key is the hash of what it holds, so a submit of the same key with the same arguments names
-  the same object. Has such a submit revived the stub in between, the last step meets a conflict, and the payload is put back.
+First by the journal, which names what ended without a LIST of all records; its objects go when all in them is done with. Then
+by a sweep over all records, one `{xx}` at a time, for what the journal does not know: tasks that a client cancelled, the last
+seconds of a worker that was killed, payloads without a record. What is done to one task, and what a crash leaves, is told in
+queue/pruning.py.
 """
 
 from __future__ import annotations
@@ -22,8 +15,8 @@ from buquet import keys
 from buquet.errors import UnreadableRecord, UsageError
 from buquet.operate.ages import store_ahead
 from buquet.operate.sweep import HOUR, each_key, each_record, owner_of_payload, side_by_side
-from buquet.queue import transitions
-from buquet.records import ENDED, Task
+from buquet.queue.finished import decode_lines
+from buquet.queue.pruning import NOT_SETTLED, Pruner, is_prunable
 from buquet.store.base import Stored
 from buquet.workflow.pruning import prune_run
 
@@ -31,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from buquet.queue.client import Client
+    from buquet.records import Finished
     from buquet.store.base import Listed
-    from buquet.store.register import Held
 
 LARGE_AT_ONCE = 4
 """Payloads held in memory at once; each may have 64 MiB."""
@@ -40,16 +33,18 @@ LARGE_AT_ONCE = 4
 
 @dataclass
 class Pruned:
-    """What a sweep did; with `dry_run`, what it would have done."""
+    """What was done; with `dry_run`, what would have been."""
 
     looked: int = 0
-    """Records that were seen."""
+    """Records that were seen; with a sweep, by the sweep."""
     pruned: int = 0
     """Tasks made into stubs."""
     stubs: int = 0
     """Stubs removed."""
     payloads: int = 0
     """Payload objects removed."""
+    journal: int = 0
+    """Objects of the journal removed."""
     runs: int = 0
     """Tasks of runs made into stubs, with their runs."""
     unreadable: int = 0
@@ -57,46 +52,115 @@ class Pruned:
 
 
 async def prune(
-    client: Client, older_than: float, *, dry_run: bool = False, progress: Callable[[float, str], None] | None = None
+    client: Client,
+    older_than: float,
+    *,
+    sweep: bool = True,
+    dry_run: bool = False,
+    progress: Callable[[float, str], None] | None = None,
 ) -> Pruned:
     """Prune every task that ended over `older_than` seconds ago, an hour at least. Raises UsageError for less.
 
+    Without `sweep` only what the journal names is looked at, at two reads and a write a task, however many records there are.
     Several may run at once, beside workers and submits. `progress` is called with a fraction from 0 to 1 and a few words.
 
     >>> await prune(client, 7 * 86_400)  # doctest: +SKIP
-    Pruned(looked=1200, pruned=310, stubs=42, payloads=17, unreadable=0)
+    Pruned(looked=1200, pruned=310, stubs=42, payloads=17, journal=3, runs=0, unreadable=0)
     """
     if not older_than >= HOUR:
         msg = f"a finished task is kept for an hour at least, and this asks for {older_than:g} s. Its result may still be wanted"
         raise UsageError(msg)
     await client.open()
     now = client.clock.now() + await store_ahead(client)
-    return await _Sweep(client, now, older_than, dry_run, progress or (lambda _fraction, _what: None)).run()
+    pruner = Pruner(client.register, older_than, lambda: now, dry_run=dry_run)
+    tell: Callable[[float, str], None] = progress or (lambda _fraction, _what: None)
+    done = Pruned()
+    # the sweep of a dry run would count the same tasks again
+    if not (sweep and dry_run):
+        await _Journal(pruner, done, count_looks=not sweep).run()
+    if sweep:
+        tell(0.1, "records")
+        await _Sweep(pruner, done, tell).run()
+    tell(1.0, "done")
+    done.payloads = pruner.payloads
+    return done
+
+
+class _Journal:
+    """Prunes what the journal names."""
+
+    def __init__(self, pruner: Pruner, done: Pruned, *, count_looks: bool) -> None:
+        self.pruner = pruner
+        self.reads = pruner.reads
+        self.done = done
+        self.count_looks = count_looks
+
+    async def run(self) -> None:
+        now, older_than = self.pruner.now(), self.pruner.older_than
+        async for listed in each_key(self.reads, keys.JOURNAL):
+            at = keys.journal_at(listed.key)
+            if at is not None and now - at / 1000 <= older_than:
+                return  # keys are in the order of time
+            if at is not None and now - listed.modified > older_than:
+                await self._object(listed.key)
+
+    async def _object(self, key: str) -> None:
+        stored = await self.reads.get(key)
+        if not isinstance(stored, Stored):
+            return
+        settled = True
+
+        async def look(line: Finished) -> None:
+            nonlocal settled
+            settled = await self._line(line) and settled
+
+        await side_by_side(look, decode_lines(stored.body)[0])
+        if settled and not self.pruner.dry_run:
+            await self.reads.delete(key)
+            self.done.journal += 1
+
+    async def _line(self, line: Finished) -> bool:
+        """Deal with the task of a line; tell whether the line is needed no more."""
+        if line.kind == "run":
+            return await self._run(line)
+        if not is_prunable(line):
+            return True
+        self.done.looked += self.count_looks
+        try:
+            fate = await self.pruner.look(keys.task(line.id), old=True, ended=line.at)
+        except UnreadableRecord:
+            self.done.unreadable += self.count_looks
+            return True  # the sweep goes on telling of it
+        self.done.pruned += fate == "pruned"
+        self.done.stubs += fate == "removed"
+        return fate not in NOT_SETTLED
+
+    async def _run(self, line: Finished) -> bool:
+        self.done.looked += self.count_looks
+        try:
+            self.done.runs += await prune_run(self.pruner, keys.run(line.id))
+        except UnreadableRecord:
+            self.done.unreadable += self.count_looks
+            return True
+        return await self.reads.get(keys.run(line.id)) is None
 
 
 class _Sweep:
-    def __init__(
-        self, client: Client, now: float, older_than: float, dry_run: bool, progress: Callable[[float, str], None]
-    ) -> None:
-        self.client = client
-        self.register = client.register
-        self.reads = client.reads
-        self.now = now
-        self.older_than = older_than
-        self.dry_run = dry_run
-        self.progress = progress
-        self.done = Pruned()
+    """Prunes what lies in the bucket, whether the journal names it or not."""
 
-    async def run(self) -> Pruned:
-        await side_by_side(self._record, each_record(self.reads, lambda part: self.progress(0.9 * part, "records")))
+    def __init__(self, pruner: Pruner, done: Pruned, progress: Callable[[float, str], None]) -> None:
+        self.pruner = pruner
+        self.reads = pruner.reads
+        self.now = pruner.now()
+        self.done = done
+        self.progress = progress
+
+    async def run(self) -> None:
+        await side_by_side(self._record, each_record(self.reads, lambda part: self.progress(0.1 + 0.8 * part, "records")))
         self.progress(0.9, "runs")
         await side_by_side(self._run, each_key(self.reads, keys.RUNS))
         self.progress(0.95, "payloads")
         await self._sweep_payloads()
-        self.progress(1.0, "done")
-        return self.done
-
-    # ------------------------------------------------------------------ records
 
     async def _record(self, listed: Listed) -> None:
         self.done.looked += 1
@@ -104,62 +168,21 @@ class _Sweep:
         if self.now - listed.modified < HOUR or keys.task_id_of(listed.key) is None:
             return
         try:
-            held = await self.register.read(Task, listed.key)
-            while held is not None and self.now - listed.modified > self.older_than and self._due(held.record):
-                if self.dry_run:
-                    self.done.pruned += 1
-                    return
-                write = await self.register.update(held, transitions.prune(held.record, int(self.now * 1000)))
-                if write.landed:
-                    self.done.pruned += 1
-                    await self._bare(held.record)
-                    return
-                held = write.held
+            fate = await self.pruner.look(listed.key, old=self.now - listed.modified > self.pruner.older_than)
         except UnreadableRecord:
             self.done.unreadable += 1
             return
-        if held is not None and held.record.state == "pruned":
-            await self._stub(held.record)
+        self.done.pruned += fate == "pruned"
+        self.done.stubs += fate == "removed"
 
     async def _run(self, listed: Listed) -> None:
         self.done.looked += 1
         if self.now - listed.modified < HOUR or keys.run_id_of(listed.key) is None:
             return
         try:
-            self.done.runs += await prune_run(self.client, listed.key, self.older_than, self.now, dry_run=self.dry_run)
+            self.done.runs += await prune_run(self.pruner, listed.key)
         except UnreadableRecord:
             self.done.unreadable += 1
-
-    def _due(self, task: Task) -> bool:
-        # one of a run is pruned together with that
-        return task.state in ENDED and not task.run and self.now - task.finished / 1000 > self.older_than
-
-    async def _bare(self, task: Task) -> None:
-        """Remove what a task just pruned leaves. A keyed one's payloads, and any that it did not name, wait for the sweep."""
-        if not task.key:
-            for payload in {task.args_at, task.result_at, task.checkpoint_at} - {""}:
-                await self.reads.delete(payload)
-                self.done.payloads += 1
-        await self.client.store.forget_versions(keys.task(task.id))
-
-    async def _stub(self, stub: Task) -> None:
-        """Remove the stub of a task without a key; of a keyed one, only the versions that a crash may have left."""
-        key = keys.task(stub.id)
-        if stub.key:
-            if not self.dry_run:
-                await self.client.store.forget_versions(key)
-            return
-        pruned_at = stub.events[-1].at if stub.events else stub.finished
-        if self.now - pruned_at / 1000 <= HOUR:
-            return
-        self.done.stubs += 1
-        if not self.dry_run:
-            if stub.entry:
-                await self.reads.delete(stub.entry)
-            await self.reads.delete(key)
-            await self.client.store.forget_versions(key)
-
-    # ------------------------------------------------------------------ payloads without a record
 
     async def _sweep_payloads(self) -> None:
         last = ""
@@ -173,44 +196,11 @@ class _Sweep:
                     continue
                 if task_id != last:
                     last = task_id
-                    needed, _ = await self._needed(task_id)
+                    needed, _ = await self.pruner.needed(task_id)
                 if not needed:
                     yield each
 
         await side_by_side(self._payload, doomed(), LARGE_AT_ONCE)
 
-    async def _needed(self, task_id: str) -> tuple[bool, Held[Task] | None]:
-        """Tell whether a task's payloads are still needed, and return its record: not when that is missing, or a stub."""
-        try:
-            held = await self.register.read(Task, keys.task(task_id))
-        except UnreadableRecord:
-            return True, None
-        if held is None or held.record.state in {"pruned", "tombstone"}:
-            return False, held
-        return not (self.dry_run and self._due(held.record)), held
-
     async def _payload(self, listed: Listed) -> None:
-        task_id = owner_of_payload(listed.key) or ""
-        there = await self.reads.get(listed.key)
-        # stored anew since it was listed: a submit is under way
-        if not isinstance(there, Stored) or there.modified > listed.modified + 1:
-            return
-        needed, stub = await self._needed(task_id)
-        if needed:
-            return
-        self.done.payloads += 1
-        if self.dry_run:
-            return
-        await self.reads.delete(listed.key)
-        if await self._revived(task_id, stub):
-            await self.reads.put(listed.key, there.body)
-            self.done.payloads -= 1
-
-    async def _revived(self, task_id: str, stub: Held[Task] | None) -> bool:
-        """Tell whether a submit came in between. Raising a stub's rev lets one that read it before meet a conflict."""
-        while stub is not None and stub.record.state in {"pruned", "tombstone"}:
-            write = await self.register.update(stub, transitions.touch(stub.record))
-            if write.landed and write.held is not None and write.held.record.state in {"pruned", "tombstone"}:
-                return False
-            stub = write.held
-        return (await self._needed(task_id))[0]
+        await self.pruner.payload(listed.key, owner_of_payload(listed.key) or "", before=listed.modified)

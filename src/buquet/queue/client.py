@@ -15,8 +15,8 @@ from buquet.codec import decode_any
 from buquet.errors import KeyConflict, SubmitInterrupted, TaskNotFound, UnreadableRecord
 from buquet.queue import transitions
 from buquet.queue.bell import Ringer
-from buquet.queue.payloads import get_value, put_value
-from buquet.records import FORMAT, TERMINAL, Layout, Note, Record, Task
+from buquet.queue.payloads import INLINE, get_value, put_value
+from buquet.records import ABSENT, FORMAT, TERMINAL, Layout, Note, Record, Task
 from buquet.store.register import Held, Register
 
 if TYPE_CHECKING:
@@ -83,6 +83,11 @@ class Client:
         if not self._open:
             await self.open()
         value, at = await put_value(self.reads, task.id, args)
+        if len(bytes(task.graph)) > INLINE:
+            # under a name of its own: a pruned run of the same key may be about to lose its payloads
+            graph_at = f"{keys.payload(task.id, bytes(task.graph))}.{self.clock.new_op()}"
+            await self.reads.put(graph_at, bytes(task.graph))
+            task = replace(task, graph=ABSENT, graph_at=graph_at)
         task = transitions.submit(replace(task, args=value, args_at=at), self.clock.now_ms())
         await self.reads.put(task.entry, b"")
         if not task.key:
@@ -268,7 +273,9 @@ class Client:
         held = await self.register.read(Note, key)
         while True:
             look = held.record.look if held else ()
-            note = Note(look=(*(each for each in look[1 - NOTED :] if each != task_id), task_id))
+            note = replace(
+                held.record if held else Note(), look=(*(each for each in look[1 - NOTED :] if each != task_id), task_id)
+            )
             write = await (self.register.update(held, note) if held else self.register.create(key, note))
             if write.landed:
                 return

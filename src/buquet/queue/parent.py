@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from buquet.queue.pruning import Pruner
     from buquet.queue.task import BaseTask
     from buquet.records import ErrorInfo, Raw, Task
 
@@ -72,6 +73,10 @@ class Parent(Protocol):
 
         Returns how the task's own record is to end. Raises Later, StoreError.
         """
+        ...
+
+    async def prune(self, pruner: Pruner, run_id: str) -> bool:
+        """Prune a run that is over for long enough, with its tasks; tell whether nothing is left. Raises UnreadableRecord."""
         ...
 
     async def close(self) -> None:

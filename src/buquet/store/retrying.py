@@ -59,9 +59,8 @@ class Retrying:
         """LIST one page, see Store."""
         return await self.again(lambda: self.store.list(prefix, after=after, limit=limit))
 
-    async def pages(self, prefix: str) -> AsyncIterator[list[Listed]]:
-        """LIST everything under a prefix, and yield it a page at a time."""
-        after = ""
+    async def pages(self, prefix: str, *, after: str = "") -> AsyncIterator[list[Listed]]:
+        """LIST everything under a prefix, or what comes after a key there, and yield it a page at a time."""
         while True:
             page = await self.list(prefix, after=after)
             yield page

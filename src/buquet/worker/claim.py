@@ -30,7 +30,7 @@ class Claimer:
     """Claims tasks for a worker. Lost races and unfinished moves are left alone; stale entries are deleted."""
 
     def __init__(
-        self, register: Register, clock: Clock, fleet: Fleet, keeper: SessionKeeper, ended: Callable[[str], None]
+        self, register: Register, clock: Clock, fleet: Fleet, keeper: SessionKeeper, ended: Callable[[Task], None]
     ) -> None:
         self.register = register
         self.clock = clock
@@ -135,7 +135,7 @@ class Claimer:
         write = await self.register.update(held, task, op=token)
         if write.landed and task.state in TERMINAL:
             await self._delete(finder, found.entry.key)
-            self.ended(task.id)
+            self.ended(task)
             return None
         now = write.held
         if write.landed and now is not None and now.record.token == token and now.record.state == "running":

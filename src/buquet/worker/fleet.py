@@ -31,7 +31,9 @@ TRUSTED_OFFSET = 2.0
 class Reaper:
     """Reaps sessions: fences the worker, puts back what it ran, deletes the session. Any process may, and may die at it."""
 
-    def __init__(self, register: Register, clock: Clock, added: Callable[[str, str], None], ended: Callable[[str], None]) -> None:
+    def __init__(
+        self, register: Register, clock: Clock, added: Callable[[str, str], None], ended: Callable[[Task], None]
+    ) -> None:
         self.register = register
         self.clock = clock
         self.added = added
@@ -85,7 +87,7 @@ class Reaper:
                     self.added(task.queue, task.entry)
                 elif task.state in TERMINAL:
                     await self.register.reads.delete(task.entry)
-                    self.ended(task.id)
+                    self.ended(task)
                 return
             held = write.held
 

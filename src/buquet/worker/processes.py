@@ -18,6 +18,7 @@ from buquet.errors import BuquetError, UnreadableRecord, UsageError
 from buquet.records import Session
 from buquet.store.register import Register
 from buquet.worker.fleet import Reaper
+from buquet.worker.journal import JournalWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -188,13 +189,16 @@ class Processes:
     async def _reap(self, pid: int) -> None:
         """Reap the sessions of a child that is known to be dead."""
         register = Register(self.client.store, self.client.clock, patience=30)
-        reaper = Reaper(register, self.client.clock, self.client.added, self.client.ended)
+        # the parent is no worker, but what it ends (a task that has killed its last process) is to be seen as well
+        journal = JournalWriter(register.reads, self.client.clock, lambda: self.nonce, self.client.clock.now_ms)
+        reaper = Reaper(register, self.client.clock, self.client.added, journal.add)
         try:
             for session in await self._sessions_of(pid, register):
                 count = len(session.claims)
                 if await reaper.reap(session.id):
                     self.reaped += 1
                     log.info("the session of pid %d was reaped: %d tasks that it listed are looked after", pid, count)
+            await journal.flush()
         except BuquetError as error:
             log.error("the session of pid %d could not be reaped now; others will, when it is too old: %s", pid, error)  # noqa: TRY400
 

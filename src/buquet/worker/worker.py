@@ -10,35 +10,39 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from buquet import keys
-from buquet.errors import BuquetError, StoreError, UnreadableRecord, UsageError
+from buquet.errors import StoreError, UsageError
 from buquet.queue.background import new_loop, running_loop
 from buquet.queue.parent import is_system
-from buquet.records import Note, Task
 from buquet.store.register import Register
 from buquet.store.retrying import pause
 from buquet.worker.children import Children
 from buquet.worker.claim import Claimer
 from buquet.worker.drained import drained
+from buquet.worker.entries import put_entry_back
 from buquet.worker.executor import Executor, Running
 from buquet.worker.finder import QueueFinder
 from buquet.worker.fleet import Fleet, Reaper
+from buquet.worker.journal import JournalWriter
+from buquet.worker.notes import Notes
 from buquet.worker.racing import cancel_all, first_of
+from buquet.worker.retention import Retention
+from buquet.worker.scheduler import Scheduler
 from buquet.worker.session import TTL, SessionKeeper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
-    from buquet.clock import Clock
     from buquet.queue.client import Client
     from buquet.queue.parent import Parent
+    from buquet.queue.schedules import Plan
     from buquet.queue.task import BaseTask
+    from buquet.records import Task
     from buquet.store.register import Held
     from buquet.worker.lane import Found
 
 log = logging.getLogger("buquet.worker")
 
 LOOK_AT_FLEET = 20.0
-READ_NOTES = 2.0
 LOOKS = 5.0
 """Seconds for which looking for work waits for a store that is away, before the worker sees whether it is to stop."""
 FINISHING = 4
@@ -56,6 +60,7 @@ class Worker:
         client: Client,
         tasks: Mapping[str, BaseTask[Any, Any]],
         queues: Sequence[str] | None = None,
+        plans: Mapping[str, Plan] | None = None,
         *,
         concurrency: int = 16,
         drain: bool = False,
@@ -64,7 +69,8 @@ class Worker:
         ttl: float = TTL,
         parent: str = "",
         heartbeat_thread: bool = True,
-        runs: Callable[[Register, Clock, Callable[[], int]], Parent] | None = None,
+        retention: float | None = None,
+        runs: Callable[[Worker], Parent] | None = None,
     ) -> None:
         served = tuple(sorted(set(queues if queues is not None else {task.queue for task in tasks.values()})))
         if not served:
@@ -77,6 +83,7 @@ class Worker:
             raise UsageError(msg)
         for queue in served:
             keys.quoted(queue, "queue")
+        plans = plans or {}
         self.client = client
         self.clock = client.clock
         self.tasks = tasks
@@ -88,22 +95,37 @@ class Worker:
         self.register = Register(client.store, self.clock, patience=None)
         self.looks = Register(client.store, self.clock, patience=LOOKS)
         self.keeper = SessionKeeper(client.store, self.clock, served, tuple(sorted(tasks)), concurrency, ttl, parent)
-        self.reaper = Reaper(self.register, self.clock, client.added, client.ended)
+        self.reaper = Reaper(self.register, self.clock, client.added, self._ended)
         self.fleet = Fleet(self.register, self.clock, self.keeper, self.reaper)
-        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, client.ended)
+        self.journal = JournalWriter(self.register.reads, self.clock, lambda: self.keeper.id, self.fleet.due_now_ms)
+        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, self._ended)
         self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks)
-        self.children = Children(self, runs(self.register, self.clock, self.fleet.due_now_ms)) if runs else None
+        self.children = Children(self, runs(self)) if runs else None
         self.executor.children = self.children
         self.finders = [QueueFinder(queue, self.looks.reads, self.clock, self.fleet, self._handled) for queue in served]
+        self.retention = (
+            Retention(self.register, self.clock, self.fleet, served, retention, self.children and self.children.parent)
+            if retention
+            else None
+        )
         self.running: dict[str, Running] = {}
         """Claims by their token."""
         self.unhandled: dict[str, int] = {}
         """Tasks met for which there is no handler here, by name."""
+        self.notes = Notes(self)
+        self.scheduler = Scheduler(client, self.fleet, plans)
+        self.keeper.schedules = tuple(sorted(plans))
+        for finder in self.finders:
+            finder.noted = self._noted
         self._heartbeat_thread = heartbeat_thread
         self._pursuits: set[asyncio.Task[None]] = set()
         self._busy = 0
         self._stopping = False
         self._hasty = False
+        self._patient = False
+        """Whether what runs may take as long as it likes to end: somebody drains this worker."""
+        self._taken = False
+        """Whether something was taken since it was last asked whether this worker is busy."""
         self._wake = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_wait = 0.1
@@ -133,7 +155,9 @@ class Worker:
 
     def stop(self) -> None:
         """Ask the worker to end: it claims nothing more, and what it runs has `grace` seconds. Asked again, it has none."""
-        if self._stopping:
+        if self._patient:
+            self._patient = False
+        elif self._stopping:
             self._hasty = True
             for run in list(self.running.values()):
                 run.request_stop("release")
@@ -141,15 +165,34 @@ class Worker:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
 
+    def drain_out(self) -> None:
+        """End as `stop` does, but with no limit to what runs; a `stop` that comes then gives it `grace` seconds."""
+        if not self._stopping:
+            log.info("worker %s was asked to drain: it claims nothing more and ends after what it runs", self.keeper.id)
+            self._stopping = self._patient = self.keeper.draining = True
+            self._wake.set()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether tasks run or ran since this was last asked."""
+        busy, self._taken = self._taken or bool(self._pursuits), False
+        return busy
+
     async def arun(self) -> None:
         """Run until stopped, on the running event loop."""
         self._loop = asyncio.get_running_loop()
         await self.client.open()
         await self._begin()
+        if self.drain:  # what is due now is work that is left to do
+            await self.scheduler.begin()
         log.info("worker %s serves %s with %d slots", self.keeper.id, ", ".join(self.queues), self.concurrency)
         self.client.listeners.append(self._told)
         timer = self._loop.call_later(self.max_time, self.stop) if self.max_time else None
-        aside = [asyncio.create_task(self._look_at_fleet()), asyncio.create_task(self._read_notes())]
+        aside = [asyncio.create_task(self._look_at_fleet()), asyncio.create_task(self.notes.keep())]
+        aside.append(asyncio.create_task(self.journal.keep()))
+        if self.retention:
+            aside.append(asyncio.create_task(self.retention.keep()))
+        aside.append(asyncio.create_task(self.scheduler.keep()))
         for task in aside:
             task.add_done_callback(self._broke)
         try:
@@ -166,10 +209,19 @@ class Worker:
             with suppress(TimeoutError):  # a session that stays is reaped by others
                 async with asyncio.timeout(self.keeper.ttl / 3):
                     await self.keeper.end()
+            await self._write_last()
             self.executor.threads.close()
             log.info(
                 "worker %s has ended; %d tasks completed, %d failed", self.keeper.id, self.keeper.completed, self.keeper.failed
             )
+
+    async def _write_last(self) -> None:
+        """Write the journal's last lines; a store that is away must not hold up the end for them."""
+        try:
+            async with asyncio.timeout(self.keeper.ttl / 3):
+                await self.journal.flush()
+        except (StoreError, TimeoutError) as error:
+            log.error("the journal's last lines are not written: %s", str(error) or "the store does not answer")  # noqa: TRY400
 
     async def _begin(self, *, first: bool = True) -> None:
         self.keeper.on_lost = self._lost
@@ -180,6 +232,10 @@ class Worker:
     async def _wind_down(self) -> None:
         """Wait for what runs, then give back what did not end in time."""
         if self._pursuits and not self._hasty:
+            # of a patient wait the grace begins when a stop ends it
+            while self._pursuits and self._patient and not self.keeper.lost:
+                self._wake.clear()
+                await self._wake.wait()
             log.info("waiting up to %g s for %d running tasks", self.grace, len(self._pursuits))
             deadline = self.clock.monotonic() + self.grace
             while self._pursuits and not self._hasty and not self.keeper.lost and self.clock.monotonic() < deadline:
@@ -205,6 +261,11 @@ class Worker:
                 finder.hint(entry)
                 self._wake.set()
 
+    def _noted(self, key: str) -> None:
+        if key == keys.notes(self.keeper.id):
+            self.notes.rung = True
+            self._wake.set()
+
     def _lost(self) -> None:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
@@ -227,6 +288,7 @@ class Worker:
                 # while the store is away this takes as long as that lasts, and a stop must not wait for it
                 await first_of(self._begin_anew(), self._stopped())
                 continue
+            await self.notes.heard()
             room = min(self.concurrency - self._busy, (FINISHING + 1) * self.concurrency - len(self._pursuits))
             if room <= 0:
                 await self._wake.wait()
@@ -250,6 +312,7 @@ class Worker:
             for found in await finder.take(room - taken):
                 taken += 1
                 self._busy += 1
+                self._taken = True
                 self._start(self._pursue(finder, found))
             if taken >= room:
                 break
@@ -265,7 +328,9 @@ class Worker:
 
     def reserve(self, task: Task) -> bool:
         """Keep a slot for a task that this worker is about to submit under its own claim; False when it has none for it."""
-        if self._stopping or self.keeper.lost or task.queue not in self.queues or task.name not in self.tasks:
+        if self._stopping or self.keeper.lost or task.name not in self.tasks:
+            return False
+        if not any(finder.queue == task.queue and not finder.pause.paused for finder in self.finders):
             return False
         if self._busy >= self.concurrency or len(self._pursuits) >= (FINISHING + 1) * self.concurrency:
             return False
@@ -356,9 +421,14 @@ class Worker:
         if task.state == "pending":
             self.client.added(task.queue, task.entry)
         else:
-            self.client.ended(task.id)
+            self._ended(task)
         if run.listing.entry:
             await self.register.reads.delete(run.listing.entry)
+
+    def _ended(self, task: Task) -> None:
+        """Tell of a task that this worker ended, by running it or as its reaper, once its record says so."""
+        self.client.ended(task.id)
+        self.journal.add(task)
 
     # ------------------------------------------------------------------ losing the session
 
@@ -369,35 +439,18 @@ class Worker:
         await lost.stop()
         self.running.clear()
         for listing in list(lost.claims.values()):
-            await self._put_entry_back(lost.id, listing.task, listing.token)
+            await put_entry_back(self.register, lost.id, listing)
         self.keeper = SessionKeeper(
             self.client.store, self.clock, self.queues, lost.names, self.concurrency, lost.ttl, lost.parent
         )
         self.keeper.completed, self.keeper.failed, self.keeper.abandoned = lost.completed, lost.failed, lost.abandoned
+        self.keeper.schedules, self.keeper.draining = lost.schedules, lost.draining
         self.fleet.keeper = self.claimer.keeper = self.executor.keeper = self.keeper
         for finder in self.finders:
             finder.skip.clear()
             finder.look_all_at = 0.0
         await self._begin(first=False)
         log.warning("worker %s goes on as %s", lost.id, self.keeper.id)
-
-    async def _put_entry_back(self, worker: str, task_id: str, token: str) -> None:
-        """Write a claim's entry again: a heartbeat may have deleted it, trusting in a session that is gone now."""
-        tries = 0
-        while True:
-            try:
-                held = await self.register.read(Task, keys.task(task_id))
-                task = held.record if held else None
-                if task is not None and (task.state, task.token, task.worker) == ("running", token, worker):
-                    await self.register.reads.put(task.entry, b"")
-            except UnreadableRecord as error:
-                log.error("%s", error)  # noqa: TRY400 - the text says all; fsck puts the entry back once it can be read
-            except StoreError as error:  # a lasting no, such as a full disk: without the entry nobody would find the task
-                log.error("the entry of task %s cannot be put back yet: %s", task_id, error)  # noqa: TRY400
-                await pause(self.clock, tries)
-                tries += 1
-                continue
-            return
 
     # ------------------------------------------------------------------ beside the loop
 
@@ -412,30 +465,3 @@ class Worker:
                     self._wake.set()
             except StoreError as error:
                 log.error("the sessions cannot be listed: %s", error)  # noqa: TRY400 - the text says all
-
-    async def _read_notes(self) -> None:
-        """Look for notes while tasks run, and obey the flag of each record that a note names."""
-        etag: str | None = None
-        worker = ""
-        while True:
-            await self.clock.sleep(READ_NOTES)
-            if worker != self.keeper.id:
-                worker, etag = self.keeper.id, None
-            long_ago = self.fleet.due_now_ms() - READ_NOTES * 1000
-            if not any(run.listing.since < long_ago for run in self.running.values()):
-                continue
-            try:
-                held = await self.register.read(Note, keys.notes(worker))
-                if held is None or held.etag == etag:
-                    continue
-                etag = held.etag
-                look = set(held.record.look)
-                for run in [each for each in self.running.values() if each.listing.task in look]:
-                    await self._obey(run)
-            except BuquetError as error:
-                log.error("the notes to this worker cannot be read: %s", error)  # noqa: TRY400 - the text says all
-
-    async def _obey(self, run: Running) -> None:
-        held = await self.register.read(Task, keys.task(run.listing.task))
-        if held is not None and held.record.token == run.token and held.record.cancel_requested:
-            run.request_stop("cancel")

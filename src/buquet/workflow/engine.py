@@ -19,6 +19,7 @@ from buquet.workflow.carriers import KINDS, START, arguments, of_step
 from buquet.workflow.committer import Committer, Known
 from buquet.workflow.follow import follows, verdict
 from buquet.workflow.outcome import event_of, first_claim
+from buquet.workflow.pruning import prune_run
 from buquet.workflow.records import OVER, RunRecord
 from buquet.workflow.values import Missing
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from buquet.clock import Clock
     from buquet.queue.parent import Helper
+    from buquet.queue.pruning import Pruner
     from buquet.store.register import Register
     from buquet.workflow.event import Event
     from buquet.workflow.follow import Follow
@@ -55,8 +57,13 @@ class Engine:
         self.clock = clock
         self.committer = Committer(register, clock, now)
         self.now = now
-        self.ended: Callable[[str], None] = lambda _run_id: None
-        """Told of runs that are over: those of this process who wait for one need not poll."""
+        self.ended: Callable[[RunRecord], None] = lambda _run: None
+        """Told of a run that an event of this worker has ended."""
+
+    async def prune(self, pruner: Pruner, run_id: str) -> bool:
+        """Prune a run that is over for long enough, with its tasks; tell whether nothing is left. Raises UnreadableRecord."""
+        await prune_run(pruner, keys.run(run_id))
+        return await self.register.read(RunRecord, keys.run(run_id)) is None
 
     async def close(self) -> None:
         """Give up what is under way, at the worker's end."""
@@ -124,8 +131,8 @@ class Engine:
                 raise Later(BEFORE_START, "its run has not started yet")
             return CANCELLED
         await self._follow_up(known, event, helper)
-        if known.run.state in OVER:
-            self.ended(task.run)
+        if known.run.state in OVER and known.run.by == event.id:
+            self.ended(known.run)
         if task.name in KINDS:
             return CARRIED
         found = verdict(known.run, event)

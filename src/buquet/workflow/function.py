@@ -11,8 +11,9 @@ from buquet import keys
 from buquet.codec import Signature
 from buquet.errors import UsageError
 from buquet.queue.parent import is_system
-from buquet.queue.payloads import INLINE, check_size
-from buquet.records import ABSENT, Raw, Task
+from buquet.queue.payloads import check_size
+from buquet.queue.task import Prepared
+from buquet.records import Raw, Task
 from buquet.workflow.carriers import START
 from buquet.workflow.handle import Run
 from buquet.workflow.tracing import trace_of
@@ -111,24 +112,18 @@ class WorkflowFunction(Generic[P, R]):
         return await self._start(args, kwargs, key)
 
     async def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any], key: str | None) -> Run[R]:
-        options = replace(self.start_options, key=key) if key is not None else self.start_options
-        task, body = self._prepare(options, args, kwargs)
-        client = self._home.client
-        graph = bytes(task.graph)
-        if len(graph) > INLINE:
-            # under a name of its own, since a pruned run of the same key may be about to lose its payloads
-            at = f"{keys.payload(task.id, graph)}.{client.clock.new_op()}"
-            await client.reads.put(at, graph)
-            task = msgspec.structs.replace(task, graph=ABSENT, graph_at=at)
-        submitted = await client.submit(task, body)
+        workflow = self if key is None else self.options(key=key)
+        submitted = await self._home.client.submit(*workflow.prepare(args, kwargs))
         return Run(self._home, submitted.id, self.signature, created=submitted.created)
 
-    def _prepare(self, options: StartOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Task, bytes]:
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
+        """Make the record of the task that starts a run. No I/O. Raises what `start` raises for wrong arguments."""
+        options = self.start_options
         body = self.signature.encode(self.signature.bind(args, kwargs))
         check_size(body, f"the arguments of {self.name}")
         graph = msgspec.json.encode(trace_of(self.function, args, kwargs))
         check_size(graph, f"the graph of {self.name}")
-        clock = self._home.client.clock
+        clock = self._home.clock
         key = options.key
         run_id = clock.new_id() if key is None else keys.keyed_run(self.queue, self.name, key)
         task = Task(
@@ -144,7 +139,7 @@ class WorkflowFunction(Generic[P, R]):
             step=self.name,
             graph=Raw(graph),
         )
-        return task, body
+        return Prepared(task, body)
 
     def get(self, run_id: str) -> Run[R]:
         """Return a handle of a run of this workflow, by its id; nothing is read yet."""

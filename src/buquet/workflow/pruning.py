@@ -19,23 +19,23 @@ from buquet.workflow.records import OVER, RunRecord, StepRecord
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from buquet.queue.client import Client
+    from buquet.queue.pruning import Pruner
     from buquet.store.register import Held
 
 
-async def prune_run(client: Client, key: str, older_than: float, now: float, *, dry_run: bool = False) -> int:
-    """Prune a run, its record's key given, if it is over for longer than `older_than` seconds; return how many tasks were pruned.
+async def prune_run(pruner: Pruner, key: str) -> int:
+    """Prune a run, its record's key given, if it is over for long enough; return how many tasks were pruned.
 
     Raises UnreadableRecord, StoreError.
     """
-    held = await client.register.read(RunRecord, key)
-    while held is not None and held.record.state in OVER and now - held.record.finished / 1000 > older_than:
+    held = await pruner.register.read(RunRecord, key)
+    while held is not None and held.record.state in OVER and pruner.now() - held.record.finished / 1000 > pruner.older_than:
         run = held.record
-        if dry_run:
+        if pruner.dry_run:
             return 0 if run.state == "pruned" else sum(1 for _ in task_ids(run))
         if run.state == "pruned":
-            return await _prune_tasks(client, held, older_than, now)
-        write = await client.register.update(held, stub_of(run))
+            return await _prune_tasks(pruner, held)
+        write = await pruner.register.update(held, stub_of(run))
         held = write.held
     return 0
 
@@ -81,29 +81,29 @@ def task_ids(run: RunRecord) -> Iterator[str]:
     yield run.id
 
 
-async def _prune_tasks(client: Client, held: Held[RunRecord], older_than: float, now: float) -> int:
-    """Prune the tasks of a run that is a stub; remove the stub when nothing is left to do, and it is an hour old."""
-    run, register = held.record, client.register
+async def _prune_tasks(pruner: Pruner, held: Held[RunRecord]) -> int:
+    """Prune the tasks of a run that is a stub; remove the stub when nothing is left to do."""
+    run, register, reads = held.record, pruner.register, pruner.reads
+    now = pruner.now()
     count, whole = 0, True
     for task_id in dict.fromkeys(task_ids(run)):
         there = await register.read(Task, keys.task(task_id))
-        while there is not None and there.record.state in ENDED:
-            # one that ended later is of another life of the same key
-            if now - there.record.finished / 1000 <= older_than:
-                whole = False
-                break
+        # one that ended later is of another life of the same key
+        while there is not None and there.record.state in ENDED and now - there.record.finished / 1000 > pruner.older_than:
             write = await register.update(there, transitions.prune(there.record, int(now * 1000), with_run=True))
+            there = write.held
             if write.landed:
                 count += 1
-                await client.store.forget_versions(keys.task(task_id))
+                await register.store.forget_versions(keys.task(task_id))
                 break
-            there = write.held
-        if there is not None and there.record.state in {"pending", "running"}:
+        if there is not None and there.record.state not in {"pruned", "tombstone"}:
             whole = False
-        for payload in await client.reads.list(keys.payloads(task_id)) if task_id != run.id or not run.key else []:
-            await client.reads.delete(payload.key)
+        elif task_id != run.id or not run.key:  # those of a key wait for the sweep, which knows its next life
+            for payload in await reads.list(keys.payloads(task_id)):
+                await reads.delete(payload.key)
+                pruner.payloads += 1
     # by the next prune at the earliest, which finds nothing left to do
     if whole and count == 0:
-        await client.reads.delete(held.key)
-        await client.store.forget_versions(held.key)
+        await reads.delete(held.key)
+        await register.store.forget_versions(held.key)
     return count

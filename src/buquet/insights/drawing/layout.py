@@ -22,6 +22,10 @@ Neighbours: TypeAlias = dict[Node, list[Node]]
 SWEEPS = 12
 SETTLING = 32
 """Turns of moving nodes to their neighbours; the last third looks up and down at once."""
+EFFORT = 20_000
+"""Nodes and edges that are looked at in all turns together: a large graph gets fewer turns, at least six."""
+SWAPS = 1_000
+"""With more edges than this neighbours are not swapped one by one."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,16 @@ def _with_passages(order: Order) -> tuple[list[list[Node]], dict[tuple[str, str]
     return layers, edges
 
 
+def _turns(most: int, size: int) -> int:
+    return max(min(most, EFFORT // max(size, 1)), 6)
+
+
 def _untangled(layers: list[list[Node]], above: Neighbours, below: Neighbours) -> list[list[Node]]:
     """Order each layer by the mean place of its neighbours, down and up again, and keep the order with the fewest crossings."""
     best, fewest = layers, crossings(layers, below)
     now = [list(layer) for layer in layers]
-    for sweep in range(SWEEPS):
+    edges = sum(map(len, below.values()))
+    for sweep in range(_turns(SWEEPS, edges)):
         if not fewest:
             break
         down = sweep % 2 == 0
@@ -83,7 +92,8 @@ def _untangled(layers: list[list[Node]], above: Neighbours, below: Neighbours) -
         for index in indexes:
             place = {node: place for place, node in enumerate(now[index - 1 if down else index + 1])}
             now[index] = _by_mean(now[index], neighbours, place)
-        _swap_neighbours(now, above, below)
+        if edges <= SWAPS:
+            _swap_neighbours(now, above, below)
         count = crossings(now, below)
         if count < fewest:
             best, fewest = [list(layer) for layer in now], count
@@ -139,8 +149,9 @@ def _placed(layers: list[list[Node]], above: Neighbours, below: Neighbours, room
     at: dict[Node, float] = {}
     for layer, room in zip(layers, rooms, strict=True):
         at.update(zip(layer, accumulate(room, initial=-sum(room) / 2), strict=True))
-    for turn in range(SETTLING):
-        last = turn * 3 >= SETTLING * 2
+    turns = _turns(SETTLING, sum(map(len, below.values())))
+    for turn in range(turns):
+        last = turn * 3 >= turns * 2
         downwards = turn % 2 == 0
         for index in range(len(layers)) if downwards else range(len(layers) - 1, -1, -1):
             layer = layers[index]

@@ -110,6 +110,8 @@ def _quoted(value: object) -> str:
 
 def legal(text: str) -> str:
     """Return a text with what XML cannot hold replaced."""
+    if text.isprintable():
+        return text
     return "".join(each if each.isprintable() or each in "\t\n\r" else "\ufffd" for each in text)
 
 

@@ -41,13 +41,23 @@ def as_svg(run: RunView, now: int, link: Callable[[StepView], str] | None = None
     True
     """
     order = order_of(run.steps)
-    across = _Plan(order, lay_out(order, HEIGHT, BESIDE, LANE), sideways=True)
-    down = _Plan(order, lay_out(order, WIDTH, BESIDE, LANE), sideways=False)
-    plan = across if across.width <= max(PAGE, down.width) else down
+    plan = _plan(order)
     edges = [part for pair in order.edges for part in _edge(plan, *pair)]
     boxes = [hooked(step, link, _box(step, *plan.corner(name), now), now) for name, step in order.steps.items()]
     conditions = [_condition(plan, step) for step in order.steps.values() if step.condition]
     return picture(plan.width, plan.height, words.headline(run, now), [*edges, *boxes, *conditions])
+
+
+def _plan(order: Order) -> _Plan:
+    layers = order.layers()
+    if len(layers) * (WIDTH + BETWEEN) <= PAGE:
+        across = _Plan(order, lay_out(order, HEIGHT, BESIDE, LANE), sideways=True)
+        if across.width <= PAGE:
+            return across
+    down = _Plan(order, lay_out(order, WIDTH, BESIDE, LANE), sideways=False)
+    if down.width <= max(PAGE, len(layers) * (WIDTH + BETWEEN)):
+        return down
+    return _Plan(order, lay_out(order, HEIGHT, BESIDE, LANE), sideways=True)
 
 
 @dataclass

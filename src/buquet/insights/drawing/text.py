@@ -49,9 +49,7 @@ def as_text(run: RunView, now: int, width: int = 80) -> list[Line]:
       ○  c  waiting
     """
     order = order_of(run.steps)
-    graph = _Lanes(order).drawn()
-    if max((len(cells) for cells, _ in graph), default=0) > 2 * min(LANES, width // 7):
-        graph = _listed(order)
+    graph = _Lanes(order, min(LANES, width // 7)).drawn() or _listed(order)
     lines: list[Line] = [[(words.cut(words.headline(run, now), width), "bold")]]
     if run.error:
         lines.append([(words.cut(run.error, width), "red")])
@@ -95,12 +93,13 @@ class _Lanes:
     """Draws steps from the top down. A lane leads to a step that is still to come; all that lead to one share it."""
 
     order: Order
+    most: int
     lanes: list[str | None] = field(default_factory=list[str | None])
     rows: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     """The drawing's columns, and the step on the row or ""."""
 
     def drawn(self) -> list[tuple[str, str]]:
-        """Return the rows."""
+        """Return the rows; none where that takes more than `most` lanes."""
         done: set[str] = set()
         while len(done) < len(self.order.steps):
             name = self._next(done)
@@ -109,6 +108,8 @@ class _Lanes:
             here = self.lanes.index(name)
             self.rows.append((self._row(here, words.MARKS[self.order.steps[name].state]), name))
             self._lead_on(name, here)
+            if len(self.lanes) > self.most:
+                return []
             done.add(name)
         return self.rows
 

@@ -277,6 +277,11 @@ def test_lines_that_are_passed_stay_whole():
     ]
 
 
+def test_a_line_goes_on_over_a_lane_that_has_ended():
+    lines = plain(run_of({"a": "", "b": "a", "c": "a", "d": "a", "e": "b d"}))
+    assert lines[4:] == ["│ ○ │  c  waiting", "│   ○  d  waiting", "├───╯", "○      e  waiting"]
+
+
 def test_what_has_no_tie_does_not_stand_right_below():
     lines = plain(run_of({"a": "", "b": "", "c": "b"}))
     assert lines[1:] == ["○  a  waiting", "", "○  b  waiting", "○  c  waiting"]

@@ -5,14 +5,16 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from buquet import App, Fail, Signal, each, sleep, when
+from buquet import App, Fail, Signal, each, keys, sleep, when
 from buquet.errors import RunNotFound
 from buquet.insights import runs
+from buquet.insights.runsteps import task_of
 from buquet.insights.scan import Scan
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
+from buquet.workflow.records import Fan, RunRecord, StepRecord
 
 go = Signal("go", bool)
 
@@ -150,6 +152,13 @@ def test_a_fan_out_a_signal_and_a_branch():
         assert all(step.started <= step.ended for step in view.steps[:3])
 
     at_place(check)
+
+
+def test_of_a_fan_out_the_first_task_that_has_not_ended_is_shown():
+    step = StepRecord(state="due", gen=2, fan=Fan(tasks=4, items=4, ended=((0, 2), (3, 4))))
+    run = RunRecord(id="1" * 32, workflow="w", queue="q", created=1, steps={"s": step})
+    assert task_of(run, "s").task_id == keys.follow_up(run.id, "step", "s", 2, 2)
+    assert task_of(run, "t") is None
 
 
 def test_why_a_step_does_not_go_on():

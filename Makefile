@@ -1,6 +1,6 @@
 # Run these in an activated virtual environment with `pip install -e '.[dev]'` in it.
 
-.PHONY: check lint test format
+.PHONY: check lint test format chaos stores
 
 check: lint test
 
@@ -13,3 +13,14 @@ test:
 format:
 	ruff format
 	ruff check --fix
+
+# Half an hour and more: figures for docs/proof-chaos.md go to build/. As root, BUQUET_STORM_NAMESPACES=1 pulls a real cable.
+chaos:
+	mkdir -p build
+	BUQUET_STORM_TASKS=$${BUQUET_STORM_TASKS:-50000} BUQUET_STORM_SECONDS=$${BUQUET_STORM_SECONDS:-600} \
+	BUQUET_STORM_CONCURRENCY=$${BUQUET_STORM_CONCURRENCY:-32} BUQUET_STORM_REPORT=$(CURDIR)/build/storm \
+	python -m pytest tests/chaos -s
+
+# The contract and a minute of kills on the store that BUQUET_CONTRACT_URL names; see docs/stores.md.
+stores:
+	python -m pytest tests/stores/probe.py

@@ -43,6 +43,7 @@ class S3Server:
     metrics_url: str = ""
     access_key: str = ACCESS_KEY
     secret_key: str = SECRET_KEY
+    process: ServerProcess | None = None
     _shared: dict[bool, str] = field(default_factory=dict[bool, str])
 
     @property
@@ -123,16 +124,35 @@ def run_moto(folder: Path) -> Iterator[S3Server]:
 
 
 def _run(server: S3Server, command: list[str], folder: Path) -> Iterator[S3Server]:
-    log = folder / "server.log"
-    with log.open("wb") as out:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, cwd=folder, env={**os.environ, **ENVIRONMENT}, **streams)
+    server.process = ServerProcess(server, command, folder)
     try:
-        _await(server, process, log)
+        server.process.start()
         yield server
     finally:
-        process.kill()
-        process.wait()
+        server.process.kill()
+
+
+class ServerProcess:
+    """The process of a server, which may be killed and started again on the same folder."""
+
+    def __init__(self, server: S3Server, command: list[str], folder: Path) -> None:
+        self.server = server
+        self.command = command
+        self.folder = folder
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        log = self.folder / "server.log"
+        with log.open("ab") as out:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(self.command, cwd=self.folder, env={**os.environ, **ENVIRONMENT}, **streams)
+        _await(self.server, self.process, log)
+
+    def kill(self) -> None:
+        """Kill it, as a machine that fails would."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
 
 def _await(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:

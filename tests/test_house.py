@@ -26,8 +26,11 @@ LONGER = {
 
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}
 
-OWNERS = {"obstore": {"store/s3.py", "store/s3answers.py"}, "sqlite3": {"store/sqlite.py"}}
-"""Which files alone may import what. `s3answers` reads the errors that obstore raises."""
+OWNERS = {
+    "obstore": {"store/objects.py", "store/s3.py", "store/azure.py", "store/answers.py"},
+    "sqlite3": {"store/sqlite.py"},
+}
+"""Which files alone may import what. `answers` reads the errors that obstore raises."""
 
 FOREIGN = ("/" + "work/", "/" + "root/", "/" + "home/")
 """Paths of some machine; written so that this file does not contain them."""

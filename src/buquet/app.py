@@ -25,6 +25,7 @@ from buquet.queue.pruning import HOUR
 from buquet.queue.rule import rule_of
 from buquet.queue.schedules import plan
 from buquet.queue.task import YEARS, AsyncTaskFunction, BaseTask, Policy, SubmitOptions, TaskFunction
+from buquet.sealing import sealer
 from buquet.store.open import open_store
 from buquet.worker.worker import Worker
 from buquet.workflow.engine import Engine
@@ -73,6 +74,8 @@ class App:
     `url`: `sqlite:path.db`, `s3://bucket/prefix?endpoint=…&region=…` or `memory:`; else the environment's BUQUET_URL; else the
     SQLite file `.buquet/buquet.db` in the current folder. May be used from several threads and event loops at once; made before a
     fork and used after it, it raises UsageError in the child.
+    `encryption`: keys, 32 bytes in base64 each, under which arguments, results, checkpoints and the texts of errors are
+    encrypted: the first encrypts, all decrypt. By default those of the environment's BUQUET_ENCRYPTION_KEYS, with commas between.
 
     `retention`: how long ended tasks are kept, a timedelta or seconds, an hour at least. This App's workers then prune older ones
     of the queues that they serve, bit by bit. None: until `buquet prune`.
@@ -92,6 +95,7 @@ class App:
         store: Store | None = None,
         clock: Clock | None = None,
         retention: timedelta | float | None = None,
+        encryption: Sequence[str] | str | None = None,
     ) -> None:
         seconds = retention.total_seconds() if isinstance(retention, timedelta) else retention
         if seconds is not None and not HOUR <= seconds < YEARS:
@@ -101,6 +105,7 @@ class App:
         self.clock = clock or Clock()
         self._given = url
         self._store = store
+        self._encryption = encryption
         self._named = url is not None or store is not None
         self._client: Client | None = None
         self._lock = threading.Lock()
@@ -146,7 +151,7 @@ class App:
                 client = self._client
                 if client is None:
                     store = self._store = self._store or open_store(self.url, self.clock)
-                    client = self._client = Client(store, self.clock, self.background, self.patience)
+                    client = self._client = Client(store, self.clock, self.background, self.patience, sealer(self._encryption))
                     atexit.register(_ring_at_exit, weakref.ref(client))
         return client
 
@@ -318,7 +323,7 @@ class App:
 
     def _runs(self, worker: Worker) -> Engine:
         """Return what a worker asks about runs."""
-        engine = Engine(worker.register, worker.clock, worker.fleet.due_now_ms)
+        engine = Engine(worker.register, worker.clock, worker.fleet.due_now_ms, worker.client.sealer)
 
         def ended(run: RunRecord) -> None:
             worker.client.ended(run.id)

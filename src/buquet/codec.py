@@ -7,10 +7,11 @@ import math
 import re
 import sys
 import typing
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import msgspec
 
+from buquet import keys
 from buquet.errors import InvalidArgument, InvalidPayload, InvalidResult, UnreadableRecord, UsageError
 from buquet.records import FORMAT, Record
 
@@ -19,8 +20,18 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=Record)
 
-MAX_RECORD = 4 << 20
-"""A record larger than this many bytes is not parsed: nothing of ours comes near it."""
+
+class Oversized(bytes):
+    """Stands for the body of an object that is too large to be one of ours. It is empty: the real one was not read."""
+
+    size: int
+
+    def __new__(cls, size: int) -> Self:
+        """Remember how large the object is, in bytes."""
+        body = super().__new__(cls)
+        body.size = size
+        return body
+
 
 _encoder = msgspec.json.Encoder()
 _decoders: dict[type[Record], msgspec.json.Decoder[Any]] = {}
@@ -41,8 +52,9 @@ def decode_record(kind: type[R], body: bytes, key: str) -> R:
     decoder = _decoders.get(kind)
     if decoder is None:
         decoder = _decoders[kind] = msgspec.json.Decoder(kind)
-    if len(body) > MAX_RECORD:
-        msg = f"{key} has {len(body)} bytes, more than any record of buquet; it is left as it is. Look at it and move it away"
+    size = body.size if isinstance(body, Oversized) else len(body)
+    if size > keys.MAX_RECORD:
+        msg = f"{key} has {size} bytes, more than any record of buquet; it is left as it is. Look at it and move it away"
         raise UnreadableRecord(msg)
     try:
         record = cast("R", decoder.decode(body))

@@ -17,6 +17,7 @@
     │   ├── AlreadyExists         create-if-absent met an object
     │   └── Changed               a conditional write met another version, or none
     ├── UnreadableRecord          an object that is no JSON, or of a newer format
+    ├── EncryptionKeyMissing      a value is encrypted under a key that this process does not have
     ├── InvalidPayload            stored arguments do not fit the handler's declared types
     ├── InvalidResult             a handler's result that JSON does not carry, or of another type than declared
     ├── KeyConflict               a second submit of a key with other arguments
@@ -103,6 +104,10 @@ class Changed(StoreError):
 
 class UnreadableRecord(BuquetError):
     """An object that is no JSON, lacks a field, or is of a newer format. It is left as it is."""
+
+
+class EncryptionKeyMissing(BuquetError):
+    """A value is encrypted under a key that this process does not have. Nothing is wrong with the value."""
 
 
 class InvalidPayload(BuquetError):

@@ -25,11 +25,20 @@ QUEUES = "queues/"
 SCHEDULES = "schedules/"
 PRIORITIES = range(10)
 MAX_NAME = 100
+MAX_RECORD = 4 << 20
+"""A record larger than this many bytes is not read: nothing of ours comes near it."""
+MAX_VALUE = 96 << 20
+"""Nor is a payload or a part of the journal larger than this: 64 MiB of a value, and what encryption adds to it."""
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _JOURNAL = re.compile(r"journal/[0-9]{4}-[0-9]{2}-[0-9]{2}/[0-9]{2}/([0-9]{13})-(.+)-([0-9]+)\.ndjson")
 _WORKER = re.compile(r"[0-9a-f]{8}\.[0-9a-f]{16}")
 _ENTRY = re.compile(r"(?:ready/([^/]+)/([0-9])|later/([^/]+))/([0-9]{13})-([0-9a-f]{32})\.([0-9]+)~([^/]+)")
+
+
+def most_bytes(key: str) -> int:
+    """Return how many bytes an object under this key can have, if it is one of ours."""
+    return MAX_VALUE if key.startswith((PAYLOADS, JOURNAL)) else MAX_RECORD
 
 
 def quoted(name: str, what: str) -> str:

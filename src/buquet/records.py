@@ -55,6 +55,8 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     type: str
     message: str
     traceback: str = ""
+    sealed: Raw = ABSENT
+    """Message and traceback, encrypted; `message` only says so then."""
 
 
 class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -95,6 +97,8 @@ class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
     token: str = ""
     """The claim: the `op` of the write that made the task running."""
     cancel_requested: bool = False
+    key_id: str = ""
+    """Which encryption key the arguments are sealed under; empty: they are plain."""
     checkpoint: Raw = ABSENT
     checkpoint_at: str = ""
     result: Raw = ABSENT

@@ -16,7 +16,7 @@ from buquet.records import ENDED
 from buquet.store.open import open_store
 from buquet.testing.auditor import Auditor, outcomes, read_bucket
 
-SECONDS = float(os.environ.get("BUQUET_CHAOS_SECONDS", "60"))
+SECONDS = float(os.environ.get("BUQUET_CHAOS_SECONDS", "30"))
 TASKS = 2000
 FOLDER = Path(__file__).parent
 
@@ -82,7 +82,12 @@ async def chaos(url, seconds, log):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ground", ["sqlite", "seaweedfs"])
 def test_kill_9_at_random_loses_nothing(ground, tmp_path, request):
-    url = f"sqlite:{tmp_path}/chaos.db" if ground == "sqlite" else request.getfixturevalue("seaweed").url("chaos")
+    run(
+        ground, f"sqlite:{tmp_path}/chaos.db" if ground == "sqlite" else request.getfixturevalue("seaweed").url("chaos"), tmp_path
+    )
+
+
+def run(ground, url, tmp_path):
     with (tmp_path / "workers.log").open("w+") as log:
         try:
             kills, auditor, bucket = asyncio.run(chaos(url, SECONDS, log))

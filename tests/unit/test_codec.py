@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from buquet import codec
+from buquet import keys
 from buquet.codec import Signature, decode_any, decode_record, encode_record, encode_value
 from buquet.errors import InvalidArgument, InvalidPayload, InvalidResult, UnreadableRecord, UsageError
 from buquet.records import ABSENT, Bell, ErrorInfo, Event, Note, Task
@@ -360,7 +360,7 @@ def test_a_newer_format_is_named_whether_or_not_it_can_be_read(body):
 
 
 def test_a_record_that_is_too_large_is_not_parsed():
-    body = b'{"hints":[' + b" " * codec.MAX_RECORD + b"]}"
+    body = b'{"hints":[' + b" " * keys.MAX_RECORD + b"]}"
     with pytest.raises(UnreadableRecord, match="more than any record"):
         decode_record(Bell, body, "bell/q")
     assert decode_record(Note, b'{"look":[' + b" " * 1000 + b"]}", "k") == Note()

@@ -3,8 +3,8 @@
 import asyncio
 
 from buquet import App
-from buquet.insights.tasks import Filter, find
 from buquet.insights.scan import Scan
+from buquet.insights.tasks import Filter, find
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
@@ -24,7 +24,7 @@ def test_each_fire_of_a_workflow_is_one_run():
 
             @app.workflow
             def nightly(n: int) -> int:
-                return double(double(n))  # noqa: B023 - each App has its own
+                return double(double(n))
 
             app.schedule("nightly", nightly, every=60, args=(3,))
             apps.append(app)

@@ -10,13 +10,13 @@ import typer
 from buquet.cli.base import Json, Name, Queue, Status, Tag, Target, Url, cli, load, open_app, run
 from buquet.cli.output import duration, moment, print_json, print_table, scan_progress, to_stderr
 from buquet.cli.selecting import selection, tags_of
-from buquet.errors import InvalidPayload, UnreadableRecord, UsageError
+from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord, UsageError
 from buquet.insights.scan import Scan
 from buquet.insights.tasks import find
 from buquet.queue.client import Client
 from buquet.queue.handle import ending
-from buquet.queue.payloads import get_value
 from buquet.records import Task
+from buquet.sealing import HIDDEN
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="A task's id.")]
 SHOWN = 2000
@@ -98,18 +98,16 @@ def get(task_id: Id, url: Url = None, json: Json = False) -> None:
 
 
 async def _with_values(client: Client, task: Task) -> Task:
-    """Put the values that lie in payload objects into the record."""
+    """Put the values that lie in payload objects, or are encrypted under a key that is here, into the record."""
+    task = client.values.shown(task)
     values: dict[str, msgspec.Raw] = {}
-    for name, value, at in (
-        ("args", task.args, task.args_at),
-        ("checkpoint", task.checkpoint, task.checkpoint_at),
-        ("result", task.result, task.result_at),
-    ):
-        if at:
-            try:
-                values[name] = msgspec.Raw(await get_value(client.reads, value, at))
-            except UnreadableRecord as error:
-                to_stderr(str(error))
+    for name, read in (("args", client.values.args), ("checkpoint", client.values.checkpoint), ("result", client.values.result)):
+        try:
+            values[name] = msgspec.Raw(await read(task))
+        except EncryptionKeyMissing:
+            values[name] = msgspec.Raw(msgspec.json.encode(HIDDEN))
+        except UnreadableRecord as error:
+            to_stderr(str(error))
     return msgspec.structs.replace(task, **values)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import msgspec
 
 from buquet.errors import AccessDenied, BucketMissing, StoreRefused, UsageError
-from buquet.store.s3answers import Place
+from buquet.store.answers import Place
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -50,11 +50,13 @@ async def prepare(client: Client, *, keep_versions_days: int = 30) -> AsyncItera
         raise UsageError(msg)
     store = client.store
     place = getattr(store, "place", None)
-    if isinstance(place, Place):
+    if isinstance(place, Place) and place.scheme == "s3":
         for step in await asyncio.to_thread(_Bucket(place).prepare, keep_versions_days):
             yield step
     await client.open()
     if isinstance(place, Place):
+        if place.scheme != "s3":
+            yield Step("bucket", done=True, detail=f"{place.bucket} is there; versions and lifecycle rules are left as they are")
         yield Step("layout", done=True, detail="buquet.json says in which format the rest is")
     elif store.url.startswith("sqlite:"):
         yield Step("file", done=True, detail=f"{store.url.removeprefix('sqlite:')} is there")

@@ -13,7 +13,6 @@ from buquet import keys
 from buquet.codec import decode_any
 from buquet.errors import BatchFailed, FailedItem, Refused, UnreadableRecord, UsageError
 from buquet.queue.handle import ending
-from buquet.queue.payloads import get_value
 from buquet.records import TERMINAL, PackItems, PackResults, PackState, Task
 
 if TYPE_CHECKING:
@@ -216,7 +215,7 @@ class Batch(Generic[R_co]):
             if not bytes(task.checkpoint) and not task.checkpoint_at:
                 return PackState(started=task.started)
             try:
-                state = _state.decode(await get_value(self._home.client.reads, task.checkpoint, task.checkpoint_at))
+                state = _state.decode(await self._home.client.values.checkpoint(task))
             except UnreadableRecord:  # the pack has stored a later one, and removed this
                 task = (await self._home.client.read(task.id)).record
                 continue
@@ -225,13 +224,14 @@ class Batch(Generic[R_co]):
 
     async def _unwell(self, task: Task) -> _Unwell:
         """Return the failed items of a pack that is not completed."""
+        task = self._home.client.values.shown(task)
         if task.state == "pruned":
             raise ending(task)
         state = await self._state(task)
         stored = {each.index: each for each in state.failed}
         items: list[msgspec.Raw] = []
         if stored or task.state in TERMINAL:
-            items = _items.decode(await get_value(self._home.client.reads, task.args, task.args_at)).items
+            items = _items.decode(await self._home.client.values.args(task)).items
         failed = [
             FailedItem(at, decode_any(items[at]), f"{each.type}: {each.message}", each.traceback, each.attempts, task.id)
             for at, each in stored.items()

@@ -15,8 +15,9 @@ from buquet.codec import decode_any
 from buquet.errors import KeyConflict, SubmitInterrupted, TaskNotFound, UnreadableRecord
 from buquet.queue import transitions
 from buquet.queue.bell import Ringer
-from buquet.queue.payloads import INLINE, get_value, put_value
-from buquet.records import ABSENT, FORMAT, TERMINAL, Layout, Note, Record, Task
+from buquet.queue.payloads import INLINE, Values, context, run_context
+from buquet.records import ABSENT, FORMAT, TERMINAL, Layout, Note, Raw, Record, Task
+from buquet.sealing import Plain
 from buquet.store.register import Held, Register
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from buquet.clock import Clock
     from buquet.queue.background import Background
+    from buquet.sealing import Sealer
     from buquet.store.base import Store
 
 log = logging.getLogger("buquet")
@@ -48,11 +50,20 @@ class Submitted(NamedTuple):
 class Client:
     """One process's way to the bucket. Its coroutines may be awaited on any loop."""
 
-    def __init__(self, store: Store, clock: Clock, background: Background, patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        background: Background,
+        patience: float = PATIENCE,
+        sealer: Sealer | None = None,
+    ) -> None:
         self.store = store
         self.clock = clock
         self.register = Register(store, clock, patience)
         self.reads = self.register.reads
+        self.sealer = sealer or Plain()
+        self.values = Values(self.reads, self.sealer)
         self.ringer = Ringer(store, clock, background)
         self.listeners: list[Callable[[str, str], None]] = []
         """Called with queue and entry when this process added one: its own workers need no bell."""
@@ -82,13 +93,11 @@ class Client:
         """Submit a task whose state is not set yet. Raises KeyConflict when its key names a task with other arguments."""
         if not self._open:
             await self.open()
-        value, at = await put_value(self.reads, task.id, args)
-        if len(bytes(task.graph)) > INLINE:
-            # under a name of its own: a pruned run of the same key may be about to lose its payloads
-            graph_at = f"{keys.payload(task.id, bytes(task.graph))}.{self.clock.new_op()}"
-            await self.reads.put(graph_at, bytes(task.graph))
-            task = replace(task, graph=ABSENT, graph_at=graph_at)
-        task = transitions.submit(replace(task, args=value, args_at=at), self.clock.now_ms())
+        value, at = await self.values.put(task.id, "args", args)
+        if bytes(task.graph):
+            task = await self._with_graph(task)
+        task = replace(task, args=value, args_at=at, key_id=self.sealer.key_id)
+        task = transitions.submit(task, self.clock.now_ms())
         await self.reads.put(task.entry, b"")
         if not task.key:
             # nobody else can have this id, so the bell may ring while the record is written: a quicker worker looks again soon
@@ -108,9 +117,9 @@ class Client:
 
         With a worker and a token it is under that claim from its first version on.
         """
-        value, at = await put_value(self.reads, task.id, args)
+        value, at = await self.values.put(task.id, "args", args)
         now = self.clock.now_ms()
-        pending = transitions.submit(replace(task, args=value, args_at=at), now)
+        pending = transitions.submit(replace(task, args=value, args_at=at, key_id=self.sealer.key_id), now)
         await self.reads.put(pending.entry, b"")
         fresh = transitions.claim(pending, worker, token, now) if token else pending
         write = await self.register.create(keys.task(task.id), fresh, op=token)
@@ -162,6 +171,16 @@ class Client:
                 return
             held = write.held
 
+    async def _with_graph(self, task: Task) -> Task:
+        """Return the task that starts a run with its graph as it is stored."""
+        graph = self.sealer.seal(bytes(task.graph), run_context(task.id))
+        if len(graph) <= INLINE:
+            return replace(task, graph=Raw(graph))
+        # under a name of its own: a pruned run of the same key may be about to lose its payloads
+        key = f"{keys.payload(task.id, graph)}.{self.clock.new_op()}"
+        await self.reads.put(key, graph)
+        return replace(task, graph=ABSENT, graph_at=key)
+
     async def _meet(self, fresh: Task, held: Held[Task] | None, args: bytes) -> bool:
         """Go on where the record exists: it is the same task, or a stub that this submit revives."""
         while held is None or held.record.state in {"tombstone", "pruned"}:
@@ -174,7 +193,7 @@ class Client:
                 if revived.args_at:
                     # under a key of this life's own: who prunes the life before may still be about to delete that one's
                     revived = replace(revived, args_at=f"{fresh.args_at}.{held.record.rev + 1}")
-                    await self.reads.put(revived.args_at, args)
+                    await self.reads.put(revived.args_at, self.sealer.seal(args, context(fresh.id, "args")))
                 await self.reads.put(revived.entry, b"")
                 write = await self.register.update(held, revived)
             if write.landed:
@@ -184,13 +203,22 @@ class Client:
         if fresh.entry != there.entry or there.state in TERMINAL:
             # this submit's own entry names nothing (I3: its record was read, of its rev or a later one), and would look like work
             await self.reads.delete(fresh.entry)
-        if not _same_value(there, fresh):
+        if not await self._same_args(there, fresh, args):
             msg = (
                 f"key {fresh.key!r} of task {fresh.name!r} was submitted before with other arguments, as task {fresh.id}; "
                 "that one stands. Use another key for other work"
             )
             raise KeyConflict(msg)
         return False
+
+    async def _same_args(self, there: Task, fresh: Task, args: bytes) -> bool:
+        """Tell whether a task that is there has the arguments of a fresh submit."""
+        if there.args_at.partition(".")[0] == fresh.args_at.partition(".")[0] and bytes(there.args) == bytes(fresh.args):
+            return True  # as they are stored, sealed or plain; for the part after the dot see revive
+        if there.key_id == fresh.key_id and (there.args_at or fresh.args_at):
+            return False  # the hashes differ
+        # another way to write the same JSON, or sealed under another key
+        return decode_any(await self.values.args(there)) == decode_any(args)
 
     async def submit_chunk(self, tasks: Sequence[tuple[Task, bytes]]) -> list[Submitted]:
         """Submit many side by side. Raises SubmitInterrupted, with what was submitted, when one of them cannot be."""
@@ -366,15 +394,9 @@ class Client:
 
     async def value_of(self, task: Task) -> bytes:
         """Return an ended task's result as JSON."""
-        return bytes(await get_value(self.reads, task.result, task.result_at))
+        return bytes(await self.values.result(task))
 
     async def close(self) -> None:
         """Ring for what was added, then release the store."""
         await self.ringer.close()
         await self.store.close()
-
-
-def _same_value(there: Task, fresh: Task) -> bool:
-    if there.args_at or fresh.args_at:
-        return there.args_at.partition(".")[0] == fresh.args_at.partition(".")[0]  # the hash of the arguments; see revive
-    return bytes(there.args) == bytes(fresh.args) or decode_any(there.args) == decode_any(fresh.args)

@@ -94,7 +94,7 @@ class Handle(Generic[R_co]):
         client = self._home.client
         task = await client.wait(self.id, timeout)
         if task.state != "completed":
-            raise ending(task)
+            raise ending(client.values.shown(task))
         body = await client.value_of(task)
         return cast("R_co", self._signature.decode_result(body) if self._signature else decode_any(body))
 

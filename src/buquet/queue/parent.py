@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 if TYPE_CHECKING:
     from buquet.queue.pruning import Pruner
     from buquet.queue.task import BaseTask
-    from buquet.records import ErrorInfo, Raw, Task
+    from buquet.records import ErrorInfo, Task
 
 SYSTEM = "buquet."
 """How the names of the tasks begin that every worker carries out, and that no pause of a queue holds up."""
@@ -36,9 +36,7 @@ class Ending(NamedTuple):
     """How a task of a run is to end."""
 
     state: Literal["completed", "failed", "cancelled"]
-    result: Raw
-    result_at: str
-    error: ErrorInfo | None
+    error: ErrorInfo | None = None
 
 
 class Helper(Protocol):

@@ -172,10 +172,10 @@ def retry(task: Task, token: str, error: ErrorInfo, due: int, now: int) -> Task:
     return _waiting(task, now, due, "retry", _brief(error), failures=task.failures + 1, error=error)
 
 
-def snooze(task: Task, token: str, due: int, now: int) -> Task:
+def snooze(task: Task, token: str, due: int, now: int, detail: str = "") -> Task:
     """Put a task back until `due`, without spending an attempt."""
     _need_claim(task, token)
-    return stop(task, token, now) if task.cancel_requested else _waiting(task, now, due, "snoozed")
+    return stop(task, token, now) if task.cancel_requested else _waiting(task, now, due, "snoozed", detail)
 
 
 def release(task: Task, token: str, now: int) -> Task:
@@ -256,6 +256,7 @@ def prune(task: Task, now: int, *, with_run: bool = False) -> Task:
         task,
         args=ABSENT,
         args_at="",
+        key_id="",
         result=ABSENT,
         result_at="",
         checkpoint=ABSENT,

@@ -26,6 +26,7 @@ class Stored(NamedTuple):
     """What a GET answers."""
 
     body: bytes
+    """A codec.Oversized where the object is larger than keys.most_bytes says: nothing of it was read then."""
     etag: str
     version: str | None
     modified: float

@@ -15,6 +15,7 @@ UNDERSTOOD = """Understood are
   sqlite:path.db                    a file on this machine (sqlite:///path.db for an absolute path)
   s3://bucket/prefix                a bucket on AWS S3 (?region=NAME for another region than us-east-1)
   s3://bucket/prefix?endpoint=URL   a bucket on another S3 server, such as ?endpoint=http://localhost:8333
+  az://container/prefix             Azure Blob Storage (the account: AZURE_STORAGE_ACCOUNT_NAME; ?endpoint=URL for another server)
   memory:                           this process's memory, for tests"""
 
 
@@ -29,6 +30,8 @@ def open_store(url: str, clock: Clock) -> Store:
             return _sqlite(url, clock)
         case "s3":
             return _s3(url, clock)
+        case "az":
+            return _azure(url, clock)
         case "memory":
             if url.partition(":")[2]:
                 msg = "memory: takes nothing after its colon"
@@ -37,7 +40,7 @@ def open_store(url: str, clock: Clock) -> Store:
 
             return MemoryStore(clock)
         case "":
-            msg = f"a store's URL begins with sqlite:, s3: or memory:. {UNDERSTOOD}"
+            msg = f"a store's URL begins with sqlite:, s3:, az: or memory:. {UNDERSTOOD}"
             raise InvalidURL(msg)
         case other:
             msg = f"{other}: is no kind of store that is known here. {UNDERSTOOD}"
@@ -66,31 +69,46 @@ def _sqlite(url: str, clock: Clock) -> Store:
 
 
 def _s3(url: str, clock: Clock) -> Store:
+    bucket, prefix, values = _bucket(url, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", ("endpoint", "region"))
+    from buquet.store.s3 import S3Store  # noqa: PLC0415 - obstore takes its time to import, and others do without
+
+    return S3Store(bucket, prefix, values.get("endpoint"), values.get("region"), clock)
+
+
+def _azure(url: str, clock: Clock) -> Store:
+    bucket, prefix, values = _bucket(url, "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY", ("endpoint",))
+    from buquet.store.azure import AzureStore  # noqa: PLC0415 - see above
+
+    return AzureStore(bucket, prefix, values.get("endpoint"), clock)
+
+
+def _bucket(url: str, credentials: str, taken: tuple[str, ...]) -> tuple[str, str, dict[str, str]]:
+    """Return bucket, prefix and parameters of a URL."""
+    scheme = url.partition(":")[0].lower()
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        msg = f"the s3: URL cannot be read: {error}"
+        msg = f"the {scheme}: URL cannot be read: {error}"
         raise InvalidURL(msg) from None
     if "@" in parts.netloc:
-        msg = "no credentials in a URL, please: it is shown and logged. Put them into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        msg = f"no credentials in a URL, please: it is shown and logged. Put them into {credentials}"
         raise InvalidURL(msg)
     if not parts.netloc:
-        msg = f"an s3: URL needs the name of a bucket. {UNDERSTOOD}"
+        msg = f"an {scheme}: URL needs the name of a bucket. {UNDERSTOOD}"
         raise InvalidURL(msg)
     if parts.fragment:
-        msg = "an s3: URL has no part after #"
+        msg = f"an {scheme}: URL has no part after #"
         raise InvalidURL(msg)
     options = parse_qsl(parts.query, keep_blank_values=True)
     values = dict(options)
-    if unknown := sorted(set(values) - {"endpoint", "region"}):
-        msg = f"an s3: URL takes ?endpoint= and ?region=, not {', '.join(unknown)}. Credentials belong into the environment"
+    if unknown := sorted(set(values) - set(taken)):
+        known = " and ".join(f"?{name}=" for name in taken)
+        msg = f"an {scheme}: URL takes {known}, not {', '.join(unknown)}. Credentials belong into the environment"
         raise InvalidURL(msg)
     if len(values) < len(options) or not all(values.values()):
-        msg = "a parameter of the s3: URL is empty or there twice"
+        msg = f"a parameter of the {scheme}: URL is empty or there twice"
         raise InvalidURL(msg)
-    from buquet.store.s3 import S3Store  # noqa: PLC0415 - obstore takes its time to import, and others do without
-
-    return S3Store(parts.netloc, parts.path, values.get("endpoint"), values.get("region"), clock)
+    return parts.netloc, parts.path, values
 
 
 def _names(query: str) -> str:

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from buquet import keys
+from buquet.codec import Oversized
 from buquet.errors import (
     AccessDenied,
     AlreadyExists,
@@ -76,6 +78,10 @@ COMMIT;
 # together, and a commit touches few pages (measured: six times the updates a second). So earlier versions have no index
 # on their key; each names the one before it, and `deleted` names the last one of a key that is gone.
 PRAGMAS = ("PRAGMA synchronous = FULL", "PRAGMA cache_size = -16000", "PRAGMA journal_size_limit = 67108864")
+
+
+_GET = "SELECT CASE WHEN length(body) > ? THEN length(body) ELSE body END, etag, modified FROM objects WHERE key = ?"
+_GET_VERSION = _GET.replace("objects WHERE", "versions WHERE etag = ? AND")
 
 
 class _Write(NamedTuple):
@@ -203,12 +209,15 @@ class SqliteStore:
 
     async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
         """See Store."""
-        row = self._read("SELECT body, etag, modified FROM objects WHERE key = ?", (key,))
+        most = keys.most_bytes(key)
+        row = self._read(_GET, (most, key))
         if version is not None and (not row or str(row[0][1]) != version):
-            row = self._read("SELECT body, etag, modified FROM versions WHERE etag = ? AND key = ?", (_number(version), key))
+            row = self._read(_GET_VERSION, (most, _number(version), key))
         if not row:
             return None
         body, etag, modified = row[0]
+        if not isinstance(body, bytes):  # not read, only measured
+            body = Oversized(body)
         mark = str(etag)
         return NOT_MODIFIED if mark == unless else Stored(body, mark, mark if key.startswith(KEPT) else None, modified)
 

@@ -9,7 +9,7 @@ from buquet import keys
 from buquet.errors import StoreError
 from buquet.queue import transitions
 from buquet.queue.parent import Later, is_system
-from buquet.records import ErrorInfo, Task
+from buquet.records import ErrorInfo, Raw, Task
 from buquet.store.retrying import pause
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Children:
         if ending is None or ending.state == "cancelled":
             return transitions.stop(task, run.token, now)
         if ending.state == "completed":
-            return transitions.complete(task, run.token, ending.result, ending.result_at, now)
+            return transitions.complete(task, run.token, Raw(b"null"), "", now)  # its run holds the result
         error = ending.error or ErrorInfo(type="StepFailed", message="its run holds it as failed")
         return transitions.fail(task, run.token, error, now)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from buquet.clock import Clock
+    from buquet.sealing import Sealer
     from buquet.store.register import Held, Register
     from buquet.worker.finder import QueueFinder
     from buquet.worker.fleet import Fleet
@@ -30,13 +31,22 @@ class Claimer:
     """Claims tasks for a worker. Lost races and unfinished moves are left alone; stale entries are deleted."""
 
     def __init__(
-        self, register: Register, clock: Clock, fleet: Fleet, keeper: SessionKeeper, ended: Callable[[Task], None]
+        self,
+        register: Register,
+        clock: Clock,
+        fleet: Fleet,
+        keeper: SessionKeeper,
+        ended: Callable[[Task], None],
+        sealer: Sealer,
     ) -> None:
         self.register = register
         self.clock = clock
         self.fleet = fleet
         self.keeper = keeper
         self.ended = ended
+        self.sealer = sealer
+        self.locked: set[str] = set()
+        """Ids of the encryption keys that were missed here; each is reported once."""
         self.quarantined: set[str] = set()
         """Keys of records that could not be read; each is reported once and left as it is."""
         self.under_way: set[str] = set()
@@ -119,6 +129,19 @@ class Claimer:
         if held.record.state in TERMINAL:
             await self.register.reads.delete(entry.key)
 
+    def _leave_locked(self, finder: QueueFinder, found: Found, task: Task) -> None:
+        """Leave a task to a worker that has the key of its arguments; it is met again, in case nobody does."""
+        finder.others(found, "")
+        finder.stale.add(found.entry.key)
+        if task.key_id not in self.locked:
+            self.locked.add(task.key_id)
+            log.error(
+                "task %s, and maybe others, is encrypted under key %s, which this worker lacks: they are left to workers that "
+                "have it. Put the key into BUQUET_ENCRYPTION_KEYS here, too",
+                task.id,
+                task.key_id,
+            )
+
     async def _claim(self, finder: QueueFinder, found: Found, held: Held[Task]) -> Held[Task] | None:
         token = self.clock.new_op()
         task = transitions.claim(held.record, self.keeper.id, token, self.clock.now_ms())
@@ -127,11 +150,15 @@ class Claimer:
     async def _take_over(self, finder: QueueFinder, found: Found, held: Held[Task]) -> Held[Task] | None:
         token = self.clock.new_op()
         task = transitions.take_over(held.record, self.keeper.id, token, self.clock.now_ms())
-        log.warning("task %s ran under %s, which is gone: taken over", task.id, held.record.worker)
+        if self.sealer.can_open(task.key_id):
+            log.warning("task %s ran under %s, which is gone: taken over", task.id, held.record.worker)
         return await self._write(finder, found, held, task, token)
 
     async def _write(self, finder: QueueFinder, found: Found, held: Held[Task], task: Task, token: str) -> Held[Task] | None:
         """Store a claim, or the end that it turned out to be. A lost race is not run again: others are at it."""
+        if task.state == "running" and not self.sealer.can_open(task.key_id):
+            self._leave_locked(finder, found, task)
+            return None
         write = await self.register.update(held, task, op=token)
         if write.landed and task.state in TERMINAL:
             await self._delete(finder, found.entry.key)

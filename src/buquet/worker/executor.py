@@ -10,10 +10,20 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from buquet.codec import decode_any, encode_value
-from buquet.errors import Fail, InvalidPayload, InvalidResult, Refused, Snooze, StoreError, UnreadableRecord, UsageError
+from buquet.errors import (
+    EncryptionKeyMissing,
+    Fail,
+    InvalidPayload,
+    InvalidResult,
+    Refused,
+    Snooze,
+    StoreError,
+    UnreadableRecord,
+    UsageError,
+)
 from buquet.queue import transitions
 from buquet.queue.attempt import Attempt, enter
-from buquet.queue.payloads import check_size, get_value, put_value
+from buquet.queue.payloads import Values, check_size
 from buquet.records import TERMINAL, Progress, Task
 from buquet.store.retrying import pause
 from buquet.worker.failures import AttemptTimeout, HandlerExit, TaskLogger, describe
@@ -30,6 +40,7 @@ if TYPE_CHECKING:
     from buquet.clock import Clock
     from buquet.queue.parent import Ending
     from buquet.queue.task import BaseTask
+    from buquet.sealing import Sealer
     from buquet.store.register import Held, Register
     from buquet.worker.children import Children
     from buquet.worker.fleet import Fleet
@@ -37,6 +48,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("buquet.task")
 
+WITHOUT_KEY = 30_000
+"""Milliseconds for which a task is put back that cannot be decrypted here."""
 CANCEL_GRACE = 10.0
 """Seconds that a handler in a thread has to see that it was cancelled."""
 
@@ -74,7 +87,7 @@ class Running:
         if not self.in_handler:
             msg = f"task {self.listing.task}: this attempt is over, and its checkpoint was not stored"
             raise Refused(msg)
-        raw, at = await put_value(self.executor.register.reads, self.listing.task, body)
+        raw, at = await self.executor.values.put(self.listing.task, "checkpoint", body)
         if not await self.executor.move(self, lambda task: transitions.checkpoint(task, self.token, raw, at)):
             msg = f"task {self.listing.task}: the claim was lost, and the checkpoint was not stored. Another worker has the task"
             raise Refused(msg)
@@ -104,13 +117,20 @@ class Executor:
     """Runs handlers for a worker, and stores their outcomes."""
 
     def __init__(
-        self, register: Register, clock: Clock, fleet: Fleet, keeper: SessionKeeper, tasks: Mapping[str, BaseTask[Any, Any]]
+        self,
+        register: Register,
+        clock: Clock,
+        fleet: Fleet,
+        keeper: SessionKeeper,
+        tasks: Mapping[str, BaseTask[Any, Any]],
+        sealer: Sealer,
     ) -> None:
         self.register = register
         self.clock = clock
         self.fleet = fleet
         self.keeper = keeper
         self.tasks = tasks
+        self.values = Values(register.reads, sealer)
         self.threads = Threads()
         self.permits = Permits(keeper.concurrency)
         self.children: Children | None = None
@@ -160,10 +180,12 @@ class Executor:
         task = run.held.record
         function = self.tasks[task.name]
         run.is_async = function.is_async
-        if task.pack:
-            return await PackRunner(self, run, function).run()
         try:
+            if task.pack:
+                return await PackRunner(self, run, function).run()
             args, kwargs, checkpointed = await self._load(function, task)
+        except EncryptionKeyMissing as error:
+            return self._unopened(run, error)
         except (InvalidPayload, UnreadableRecord, UsageError) as error:
             return self.failed(run, error, trace=False)
         logger = TaskLogger(log, {"task": task.id, "task_name": task.name, "attempt": task.attempt})
@@ -194,9 +216,8 @@ class Executor:
             run.work.uncancel()
 
     async def _load(self, function: BaseTask[Any, Any], task: Task) -> tuple[list[Any], dict[str, Any], Any]:
-        reads = self.register.reads
-        args, kwargs = function.signature.decode(await get_value(reads, task.args, task.args_at))
-        body = await get_value(reads, task.checkpoint, task.checkpoint_at)
+        args, kwargs = function.signature.decode(await self.values.args(task))
+        body = await self.values.checkpoint(task)
         return args, kwargs, decode_any(body) if bytes(body) else None
 
     async def _permitted(self, run: Running, function: BaseTask[Any, Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -253,16 +274,16 @@ class Executor:
             check_size(body, f"the result of {function.name}")
         except UsageError as error:
             raise InvalidResult(str(error)) from None
-        raw, at = await self.store_value(run, body)
+        raw, at = await self.store_value(run, "result", body)
         self.keeper.completed += 1
         return lambda task: transitions.complete(task, run.token, raw, at, self.now())
 
-    async def store_value(self, run: Running, body: bytes) -> tuple[Raw, str]:
-        """Do what `put_value` does for what the outcome needs, however long it takes."""
+    async def store_value(self, run: Running, what: Literal["result", "checkpoint"], body: bytes) -> tuple[Raw, str]:
+        """Do what `Values.put` does for what the outcome needs, however long it takes."""
         tries = 0
         while True:
             try:
-                return await put_value(self.register.reads, run.listing.task, body)
+                return await self.values.put(run.listing.task, what, body)
             except StoreError as error:
                 log.error("task %s: its result cannot be stored yet: %s", run.listing.task, error)  # noqa: TRY400
                 await pause(self.clock, tries)
@@ -277,6 +298,11 @@ class Executor:
         # nobody cancelled it but the handler itself
         return self._retried(run, self.tasks[run.listing.name], error)
 
+    def _unopened(self, run: Running, error: EncryptionKeyMissing) -> Callable[[Task], Task]:
+        """Put back a task whose values are encrypted under a key that is not here: nothing is wrong with it, nor with its try."""
+        log.error("task %s (%s) is left to a worker that has the key: %s", run.listing.task, run.listing.name, error)
+        return lambda task: transitions.snooze(task, run.token, self.now() + WITHOUT_KEY, self.now(), "its worker lacks the key")
+
     def failed(self, run: Running, error: BaseException, *, trace: bool) -> Callable[[Task], Task]:
         """Return the move of an attempt that failed for good."""
         if run.stop == "cancel":
@@ -284,6 +310,7 @@ class Executor:
         self.keeper.failed += 1
         info = describe(error, trace=trace)
         log.error("task %s (%s) failed for good: %s: %s", run.listing.task, run.listing.name, info.type, info.message)
+        info = self.values.hide(run.listing.task, info)
         return lambda task: transitions.fail(task, run.token, info, self.now())
 
     def _retried(self, run: Running, function: BaseTask[Any, Any], error: BaseException) -> Callable[[Task], Task]:
@@ -304,6 +331,7 @@ class Executor:
             info.type,
             info.message,
         )
+        info = self.values.hide(run.listing.task, info)
         return lambda task: transitions.retry(task, run.token, info, self.now() + wait, self.now())
 
     def now(self) -> int:

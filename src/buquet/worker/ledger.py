@@ -11,11 +11,11 @@ import msgspec
 from msgspec import Raw
 
 from buquet.errors import InvalidPayload, InvalidResult
-from buquet.queue.payloads import LARGEST, get_value
+from buquet.queue.payloads import LARGEST
 from buquet.records import ErrorInfo, ItemFailure, PackItems, PackState, Task
 
 if TYPE_CHECKING:
-    from buquet.store.retrying import Retrying
+    from buquet.queue.payloads import Values
 
 TRACES = 10
 """Failed items of a pack whose traceback is kept."""
@@ -60,11 +60,11 @@ class Ledger:
         """How many items have none."""
         return len(self.items) - self.done - len(self.failed)
 
-    async def load(self, reads: Retrying) -> None:
-        """Read the items and the last checkpoint. Raises InvalidPayload, UnreadableRecord."""
+    async def load(self, values: Values) -> None:
+        """Read the items and the last checkpoint. Raises InvalidPayload, UnreadableRecord, EncryptionKeyMissing."""
         task = self.task
-        args = await get_value(reads, task.args, task.args_at)
-        body = await get_value(reads, task.checkpoint, task.checkpoint_at)
+        args = await values.args(task)
+        body = await values.checkpoint(task)
         try:
             self.items = _items.decode(args).items
             state = _state.decode(body) if bytes(body) else PackState(started=task.started)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from buquet.errors import Fail, InvalidPayload, InvalidResult, Snooze, StoreError, UnreadableRecord, UsageError
 from buquet.queue import transitions
 from buquet.queue.attempt import Attempt
-from buquet.queue.payloads import put_value
 from buquet.records import ABSENT, ErrorInfo, Progress, Task
 from buquet.worker.failures import TaskLogger, describe
 from buquet.worker.lanes import AsyncLane, ThreadLane
@@ -68,7 +67,7 @@ class PackRunner:
         """Run what is not done; return the move that the outcome asks for. Cancelled from outside, it raises CancelledError."""
         run, ledger = self.claim, self.ledger
         try:
-            await ledger.load(self.executor.register.reads)
+            await ledger.load(self.executor.values)
         except (InvalidPayload, UnreadableRecord, UsageError) as error:
             return self.executor.failed(run, error, trace=False)
         self._saved = ledger.version
@@ -198,7 +197,7 @@ class PackRunner:
         run.listing.progress = Progress(fraction=self.ledger.settled / self.task.pack)
         version, body = self.ledger.snapshot()
         try:
-            raw, at = await put_value(self.executor.register.reads, self.task.id, body)
+            raw, at = await self.executor.values.put(self.task.id, "checkpoint", body)
         except StoreError as error:
             log.warning("task %s: its checkpoint could not be stored: %s", self.task.id, error)
             self._save_at = self.clock.monotonic() + SAVE_EVERY
@@ -226,7 +225,7 @@ class PackRunner:
         if run.keeper.lost:  # nothing may be written any more; the move is not stored either
             return lambda task: task
         if not ledger.left and not ledger.failed:
-            raw, at = await executor.store_value(run, ledger.result())
+            raw, at = await executor.store_value(run, "result", ledger.result())
             executor.keeper.completed += 1
 
             def complete(task: Task) -> Task:
@@ -235,7 +234,7 @@ class PackRunner:
 
             return complete
         _, body = ledger.snapshot()
-        kept, kept_at = await executor.store_value(run, body)
+        kept, kept_at = await executor.store_value(run, "checkpoint", body)
         end = self._unfinished()
         return lambda task: end(transitions.checkpoint(task, run.token, kept, kept_at))
 
@@ -253,5 +252,5 @@ class PackRunner:
         count = f"{len(ledger.failed)} of {self.task.pack} items failed"
         text = f"{count}; the first of them, item {first.index}: {first.type}: {first.message}"
         log.error("task %s (%s) failed for good: %s", self.task.id, self.task.name, text)
-        info = ErrorInfo(type="ItemsFailed", message=text)
+        info = executor.values.hide(self.task.id, ErrorInfo(type="ItemsFailed", message=text))
         return lambda task: transitions.fail(task, run.token, info, executor.now())

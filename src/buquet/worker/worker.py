@@ -98,8 +98,8 @@ class Worker:
         self.reaper = Reaper(self.register, self.clock, client.added, self._ended)
         self.fleet = Fleet(self.register, self.clock, self.keeper, self.reaper)
         self.journal = JournalWriter(self.register.reads, self.clock, lambda: self.keeper.id, self.fleet.due_now_ms)
-        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, self._ended)
-        self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks)
+        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, self._ended, client.sealer)
+        self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks, client.sealer)
         self.children = Children(self, runs(self)) if runs else None
         self.executor.children = self.children
         self.finders = [QueueFinder(queue, self.looks.reads, self.clock, self.fleet, self._handled) for queue in served]

@@ -14,6 +14,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from buquet.records import ErrorInfo
+from buquet.sealing import HIDDEN
 from buquet.workflow import ranges
 from buquet.workflow.expression import PENDING, SKIPPED, Fault, is_mark, show, strongest
 from buquet.workflow.records import OVER, Fan, ItemError, RunRecord, Sent, StepRecord
@@ -292,7 +293,7 @@ class _Advance:
         return self._end(name, "done", result=Raw(msgspec.json.encode(value)))
 
     def _fault(self, name: str, fault: Fault) -> set[str]:
-        error = ErrorInfo(type="InvalidPayload", message=fault.reason)
+        error = ErrorInfo(type="InvalidPayload", message=HIDDEN if self.values.hidden else fault.reason)
         self._fail(name, error)
         return self._end(name, "failed", error=error, untried=True)
 
@@ -312,7 +313,8 @@ class _Advance:
     def _complete(self) -> None:
         value = self.values.of(self.run, self.graph.output)
         if isinstance(value, Fault):
-            error = ErrorInfo(type="InvalidResult", message=f"the run's result has no value: {value.reason}")
+            reason = HIDDEN if self.values.hidden else value.reason
+            error = ErrorInfo(type="InvalidResult", message=f"the run's result has no value: {reason}")
             self.run = replace(self.run, state="failing", error=error)
             return
         output = Raw(msgspec.json.encode(None if is_mark(value) else value))

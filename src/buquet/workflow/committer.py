@@ -10,8 +10,9 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from buquet import keys
-from buquet.errors import StoreError, UnreadableRecord
-from buquet.queue.payloads import get_value
+from buquet.errors import EncryptionKeyMissing, StoreError, UnreadableRecord
+from buquet.queue.payloads import Values as ValuesAtRest
+from buquet.sealing import key_id_of
 from buquet.store.base import Stored
 from buquet.workflow.advance import advance
 from buquet.workflow.graph import Graph
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from buquet.clock import Clock
+    from buquet.sealing import Sealer
     from buquet.store.register import Held, Register, Write
     from buquet.workflow.event import Event
 
@@ -44,8 +46,9 @@ class Known(NamedTuple):
 class Committer:
     """The only one that writes runs' records in a process."""
 
-    def __init__(self, register: Register, clock: Clock, now: Callable[[], int]) -> None:
+    def __init__(self, register: Register, clock: Clock, now: Callable[[], int], sealer: Sealer) -> None:
         self.register = register
+        self.at_rest = ValuesAtRest(register.reads, sealer)
         self.clock = clock
         self.now = now
         self.lost_races = 0
@@ -85,7 +88,7 @@ class Committer:
         """Return a run's graph. Raises UnreadableRecord for one that this buquet cannot read."""
         plan = self._plans.get(run.id)
         if plan is None:
-            body = await get_value(self.register.reads, run.graph, run.graph_at)
+            body = await self.at_rest.get_of_run(run.id, run.graph, run.graph_at)
             try:
                 plan = Plan(msgspec.json.decode(body, type=Graph))
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError) as error:
@@ -94,9 +97,10 @@ class Committer:
             self._plans[run.id] = plan
         return plan
 
-    def values(self, plan: Plan) -> Values:
+    def values(self, run_id: str, plan: Plan) -> Values:
         """Return what looks up the values of a run's steps; those in payloads as far as they were fetched."""
-        return Values(plan.graph, self._payloads)
+        hidden = bool(self.at_rest.sealer.key_id)
+        return Values(plan.graph, self._payloads, lambda body: self.at_rest.open_of_run(run_id, body), hidden=hidden)
 
     async def fetch(self, missing: Missing) -> None:
         """Fetch payloads, so that what needs them can be computed again. Raises UnreadableRecord when one is gone."""
@@ -146,7 +150,7 @@ class Committer:
                 for _, future in taken:
                     if not future.done():
                         future.set_result(result)
-        except (StoreError, UnreadableRecord, msgspec.DecodeError) as error:
+        except (StoreError, UnreadableRecord, EncryptionKeyMissing, msgspec.DecodeError) as error:
             for _, future in (*taken, *queue):
                 if not future.done():
                     future.set_exception(error)
@@ -198,7 +202,7 @@ class Committer:
             races += 1
 
     async def _after(self, run: RunRecord, plan: Plan, events: list[Event]) -> RunRecord:
-        values = self.values(plan)
+        values = self.values(run.id, plan)
         now = self.now()
         after = run
         for event in events:
@@ -206,19 +210,26 @@ class Committer:
         return after if after is run else await self._spill(after)
 
     async def _spill(self, run: RunRecord) -> RunRecord:
-        """Move what is too large for the record to payloads, before the record points at them."""
+        """Move what is too large for the record to payloads, before the record points at them; seal what is plain yet."""
         for name, record in run.steps.items():
             fan = record.fan
             if fan is not None and sum(len(bytes(each)) for each in fan.results.values()) > FAN_INLINE:
                 key = await self._put(run.id, msgspec.json.encode(fan.results))
                 fan = replace(fan, results={}, chunks=(*fan.chunks, key))
                 run = replace(run, steps={**run.steps, name: replace(record, fan=fan)})
-            elif len(bytes(record.result)) > INLINE:
-                key = await self._put(run.id, bytes(record.result))
-                run = replace(run, steps={**run.steps, name: replace(record, result=Raw(b""), result_at=key)})
-        if len(bytes(run.output)) > INLINE:
-            run = replace(run, output=Raw(b""), output_at=await self._put(run.id, bytes(run.output)))
+            elif self._is_loose(record.result):
+                value, at = await self.at_rest.put_of_run(run.id, run.id, bytes(record.result), INLINE)
+                run = replace(run, steps={**run.steps, name: replace(record, result=value, result_at=at)})
+        if self._is_loose(run.output):
+            value, at = await self.at_rest.put_of_run(run.id, run.id, bytes(run.output), INLINE)
+            run = replace(run, output=value, output_at=at)
         return run
+
+    def _is_loose(self, value: Raw) -> bool:
+        """Tell whether a value that `advance` made itself is not yet as it is to be stored."""
+        body = bytes(value)
+        sealed = key_id_of(body) if self.at_rest.sealer.key_id else ""
+        return not sealed and (len(body) > INLINE or (bool(body) and bool(self.at_rest.sealer.key_id)))
 
     async def _put(self, run_id: str, body: bytes) -> str:
         key = keys.payload(run_id, body)

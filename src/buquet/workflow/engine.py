@@ -10,9 +10,9 @@ import msgspec
 from msgspec import Raw
 
 from buquet import keys
-from buquet.errors import UnreadableRecord
+from buquet.errors import EncryptionKeyMissing, UnreadableRecord
 from buquet.queue.parent import Ending, Later
-from buquet.records import ABSENT, TERMINAL, ErrorInfo, Task
+from buquet.records import TERMINAL, ErrorInfo, Task
 from buquet.workflow import ranges
 from buquet.workflow.advance import advance
 from buquet.workflow.carriers import KINDS, START, arguments, of_step
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from buquet.clock import Clock
     from buquet.queue.parent import Helper
     from buquet.queue.pruning import Pruner
+    from buquet.sealing import Sealer
     from buquet.store.register import Register
     from buquet.workflow.event import Event
     from buquet.workflow.follow import Follow
@@ -45,17 +46,17 @@ ALMOST = 0.2
 """Seconds until a task that waits for the write of another's end is looked at again."""
 UNREADABLE = 60.0
 
-CANCELLED = Ending("cancelled", ABSENT, "", None)
-CARRIED = Ending("completed", Raw(b"null"), "", None)
+CANCELLED = Ending("cancelled")
+CARRIED = Ending("completed")
 
 
 class Engine:
     """One worker's side of all runs."""
 
-    def __init__(self, register: Register, clock: Clock, now: Callable[[], int]) -> None:
+    def __init__(self, register: Register, clock: Clock, now: Callable[[], int], sealer: Sealer) -> None:
         self.register = register
         self.clock = clock
-        self.committer = Committer(register, clock, now)
+        self.committer = Committer(register, clock, now, sealer)
         self.now = now
         self.ended: Callable[[RunRecord], None] = lambda _run: None
         """Told of a run that an event of this worker has ended."""
@@ -77,7 +78,7 @@ class Engine:
             return False
         try:
             held = await self.committer.read(task.run)
-        except UnreadableRecord as error:
+        except (UnreadableRecord, EncryptionKeyMissing) as error:
             log.error("task %s waits, since its run cannot be read: %s", task.id, error)  # noqa: TRY400 - the text says all
             raise Later(UNREADABLE, "its run cannot be read") from None
         run = held.record if held else None
@@ -118,13 +119,13 @@ class Engine:
         """Record in the run how a task of it ended, and submit what follows. See Parent.deliver."""
         try:
             return await self._deliver(task, ended, helper)
-        except UnreadableRecord as error:
+        except (UnreadableRecord, EncryptionKeyMissing) as error:
             log.error("task %s waits, since its run cannot be read: %s", task.id, error)  # noqa: TRY400 - the text says all
             raise Later(UNREADABLE, "its run cannot be read") from None
 
     async def _deliver(self, task: Task, ended: Task | None, helper: Helper) -> Ending:
         holds = ended is None and first_claim(task) and await helper.holds(task)
-        event = await event_of(task, ended, self.register.reads, holds=holds)
+        event = await event_of(task, ended, self.committer.at_rest, holds=holds)
         known = await (self._start(task, event) if task.name == START else self.committer.commit(task.run, event))
         if known is None:
             if task.name in KINDS and await self._starts_yet(task.run):
@@ -135,8 +136,7 @@ class Engine:
             self.ended(known.run)
         if task.name in KINDS:
             return CARRIED
-        found = verdict(known.run, event)
-        return Ending(found.state, found.result, found.result_at, found.error)
+        return verdict(known.run, event)
 
     async def _starts_yet(self, run_id: str) -> bool:
         held = await self.register.read(Task, keys.task(run_id))
@@ -182,7 +182,7 @@ class Engine:
                 graph=Raw(b"{}"),
                 graph_at="",
             )
-        return advance(run, plan, event, self.now(), self.committer.values(plan))
+        return advance(run, plan, event, self.now(), self.committer.values(run.id, plan))
 
     # ------------------------------------------------------------------ what follows
 
@@ -212,7 +212,7 @@ class Engine:
             await helper.submit(task, await self._arguments(run, follow, plan))
 
     async def _arguments(self, run: RunRecord, follow: Follow, plan: Plan) -> bytes:
-        values = self.committer.values(plan)
+        values = self.committer.values(run.id, plan)
         while True:
             try:
                 return arguments(run, follow, plan, values)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from buquet.records import ABSENT, ErrorInfo
+from buquet.queue.parent import Ending
+from buquet.records import ErrorInfo
 from buquet.workflow import ranges
 from buquet.workflow.records import OVER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from msgspec import Raw
 
     from buquet.workflow.event import Event
     from buquet.workflow.plan import Plan
@@ -71,29 +70,20 @@ def _of_undo(name: str, record: StepRecord) -> Iterator[Follow]:
             yield Follow("undo", name, index, record.gen)
 
 
-class Verdict(NamedTuple):
-    """How the task that carries an event is to end, as the run's record says."""
-
-    state: Literal["completed", "failed", "cancelled"]
-    result: Raw = ABSENT
-    result_at: str = ""
-    error: ErrorInfo | None = None
-
-
-def verdict(run: RunRecord, event: Event) -> Verdict:
+def verdict(run: RunRecord, event: Event) -> Ending:
     """Return how a step's, or an undo's, task is to end: the first outcome of its generation counts."""
     record = run.step(event.step)
     if record.gen != event.gen:
-        return Verdict("cancelled")
+        return Ending("cancelled")
     if event.kind == "undo":
         failed = record.undo_error is not None and event.outcome != "done"
-        return Verdict("failed", error=record.undo_error) if failed else Verdict("completed" if record.undo else "cancelled")
+        return Ending("failed", error=record.undo_error) if failed else Ending("completed" if record.undo else "cancelled")
     if record.fan is not None:
         fan = record.fan
         if ranges.has(fan.failed, event.item):
-            return Verdict("failed", error=event.error or ErrorInfo(type="ItemsFailed", message="its run holds it as failed"))
+            return Ending("failed", error=event.error or ErrorInfo(type="ItemsFailed", message="its run holds it as failed"))
         good = ranges.has(fan.ended, event.item) and not ranges.has(fan.stopped, event.item)
-        return Verdict("completed" if good else "cancelled")
+        return Ending("completed" if good else "cancelled")
     if record.state == "done":
-        return Verdict("completed", record.result, record.result_at)
-    return Verdict("failed", error=record.error) if record.state == "failed" else Verdict("cancelled")
+        return Ending("completed")
+    return Ending("failed", error=record.error) if record.state == "failed" else Ending("cancelled")

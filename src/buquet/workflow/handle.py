@@ -11,7 +11,6 @@ from buquet import keys
 from buquet.codec import decode_any
 from buquet.errors import RunCancelled, RunFailed, TaskNotFound
 from buquet.queue.attempt import inside_handler
-from buquet.queue.payloads import get_value
 from buquet.workflow import ranges, sending
 from buquet.workflow.graph import Graph
 from buquet.workflow.records import OVER, RunRecord
@@ -99,7 +98,7 @@ class Run(Generic[R_co]):
         client = self.home.client
         run = await self.arecord()
         source = run if run is not None else (await client.read(self.id)).record
-        return msgspec.json.decode(await get_value(client.reads, source.graph, source.graph_at), type=Graph)
+        return msgspec.json.decode(await client.values.get_of_run(self.id, source.graph, source.graph_at), type=Graph)
 
     async def asteps(self) -> list[StepInfo]:
         """Return the run's steps as they are now, each after what it needs."""
@@ -148,7 +147,7 @@ class Run(Generic[R_co]):
         run = held.record
         if run.state != "completed":
             raise run_ending(run)
-        body = await get_value(client.reads, run.output, run.output_at)
+        body = await client.values.get_of_run(self.id, run.output, run.output_at)
         return cast("R_co", self._signature.decode_result(body) if self._signature else decode_any(body))
 
     def record(self) -> RunRecord | None:

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import Raw
 
-from buquet import keys
-from buquet.queue.payloads import get_value
-from buquet.records import ABSENT, ErrorInfo, PackState, Task
+from buquet.records import ErrorInfo, PackState, Task
+from buquet.sealing import HIDDEN
 from buquet.workflow.advance import KEPT_ERRORS
 from buquet.workflow.carriers import KINDS, Orders
 from buquet.workflow.event import Event
 from buquet.workflow.records import ItemError
 
 if TYPE_CHECKING:
-    from buquet.store.retrying import Retrying
+    from buquet.queue.payloads import Values
 
 INLINE = 2 << 10
 """The most bytes of a result that the run's record holds itself."""
@@ -25,16 +24,16 @@ _orders = msgspec.json.Decoder(Orders)
 _state = msgspec.json.Decoder(PackState)
 
 
-async def event_of(task: Task, ended: Task | None, reads: Retrying, *, holds: bool) -> Event:
+async def event_of(task: Task, ended: Task | None, values: Values, *, holds: bool) -> Event:
     """Return the event that a task carries; its large values are stored by then. Raises UnreadableRecord, StoreError.
 
     `holds`: its claim was seen to be the first and to hold after the run was read.
     """
     kind = KINDS.get(task.name)
     if kind is not None:
-        body = await get_value(reads, task.args, task.args_at) if kind != "start" else b""
+        body = await values.args(task) if kind != "start" else b""
         orders = _orders.decode(body) if bytes(body) else Orders()
-        value, at = await _kept(reads, task.run, bytes(orders.value))
+        value, at = await values.put_of_run(task.run, task.run, bytes(orders.value), INLINE)
         return Event(
             id=task.id,
             kind=kind,
@@ -52,14 +51,14 @@ async def event_of(task: Task, ended: Task | None, reads: Retrying, *, holds: bo
     if ended is None or ended.state == "cancelled":
         return event._replace(tried=not holds)
     if ended.state == "completed":
-        if ended.result_at:
+        if ended.result_at and not values.sealer.key_id:
             return event._replace(outcome="done", result_at=ended.result_at)
-        value, at = await _kept(reads, task.id, bytes(ended.result))
+        value, at = await values.put_of_run(task.run, task.id, bytes(await values.result(ended)), INLINE)
         return event._replace(outcome="done", result=value, result_at=at)
     error = ended.error or ErrorInfo(type="TaskExpired", message="it was not started before its deadline")
     brief = ErrorInfo(type=error.type, message=error.message[:2000])
     event = event._replace(outcome="failed", error=brief, tried=_unsure(task, error) and not holds)
-    return await _of_pack(event, task, ended, reads) if task.pack and ended.state == "failed" else event
+    return await _of_pack(event, task, ended, values) if task.pack and ended.state == "failed" else event
 
 
 def first_claim(task: Task) -> bool:
@@ -73,18 +72,9 @@ def _unsure(task: Task, error: ErrorInfo) -> bool:
     return task.losses > 0 or error.type in {"AttemptTimeout", "WorkerLost"} or any(e.why in given_up for e in task.events)
 
 
-async def _kept(reads: Retrying, owner: str, body: bytes) -> tuple[Raw, str]:
-    """Return what a run's record holds of a value: the value, or the key of the payload that was written for it."""
-    if len(body) <= INLINE:
-        return Raw(body), ""
-    key = keys.payload(owner, body)
-    await reads.put(key, body)
-    return ABSENT, key
-
-
-async def _of_pack(event: Event, task: Task, ended: Task, reads: Retrying) -> Event:
+async def _of_pack(event: Event, task: Task, ended: Task, values: Values) -> Event:
     """Tell of a pack that failed: which items did, and the results of the others."""
-    body = await get_value(reads, ended.checkpoint, ended.checkpoint_at)
+    body = await values.checkpoint(ended)
     if not bytes(body):
         return event
     state = _state.decode(body)
@@ -92,9 +82,10 @@ async def _of_pack(event: Event, task: Task, ended: Task, reads: Retrying) -> Ev
     places = (at for start, end in state.done for at in range(start, end))
     for at, result in zip(places, state.results, strict=True):
         results[at] = result
-    value, at_key = await _kept(reads, task.id, msgspec.json.encode({"results": results}))
+    value, at_key = await values.put_of_run(task.run, task.id, msgspec.json.encode({"results": results}), INLINE)
     base = task.index * task.pack
     errors = tuple(
-        ItemError(index=base + each.index, type=each.type, message=each.message) for each in state.failed[:KEPT_ERRORS]
+        ItemError(index=base + each.index, type=each.type, message=HIDDEN if values.sealer.key_id else each.message)
+        for each in state.failed[:KEPT_ERRORS]
     )
     return event._replace(result=value, result_at=at_key, errors=errors)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import Raw
 
+from buquet.records import ABSENT
 from buquet.workflow.expression import PENDING, SKIPPED, evaluate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from buquet.workflow.expression import Expr
     from buquet.workflow.graph import Graph
@@ -24,12 +26,35 @@ class Missing(Exception):
         self.keys = keys
 
 
+class _Entry(msgspec.Struct):
+    """What is kept of the result of one task of an `each`: the value, or the payload that holds it."""
+
+    v: Raw = ABSENT
+    at: str = ""
+
+
+def plain(body: bytes | Raw) -> bytes | Raw:
+    """Return a value that is not encrypted."""
+    return body
+
+
 class Values:
     """Looks steps up in a run's record; the bodies of payloads are given to it. Raises Missing for those that are not."""
 
-    def __init__(self, graph: Graph, payloads: Mapping[str, bytes]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        payloads: Mapping[str, bytes],
+        opened: Callable[[bytes | Raw], bytes | Raw] = plain,
+        *,
+        hidden: bool = False,
+    ) -> None:
         self.graph = graph
         self.payloads = payloads
+        self.opened = opened
+        """Decrypts what is encrypted."""
+        self.hidden = hidden
+        """Whether values may not be shown in errors' texts."""
         self._known: dict[str, tuple[StepRecord, Any]] = {}
 
     def of(self, run: RunRecord, expr: Expr) -> Any:
@@ -59,31 +84,25 @@ class Values:
             parts = [part["results"] if part else [None] * size for part, size in zip(each, sizes, strict=True)]
             return [item for part in parts for item in part]
         body = self._body(record.result_at) if record.result_at else record.result
-        return msgspec.json.decode(body)
+        return msgspec.json.decode(self.opened(body))
 
     def results(self, fan: Fan) -> dict[int, Any]:
         """Return what the tasks of an `each` came to, by their index; those without a result are not in it."""
         absent = {key for key in fan.chunks if key not in self.payloads}
         if absent:
             raise Missing(absent)
-        found: dict[int, Any] = {}
+        found: dict[int, _Entry] = {}
         for key in fan.chunks:
-            found |= msgspec.json.decode(self.payloads[key], type=dict[int, Any])
-        found |= {index: msgspec.json.decode(raw) for index, raw in fan.results.items()}
-        absent = {each["at"] for each in found.values() if _elsewhere(each) and each["at"] not in self.payloads}
+            found |= msgspec.json.decode(self.payloads[key], type=dict[int, _Entry])
+        found |= {index: msgspec.json.decode(raw, type=_Entry) for index, raw in fan.results.items()}
+        absent = {each.at for each in found.values() if each.at and each.at not in self.payloads}
         if absent:
             raise Missing(absent)
-        return {
-            index: msgspec.json.decode(self.payloads[each["at"]]) if _elsewhere(each) else each["v"]
-            for index, each in found.items()
-        }
+        bodies = {index: self.payloads[each.at] if each.at else each.v for index, each in found.items()}
+        return {index: msgspec.json.decode(self.opened(body)) for index, body in bodies.items()}
 
     def _body(self, key: str) -> bytes:
         body = self.payloads.get(key)
         if body is None:
             raise Missing({key})
         return body
-
-
-def _elsewhere(entry: dict[str, Any]) -> bool:
-    return "at" in entry

@@ -1,4 +1,4 @@
-"""What an S3 server's refusals mean, in this library's errors."""
+"""What the refusals of S3 servers and of Azure mean, in this library's errors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ STATUS = re.compile(r"status code: (\d{3})")
 CODE = re.compile(r"<Code>\s*([\w.]+)\s*</Code>")
 MESSAGE = re.compile(r"<Message>([^<]{1,300})")
 
+NO_BUCKET = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted"}
 FULL = {"QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull", "InsufficientStorage"}
 DENIED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 """Refusals of credentials that come with status 400."""
@@ -40,13 +41,14 @@ class Place(NamedTuple):
     prefix: str
     endpoint: str | None
     region: str | None
+    scheme: str = "s3"
 
     @property
     def url(self) -> str:
         """The URL that `open_store` understands."""
         query = {"endpoint": self.endpoint, "region": self.region}
         options = urlencode({name: value for name, value in query.items() if value}, safe=":/[]")
-        return f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "") + (f"?{options}" if options else "")
+        return f"{self.scheme}://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "") + (f"?{options}" if options else "")
 
 
 def status_of(error: BaseException) -> int:
@@ -63,14 +65,14 @@ def code_of(error: BaseException) -> str:
 
 def is_conflict(error: BaseException) -> bool:
     """Tell whether the condition of a PUT was not met. 409: another conditional write of the key was under way."""
-    if code_of(error) == "NoSuchBucket":  # a conditional PUT's 404 comes as a PreconditionError, too
+    if code_of(error) in NO_BUCKET:  # a conditional PUT's 404 comes as a PreconditionError, too
         return False
     return isinstance(error, AlreadyExistsError | PreconditionError) or status_of(error) in {409, 412}
 
 
 def is_missing(error: BaseException) -> bool:
     """Tell whether the key, but not the bucket, is missing."""
-    return isinstance(error, FileNotFoundError) and code_of(error) != "NoSuchBucket"
+    return isinstance(error, FileNotFoundError) and code_of(error) not in NO_BUCKET
 
 
 def is_no_version(error: BaseException) -> bool:
@@ -82,19 +84,20 @@ def explain(error: BaseException, what: str, place: Place, *, answered: bool) ->
     """Turn an obstore error into one of ours. `what` is the request, `answered` whether this store ever had a good answer."""
     status, code = status_of(error), code_of(error)
     said = _said(error, status, code)
-    where = place.endpoint or "AWS"
-    if code == "NoSuchBucket":
-        return BucketMissing(f"there is no bucket {place.bucket!r} at {where}. Create it, or run `buquet init --url {place.url}`")
+    where = place.endpoint or ("AWS" if place.scheme == "s3" else "Azure")
+    if code in NO_BUCKET:
+        how = f"Create it, or run `buquet init --url {place.url}`" if place.scheme == "s3" else "Create it"
+        return BucketMissing(f"there is no bucket {place.bucket!r} at {where}. {how}")
     if any(sign in str(error) for sign in ROLE):
         if answered:  # it has given credentials before, and will again
             return StoreUnavailable(f"{what} in {place.url}: the machine's role could not be asked ({said})")
-        return AccessDenied(f"no credentials were found for {what} in {place.url}. {_looked()}")
+        return AccessDenied(f"no credentials were found for {what} in {place.url}. {_looked(place)}")
     if code in FULL or status == 507:
         return StoreFull(f"{what} in {place.url}: {said}. Free space or raise the quota; nothing was written")
     if code in ELSEWHERE or "incorrectly configured region" in str(error) or status == 301:
         return StoreRefused(f"{what} in {place.url}: {said}. Name the bucket's own region, by ?region= or AWS_REGION")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in {401, 403} or code in DENIED:
-        return AccessDenied(f"{what} in {place.url} was denied: {said}. {_looked()}")
+        return AccessDenied(f"{what} in {place.url} was denied: {said}. {_looked(place)}")
     if status == 501 or code == "NotImplemented":
         return StoreUnfit(f"{what}: {where} does not do this ({said}). buquet needs PUT with If-None-Match and If-Match")
     if status in {0, 408, 409, 412, 429} or status >= 500 or code in PASSING:
@@ -102,7 +105,9 @@ def explain(error: BaseException, what: str, place: Place, *, answered: bool) ->
     return StoreRefused(f"{what} in {place.url}: {said}")
 
 
-def _looked() -> str:
+def _looked(place: Place) -> str:
+    if place.scheme == "az":
+        return "Credentials are taken from AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or other AZURE_… variables"
     return (
         "Credentials are taken from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, else from AWS_PROFILE and the files in ~/.aws "
         "(with boto3 installed), else from the role of this container or machine"

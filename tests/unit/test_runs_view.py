@@ -255,3 +255,27 @@ def test_what_cannot_be_read_is_named_and_the_others_are_shown():
         assert bad.id in scan.unreadable[0]
 
     at_place(check)
+
+
+def test_an_encrypted_run_shows_without_its_key_what_has_begun():
+    async def main(clock):
+        store = MemoryStore(clock)
+        app = App(store=store, clock=clock, encryption="MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=")
+        app.background = Background(clock.loop)
+        gate = asyncio.Event()
+        _, holds, *_ = declare(app, gate)
+        run = await holds.astart(7)
+        gate.set()
+        worker = app.worker(heartbeat_thread=False)
+        working = asyncio.create_task(worker.arun())
+        await clock.sleep(3)
+        whole = await runs.read(app.client, run.id)
+        assert [step.condition for step in whole.steps] == ["", "", "go", "not (go)"]
+        stranger = App(store=store, clock=clock).client
+        view = await runs.read(stranger, run.id)
+        assert {step.name: step.state for step in view.steps} == {"held": "completed", "go": "running"}
+        assert [each.id for each in await runs.find(stranger, runs.RunFilter(), None, Scan(stranger))] == [run.id]
+        worker.stop()
+        await working
+
+    run_virtual(main)

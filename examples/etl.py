@@ -91,7 +91,7 @@ def load(database: str, tables: list[File], values: list[File], texts: list[File
 def etl(folders: list[str], database: str, most: int = 200) -> int:
     found = find(folders, most)
     # the three kinds are read side by side; a file that cannot be read is None in its list, and the others count
-    tables = clean(each(read_csv.options(allow_failures=True), found.csv))
+    tables = clean.options(step="clean_csv")(each(read_csv.options(allow_failures=True), found.csv))
     values = clean.options(step="clean_json")(each(read_json.options(allow_failures=True), found.json))
     texts = clean.options(step="clean_text")(each(read_text.options(allow_failures=True), found.text, pack=20))
     return load(database, tables, values, texts)

@@ -119,7 +119,9 @@ def _timeline(task_id: str, task: dict[str, Any]) -> list[str]:
             found.append(f"I7: {task_id} had ended, and then came {event['why']!r}")
         if event["state"] == "running" and event["why"] in {"claimed", "taken over"}:
             worker = event.get("worker", "")
-        if event["why"] in {"completed", "failed", "retry", "snoozed", "released"} and event.get("worker", "") != worker:
+        by_claimant = event["why"] in {"completed", "failed", "retry", "snoozed", "released"}
+        # of a long timeline the middle is left out, and with it perhaps the claim
+        if by_claimant and event.get("worker", "") != worker and (worker or not task.get("dropped")):
             found.append(f"I9: {task_id} was claimed by {worker}, and {event['why']} by {event.get('worker')}")
         ended = ended or event["state"] in ENDED
     if task["state"] in ENDED and not ended and not task.get("dropped"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from buquet import keys
-from buquet.errors import StoreError
+from buquet.errors import Refused, StoreError, TaskNotFound
 from buquet.queue import transitions
 from buquet.queue.parent import Later, is_system
 from buquet.records import ErrorInfo, Raw, Task
@@ -126,7 +127,8 @@ class Children:
         while held is not None:
             there = held.record
             if there.state == "running":
-                await self.client.cancel(task.id)
+                with suppress(Refused, TaskNotFound):  # it has ended since it was read
+                    await self.client.cancel(task.id)
                 return
             if there.state != "pending":
                 return

@@ -176,7 +176,7 @@ class _Advance:
         if run.state in OVER or (paused and run.state != "running"):
             return set()
         self.run = replace(run, paused=paused)
-        if not paused:
+        if run.paused and not paused:
             self._mark_all()
         return set()
 

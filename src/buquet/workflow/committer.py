@@ -10,7 +10,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from buquet import keys
-from buquet.errors import EncryptionKeyMissing, StoreError, UnreadableRecord
+from buquet.errors import UnreadableRecord
 from buquet.queue.payloads import Values as ValuesAtRest
 from buquet.sealing import key_id_of
 from buquet.store.base import Stored
@@ -150,7 +150,7 @@ class Committer:
                 for _, future in taken:
                     if not future.done():
                         future.set_result(result)
-        except (StoreError, UnreadableRecord, EncryptionKeyMissing, msgspec.DecodeError) as error:
+        except Exception as error:  # noqa: BLE001 - told to those that wait; else they would be cancelled without a word
             for _, future in (*taken, *queue):
                 if not future.done():
                     future.set_exception(error)

@@ -15,10 +15,10 @@ from buquet.queue.parent import Ending, Later
 from buquet.records import TERMINAL, ErrorInfo, Task
 from buquet.workflow import ranges
 from buquet.workflow.advance import advance
-from buquet.workflow.carriers import KINDS, START, arguments, of_step
+from buquet.workflow.carriers import KINDS, RETRY, START, arguments, of_step
 from buquet.workflow.committer import Committer, Known
 from buquet.workflow.follow import follows, verdict
-from buquet.workflow.outcome import event_of, first_claim
+from buquet.workflow.outcome import event_of, first_claim, left_nothing
 from buquet.workflow.pruning import prune_run
 from buquet.workflow.records import OVER, RunRecord
 from buquet.workflow.values import Missing
@@ -94,24 +94,27 @@ class Engine:
             return False
         if run.paused:
             raise Later(WHILE_PAUSED, "its run is paused")
-        before = self._must_have_ended(task)
-        if before and not await self._has_ended(before):
-            raise Later(ALMOST, f"task {before} is not over yet")
-        return True
+        before = [await self._over(each) for each in self._must_be_over(task)]
+        return not (task.undoes and before[0] and left_nothing(before[0]))
 
-    def _must_have_ended(self, task: Task) -> str:
-        """Return the task that must be over first: of the step that is undone, or of the step's last generation."""
+    def _must_be_over(self, task: Task) -> list[str]:
+        """Return the tasks that must be over first: of the step that is undone, or of the step's earlier generations.
+
+        Of all: one in between may have ended without its handler, which waited for those before it.
+        """
         if task.undoes:
-            return keys.follow_up(task.run, "step", task.step, task.index, task.gen)
-        return keys.follow_up(task.run, "step", task.step, task.index, task.gen - 1) if task.gen > 1 else ""
+            return [keys.follow_up(task.run, "step", task.step, task.index, task.gen)]
+        kinds, gens = ("step", "undo"), range(task.gen - 1, 0, -1)
+        return [keys.follow_up(task.run, kind, task.step, task.index, gen) for gen in gens for kind in kinds]
 
-    async def _has_ended(self, task_id: str) -> bool:
+    async def _over(self, task_id: str) -> Task | None:
+        """Return a task that is over, or None when there is none. Raises Later for one that is not over yet."""
         for wait in (0.01, 0.03, 0.1, 0.0):
             held = await self.register.read(Task, keys.task(task_id))
             if held is None or held.record.state in TERMINAL:
-                return True
+                return held.record if held is not None else None
             await self.clock.sleep(wait)
-        return False
+        raise Later(ALMOST, f"task {task_id} is not over yet")
 
     # ------------------------------------------------------------------ an outcome, or an event of the run's own
 
@@ -126,10 +129,12 @@ class Engine:
     async def _deliver(self, task: Task, ended: Task | None, helper: Helper) -> Ending:
         holds = ended is None and first_claim(task) and await helper.holds(task)
         event = await event_of(task, ended, self.committer.at_rest, holds=holds)
-        known = await (self._start(task, event) if task.name == START else self.committer.commit(task.run, event))
-        if known is None:
-            if task.name in KINDS and await self._starts_yet(task.run):
+        known = await self._commit(task, event)
+        if known is None and task.name in KINDS:
+            if await self._starts_yet(task.run):
                 raise Later(BEFORE_START, "its run has not started yet")
+            known = await self.committer.commit(task.run, event)  # it may have started just before that was asked
+        if known is None:
             return CANCELLED
         await self._follow_up(known, event, helper)
         if known.run.state in OVER and known.run.by == event.id:
@@ -137,6 +142,21 @@ class Engine:
         if task.name in KINDS:
             return CARRIED
         return verdict(known.run, event)
+
+    async def _commit(self, task: Task, event: Event) -> Known | None:
+        """Store what an event makes of its run; where it opens the run, its entry comes first."""
+        opens = {START: 1, RETRY: task.gen + 1}.get(task.name)
+        if opens is None:
+            return await self.committer.commit(task.run, event)
+        if task.name == START:
+            known = await self._start(task, event)
+        else:
+            await self.register.reads.put(keys.open_run(task.run, opens), b"")
+            known = await self.committer.commit(task.run, event)
+        if known is not None and known.run.by != event.id and (known.run.state in OVER or known.run.gen > opens):
+            # who carried it before may have gone on, and closed the run already: the entry written here is one too many
+            await self.register.reads.delete(keys.open_run(task.run, opens))
+        return known
 
     async def _starts_yet(self, run_id: str) -> bool:
         held = await self.register.read(Task, keys.task(run_id))

@@ -48,6 +48,8 @@ async def event_of(task: Task, ended: Task | None, values: Values, *, holds: boo
     event = Event(
         id=task.id, kind="undo" if task.undoes else "step", step=task.step, item=task.index, gen=task.gen, outcome="cancelled"
     )
+    if ended is None and task.undoes:  # its handler is not wanted: there is nothing to undo, see Engine.wanted
+        return event._replace(outcome="done")
     if ended is None or ended.state == "cancelled":
         return event._replace(tried=not holds)
     if ended.state == "completed":
@@ -57,7 +59,8 @@ async def event_of(task: Task, ended: Task | None, values: Values, *, holds: boo
         return event._replace(outcome="done", result=value, result_at=at)
     error = ended.error or ErrorInfo(type="TaskExpired", message="it was not started before its deadline")
     brief = ErrorInfo(type=error.type, message=error.message[:2000])
-    event = event._replace(outcome="failed", error=brief, tried=_unsure(task, error) and not holds)
+    # it may have been taken over by now, and who has it may be at work: see left_nothing
+    event = event._replace(outcome="failed", error=brief)
     return await _of_pack(event, task, ended, values) if task.pack and ended.state == "failed" else event
 
 
@@ -66,10 +69,15 @@ def first_claim(task: Task) -> bool:
     return not task.dropped and sum(event.why in {"claimed", "taken over"} for event in task.events) == 1
 
 
-def _unsure(task: Task, error: ErrorInfo) -> bool:
-    """Tell whether an attempt of a task that failed may have done its work, or go on doing it."""
+def left_nothing(task: Task) -> bool:
+    """Tell whether a task that is over, by its record, surely left nothing to undo: it raised, or never began.
+
+    Only the record at its end can tell: whoever delivers a failure to the run may have lost the claim, and another be at work.
+    """
+    if task.state not in {"failed", "expired"} or task.pack or task.losses or task.dropped:
+        return False
     given_up = {"released", "taken over", "lost"}
-    return task.losses > 0 or error.type in {"AttemptTimeout", "WorkerLost"} or any(e.why in given_up for e in task.events)
+    return not any(event.why in given_up or event.detail.startswith("AttemptTimeout") for event in task.events)
 
 
 async def _of_pack(event: Event, task: Task, ended: Task, values: Values) -> Event:

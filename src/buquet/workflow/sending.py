@@ -61,7 +61,10 @@ async def cancel(client: Client, run_id: str, *, undo: bool) -> Literal["cancell
 
 
 async def hold(client: Client, run_id: str, *, paused: bool) -> None:
-    """Pause or resume a run; one that is so already is left alone. Raises RunNotFound, Refused when it is over."""
+    """Pause or resume a run, also one that is so already: what was sent before may be still to come.
+
+    Raises RunNotFound, Refused when it is over.
+    """
     run = await read_run(client, run_id)
     if run is not None and run.state in OVER:
         msg = f"run {run_id} is {run.state}: there is nothing to {'pause' if paused else 'resume'}"
@@ -69,8 +72,6 @@ async def hold(client: Client, run_id: str, *, paused: bool) -> None:
     if run is not None and paused and run.state != "running":
         msg = f"run {run_id} is {run.state} and comes to its end: it cannot be paused any more"
         raise Refused(msg)
-    if run is not None and run.paused is paused:
-        return
     number = (run.pause[0] if run is not None else 0) + 1
     await _send(client, run_id, run, PAUSE if paused else RESUME, client.clock.new_id(), Orders(number=number))
 

@@ -1,0 +1,269 @@
+"""Commands about workflow runs: `buquet run …`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+import msgspec
+import typer
+
+from buquet.cli.base import Json, Tag, Target, Url, cli, load, open_app, run
+from buquet.cli.output import duration, moment, print_json, print_table, scan_progress, to_stderr
+from buquet.cli.selecting import tags_of
+from buquet.cli.watching import print_run, show, watch
+from buquet.errors import InvalidPayload, UsageError
+from buquet.insights import runs
+from buquet.insights.drawing import as_gantt, as_mermaid, as_svg
+from buquet.insights.runview import RunStatus, RunView
+from buquet.insights.scan import Scan
+from buquet.workflow import sending
+from buquet.workflow.handle import Run
+
+group = typer.Typer(name="run", help="Workflow runs: start, look at, steer.", no_args_is_help=True)
+cli.add_typer(group)
+
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="A run's id.")]
+
+
+@group.command()
+def start(
+    target: Target,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The workflow's name.")],
+    args: Annotated[str, typer.Option("--args", metavar="JSON", help="Positional arguments, a JSON array.")] = "[]",
+    kwargs: Annotated[str, typer.Option("--kwargs", metavar="JSON", help="Arguments by name, a JSON object.")] = "{}",
+    key: Annotated[str | None, typer.Option("--key", help="Start only one run under this key.")] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", metavar="K=V", help="A tag of the run and its tasks.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the run's end; status 1 unless it completes.")] = False,
+    url: Url = None,
+    json: Json = False,
+) -> None:
+    """Start a run of a workflow. Prints its id, and with --wait its result."""
+    app = load(target, url)
+    workflow = app.workflows.get(name)
+    if workflow is None:
+        msg = f"{target} has no workflow {name!r}; it has {', '.join(sorted(app.workflows)) or 'none'}"
+        raise UsageError(msg)
+    positional, by_name = _json(args, list[Any], "--args", "array"), _json(kwargs, dict[str, Any], "--kwargs", "object")
+    try:
+        # the workflow is traced with its declared types, as where it is started in Python
+        signature = workflow.signature
+        typed, named = signature.decode(signature.encode(signature.bind(tuple(positional), by_name)))
+    except (TypeError, InvalidPayload) as error:
+        msg = f"{name}{workflow.signature.signature}: {error}"
+        raise UsageError(msg) from None
+
+    async def work() -> None:
+        begun = await workflow.options(key=key, tags=tags_of(tag)).astart(*typed, **named)
+        if not wait:
+            print_json({"id": begun.id, "created": begun.created}) if json else print(begun.id)
+            return
+        if not json:
+            to_stderr(begun.id)
+        # as builtins: what is printed is JSON
+        result = await Run[Any](app, begun.id).aresult()
+        print_json({"id": begun.id, "created": begun.created, "status": "completed", "result": result} if json else result)
+
+    run(app, work)
+
+
+@group.command("get")
+def get_run(
+    run_id: RunId,
+    following: Annotated[bool, typer.Option("--watch", "-w", help="Follow it until it is over.")] = False,
+    url: Url = None,
+    json: Json = False,
+) -> None:
+    """Show a run: its steps in their order, how far they are, and what went wrong. With --json --watch: a line a change."""
+    app = open_app(url)
+
+    async def work() -> None:
+        if following:
+            await watch(app.client, run_id, json)
+            return
+        view = await _read(app.client, run_id)
+        print_json(view) if json else print_run(view, app.client.clock.now_ms())
+
+    run(app, work)
+
+
+@group.command("ls")
+def list_runs(
+    status: Annotated[str | None, typer.Option("--status", "-s", help="Only runs in this state; also: paused.")] = None,
+    workflow: Annotated[str | None, typer.Option("--workflow", "-n", help="Only runs of this workflow.")] = None,
+    tag: Tag = None,
+    limit: Annotated[int, typer.Option("--limit", "-l", min=1, help="At most so many, the last changed first.")] = 20,
+    url: Url = None,
+    json: Json = False,
+) -> None:
+    """List runs, the last changed first."""
+    app = open_app(url)
+    wanted = _filter(status, workflow, tag)
+
+    async def work() -> None:
+        scan = Scan(app.client, scan_progress())
+        found = await runs.find(app.client, wanted, limit, scan)
+        now = app.client.clock.now_ms()
+        if json:
+            print_json(found)
+        else:
+            columns = ("id", "workflow", "status", "steps", "created", "took", "")
+            print_table(columns, [_row(view, now) for view in found], "no run fits")
+        for problem in scan.unreadable:
+            to_stderr(f"unreadable: {problem}")
+
+    run(app, work)
+
+
+def _filter(status: str | None, workflow: str | None, tag: list[str] | None) -> runs.RunFilter:
+    statuses = get_args(RunStatus)
+    if status not in {None, "paused", *statuses}:
+        msg = f"--status takes one of {', '.join(statuses)}, paused, and not {status!r}"
+        raise UsageError(msg)
+    some = (cast("RunStatus", status),) if status not in {None, "paused"} else ()
+    return runs.RunFilter(some, status == "paused", workflow, tags_of(tag))
+
+
+def _row(view: RunView, now: int) -> tuple[object, ...]:
+    seconds = view.seconds(now)
+    over = sum(1 for step in view.steps if step.state in {"completed", "skipped"})
+    return (
+        view.id,
+        view.workflow,
+        "paused" if view.paused else view.status,
+        f"{over}/{len(view.steps)}",
+        moment(view.created),
+        "" if seconds is None else duration(seconds),
+        (view.error or view.reason or view.key)[:80],
+    )
+
+
+@group.command()
+def signal(
+    run_id: RunId,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The signal's name.")],
+    value: Annotated[str, typer.Option("--value", metavar="JSON", help="Its value.")] = "null",
+    key: Annotated[str | None, typer.Option("--key", help="Sent again with this key it counts once.")] = None,
+    url: Url = None,
+    json: Json = False,
+) -> None:
+    """Send a signal to a run: the next wait of this name takes it."""
+    body = msgspec.json.encode(_json(value, Any, "--value", "value"))
+    app = open_app(url)
+
+    async def work() -> None:
+        await sending.send_signal(app.client, run_id, name, body, key)
+        _told(run_id, "sent", json)
+
+    run(app, work)
+
+
+@group.command()
+def cancel(
+    run_id: RunId,
+    undo: Annotated[bool, typer.Option("--undo/--no-undo", help="Undo the steps that are done, where they have an undo.")] = True,
+    url: Url = None,
+    json: Json = False,
+) -> None:
+    """Cancel a run: what waits never starts, what runs is asked to stop, and what is done is undone."""
+    app = open_app(url)
+
+    async def work() -> None:
+        _told(run_id, await sending.cancel(app.client, run_id, undo=undo), json)
+
+    run(app, work)
+
+
+@group.command()
+def pause(run_id: RunId, url: Url = None, json: Json = False) -> None:
+    """Start no more steps of a run until it is resumed; what runs goes on."""
+    app = open_app(url)
+
+    async def work() -> None:
+        await sending.hold(app.client, run_id, paused=True)
+        _told(run_id, "requested", json)
+
+    run(app, work)
+
+
+@group.command()
+def resume(run_id: RunId, url: Url = None, json: Json = False) -> None:
+    """Let a paused run go on."""
+    app = open_app(url)
+
+    async def work() -> None:
+        await sending.hold(app.client, run_id, paused=False)
+        _told(run_id, "requested", json)
+
+    run(app, work)
+
+
+@group.command()
+def retry(run_id: RunId, url: Url = None, json: Json = False) -> None:
+    """Go on with a failed or cancelled run: finished steps are kept, the others run again."""
+    app = open_app(url)
+
+    async def work() -> None:
+        await sending.retry(app.client, run_id)
+        _told(run_id, "requested", json)
+
+    run(app, work)
+
+
+def _told(run_id: str, outcome: str, json: bool) -> None:
+    """Say what has been done. What is requested is carried out by the next worker."""
+    print_json({"id": run_id, "outcome": outcome}) if json else print(outcome)
+
+
+@group.command()
+def graph(
+    run_id: RunId,
+    drawing: Annotated[
+        Literal["text", "mermaid", "svg", "gantt"],
+        typer.Option(
+            "--format", "-f", help="text; mermaid, for Markdown; svg, a picture; gantt, a picture of when each step ran."
+        ),
+    ] = "text",
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there.")] = None,
+    url: Url = None,
+    json: Json = False,
+) -> None:
+    """Draw a run: its steps, what comes before what, and their states."""
+    app = open_app(url)
+
+    async def work() -> None:
+        view = await _read(app.client, run_id)
+        now = app.client.clock.now_ms()
+        makers = {"mermaid": as_mermaid, "svg": as_svg, "gantt": as_gantt}
+        text = makers[drawing](view, now) if drawing in makers else show(view, now)
+        if output is not None:
+            try:
+                output.write_text(text, encoding="utf-8")
+            except OSError as error:
+                msg = f"cannot write {output}: {error.strerror}"
+                raise UsageError(msg) from None
+            text = str(output)
+        if json:
+            print_json({"id": run_id, "format": drawing, "file" if output else "drawing": text})
+        elif output is None and drawing == "text":
+            print_run(view, now)
+        else:
+            print(text.rstrip("\n"))
+
+    run(app, work)
+
+
+async def _read(client: Any, run_id: str) -> RunView:
+    scan = Scan(client)
+    view = await runs.read(client, run_id, scan)
+    for problem in scan.unreadable:
+        to_stderr(f"unreadable: {problem}")
+    return view
+
+
+def _json(text: str, kind: Any, option: str, what: str) -> Any:
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.DecodeError as error:
+        msg = f"{option} takes a JSON {what}, and this is none: {text!r} ({error})"
+        raise UsageError(msg) from None

@@ -98,6 +98,8 @@ class Feed:
         self._news = asyncio.Condition()
         self._looking = asyncio.Lock()
         self._loop: asyncio.Task[None] | None = None
+        self._home: asyncio.AbstractEventLoop | None = None
+        self._stopped = False
         self._active: dict[str, bool] = {}
         """Of each part, whether its last look saw something happen."""
 
@@ -110,16 +112,18 @@ class Feed:
 
     def version(self, topic: str) -> int:
         """Return a number that grows whenever a topic was looked at."""
-        return sum(self._parts[name].version for name in self._needed(topic) if name == topic or topic in TOPICS)
+        names = self._needed(topic) if topic in TOPICS else self._needed(topic)[:1]
+        return sum(self._parts[name].version for name in names)
 
     async def follow(self, topic: str) -> AsyncGenerator[int | None]:
         """Yield the topic's version whenever it was looked at, and None where nothing came for 15 s."""
         self._topics[topic] += 1
+        self._home = asyncio.get_running_loop()
         if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._run())
         seen = self.version(topic)
         try:
-            while True:
+            while not self._stopped:
                 try:
                     async with asyncio.timeout(ALIVE), self._news:
                         await self._news.wait()
@@ -138,7 +142,7 @@ class Feed:
                 self._loop = None
 
     async def ensure(self, topic: str) -> None:
-        """Return once the topic's parts are not too old for a page that is opened now. Sets `problem` where they cannot be read."""
+        """Return once the topic's parts are not too old for a page opened now; `problem` says why they cannot be read."""
         stale = [name for name in self._needed(topic) if self._age(name) > STALE]
         if not stale:
             return
@@ -166,6 +170,16 @@ class Feed:
         """Tell that this process changed what these parts show: they are looked at again when a page is opened."""
         for part in (self._parts[name] for name in names if name in self._parts):
             part.looked = min(part.looked, self.clock.monotonic() - STALE - 1)
+
+    def stop(self) -> None:
+        """End what follows. May be called from a signal handler."""
+        self._stopped = True
+        if self._home is not None:
+            self._home.call_soon_threadsafe(lambda: asyncio.ensure_future(self._tell()))
+
+    async def _tell(self) -> None:
+        async with self._news:
+            self._news.notify_all()
 
     async def close(self) -> None:
         """Stop following."""
@@ -219,8 +233,7 @@ class Feed:
             self.problem = str(error)
         part.looked = self.clock.monotonic()
         part.version += name in self._fixed
-        async with self._news:
-            self._news.notify_all()
+        await self._tell()
 
     async def _look_at_workers(self) -> bool:
         room = BUSY_ROOM if any(self._active.values()) else QUIET_ROOM

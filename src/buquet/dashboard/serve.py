@@ -1,0 +1,54 @@
+"""Serves the dashboard with uvicorn, until it is stopped."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from buquet.dashboard.app import dashboard
+from buquet.dashboard.guard import is_loopback
+from buquet.errors import UsageError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from buquet.app import App
+    from buquet.insights.feed import Feed
+
+
+class Server(uvicorn.Server):
+    """A server whose open event streams end when it is asked to stop."""
+
+    feed: Feed
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take the signal."""
+        self.feed.stop()
+        super().handle_exit(sig, frame)
+
+
+def make_server(app: App, *, password: str | None, read_only: bool, host: str) -> Server:
+    """Return the server of an App's dashboard; give `serve` the sockets of `listen`."""
+    application = dashboard(app, password=password, read_only=read_only, loopback=is_loopback(host))
+    server = Server(
+        uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False)
+    )
+    server.feed = application.state.feed
+    return server
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """Return a socket that listens, and its address for a browser. Raises UsageError where that cannot be."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        sock = socket.create_server(address, family=family)
+    except OSError as error:
+        msg = (
+            f"cannot listen on {host}, port {port}: {error.strerror or error}. Another one is given by --port; --port 0 takes any"
+        )
+        raise UsageError(msg) from None
+    name = f"[{host}]" if ":" in host else host
+    return sock, f"http://{name}:{sock.getsockname()[1]}"

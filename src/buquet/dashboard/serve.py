@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -12,6 +13,7 @@ from buquet.dashboard.guard import is_loopback
 from buquet.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from types import FrameType
 
     from buquet.app import App
@@ -22,11 +24,18 @@ class Server(uvicorn.Server):
     """A server whose open event streams end when it is asked to stop."""
 
     feed: Feed
+    takes_signals = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take the signal."""
         self.feed.stop()
         super().handle_exit(sig, frame)
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Take the signals, unless the program around it does."""
+        with super().capture_signals() if self.takes_signals else nullcontext():
+            yield
 
 
 def make_server(app: App, *, password: str | None, read_only: bool, host: str) -> Server:

@@ -1,0 +1,101 @@
+"""The words and marks on drawings: what a step's line or box says, made safe and cut to size."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import TYPE_CHECKING
+
+from buquet.insights.duration import duration
+
+if TYPE_CHECKING:
+    from buquet.insights.runview import RunView, StepState, StepView
+
+MARKS: dict[StepState, str] = {
+    "waiting": "○",
+    "ready": "◎",
+    "running": "●",
+    "completed": "✓",
+    "failed": "✗",
+    "skipped": "»",
+    "stopped": "■",
+    "cancelled": "⊘",
+}
+"""A sign for each state, one column wide in every terminal."""
+UNDONE = {"": "", "due": "to be undone", "done": "undone", "failed": "undo failed"}
+WIDE = {"W", "F"}
+
+
+def plain(text: str) -> str:
+    """Return a text as one line of printable characters: names and errors come from anywhere."""
+    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+
+
+def columns(text: str) -> int:
+    """Return how many columns a text takes in a terminal."""
+    return sum(map(_columns, text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in WIDE else 1
+
+
+def cut(text: str, most: int) -> str:
+    """Return a text as one printable line of at most so many columns.
+
+    >>> cut("validate the order", 9)
+    'validate…'
+    """
+    text = plain(text)
+    if columns(text) <= most:
+        return text
+    kept, room = "", most - 1
+    for each in text:
+        room -= _columns(each)
+        if room < 0:
+            break
+        kept += each
+    return kept.rstrip() + "…" if most > 0 else ""
+
+
+def title(step: StepView) -> str:
+    """Return a step's name, and its task's where that has another."""
+    return f"{step.name} ({step.task})" if step.task not in {"", step.name} else step.name
+
+
+def items(step: StepView) -> str:
+    """Return how far a fan-out is."""
+    return f"{step.done:,}/{step.total:,}" if step.kind == "each" and step.total else ""
+
+
+def time(step: StepView, now: int) -> str:
+    """Return for how long a step ran."""
+    seconds = step.seconds(now)
+    return "" if seconds is None or (not step.ended and step.state not in {"running", "ready"}) else duration(seconds)
+
+
+def remarks(step: StepView) -> list[str]:
+    """Return what else there is to say of a step, the most important first."""
+    said = (
+        step.error,
+        UNDONE[step.undo],
+        step.reason,
+        items(step),
+        f"attempt {step.attempts}" if step.attempts > 1 else "",
+        f"if {step.condition}" if step.condition else "",
+        {"wait": "signal", "sleep": "sleep"}.get(step.kind, ""),
+    )
+    return [plain(each) for each in said if each]
+
+
+def headline(run: RunView, now: int) -> str:
+    """Return a run in one line."""
+    seconds = run.seconds(now)
+    said = (
+        run.status + (", paused" if run.paused else ""),
+        "" if seconds is None else duration(seconds),
+        f"retried {run.generation} times" if run.generation > 1 else "retried once" if run.generation else "",
+        f"key {run.key}" if run.key else "",
+    )
+    return plain(f"{run.workflow} {run.id}: {', '.join(each for each in said if each)}")

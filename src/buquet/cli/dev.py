@@ -97,7 +97,7 @@ class _Dev:
     async def _changes(self) -> AsyncIterator[set[Any]]:
         from watchfiles import PythonFilter, awatch  # noqa: PLC0415 - needs the extra `ui`  # pyright: ignore[reportUnknownVariableType]
 
-        watch: Callable[..., AsyncIterator[set[Any]]] = awatch
+        watch: Callable[..., AsyncIterator[set[Any]]] = awatch  # pyright: ignore[reportUnknownVariableType]
         async for change in watch(Path.cwd(), watch_filter=PythonFilter(), stop_event=self.stopping, debounce=300, step=50):
             yield change
 

@@ -26,6 +26,7 @@ from buquet.errors import (
     InvalidURL,
     KeyConflict,
     Refused,
+    ScheduleNotFound,
     Snooze,
     StoreError,
     StoreFull,
@@ -40,6 +41,7 @@ from buquet.errors import (
     TaskNotFound,
     UnreadableRecord,
     UsageError,
+    WorkerNotFound,
     WrongLoop,
 )
 from buquet.queue.attempt import Attempt, current
@@ -72,6 +74,7 @@ __all__ = [
     "InvalidURL",
     "KeyConflict",
     "Refused",
+    "ScheduleNotFound",
     "Snooze",
     "StoreError",
     "StoreFull",
@@ -88,6 +91,7 @@ __all__ = [
     "UnreadableRecord",
     "UsageError",
     "Worker",
+    "WorkerNotFound",
     "WrongLoop",
     "current",
 ]

@@ -14,18 +14,26 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, overl
 from buquet.backoff import Backoff
 from buquet.clock import Clock
 from buquet.errors import UsageError
+from buquet.insights.fleet import store_now
+from buquet.insights.schedules import list_schedules
+from buquet.queue import control, schedules
 from buquet.queue.background import Background
 from buquet.queue.client import PATIENCE, Client
 from buquet.queue.handle import Handle
+from buquet.queue.rule import rule_of
+from buquet.queue.schedules import plan
 from buquet.queue.task import AsyncTaskFunction, BaseTask, Policy, SubmitOptions, TaskFunction
 from buquet.store.open import open_store
 from buquet.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator, Sequence
+    from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+    from datetime import timedelta
     from types import TracebackType
     from typing import Literal
 
+    from buquet.insights.schedules import ScheduleView
+    from buquet.queue.schedules import Plan, Schedulable
     from buquet.records import Event
     from buquet.store.base import Store
 
@@ -71,6 +79,8 @@ class App:
         self.patience = PATIENCE
         """Seconds to go on trying when the store does not answer; set it before the first use."""
         self.tasks: dict[str, BaseTask[Any, Any]] = {}
+        self.plans: dict[str, Plan] = {}
+        """The schedules that are declared here."""
 
     def __repr__(self) -> str:
         """Show the URL, which holds no secret."""
@@ -174,6 +184,39 @@ class App:
 
         return declare if function is None else declare(function)
 
+    def schedule(
+        self,
+        name: str,
+        task: Schedulable,
+        *,
+        cron: str | None = None,
+        every: float | timedelta | None = None,
+        tz: str | None = None,
+        catch_up: Literal["last", "all", "none"] = "last",
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Submit a task again and again: by a cron expression in a time zone, or every so many seconds (or a timedelta).
+
+        The App's workers keep it, each fire once however many they are, under the name of the schedule; nothing happens here.
+        `tz`: the zone of `cron`, by default UTC; `every` counts from 1970. `catch_up`: of the fires that no worker was there for,
+        submit the last one, all (the newest 1,000), or none. `args` and `kwargs` are those of each task; its tags tell the
+        `schedule` and the `fire` (ISO 8601). Raises UsageError, and TypeError or InvalidArgument for wrong arguments.
+
+        >>> app.schedule("nightly", report, cron="0 2 * * *", tz="Europe/Berlin")  # doctest: +SKIP
+        """
+        if name in self.plans:
+            msg = f"two schedules of this App are named {name!r}: give one of them another name"
+            raise UsageError(msg)
+        if not self._may_schedule(task):
+            msg = f"schedule {name!r}: task {task.name!r} belongs to another App. Schedule it there"
+            raise UsageError(msg)
+        self.plans[name] = plan(name, task, rule_of(cron, every, tz), catch_up, tuple(args), dict(kwargs or {}))
+
+    def _may_schedule(self, task: object) -> bool:
+        own = self.tasks.get(task.name) if isinstance(task, BaseTask) else None
+        return not isinstance(task, BaseTask) or (own is not None and own.function is task.function)
+
     def worker(
         self,
         queues: Sequence[str] | None = None,
@@ -198,6 +241,7 @@ class App:
             self.client,
             self.tasks,
             queues,
+            self.plans,
             concurrency=concurrency,
             drain=drain,
             max_time=max_time,
@@ -236,6 +280,69 @@ class App:
     async def ahistory(self, task_id: str) -> list[Event]:
         """Return a task's timeline, see Handle.history."""
         return await self.get(task_id).ahistory()
+
+    # ------------------------------------------------------------------ schedules, queues, workers
+
+    def schedules(self) -> list[ScheduleView]:
+        """Return the schedules that lie in the store, whichever code declared them."""
+        return self.background.run(self.aschedules, "schedules")
+
+    async def aschedules(self) -> list[ScheduleView]:
+        """Do what `schedules` does, on the running event loop."""
+        return await list_schedules(self.client)
+
+    def trigger_schedule(self, name: str) -> Handle[Any]:
+        """Submit a schedule's task now, beside its rule and also while it is paused. Raises ScheduleNotFound."""
+        return self.background.run(lambda: self.atrigger_schedule(name), "trigger_schedule")
+
+    async def atrigger_schedule(self, name: str) -> Handle[Any]:
+        """Do what `trigger_schedule` does, on the running event loop."""
+        now = int(await store_now(self.client) * 1000)
+        return Handle(self, await schedules.trigger(self.client, name, now), created=True)
+
+    def pause_schedule(self, name: str) -> bool:
+        """Let a schedule fire no more until it is resumed; tell whether it did before. Raises ScheduleNotFound."""
+        return self.background.run(lambda: self.apause_schedule(name), "pause_schedule")
+
+    async def apause_schedule(self, name: str) -> bool:
+        """Do what `pause_schedule` does, on the running event loop."""
+        return await self._set_paused(name, paused=True)
+
+    def resume_schedule(self, name: str) -> bool:
+        """Let a schedule fire again; what passed meanwhile is not caught up. Tell whether it was paused."""
+        return self.background.run(lambda: self.aresume_schedule(name), "resume_schedule")
+
+    async def aresume_schedule(self, name: str) -> bool:
+        """Do what `resume_schedule` does, on the running event loop."""
+        return await self._set_paused(name, paused=False)
+
+    async def _set_paused(self, name: str, *, paused: bool) -> bool:
+        now = int(await store_now(self.client) * 1000)
+        return await schedules.set_paused(self.client, name, now, paused=paused)
+
+    def pause_queue(self, queue: str) -> bool:
+        """Let workers claim nothing more of a queue; what runs goes on. Tell whether it was open before."""
+        return self.background.run(lambda: self.apause_queue(queue), "pause_queue")
+
+    async def apause_queue(self, queue: str) -> bool:
+        """Do what `pause_queue` does, on the running event loop."""
+        return await control.set_paused(self.client, queue, paused=True)
+
+    def resume_queue(self, queue: str) -> bool:
+        """Let workers claim from a queue again. Tell whether it was paused."""
+        return self.background.run(lambda: self.aresume_queue(queue), "resume_queue")
+
+    async def aresume_queue(self, queue: str) -> bool:
+        """Do what `resume_queue` does, on the running event loop."""
+        return await control.set_paused(self.client, queue, paused=False)
+
+    def drain_worker(self, worker_id: str) -> None:
+        """Ask a worker to claim nothing more, finish what it runs, however long that takes, and end. Raises WorkerNotFound."""
+        self.background.run(lambda: self.adrain_worker(worker_id), "drain_worker")
+
+    async def adrain_worker(self, worker_id: str) -> None:
+        """Do what `drain_worker` does, on the running event loop."""
+        await control.drain_worker(self.client, worker_id)
 
     # ------------------------------------------------------------------ closing
 

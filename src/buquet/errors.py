@@ -22,6 +22,8 @@
     ├── KeyConflict               a second submit of a key with other arguments
     ├── SubmitInterrupted         many were to be submitted, and only some were
     ├── TaskNotFound              no task has this id
+    ├── ScheduleNotFound          no schedule has this name
+    ├── WorkerNotFound            no worker has a session of this id
     ├── Refused                   a move that the task's state does not allow
     └── TaskError                 how a task ended, other than well
         ├── TaskFailed
@@ -125,6 +127,14 @@ class SubmitInterrupted(BuquetError):
 
 class TaskNotFound(BuquetError):
     """No task has this id."""
+
+
+class ScheduleNotFound(BuquetError):
+    """No schedule of this name lies in the store."""
+
+
+class WorkerNotFound(BuquetError):
+    """No worker has a session of this id."""
 
 
 class Refused(BuquetError):

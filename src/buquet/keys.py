@@ -18,11 +18,15 @@ WORKERS = "workers/"
 BELLS = "bell/"
 PAYLOADS = "payloads/"
 JOURNAL = "journal/"
+NOTES = "notes/"
+QUEUES = "queues/"
+SCHEDULES = "schedules/"
 PRIORITIES = range(10)
 MAX_NAME = 100
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _JOURNAL = re.compile(r"journal/[0-9]{4}-[0-9]{2}-[0-9]{2}/[0-9]{2}/([0-9]{13})-(.+)-([0-9]+)\.ndjson")
+_WORKER = re.compile(r"[0-9a-f]{8}\.[0-9a-f]{16}")
 _ENTRY = re.compile(r"(?:ready/([^/]+)/([0-9])|later/([^/]+))/([0-9]{13})-([0-9a-f]{32})\.([0-9]+)~([^/]+)")
 
 
@@ -48,6 +52,11 @@ def unquoted(text: str) -> str:
     return unquote(text)
 
 
+def is_worker(text: str) -> bool:
+    """Tell whether this can be a worker's id."""
+    return _WORKER.fullmatch(text) is not None
+
+
 def is_id(text: str) -> bool:
     """Tell whether this can be a task's or run's id: 32 hex digits."""
     return _ID.fullmatch(text) is not None
@@ -68,6 +77,11 @@ def batch_token(queue: str, name: str, key: str) -> str:
 def pack_id(token: str, index: int) -> str:
     """Return the id of a batch's pack, so that the batch's token and the number of its packs name all of them."""
     return hashlib.sha256(f"{token}\0{index}".encode()).hexdigest()[:32]
+
+
+def fire_id(schedule: str, fire: int) -> str:
+    """Return the id of the task of a schedule's fire at `fire` (milliseconds since 1970); no keyed task has it as its id."""
+    return hashlib.sha256(f"\0schedule\0{quoted(schedule, 'schedule')}\0{fire}".encode()).hexdigest()[:32]
 
 
 def task(task_id: str) -> str:
@@ -143,6 +157,26 @@ def lane_at(lane: str, at: int) -> str:
 def bell(queue: str) -> str:
     """Return the key of a queue's doorbell."""
     return f"bell/{quoted(queue, 'queue')}"
+
+
+def queue_settings(queue: str) -> str:
+    """Return the key of a queue's settings."""
+    return f"queues/{quoted(queue, 'queue')}.json"
+
+
+def queue_of_settings(key: str) -> str:
+    """Return the queue whose settings this key is."""
+    return unquoted(key.removeprefix(QUEUES).removesuffix(".json"))
+
+
+def schedule(name: str) -> str:
+    """Return the key of a schedule's record."""
+    return f"schedules/{quoted(name, 'schedule')}.json"
+
+
+def schedule_of(key: str) -> str:
+    """Return the schedule whose record this key is."""
+    return unquoted(key.removeprefix(SCHEDULES).removesuffix(".json"))
 
 
 def queues_hash(queues: tuple[str, ...]) -> str:

@@ -223,6 +223,10 @@ class Session(Record, frozen=True, kw_only=True, omit_defaults=True):
     """Threads given up on after a timeout that still run."""
     rss: int = 0
     """Resident memory, bytes."""
+    schedules: tuple[str, ...] = ()
+    """The schedules that it keeps."""
+    draining: bool = False
+    """It was asked by a note to end, and finishes what it runs."""
 
 
 class Note(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -230,12 +234,53 @@ class Note(Record, frozen=True, kw_only=True, omit_defaults=True):
 
     look: tuple[str, ...] = ()
     """Ids of tasks whose record the worker should read again."""
+    drain: bool = False
+    """Claim nothing more, finish what runs, and end."""
 
 
 class Bell(Record, frozen=True, kw_only=True, omit_defaults=True):
     """A queue's doorbell: `rev` counts the rings, `hints` are the entries last added, each with its ring."""
 
     hints: tuple[tuple[int, str], ...] = ()
+
+
+class QueueSettings(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """What holds for a queue as a whole."""
+
+    paused: bool = False
+    """Workers claim none of its tasks; what runs goes on."""
+    since: int = 0
+    """When it was paused or resumed."""
+    by: str = ""
+    """Who did it: user and host."""
+
+
+CatchUp = Literal["last", "all", "none"]
+
+
+class Schedule(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """A recurring rule and what it submits. Its workers read nothing else: a fire needs no code."""
+
+    name: str
+    cron: str = ""
+    tz: str = ""
+    """The time zone of `cron`; a rule has either `cron` and `tz`, or `every_ms`."""
+    every_ms: int = 0
+    """Fires at each multiple of so many milliseconds since 1970."""
+    catch_up: CatchUp = "last"
+    template: Task
+    """What each fire submits, but for id, times and tags of its own; the arguments are inside."""
+    paused: bool = False
+    since: int = 0
+    """When it was paused or resumed, or else first declared."""
+    by: str = ""
+    handled: int = 0
+    """Fires up to then are dealt with: submitted, dropped or passed while paused."""
+    last: int = 0
+    """The last fire that was submitted; 0: none."""
+    last_task: str = ""
+    dropped: int = 0
+    """How many missed fires were not caught up, in all; at least so many."""
 
 
 class Layout(Record, frozen=True, kw_only=True, omit_defaults=True):

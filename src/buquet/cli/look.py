@@ -53,6 +53,7 @@ def _show(queues: list[fleet.Waiting]) -> None:
     rows = [
         (
             each.queue,
+            "paused" if each.paused else "",
             each.ready,
             ", ".join(f"p{priority}: {count}" for priority, count in sorted(each.priorities.items())),
             each.later,
@@ -62,7 +63,7 @@ def _show(queues: list[fleet.Waiting]) -> None:
         )
         for each in queues
     ]
-    print_table(("queue", "ready", "by priority", "later", "running", "workers", "next due"), rows, "no queue yet")
+    print_table(("queue", "", "ready", "by priority", "later", "running", "workers", "next due"), rows, "no queue yet")
     for each in queues:
         for name in each.unhandled:
             print(f"in queue {each.queue!r} {each.names[name]:,} of the name {name!r} wait, and no live worker handles that name")
@@ -84,7 +85,7 @@ def workers(url: Url = None, json: Json = False) -> None:
         rows = [
             (
                 each.id,
-                "alive" if each.alive else "dead",
+                "dead" if not each.alive else "draining" if each.draining else "alive",
                 each.host,
                 each.pid,
                 ", ".join(each.queues),

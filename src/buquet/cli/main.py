@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from buquet import __version__
-from buquet.cli import change, demo, dev, look, store, tasks, ui, worker
+from buquet.cli import change, control, demo, dev, look, schedule, store, tasks, ui, worker
 from buquet.cli.base import cli
 from buquet.errors import BuquetError, UsageError
 
-__all__ = ["change", "demo", "dev", "look", "main", "store", "tasks", "ui", "worker"]
+__all__ = ["change", "control", "demo", "dev", "look", "main", "schedule", "store", "tasks", "ui", "worker"]
 
 
 def _version(asked: bool) -> None:

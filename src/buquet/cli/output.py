@@ -24,6 +24,8 @@ COLOURS = {
     "expired": "magenta",
     "pruned": "dim",
     "dead": "red",
+    "draining": "yellow",
+    "paused": "yellow",
     "alive": "green",
     "ok": "green",
     "not ok": "red",

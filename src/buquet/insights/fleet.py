@@ -9,7 +9,7 @@ import msgspec
 from buquet import keys
 from buquet.errors import StoreRefused
 from buquet.insights.scan import AT_ONCE, Scan
-from buquet.records import Session
+from buquet.records import QueueSettings, Session
 from buquet.store.base import Listed, Stored
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class Waiting(msgspec.Struct, kw_only=True):
     """Milliseconds since 1970; 0 when nothing waits for its time."""
     running: int = 0
     workers: int = 0
+    paused: bool = False
+    """Whether workers claim nothing of it."""
     names: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     """Entries by task name."""
     unhandled: list[str] = msgspec.field(default_factory=list[str])
@@ -58,6 +60,10 @@ class WorkerView(msgspec.Struct, kw_only=True):
     failed: int
     abandoned: int
     rss: int
+    schedules: tuple[str, ...]
+    """The schedules that it keeps."""
+    draining: bool
+    """It claims nothing more, and ends after what it runs."""
 
 
 async def store_now(client: Client) -> float:
@@ -116,6 +122,8 @@ def _view(stored: Stored, session: Session, now: float) -> WorkerView:
         failed=session.failed,
         abandoned=session.abandoned,
         rss=session.rss,
+        schedules=session.schedules,
+        draining=session.draining,
     )
 
 
@@ -137,7 +145,7 @@ async def waiting(
         running = await _running_by_queue(fleet, scan)
     alive = [worker for worker in fleet if worker.alive]
     return [
-        await _queue(client, queue, [worker for worker in alive if queue in worker.queues], running.get(queue, set()))
+        await _queue(client, queue, [worker for worker in alive if queue in worker.queues], running.get(queue, set()), scan)
         for queue in sorted({*await known_queues(client, fleet), *running})
     ]
 
@@ -156,8 +164,10 @@ async def _running_by_queue(fleet: list[WorkerView], scan: Scan) -> dict[str, se
     return found
 
 
-async def _queue(client: Client, queue: str, fleet: list[WorkerView], running: set[str]) -> Waiting:
-    view = Waiting(queue=queue, workers=len(fleet), running=len(running))
+async def _queue(client: Client, queue: str, fleet: list[WorkerView], running: set[str], scan: Scan) -> Waiting:
+    settings = await scan.many(QueueSettings, [Listed(keys.queue_settings(queue), None, 0, 0)])
+    paused = any(each.paused for _, each in settings)
+    view = Waiting(queue=queue, workers=len(fleet), running=len(running), paused=paused)
     entries: dict[str, keys.Entry] = {}
     for lane in keys.lanes(queue):
         async for page in client.reads.pages(lane):

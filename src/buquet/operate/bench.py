@@ -51,14 +51,6 @@ class Measured(NamedTuple):
     """Requests of the worker for each task that it drained, by kind."""
 
 
-class _Home:
-    """What task functions need of an App."""
-
-    def __init__(self, client: Client, background: Background) -> None:
-        self.client = client
-        self.background = background
-
-
 class _Bench:
     """One process's side: a client whose requests are counted, and the two tasks."""
 
@@ -72,8 +64,7 @@ class _Bench:
         self.started = self._task(self._started)
 
     def _task(self, function: Callable[..., Any]) -> AsyncTaskFunction[..., Any]:
-        home = _Home(self.client, self.background)
-        return AsyncTaskFunction(home, function, function.__name__, self.queue, Policy(), SubmitOptions())
+        return AsyncTaskFunction(self, function, function.__name__, self.queue, Policy(), SubmitOptions())
 
     async def _noop(self) -> None:
         """Do nothing."""

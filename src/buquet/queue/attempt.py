@@ -11,6 +11,7 @@ from buquet.queue.background import running_loop
 if TYPE_CHECKING:
     import asyncio
     import logging
+    from collections.abc import Mapping
 
 _current: ContextVar[Attempt | None] = ContextVar("buquet_attempt", default=None)
 
@@ -36,7 +37,15 @@ class Host(Protocol):
 class Attempt:
     """One execution of a task, as its handler sees it; `current()` returns it."""
 
-    def __init__(self, host: Host, task_id: str, attempt: int, checkpointed: Any, logger: logging.LoggerAdapter[Any]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        task_id: str,
+        attempt: int,
+        checkpointed: Any,
+        logger: logging.LoggerAdapter[Any],
+        tags: Mapping[str, str],
+    ) -> None:
         self._host = host
         self.id = task_id
         self.attempt = attempt
@@ -45,6 +54,8 @@ class Attempt:
         """The value of the last checkpoint, by this attempt or an earlier one; None when there was none."""
         self.cancelled = False
         """Whether the task was cancelled, or its time is up. A handler in a thread looks here now and then."""
+        self.tags = tags
+        """The task's tags. A schedule adds `schedule`, its name, and `fire`, the time that it fired for (ISO 8601, in UTC)."""
         self.logger = logger
         """A logger that adds the task's id and attempt to every line."""
 

@@ -200,7 +200,9 @@ class Client:
         held = await self.register.read(Note, key)
         while True:
             look = held.record.look if held else ()
-            note = Note(look=(*(each for each in look[1 - NOTED :] if each != task_id), task_id))
+            note = replace(
+                held.record if held else Note(), look=(*(each for each in look[1 - NOTED :] if each != task_id), task_id)
+            )
             write = await (self.register.update(held, note) if held else self.register.create(key, note))
             if write.landed:
                 return

@@ -12,6 +12,7 @@ from buquet.queue.attempt import inside_handler
 if TYPE_CHECKING:
     from typing import Literal
 
+    from buquet.clock import Clock
     from buquet.queue.background import Background
     from buquet.queue.client import Client
     from buquet.records import Event, State, Task
@@ -23,6 +24,11 @@ log = logging.getLogger("buquet")
 
 class Home(Protocol):
     """What handles and task functions need of their App."""
+
+    @property
+    def clock(self) -> Clock:
+        """Time and randomness."""
+        ...
 
     @property
     def client(self) -> Client:

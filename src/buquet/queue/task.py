@@ -150,17 +150,16 @@ class BaseTask(Generic[P, R]):
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
         """Make the record of a submit. Raises TypeError for wrong arguments, InvalidArgument for what JSON does not carry."""
-        clock = self._home.client.clock
         body = self.signature.encode(self.signature.bind(args, kwargs))
         check_size(body, f"the arguments of {self.name}")
         key = self.submit_options.key
-        task_id = clock.new_id() if key is None else keys.keyed_id(self.queue, self.name, key)
+        task_id = self._home.clock.new_id() if key is None else keys.keyed_id(self.queue, self.name, key)
         return Prepared(self.new_record(task_id, key or ""), body)
 
     def new_record(self, task_id: str, key: str, *, pack: int = 0, batch: str = "") -> Task:
         """Make the record of a task that is about to be submitted with the options in force."""
         options = self.submit_options
-        now = self._home.client.clock.now_ms()
+        now = self._home.clock.now_ms()
         return Task(
             id=task_id,
             queue=self.queue,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from buquet import keys
@@ -14,19 +15,37 @@ if TYPE_CHECKING:
     from buquet.worker.finder import QueueFinder
     from buquet.worker.fleet import Fleet
 
+log = logging.getLogger("buquet.worker")
+
 
 async def drained(register: Register, fleet: Fleet, finders: Iterable[QueueFinder], names: Container[str]) -> bool:
-    """Tell whether nothing is left that a worker with these handlers could run, here or under another worker."""
+    """Tell whether nothing is left that a worker with these handlers could run, here or under another worker.
+
+    What waits in a paused queue is not: it would be waited for as long as somebody likes. It is told of.
+    """
+    left: dict[str, int] = {}
     for finder in finders:
         for prefix in (keys.ready_prefix(finder.queue), keys.later_lane(finder.queue)):
             async for page in register.reads.pages(prefix):
                 for each in page:
                     entry = keys.parse_entry(each.key)
-                    if entry and entry.name in names and entry.key not in finder.stale:
+                    if not entry or entry.name not in names or entry.key in finder.stale:
+                        continue
+                    if not finder.pause.holds(entry):
                         return False
+                    left[finder.queue] = left.get(finder.queue, 0) + 1
+    if await _mates_run(register, fleet, names):
+        return False
+    for queue, count in left.items():
+        log.warning("queue %s is paused: %d tasks wait there, and are left until it is resumed", queue, count)
+    return True
+
+
+async def _mates_run(register: Register, fleet: Fleet, names: Container[str]) -> bool:
+    """Tell whether another worker runs what may come back to this one."""
     for worker in fleet.mates:
         if worker != fleet.keeper.id:
             held = await register.read(Session, keys.session(worker))
             if held is not None and any(claim.name in names for claim in held.record.claims):
-                return False
-    return True
+                return True
+    return False

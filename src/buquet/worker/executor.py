@@ -149,7 +149,7 @@ class Executor:
         except (InvalidPayload, UnreadableRecord, UsageError) as error:
             return self.failed(run, error, trace=False)
         logger = TaskLogger(log, {"task": task.id, "task_name": task.name, "attempt": task.attempt})
-        run.attempt = Attempt(run, task.id, task.attempt, checkpointed, logger)
+        run.attempt = Attempt(run, task.id, task.attempt, checkpointed, logger, task.tags)
         run.in_handler = True
         try:
             try:

@@ -16,6 +16,7 @@ from buquet.queue.bell import news
 from buquet.records import Bell
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, Stored
 from buquet.worker.lane import Found, Lane
+from buquet.worker.pausing import Pause
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,8 @@ class QueueFinder:
 
     def __init__(self, queue: str, reads: Retrying, clock: Clock, fleet: Fleet, handled: Callable[[keys.Entry], bool]) -> None:
         self.queue = queue
+        self.noted: Callable[[str], None] = lambda _key: None
+        """Called with the key of notes that were written, to whichever worker."""
         self.handled = handled
         """Tells whether this worker has a handler for an entry's task; others it leaves to others."""
         self.reads = reads
@@ -58,6 +61,7 @@ class QueueFinder:
         self.hinted: list[Found] = []
         self.next_due = 0
         """When the next entry of `later/` is due, as far as is known; milliseconds, 0: none is known."""
+        self.pause = Pause(queue, reads)
         self.bell_etag: str | None = None
         self.bell_seen = -1
         self.gap = False
@@ -82,8 +86,14 @@ class QueueFinder:
         """Return up to `most` entries to look at, the most urgent first; none when there is nothing now."""
         now = self.clock.monotonic()
         await self._look_back(now)
+        if await self.pause.look():
+            # resumed: everything is looked at anew, for the cursors have passed over what waited
+            self.look_all_at = 0.0
+            await self._look_back(now)
         for found, _, at in list(self.left.values()):
-            if at <= now and found not in self.hinted:
+            if self.pause.holds(found.entry):
+                del self.left[found.entry.key]  # it is met again when the queue is resumed
+            elif at <= now and found not in self.hinted:
                 self.hinted.append(found)
         found = self._from_hand(most, now)
         while not found and any(lane.dirty for lane in self.lanes):
@@ -125,6 +135,8 @@ class QueueFinder:
             self._passed(lane)
 
     def _wanted(self, entry: keys.Entry, now: float) -> bool:
+        if self.pause.holds(entry):
+            return False
         until = self.skip.get(entry.key)
         if until is None:
             return True
@@ -209,6 +221,7 @@ class QueueFinder:
 
     async def _look_back(self, now: float) -> None:
         if now >= self.look_all_at:
+            self.pause.due = True
             self.look_all_at = now + LOOK_ALL_EVERY * self.clock.jitter(0.1)
             self.look_back_at = now + LOOK_BACK_EVERY * self.clock.jitter(0.2)
             # the bell first: what it rang for by now is in the pages read after
@@ -216,7 +229,7 @@ class QueueFinder:
             self.gap = False
             await self._learn_priorities()
             for lane in self.lanes:
-                self._restart(lane, "")
+                lane.restart("")
         elif now >= self.look_back_at:
             self.look_back_at = now + LOOK_BACK_EVERY * self.clock.jitter(0.2)
             if self.gap:
@@ -224,13 +237,7 @@ class QueueFinder:
                 await self._learn_priorities()
             since = int((self.fleet.store_now() - LOOK_BACK) * 1000)
             for lane in self.lanes:
-                self._restart(lane, keys.lane_at(lane.prefix, since))
-
-    def _restart(self, lane: Lane, cursor: str) -> None:
-        lane.cursor = min(lane.cursor, cursor)
-        lane.hand = []
-        lane.last = ""
-        lane.dirty = True
+                lane.restart(keys.lane_at(lane.prefix, since))
 
     async def _learn_priorities(self) -> None:
         """Learn which priorities are in use, with one LIST for each that is and one more."""
@@ -284,7 +291,13 @@ class QueueFinder:
         return True
 
     def hint(self, key: str) -> None:
-        """Take note of an entry that was added, or of a session that was reaped."""
+        """Take note of an entry that was added, of a session that was reaped, or of settings or notes that were written."""
+        if key.startswith(keys.QUEUES):
+            self.pause.due = True
+            return
+        if key.startswith(keys.NOTES):
+            self.noted(key)
+            return
         if key.startswith(keys.WORKERS):
             self.gone(keys.worker_of(key))
             return

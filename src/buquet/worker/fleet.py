@@ -9,10 +9,11 @@ from msgspec.structs import replace
 
 from buquet import keys
 from buquet.codec import decode_record
-from buquet.errors import UnreadableRecord
+from buquet.errors import StoreError, UnreadableRecord
 from buquet.queue import transitions
 from buquet.records import TERMINAL, Session, Task
 from buquet.store.base import Listed, Stored
+from buquet.store.retrying import pause
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +91,24 @@ class Reaper:
                     self.ended(task)
                 return
             held = write.held
+
+    async def put_entry_back(self, worker: str, task_id: str, token: str) -> None:
+        """Write a claim's entry again: a heartbeat may have deleted it, trusting in a session that is gone now."""
+        tries = 0
+        while True:
+            try:
+                held = await self.register.read(Task, keys.task(task_id))
+                task = held.record if held else None
+                if task is not None and (task.state, task.token, task.worker) == ("running", token, worker):
+                    await self.register.reads.put(task.entry, b"")
+            except UnreadableRecord as error:
+                log.error("%s", error)  # noqa: TRY400 - the text says all; fsck puts the entry back once it can be read
+            except StoreError as error:  # a lasting no, such as a full disk: without the entry nobody would find the task
+                log.error("the entry of task %s cannot be put back yet: %s", task_id, error)  # noqa: TRY400
+                await pause(self.clock, tries)
+                tries += 1
+                continue
+            return
 
 
 class Fleet:

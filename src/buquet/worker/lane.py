@@ -39,3 +39,10 @@ class Lane:
     def rank(self) -> float:
         """Return the lane's place: priority 0, what has come due, then 1 to 9."""
         return 0.5 if self.priority is None else self.priority
+
+    def restart(self, cursor: str) -> None:
+        """Look again from a cursor on, or from where it is if that is earlier."""
+        self.cursor = min(self.cursor, cursor)
+        self.hand = []
+        self.last = ""
+        self.dirty = True

@@ -61,7 +61,7 @@ class _Lane:
         number = self.ledger.tries.get(index, 0) + 1
         task = self.pack.task
         logger = TaskLogger(log, {"task": f"{task.id} item {index}", "task_name": task.name, "attempt": number})
-        attempt = self.attempt = Attempt(self.host, f"{task.id}-{index}", number, None, logger)
+        attempt = self.attempt = Attempt(self.host, f"{task.id}-{index}", number, None, logger, task.tags)
         if self.pack.claim.stop:
             attempt.cancelled = True
         return attempt

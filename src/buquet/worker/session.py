@@ -79,6 +79,8 @@ class SessionKeeper:
         self.completed = 0
         self.failed = 0
         self.abandoned = 0
+        self.schedules: tuple[str, ...] = ()
+        self.draining = False
         self.lost = False
         self.on_lost: Callable[[], None] = lambda: None
         self.stored_at = 0.0
@@ -116,6 +118,8 @@ class SessionKeeper:
                 names=self.names,
                 concurrency=self.concurrency,
                 rss=resident(),
+                schedules=self.schedules,
+                draining=self.draining,
             )
             sent = self.clock.monotonic()
             try:
@@ -196,6 +200,7 @@ class SessionKeeper:
             failed=self.failed,
             abandoned=self.abandoned,
             rss=resident(),
+            draining=self.draining,
         )
         try:
             async with asyncio.timeout(max(self.stored_at + self.ttl * 2 / 3 - sent, 0.001)):

@@ -10,9 +10,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from buquet import keys
-from buquet.errors import BuquetError, StoreError, UnreadableRecord, UsageError
+from buquet.errors import StoreError, UsageError
 from buquet.queue.background import new_loop, running_loop
-from buquet.records import Note, Task
 from buquet.store.register import Register
 from buquet.store.retrying import pause
 from buquet.worker.claim import Claimer
@@ -21,20 +20,23 @@ from buquet.worker.executor import Executor, Running
 from buquet.worker.finder import QueueFinder
 from buquet.worker.fleet import Fleet, Reaper
 from buquet.worker.journal import JournalWriter
+from buquet.worker.notes import Notes
 from buquet.worker.racing import cancel_all, first_of
+from buquet.worker.scheduler import Scheduler
 from buquet.worker.session import TTL, SessionKeeper
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping, Sequence
 
     from buquet.queue.client import Client
+    from buquet.queue.schedules import Plan
     from buquet.queue.task import BaseTask
+    from buquet.records import Task
     from buquet.worker.lane import Found
 
 log = logging.getLogger("buquet.worker")
 
 LOOK_AT_FLEET = 20.0
-READ_NOTES = 2.0
 LOOKS = 5.0
 """Seconds for which looking for work waits for a store that is away, before the worker sees whether it is to stop."""
 FINISHING = 4
@@ -52,6 +54,7 @@ class Worker:
         client: Client,
         tasks: Mapping[str, BaseTask[Any, Any]],
         queues: Sequence[str] | None = None,
+        plans: Mapping[str, Plan] | None = None,
         *,
         concurrency: int = 16,
         drain: bool = False,
@@ -72,6 +75,7 @@ class Worker:
             raise UsageError(msg)
         for queue in served:
             keys.quoted(queue, "queue")
+        plans = plans or {}
         self.client = client
         self.clock = client.clock
         self.tasks = tasks
@@ -93,11 +97,20 @@ class Worker:
         """Claims by their token."""
         self.unhandled: dict[str, int] = {}
         """Tasks met for which there is no handler here, by name."""
+        self.notes = Notes(self)
+        self.scheduler = Scheduler(client, self.fleet, plans)
+        self.keeper.schedules = tuple(sorted(plans))
+        for finder in self.finders:
+            finder.noted = self._noted
         self._heartbeat_thread = heartbeat_thread
         self._pursuits: set[asyncio.Task[None]] = set()
         self._busy = 0
         self._stopping = False
         self._hasty = False
+        self._patient = False
+        """Whether what runs may take as long as it likes to end: somebody drains this worker."""
+        self._taken = False
+        """Whether something was taken since it was last asked whether this worker is busy."""
         self._wake = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_wait = 0.1
@@ -127,7 +140,9 @@ class Worker:
 
     def stop(self) -> None:
         """Ask the worker to end: it claims nothing more, and what it runs has `grace` seconds. Asked again, it has none."""
-        if self._stopping:
+        if self._patient:
+            self._patient = False
+        elif self._stopping:
             self._hasty = True
             for run in list(self.running.values()):
                 run.request_stop("release")
@@ -135,15 +150,31 @@ class Worker:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
 
+    def drain_out(self) -> None:
+        """End as `stop` does, but with no limit to what runs; a `stop` that comes then gives it `grace` seconds."""
+        if not self._stopping:
+            log.info("worker %s was asked to drain: it claims nothing more and ends after what it runs", self.keeper.id)
+            self._stopping = self._patient = self.keeper.draining = True
+            self._wake.set()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether tasks run or ran since this was last asked."""
+        busy, self._taken = self._taken or bool(self._pursuits), False
+        return busy
+
     async def arun(self) -> None:
         """Run until stopped, on the running event loop."""
         self._loop = asyncio.get_running_loop()
         await self.client.open()
         await self._begin()
+        if self.drain:  # what is due now is work that is left to do
+            await self.scheduler.begin()
         log.info("worker %s serves %s with %d slots", self.keeper.id, ", ".join(self.queues), self.concurrency)
         self.client.listeners.append(self._told)
         timer = self._loop.call_later(self.max_time, self.stop) if self.max_time else None
-        aside = [asyncio.create_task(self._look_at_fleet()), asyncio.create_task(self._read_notes())]
+        aside = [asyncio.create_task(self._look_at_fleet()), asyncio.create_task(self.notes.keep())]
+        aside.append(asyncio.create_task(self.scheduler.keep()))
         aside.append(asyncio.create_task(self.journal.keep()))
         for task in aside:
             task.add_done_callback(self._broke)
@@ -182,6 +213,10 @@ class Worker:
     async def _wind_down(self) -> None:
         """Wait for what runs, then give back what did not end in time."""
         if self._pursuits and not self._hasty:
+            # of a patient wait the grace begins when a stop ends it
+            while self._pursuits and self._patient and not self.keeper.lost:
+                self._wake.clear()
+                await self._wake.wait()
             log.info("waiting up to %g s for %d running tasks", self.grace, len(self._pursuits))
             deadline = self.clock.monotonic() + self.grace
             while self._pursuits and not self._hasty and not self.keeper.lost and self.clock.monotonic() < deadline:
@@ -207,6 +242,11 @@ class Worker:
                 finder.hint(entry)
                 self._wake.set()
 
+    def _noted(self, key: str) -> None:
+        if key == keys.notes(self.keeper.id):
+            self.notes.rung = True
+            self._wake.set()
+
     def _lost(self) -> None:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
@@ -229,6 +269,7 @@ class Worker:
                 # while the store is away this takes as long as that lasts, and a stop must not wait for it
                 await first_of(self._begin_anew(), self._stopped())
                 continue
+            await self.notes.heard()
             room = min(self.concurrency - self._busy, (FINISHING + 1) * self.concurrency - len(self._pursuits))
             if room <= 0:
                 await self._wake.wait()
@@ -252,6 +293,7 @@ class Worker:
             for found in await finder.take(room - taken):
                 taken += 1
                 self._busy += 1
+                self._taken = True
                 pursuit = asyncio.create_task(self._pursue(finder, found))
                 self._pursuits.add(pursuit)
                 pursuit.add_done_callback(self._pursued)
@@ -338,35 +380,18 @@ class Worker:
         await lost.stop()
         self.running.clear()
         for listing in list(lost.claims.values()):
-            await self._put_entry_back(lost.id, listing.task, listing.token)
+            await self.reaper.put_entry_back(lost.id, listing.task, listing.token)
         self.keeper = SessionKeeper(
             self.client.store, self.clock, self.queues, lost.names, self.concurrency, lost.ttl, lost.parent
         )
         self.keeper.completed, self.keeper.failed, self.keeper.abandoned = lost.completed, lost.failed, lost.abandoned
+        self.keeper.schedules, self.keeper.draining = lost.schedules, lost.draining
         self.fleet.keeper = self.claimer.keeper = self.executor.keeper = self.keeper
         for finder in self.finders:
             finder.skip.clear()
             finder.look_all_at = 0.0
         await self._begin(first=False)
         log.warning("worker %s goes on as %s", lost.id, self.keeper.id)
-
-    async def _put_entry_back(self, worker: str, task_id: str, token: str) -> None:
-        """Write a claim's entry again: a heartbeat may have deleted it, trusting in a session that is gone now."""
-        tries = 0
-        while True:
-            try:
-                held = await self.register.read(Task, keys.task(task_id))
-                task = held.record if held else None
-                if task is not None and (task.state, task.token, task.worker) == ("running", token, worker):
-                    await self.register.reads.put(task.entry, b"")
-            except UnreadableRecord as error:
-                log.error("%s", error)  # noqa: TRY400 - the text says all; fsck puts the entry back once it can be read
-            except StoreError as error:  # a lasting no, such as a full disk: without the entry nobody would find the task
-                log.error("the entry of task %s cannot be put back yet: %s", task_id, error)  # noqa: TRY400
-                await pause(self.clock, tries)
-                tries += 1
-                continue
-            return
 
     # ------------------------------------------------------------------ beside the loop
 
@@ -381,30 +406,3 @@ class Worker:
                     self._wake.set()
             except StoreError as error:
                 log.error("the sessions cannot be listed: %s", error)  # noqa: TRY400 - the text says all
-
-    async def _read_notes(self) -> None:
-        """Look for notes while tasks run, and obey the flag of each record that a note names."""
-        etag: str | None = None
-        worker = ""
-        while True:
-            await self.clock.sleep(READ_NOTES)
-            if worker != self.keeper.id:
-                worker, etag = self.keeper.id, None
-            long_ago = self.fleet.due_now_ms() - READ_NOTES * 1000
-            if not any(run.listing.since < long_ago for run in self.running.values()):
-                continue
-            try:
-                held = await self.register.read(Note, keys.notes(worker))
-                if held is None or held.etag == etag:
-                    continue
-                etag = held.etag
-                look = set(held.record.look)
-                for run in [each for each in self.running.values() if each.listing.task in look]:
-                    await self._obey(run)
-            except BuquetError as error:
-                log.error("the notes to this worker cannot be read: %s", error)  # noqa: TRY400 - the text says all
-
-    async def _obey(self, run: Running) -> None:
-        held = await self.register.read(Task, keys.task(run.listing.task))
-        if held is not None and held.record.token == run.token and held.record.cancel_requested:
-            run.request_stop("cancel")

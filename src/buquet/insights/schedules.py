@@ -1,0 +1,88 @@
+"""Schedules: what fires when, and what came of it."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from buquet import keys
+from buquet.errors import UsageError
+from buquet.insights.fleet import store_now, workers
+from buquet.insights.scan import AT_ONCE, Scan
+from buquet.queue.schedules import rule_in
+from buquet.records import Schedule
+
+if TYPE_CHECKING:
+    from buquet.queue.client import Client
+    from buquet.store.base import Listed
+
+AHEAD = 3
+"""Fires to come that are shown."""
+
+
+class ScheduleView(msgspec.Struct, kw_only=True):
+    """A schedule as its record says. Times are milliseconds since 1970, 0 for none."""
+
+    name: str
+    rule: str
+    """The cron expression, or `every N s`."""
+    tz: str
+    task: str
+    queue: str
+    catch_up: str
+    paused: bool
+    next: list[int]
+    """The next few fires; none while it is paused."""
+    last: int
+    """The last fire that was submitted."""
+    last_task: str
+    """The id of its task."""
+    dropped: int
+    """Missed fires that were not caught up, in all."""
+    keepers: int
+    """Live workers that keep it."""
+    problem: str = ""
+    """Why its rule is not understood here."""
+
+
+async def list_schedules(client: Client, scan: Scan | None = None) -> list[ScheduleView]:
+    """Return all schedules by name. Records that cannot be read are named in `scan.unreadable`."""
+    scan = scan or Scan(client)
+    listed: list[Listed] = [each async for page in client.reads.pages(keys.SCHEDULES) for each in page]
+    found: list[Schedule] = []
+    for start in range(0, len(listed), AT_ONCE):
+        found += [record for _, record in await scan.many(Schedule, listed[start : start + AT_ONCE])]
+    if not found:
+        return []
+    now = int(await store_now(client) * 1000)
+    kept = [name for worker in await workers(client, scan) if worker.alive for name in worker.schedules]
+    return [_view(schedule, now, kept.count(schedule.name)) for schedule in sorted(found, key=lambda each: each.name)]
+
+
+def _view(schedule: Schedule, now: int, keepers: int) -> ScheduleView:
+    ahead: list[int] = []
+    problem = ""
+    try:
+        rule = rule_in(schedule)
+        shown = str(rule)
+        if not schedule.paused:
+            ahead = list(islice(rule.after(max(now, schedule.handled)), AHEAD))
+    except UsageError as error:
+        shown, problem = schedule.cron, str(error)
+    return ScheduleView(
+        name=schedule.name,
+        rule=shown,
+        tz=schedule.tz,
+        task=schedule.template.name,
+        queue=schedule.template.queue,
+        catch_up=schedule.catch_up,
+        paused=schedule.paused,
+        next=ahead,
+        last=schedule.last,
+        last_task=schedule.last_task,
+        dropped=schedule.dropped,
+        keepers=keepers,
+        problem=problem,
+    )

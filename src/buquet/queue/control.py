@@ -1,0 +1,79 @@
+"""What people ask of queues and workers: pause, resume, drain.
+
+The truth is a record each (`queues/{queue}.json`, `notes/{worker}`); the queue's bell then carries its key as a hint, so that
+idle workers hear of it at once. Lost the ring, they look there by themselves: working ones after 2 s, idle ones after a minute or so.
+"""
+
+from __future__ import annotations
+
+import getpass
+import socket
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from buquet import keys
+from buquet.errors import WorkerNotFound
+from buquet.records import Note, QueueSettings, Session
+
+if TYPE_CHECKING:
+    from buquet.queue.client import Client
+
+
+def whoami() -> str:
+    """Return user and host, for the record."""
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container without users
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"
+
+
+PASSES_PAUSE: frozenset[str] = frozenset()
+"""Names of tasks that a paused queue lets through: the system's own, which start with `buquet.` (a run's events)."""
+
+
+async def set_paused(client: Client, queue: str, *, paused: bool) -> bool:
+    """Pause or resume a queue; tell whether that changed anything."""
+    await client.open()
+    key = keys.queue_settings(queue)
+    held = await client.register.read(QueueSettings, key)
+    while True:
+        if (held is not None and held.record.paused) == paused:
+            # rung for all the same: who asked before may have died in between
+            client.added(queue, key)
+            return False
+        settings = replace(held.record if held else QueueSettings(), paused=paused, since=client.clock.now_ms(), by=whoami())
+        write = await (client.register.update(held, settings) if held else client.register.create(key, settings))
+        if write.landed:
+            client.added(queue, key)
+            return True
+        held = write.held
+
+
+async def drain_worker(client: Client, worker: str) -> None:
+    """Ask a worker to claim nothing more, finish what it runs and end. Raises WorkerNotFound."""
+    session = await _session(client, worker)
+    key = keys.notes(worker)
+    held = await client.register.read(Note, key)
+    while True:
+        note = replace(held.record if held else Note(), drain=True)
+        write = await (client.register.update(held, note) if held else client.register.create(key, note))
+        if write.landed:
+            break
+        held = write.held
+    try:
+        await _session(client, worker)
+    except WorkerNotFound:
+        await client.reads.delete(key)  # it ended meanwhile, and took no note along that came later
+        raise
+    for queue in session.queues:
+        client.added(queue, key)
+
+
+async def _session(client: Client, worker: str) -> Session:
+    held = await client.register.read(Session, keys.session(worker)) if keys.is_worker(worker) else None
+    if held is None:
+        msg = f"no worker has the id {worker[:80]!r} in {client.store.url}. `buquet workers` shows those that there are"
+        raise WorkerNotFound(msg)
+    return held.record

@@ -1,0 +1,144 @@
+"""When a schedule fires: a pure function from a rule to times. No clock is asked here.
+
+Times are milliseconds since 1970. Cron expressions are read by cronsim, as Debian's cron reads them. Where the clocks of the time
+zone go forward, a fire at a fixed hour (minute and hour both without a leading `*`) that falls into the gap comes right after it,
+once; where they go back, it comes once, the first time. Rules with a leading `*` in minute or hour follow real time, so an hour
+that comes twice has its fires twice.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from zoneinfo import ZoneInfo
+
+from cronsim import CronSim
+
+from buquet.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SHORTEST = 1000
+"""Milliseconds: no schedule fires more often."""
+LONGEST = 10 * 366 * 86_400_000
+FIRST_WINDOW = 1_000_000
+"""Milliseconds before the end in which `newest` looks first; then eight times as far back, and so on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Either a cron expression in a time zone, or every so many milliseconds since 1970."""
+
+    cron: str = ""
+    tz: str = ""
+    every_ms: int = 0
+
+    def __post_init__(self) -> None:
+        if self.every_ms:
+            return
+        try:
+            first = next(iter(self.after(0)), None)
+        except Exception as error:  # noqa: BLE001 - cronsim raises its own errors, and others for what it did not think of
+            msg = f"{self.cron!r} is no cron expression: {error}. It has five fields, minute hour day month weekday: '0 2 * * *'"
+            raise UsageError(msg) from None
+        if first is None:
+            msg = f"the cron expression {self.cron!r} never fires: it names a day that no month has"
+            raise UsageError(msg)
+
+    def __str__(self) -> str:
+        """Say the rule as people do."""
+        return self.cron or f"every {self.every_ms / 1000:g} s"
+
+    def after(self, at: int) -> Iterator[int]:
+        """Yield the fires later than `at`, in order, without an end unless the rule has one.
+
+        >>> from itertools import islice
+        >>> list(islice(Rule(every_ms=60_000).after(0), 2))
+        [60000, 120000]
+        >>> summer = Rule(cron="30 2 * * *", tz="Europe/Berlin")  # on the 29th there is no half past two
+        >>> start = int(datetime(2026, 3, 28, tzinfo=UTC).timestamp() * 1000)
+        >>> [datetime.fromtimestamp(at / 1000, UTC).isoformat() for at in islice(summer.after(start), 3)]
+        ['2026-03-28T01:30:00+00:00', '2026-03-29T01:00:00+00:00', '2026-03-30T00:30:00+00:00']
+        """
+        if self.every_ms:
+            fire = (at // self.every_ms + 1) * self.every_ms
+            while True:
+                yield fire
+                fire += self.every_ms
+        zone = UTC if self.tz == "UTC" else zone_of(self.tz)
+        last = at
+        for moment in CronSim(self.cron, datetime.fromtimestamp(at / 1000, zone)):
+            fire = int(moment.timestamp()) * 1000
+            # an hour that comes twice is met from its first time on, also by who begins in the second
+            if fire > last:
+                last = fire
+                yield fire
+
+    def next(self, at: int) -> int | None:
+        """Return the first fire later than `at`; None when there is none (within 50 years)."""
+        return next(iter(self.after(at)), None)
+
+    def newest(self, after: int, until: int, most: int) -> tuple[list[int], bool]:
+        """Return the last fires, at most `most`, of those later than `after` and not later than `until`; and whether all.
+
+        However long the time and however often the rule fires, not many more than `most` are worked out.
+        """
+        window = max(FIRST_WINDOW, self.every_ms)
+        while True:
+            start = max(after, until - window)
+            found: list[int] = []
+            for fire in self.after(start):
+                if fire > until:
+                    break
+                found.append(fire)
+            if len(found) > most or start <= after:
+                return found[-most:], len(found) <= most
+            window *= 8
+
+
+def zone_of(name: str) -> ZoneInfo:
+    """Return a time zone by its name. Raises UsageError."""
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError, TypeError):
+        msg = f"there is no time zone {name!r}: names are like 'Europe/Berlin', 'America/New_York' or 'UTC'"
+        raise UsageError(msg) from None
+
+
+def rule_of(cron: str | None, every: float | timedelta | None, tz: str | None) -> Rule:
+    """Return the rule that a user wrote down. Raises UsageError for what is none.
+
+    >>> str(rule_of(None, timedelta(minutes=5), None))
+    'every 300 s'
+    """
+    if (cron is None) == (every is None):
+        msg = "a schedule has either cron='0 2 * * *' or every=seconds" + (", not both" if cron is not None else "")
+        raise UsageError(msg)
+    if cron is not None:
+        return _cron(cron, "UTC" if tz is None else tz)
+    if tz is not None:
+        msg = f"tz={tz!r} goes with cron: every=... counts from 1970 in UTC, whatever the clocks say"
+        raise UsageError(msg)
+    seconds: Any = every.total_seconds() if isinstance(every, timedelta) else every
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool) and math.isfinite(seconds)
+    if not number or not SHORTEST <= round(seconds * 1000) <= LONGEST:
+        msg = f"every is a number of seconds or a timedelta, from 1 second to ten years, not {every!r}"
+        raise UsageError(msg)
+    return Rule(every_ms=round(seconds * 1000))
+
+
+def _cron(cron: Any, tz: Any) -> Rule:
+    if not isinstance(cron, str) or not isinstance(tz, str):
+        msg = f"cron and tz are strings, not {cron!r} and {tz!r}"
+        raise UsageError(msg)
+    if tz != "UTC":
+        zone_of(tz)
+    return Rule(cron=" ".join(cron.split()), tz=tz)
+
+
+def iso(fire: int) -> str:
+    """Return a fire's time in UTC, as the tag `fire` carries it."""
+    return datetime.fromtimestamp(fire / 1000, UTC).isoformat()

@@ -1,0 +1,158 @@
+"""Schedules as they lie in the bucket: declared, fired, triggered, paused.
+
+Anything that can build a submit can be scheduled (`Schedulable`): a task function today. What it builds is kept in the schedule's
+record as a template; each fire submits that under an id derived from (schedule, fire time), so firing twice is firing once.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, get_args, runtime_checkable
+
+from msgspec import Raw
+from msgspec.structs import replace
+
+from buquet import keys
+from buquet.codec import encode_record
+from buquet.errors import KeyConflict, ScheduleNotFound, UnreadableRecord, UsageError
+from buquet.queue.control import whoami
+from buquet.queue.payloads import INLINE
+from buquet.queue.rule import Rule, iso
+from buquet.records import ABSENT, CatchUp, Schedule, Task
+
+if TYPE_CHECKING:
+    from buquet.queue.client import Client, Submitted
+    from buquet.queue.task import Prepared
+    from buquet.store.register import Held
+
+log = logging.getLogger("buquet.schedule")
+
+
+@runtime_checkable
+class Schedulable(Protocol):
+    """What can be scheduled. A workflow's definition is one when its start is carried by a task that needs no id beforehand.
+
+    The task that `prepare` returns is stored as a template and submitted again and again, each time under another id: nothing in
+    it, its arguments included, may depend on the id that it has there. (A run that is started by a schedule takes its own id from
+    its start task's.) It must have neither a key nor a due time. No I/O.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name to show."""
+        ...
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
+        """Make the record of a submit with these arguments. Raises TypeError, InvalidArgument."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule as the code declares it."""
+
+    name: str
+    rule: Rule
+    catch_up: CatchUp
+    template: Task
+
+    def record(self, now: int) -> Schedule:
+        """Make the record of a schedule that is declared for the first time."""
+        return self.onto(Schedule(name=self.name, template=self.template, since=now, handled=now))
+
+    def onto(self, schedule: Schedule) -> Schedule:
+        """Put what is declared into a record, which keeps what has happened."""
+        rule = self.rule
+        return replace(
+            schedule, cron=rule.cron, tz=rule.tz, every_ms=rule.every_ms, catch_up=self.catch_up, template=self.template
+        )
+
+
+def plan(name: str, task: object, rule: Rule, catch_up: CatchUp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    """Check a declaration. Raises UsageError, TypeError or InvalidArgument."""
+    keys.quoted(name, "schedule")
+    if catch_up not in get_args(CatchUp):
+        msg = f"catch_up of schedule {name!r} is 'last', 'all' or 'none', not {catch_up!r}"
+        raise UsageError(msg)
+    if not isinstance(task, Schedulable):
+        msg = f"schedule {name!r} needs a task: decorate {task!r} with @app.task first"
+        raise UsageError(msg)
+    prepared = task.prepare(args, kwargs)
+    if prepared.task.key or prepared.task.due:
+        msg = (
+            f"schedule {name!r}: key, delay and run_at make no sense here, since the schedule says when, and each fire runs once"
+        )
+        raise UsageError(msg)
+    if len(prepared.args) > INLINE:
+        msg = f"the arguments of schedule {name!r} have {len(prepared.args):,} bytes as JSON; the most is {INLINE:,}"
+        raise UsageError(msg)
+    return Plan(name, rule, catch_up, replace(prepared.task, id="", created=0, args=Raw(prepared.args)))
+
+
+def rule_in(schedule: Schedule) -> Rule:
+    """Return the rule in a record. Raises UsageError where this process does not understand it."""
+    return Rule(schedule.cron, schedule.tz, schedule.every_ms)
+
+
+def same_spec(one: Schedule, other: Schedule) -> bool:
+    """Tell whether two records say the same, whatever has happened under them."""
+    return _spec(one) == _spec(other)
+
+
+def _spec(schedule: Schedule) -> tuple[Any, ...]:
+    return (schedule.cron, schedule.tz, schedule.every_ms, schedule.catch_up, encode_record(schedule.template))
+
+
+async def submit_fire(client: Client, schedule: Schedule, fire: int) -> str:
+    """Submit a fire's task unless that was done before, by whomever; return its id."""
+    task_id = keys.fire_id(schedule.name, fire)
+    # read first: a fire submitted before may have ended and been pruned since, and a submit would revive the stub
+    try:
+        there = await client.register.read(Task, keys.task(task_id))
+        if there is None or there.record.state == "tombstone":
+            await _submit(client, schedule, task_id, fire)
+    except KeyConflict:
+        log.info("schedule %s: the fire of %s was submitted with the arguments of another declaration", schedule.name, iso(fire))
+    except UnreadableRecord as error:
+        # something lies under its id, so it was submitted, and waiting for it would hold up every later fire
+        log.error("schedule %s, the fire of %s: %s", schedule.name, iso(fire), error)  # noqa: TRY400 - the text says all
+    return task_id
+
+
+async def _submit(client: Client, schedule: Schedule, task_id: str, fire: int) -> Submitted:
+    template = schedule.template
+    tags = {**template.tags, "schedule": schedule.name, "fire": iso(fire)}
+    task = replace(template, id=task_id, created=client.clock.now_ms(), tags=tags, args=ABSENT)
+    return await client.submit(task, bytes(template.args))
+
+
+async def read(client: Client, name: str) -> Held[Schedule]:
+    """GET a schedule's record. Raises ScheduleNotFound, UnreadableRecord."""
+    held = await client.register.read(Schedule, keys.schedule(name))
+    if held is None:
+        msg = f"there is no schedule {name!r} in {client.store.url}; `buquet schedule ls` shows those that there are. "
+        raise ScheduleNotFound(msg + "A worker of the App that declares one writes it down when it starts")
+    return held
+
+
+async def trigger(client: Client, name: str, now: int) -> str:
+    """Submit what the schedule submits, now and under an id of its own; return the id. The rule goes on as it was."""
+    held = await read(client, name)
+    submitted = await _submit(client, held.record, client.clock.new_id(), now // 1000 * 1000)
+    return submitted.id
+
+
+async def set_paused(client: Client, name: str, now: int, *, paused: bool) -> bool:
+    """Pause or resume; tell whether that changed anything. What passes while it is paused is not caught up."""
+    held: Held[Schedule] | None = await read(client, name)
+    while held is not None and held.record.paused != paused:
+        handled = held.record.handled if paused else max(held.record.handled, now)
+        write = await client.register.update(held, replace(held.record, paused=paused, since=now, by=whoami(), handled=handled))
+        if write.landed:
+            return True
+        held = write.held
+    if held is None:
+        msg = f"schedule {name!r} was removed from the store meanwhile; a worker that declares it writes it anew at its next look"
+        raise ScheduleNotFound(msg)
+    return False

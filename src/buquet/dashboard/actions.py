@@ -100,8 +100,60 @@ async def redrive_group(board: Board, target: str, _: Mapping[str, str]) -> str:
     return text
 
 
+async def pause_queue(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Let workers claim nothing more of a queue."""
+    fresh = await board.app.apause_queue(target)
+    board.feed.changed("settings")
+    return (
+        f"Queue {target} is paused: what runs goes on, nothing more is claimed."
+        if fresh
+        else f"Queue {target} was paused already."
+    )
+
+
+async def resume_queue(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Let workers claim from a queue again."""
+    fresh = await board.app.aresume_queue(target)
+    board.feed.changed("settings")
+    return f"Queue {target} goes on." if fresh else f"Queue {target} was not paused."
+
+
+async def drain_worker(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Ask a worker to end after what it runs."""
+    await board.app.adrain_worker(target)
+    board.feed.changed("workers")
+    return "The worker was asked to claim nothing more, to finish what it runs, and to end."
+
+
+async def trigger_schedule(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Submit a schedule's task now."""
+    handle = await board.app.atrigger_schedule(target)
+    board.feed.changed("schedules", "backlog")
+    return f"Task {handle.id} was submitted."
+
+
+async def pause_schedule(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Let a schedule fire no more."""
+    await board.app.apause_schedule(target)
+    board.feed.changed("schedules")
+    return f"Schedule {target} is paused."
+
+
+async def resume_schedule(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Let a schedule fire again."""
+    await board.app.aresume_schedule(target)
+    board.feed.changed("schedules")
+    return f"Schedule {target} goes on; what passed meanwhile is not caught up."
+
+
 ACTIONS: dict[str, Action] = {
     "cancel-task": cancel_task,
     "redrive-task": redrive_task,
     "redrive-group": redrive_group,
+    "pause-queue": pause_queue,
+    "resume-queue": resume_queue,
+    "drain-worker": drain_worker,
+    "trigger-schedule": trigger_schedule,
+    "pause-schedule": pause_schedule,
+    "resume-schedule": resume_schedule,
 }

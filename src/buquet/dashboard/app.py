@@ -36,6 +36,7 @@ GET = {
     "/errors": pages.errors,
     "/workers": pages.workers,
     "/queues": pages.queues,
+    "/schedules": pages.schedules,
     "/events": events.events,
     "/login": login.login_form,
 }

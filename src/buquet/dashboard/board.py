@@ -31,6 +31,7 @@ NAVIGATION = (
     ("/errors", "Errors"),
     ("/workers", "Workers"),
     ("/queues", "Queues"),
+    ("/schedules", "Schedules"),
 )
 
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, get_args
 
 from starlette.responses import RedirectResponse
 
-from buquet.insights import taskview
-from buquet.insights.overview import crews, overview, queue_states
+from buquet.insights import overview, taskview
 from buquet.insights.search import Wanted, exact, search
 from buquet.records import State
 
@@ -28,7 +27,7 @@ SHOWN: tuple[State, ...] = tuple(state for state in get_args(State) if state != 
 async def first(board: Board, request: Request) -> Response:
     """Show how everything is."""
     await board.feed.ensure("overview")
-    return board.page(request, "overview.html", topic="overview", shown=overview(board.feed))
+    return board.page(request, "overview.html", topic="overview", shown=overview.overview(board.feed))
 
 
 async def tasks(board: Board, request: Request) -> Response:
@@ -135,10 +134,20 @@ async def workers(board: Board, request: Request) -> Response:
     await board.feed.ensure("workers")
     feed = board.feed
     unreadable = sorted(feed.workers.unreadable.values())
-    return board.page(request, "workers.html", topic="workers", crew=crews(feed.workers), unreadable=unreadable)
+    return board.page(request, "workers.html", topic="workers", crew=overview.crews(feed.workers), unreadable=unreadable)
 
 
 async def queues(board: Board, request: Request) -> Response:
     """Show the queues."""
     await board.feed.ensure("queues")
-    return board.page(request, "queues.html", topic="queues", queues=queue_states(board.feed, crews(board.feed.workers)))
+    return board.page(
+        request, "queues.html", topic="queues", queues=overview.queue_states(board.feed, overview.crews(board.feed.workers))
+    )
+
+
+async def schedules(board: Board, request: Request) -> Response:
+    """Show the schedules."""
+    await board.feed.ensure("schedules")
+    unreadable = sorted(board.feed.schedules.unreadable.values())
+    shown = overview.schedules(board.feed)
+    return board.page(request, "schedules.html", topic="schedules", schedules=shown, unreadable=unreadable)

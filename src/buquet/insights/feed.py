@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from buquet import keys
 from buquet.errors import BuquetError
-from buquet.insights.looks import Backlog, BoundedJournal, Sessions
+from buquet.insights.looks import Backlog, BoundedJournal, Folder, Sessions
 from buquet.insights.pace import QUICK, SLOW, Pace, PacedStore
 from buquet.queue.client import Client
-from buquet.records import Task
+from buquet.records import QueueSettings, Schedule, Task
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -42,11 +42,12 @@ ALIVE = 15.0
 """Seconds after which a follower hears that nothing has changed."""
 
 TOPICS: dict[str, tuple[str, ...]] = {
-    "overview": ("workers", "backlog", "journal"),
+    "overview": ("workers", "backlog", "journal", "settings"),
     "tasks": ("workers", "backlog", "journal"),
     "errors": ("journal",),
     "workers": ("workers", "journal"),
-    "queues": ("workers", "backlog", "journal"),
+    "queues": ("workers", "backlog", "journal", "settings"),
+    "schedules": ("workers", "schedules", "journal"),
 }
 """What is followed for each kind of page. `task:ID` is a topic too: that task's record.
 
@@ -79,6 +80,8 @@ class Feed:
         self.workers = Sessions(self.client)
         self.backlog = Backlog(self.client)
         self.journal = BoundedJournal(self.client, hours=hours, room=FIRST)
+        self.settings = Folder(self.client, keys.QUEUES, QueueSettings)
+        self.schedules = Folder(self.client, keys.SCHEDULES, Schedule)
         self.tasks: dict[str, Held[Task]] = {}
         """The records that are followed, by id."""
         self.problem = ""
@@ -91,6 +94,8 @@ class Feed:
             "workers": _Part(self._look_at_workers, 2.5, 6),
             "backlog": _Part(self._look_at_backlog, 2.5, 6),
             "journal": _Part(self._look_at_journal, 4, 6),
+            "settings": _Part(lambda: self._look_at(self.settings), 5, 12),
+            "schedules": _Part(lambda: self._look_at(self.schedules), 3, 6),
         }
         self._fixed = frozenset(self._parts)
         """Parts that are news whenever they were looked at: they show ages. A record is news when it changed."""
@@ -240,6 +245,9 @@ class Feed:
         await self.workers.look(max(room, int(self.pace.credit)))
         return any(session.claims for key, session in self.workers.records.items() if self.workers.alive(key))
 
+    async def _look_at(self, folder: Folder[QueueSettings] | Folder[Schedule]) -> bool:
+        return await folder.look(max(BUSY_ROOM, int(self.pace.credit)))
+
     async def _look_at_backlog(self) -> bool:
         known = {queue for session in self.workers.records.values() for queue in session.queues}
         changed = await self.backlog.look(known)
@@ -275,3 +283,8 @@ class Feed:
         """The queue of each task name, as it was last seen: a claim does not say in which of a worker's queues it was found."""
         ended = {line.name: line.queue for line in self.journal.lines}
         return ended | {entry.name: entry.queue for entry in self.backlog.entries.values()}
+
+    def paused(self, queue: str) -> QueueSettings | None:
+        """Return the settings of a queue that is paused; None for one that is not."""
+        settings = self.settings.records.get(keys.queue_settings(queue))
+        return settings if settings and settings.paused else None

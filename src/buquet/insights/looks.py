@@ -228,9 +228,13 @@ class Sessions(Folder[Session]):
         """Tell whether a session was read as it is now listed."""
         return self._tags.get(key) == self.listed[key].etag
 
+    def now_ms(self) -> int:
+        """Return the time by the store's clock, milliseconds since 1970."""
+        return int((self.client.clock.now() + (self._offset or 0.0)) * 1000)
+
     def age(self, key: str) -> float:
         """Return the seconds since a worker's last heartbeat, by the store's clock."""
-        return max(self.client.clock.now() + (self._offset or 0.0) - self.listed[key].modified, 0.0)
+        return max(self.now_ms() / 1000 - self.listed[key].modified, 0.0)
 
     def alive(self, key: str) -> bool:
         """Tell whether a worker lives, by its last heartbeat."""

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from buquet.insights.journal import MINUTE, ErrorGroup, Minute, Summary, spread
+from buquet.insights.schedules import ScheduleView, view_of
 
 if TYPE_CHECKING:
     from buquet.insights.feed import Feed
     from buquet.insights.looks import Queued, Sessions
-    from buquet.records import Finished, Session
+    from buquet.records import Finished, QueueSettings, Session
 
 SPAN = 60
 """Minutes that the charts go back."""
@@ -41,6 +42,7 @@ class QueueState:
     oldest: int = 0
     workers: int = 0
     priorities: dict[int, int] = field(default_factory=dict[int, int])
+    paused: QueueSettings | None = None
     names: list[tuple[str, int, bool]] = field(default_factory=list[tuple[str, int, bool]])
     """What waits: the task's name, how many, whether some live worker handles it."""
     ended: Summary = field(default_factory=Summary)
@@ -154,7 +156,17 @@ def queue_states(feed: Feed, crew: list[Crew]) -> list[QueueState]:
         state = found[entry.queue]
         state.ready -= entry.priority is not None
         state.later -= entry.priority is None
+    for state in found.values():
+        state.paused = feed.paused(state.name)
     return sorted(found.values(), key=lambda each: each.name)
+
+
+def schedules(feed: Feed) -> list[ScheduleView]:
+    """Return the schedules, by name."""
+    kept = [name for each in crews(feed.workers) if each.alive for name in each.session.schedules]
+    now = feed.workers.now_ms()
+    records = sorted(feed.schedules.records.values(), key=lambda each: each.name)
+    return [view_of(each, now, kept.count(each.name)) for each in records]
 
 
 def _waits(state: QueueState, queued: Queued, handled: set[str]) -> None:

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from starlette.responses import RedirectResponse
 
+from buquet.dashboard import runs
 from buquet.dashboard.board import SAID, local
 from buquet.errors import BuquetError, Refused
 from buquet.insights.overview import group_of
@@ -156,4 +157,6 @@ ACTIONS: dict[str, Action] = {
     "trigger-schedule": trigger_schedule,
     "pause-schedule": pause_schedule,
     "resume-schedule": resume_schedule,
+    "signal-run": runs.signal,
+    **{f"{move}-run": runs.move for move in runs.MOVES},
 }

@@ -11,9 +11,10 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from buquet.dashboard import actions, events, login, pages
+from buquet.dashboard import actions, events, login, pages, runs
 from buquet.dashboard.board import HERE, Board
 from buquet.dashboard.guard import Guard
+from buquet.dashboard.runs import Shared
 from buquet.dashboard.sessions import Sessions
 from buquet.errors import BuquetError, StoreError, TaskNotFound
 from buquet.insights.feed import Feed
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from buquet.app import App
+    from buquet.dashboard.runs import RunsPort
 
     Handler = Callable[[Board, Request], Awaitable[Response]]
 
@@ -37,22 +39,39 @@ GET = {
     "/workers": pages.workers,
     "/queues": pages.queues,
     "/schedules": pages.schedules,
+    "/runs": runs.runs,
+    "/runs/{id}": runs.run,
+    "/run.css": runs.style,
     "/events": events.events,
     "/login": login.login_form,
 }
 POST = {"/act": actions.act, "/login": login.login, "/logout": login.logout}
 
 
-def dashboard(app: App, *, password: str | None = None, read_only: bool = False, loopback: bool = True) -> Starlette:
+def dashboard(
+    app: App,
+    *,
+    password: str | None = None,
+    read_only: bool = False,
+    loopback: bool = True,
+    workflows: RunsPort | None = None,
+) -> Starlette:
     """Return the dashboard of an App's store; `feed` of its `state` follows it.
 
     `password`: what a browser must give before it sees anything. `read_only`: no buttons, and no form is taken.
+    `workflows`: how runs are read and moved.
     `loopback`: it is bound to this machine only, so that without a password other names than this machine's are refused.
 
     >>> dashboard(App("memory:"), read_only=True)  # doctest: +ELLIPSIS, +SKIP
     <starlette.applications.Starlette object at ...>
     """
-    board = Board(app, Feed(app.client), Sessions(app.clock, password), read_only)
+    board = Board(
+        app,
+        Feed(app.client),
+        Sessions(app.clock, password),
+        read_only,
+        None if workflows is None else Shared(workflows, app.clock),
+    )
 
     def bound(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from buquet.app import App
+    from buquet.dashboard.runs import Shared
     from buquet.dashboard.sessions import Sessions
     from buquet.insights.feed import Feed
 
@@ -31,6 +32,7 @@ NAVIGATION = (
     ("/errors", "Errors"),
     ("/workers", "Workers"),
     ("/queues", "Queues"),
+    ("/runs", "Runs"),
     ("/schedules", "Schedules"),
 )
 
@@ -62,6 +64,8 @@ class Board:
     feed: Feed
     sessions: Sessions
     read_only: bool = False
+    runs: Shared | None = None
+    """None where nothing is known of workflows."""
     templates: Environment = field(default_factory=_environment)
     assets: str = field(default_factory=_fingerprint)
 
@@ -74,7 +78,7 @@ class Board:
         text = self.templates.get_template(template).render(
             charts=charts,
             urlencode=urlencode,
-            navigation=NAVIGATION,
+            navigation=[each for each in NAVIGATION if each[0] != "/runs" or self.runs],
             product_version=__version__,
             assets=self.assets,
             store=self.app.url,

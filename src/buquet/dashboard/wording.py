@@ -21,8 +21,12 @@ STATES = {
     "cancelled": "off",
     "expired": "off",
     "skipped": "off",
-    "undone": "off",
     "paused": "waits",
+    "waiting": "waits",
+    "ready": "waits",
+    "failing": "bad",
+    "cancelling": "off",
+    "stopped": "off",
     "alive": "good",
     "dead": "bad",
 }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 from acceptance import dashboardtasks as tasks
 from browser import run_browser
+from playwright.sync_api import expect
 
 from buquet import App
 
@@ -100,14 +101,14 @@ def apart(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
 
 def shows(page: Page, text: str) -> None:
-    page.wait_for_function("text => document.getElementById('main').innerText.includes(text)", arg=text, timeout=SOON)
+    expect(page.locator("#main")).to_contain_text(text, timeout=SOON)
 
 
 def test_every_page_is_shown_and_follows_what_happens(world: World) -> None:
     page = world.pages("/")
     for path in PAGES:
         page.goto(world.address + path)
-        page.wait_for_function("document.getElementById('live').textContent === 'live'", timeout=SOON)
+        expect(page.locator("#live")).to_have_text("live", timeout=SOON)
         assert page.title() != "owned"
         assert page.locator("nav[aria-label=Pages] a[aria-current]").count() == 1
     page.goto(world.address + "/")
@@ -116,7 +117,7 @@ def test_every_page_is_shown_and_follows_what_happens(world: World) -> None:
     shows(page, "ValueError")
     for n in range(5):
         apart(tasks.good.submit, f"more{n}")
-    page.wait_for_function("before => document.querySelector('.figures dd').innerText !== before", arg=before, timeout=SOON)
+    expect(page.locator(".figures dd").first).not_to_have_text(before, timeout=SOON)
 
 
 def test_hostile_text_is_text_everywhere(world: World) -> None:
@@ -150,7 +151,7 @@ def test_a_failed_task_is_found_read_compared_and_run_again(world: World) -> Non
     page.go_back()
     page.get_by_role("button", name="Run again").click()
     shows(page, "waits again")
-    page.wait_for_function("document.querySelectorAll('.timeline .failed').length === 2", timeout=SOON)
+    expect(page.locator(".timeline .failed")).to_have_count(2, timeout=SOON)
     assert [event.why for event in apart(handle.history)].count("redriven") == 1
 
 
@@ -166,13 +167,13 @@ def test_all_of_an_error_group_run_again(world: World) -> None:
 def test_a_running_task_shows_its_progress_and_is_cancelled(world: World) -> None:
     handle = apart(tasks.long.submit, 60)
     page = world.pages(f"/tasks/{handle.id}")
-    page.wait_for_function("document.querySelector('h1 .state').innerText === 'running'", timeout=SOON)
+    expect(page.locator("h1 .state")).to_have_text("running", timeout=SOON)
     workers = world.pages("/workers")
     workers.wait_for_selector(f"a[href='/tasks/{handle.id}']", timeout=SOON)
     workers.wait_for_selector("progress", timeout=SOON)
     page.get_by_role("button", name="Cancel").click()
     shows(page, "asked to stop it")
-    page.wait_for_function("document.querySelector('h1 .state').innerText === 'cancelled'", timeout=SOON)
+    expect(page.locator("h1 .state")).to_have_text("cancelled", timeout=SOON)
     assert apart(handle.status) == "cancelled"
 
 

@@ -13,6 +13,7 @@ from starlette.responses import HTMLResponse
 
 from buquet import __version__
 from buquet.dashboard import charts, wording
+from buquet.insights.overview import Overview, overview
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -47,6 +48,8 @@ def _environment() -> Environment:
     )
     names = (wording.lasts, wording.number, wording.size, wording.moment, wording.tags, wording.badge)
     made.filters.update({each.__name__: each for each in names})
+    for name in made.list_templates():  # compiled now: the first page need not wait for it
+        made.get_template(name)
     return made
 
 
@@ -68,6 +71,14 @@ class Board:
     """None where nothing is known of workflows."""
     templates: Environment = field(default_factory=_environment)
     assets: str = field(default_factory=_fingerprint)
+    _overview: tuple[int, Overview] | None = None
+
+    def overview(self) -> Overview:
+        """Return what the first page says, worked out once for all browsers from one state of the feed."""
+        version = self.feed.version("overview")
+        if self._overview is None or self._overview[0] != version:
+            self._overview = (version, overview(self.feed))
+        return self._overview[1]
 
     def page(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         """Make a page. What came of the last form is told once, and not to the script that only brings a page up to date."""

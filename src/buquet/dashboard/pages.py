@@ -27,7 +27,7 @@ SHOWN: tuple[State, ...] = tuple(state for state in get_args(State) if state != 
 async def first(board: Board, request: Request) -> Response:
     """Show how everything is."""
     await board.feed.ensure("overview")
-    return board.page(request, "overview.html", topic="overview", shown=overview.overview(board.feed))
+    return board.page(request, "overview.html", topic="overview", shown=board.overview())
 
 
 async def tasks(board: Board, request: Request) -> Response:

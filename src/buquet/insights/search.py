@@ -70,7 +70,7 @@ class Wanted:
 
 
 async def search(feed: Feed, wanted: Wanted) -> list[Row]:
-    """Return the tasks that are meant: those that run, those that wait, then those that ended, the last first."""
+    """Return the tasks that are meant: those that run, are ready, ended (the last first), and wait for their time."""
     if wanted.key:
         return [row for row in await _by_key(feed, wanted.key) if wanted.takes(row)]
     if wanted.everywhere:
@@ -121,16 +121,19 @@ def _in_memory(feed: Feed) -> Iterator[Row]:
             queue = session.queues[0] if len(session.queues) == 1 else homes.get(claim.name, session.queues[0])
             remark = f"{claim.progress.fraction:.0%} {claim.progress.message}".strip() if claim.progress else ""
             yield Row(claim.task, claim.name, queue, "running", claim.since, remark=remark)
-    for entry in sorted(feed.backlog.entries.values(), key=lambda each: -each.at):
-        if entry.task not in met:
-            met.add(entry.task)
-            remark = "waits for its time" if entry.priority is None else f"priority {entry.priority}"
-            yield Row(entry.task, entry.name, entry.queue, "pending", entry.at, remark=remark)
+    waiting = [entry for entry in feed.backlog.entries.values() if entry.task not in met]
+    for entry in sorted((entry for entry in waiting if entry.priority is not None), key=lambda each: -each.at):
+        met.add(entry.task)
+        yield Row(entry.task, entry.name, entry.queue, "pending", entry.at, remark=f"priority {entry.priority}")
+    later = sorted((entry for entry in waiting if entry.priority is None), key=lambda each: each.at)
+    met.update(entry.task for entry in later)
     for line in reversed(feed.journal.lines):
         if line.id not in met and line.kind == "task":
             met.add(line.id)
             remark = f"{line.error.type}: {line.error.message}" if line.error else ""
             yield Row(line.id, line.name, line.queue, line.status, line.at, line.attempts, line.ran, remark, line.tags)
+    for entry in later:
+        yield Row(entry.task, entry.name, entry.queue, "pending", entry.at, remark="waits for its time")
 
 
 async def _with_tags(feed: Feed, wanted: Wanted, rows: list[Row]) -> list[Row]:

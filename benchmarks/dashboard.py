@@ -2,7 +2,8 @@
 
     python benchmarks/dashboard.py [FOLDER]
 
-Prints the milliseconds, and those of this process's own work (another's load does not change them), of the first page of a new server (it reads everything) and of some after it (from memory).
+Prints the milliseconds of the first page of a new server (it reads everything) and of some after it (from memory); beside them
+those of this process's own work, which another's load does not change.
 """
 
 from __future__ import annotations

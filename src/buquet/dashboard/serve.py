@@ -27,9 +27,10 @@ class Server(uvicorn.Server):
     takes_signals = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take the signal."""
+        """Take the signal: it is a clean end, so uvicorn does not raise it once more afterwards. A second one ends at once."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
         self.feed.stop()
-        super().handle_exit(sig, frame)
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:

@@ -26,7 +26,7 @@ class Server(uvicorn.Server):
     feed: Feed
     takes_signals = True
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - as uvicorn calls it
         """Take the signal: it is a clean end, so uvicorn does not raise it once more afterwards. A second one ends at once."""
         self.force_exit = self.should_exit
         self.should_exit = True

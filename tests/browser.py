@@ -74,6 +74,9 @@ def _fetch(folder: Path) -> None:
                 with tarfile.open(ready / part) as packed:
                     packed.extractall(ready, filter="data")
                 (ready / part).unlink()
+        (ready / "fonts.conf").write_text(
+            f"<fontconfig><dir>{folder / 'fonts'}</dir><cachedir>{folder / 'cache'}</cachedir></fontconfig>"
+        )
         try:
             ready.rename(folder)
         except OSError:

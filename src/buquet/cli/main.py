@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from buquet import __version__
-from buquet.cli import change, control, demo, look, runs, schedule, store, tasks, watch, worker
+from buquet.cli import change, control, demo, dev, look, runs, schedule, store, tasks, ui, watch, worker
 from buquet.cli.base import cli
 from buquet.errors import BuquetError, UsageError
 
-__all__ = ["change", "control", "demo", "look", "main", "runs", "schedule", "store", "tasks", "watch", "worker"]
+__all__ = ["change", "control", "demo", "dev", "look", "main", "runs", "schedule", "store", "tasks", "ui", "watch", "worker"]
 
 
 def _version(asked: bool) -> None:

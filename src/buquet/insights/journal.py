@@ -281,8 +281,8 @@ class Journal:
             per_minute=len(lines) / minutes,
             retried=sum(line.attempts > 1 for line in lines),
             lost=sum(line.losses > 0 for line in lines),
-            duration=_spread(line.ran for line in lines if line.started),
-            delay=_spread(max(line.started - line.ready, 0) for line in lines if line.started and line.ready),
+            duration=spread(line.ran for line in lines if line.started),
+            delay=spread(max(line.started - line.ready, 0) for line in lines if line.started and line.ready),
         )
 
 
@@ -290,7 +290,8 @@ def _ended_at(line: Finished) -> int:
     return line.at
 
 
-def _spread(values: Iterable[int]) -> Spread:
+def spread(values: Iterable[int]) -> Spread:
+    """Return the middle, the 99th hundredth and the longest of some times."""
     ranked = sorted(values)
     if not ranked:
         return Spread()

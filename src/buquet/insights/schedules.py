@@ -58,10 +58,11 @@ async def list_schedules(client: Client, scan: Scan | None = None) -> list[Sched
         return []
     now = int(await store_now(client) * 1000)
     kept = [name for worker in await workers(client, scan) if worker.alive for name in worker.schedules]
-    return [_view(schedule, now, kept.count(schedule.name)) for schedule in sorted(found, key=lambda each: each.name)]
+    return [view_of(schedule, now, kept.count(schedule.name)) for schedule in sorted(found, key=lambda each: each.name)]
 
 
-def _view(schedule: Schedule, now: int, keepers: int) -> ScheduleView:
+def view_of(schedule: Schedule, now: int, keepers: int) -> ScheduleView:
+    """Return a schedule as it is shown at `now` (milliseconds), with the number of live workers that keep it."""
     ahead: list[int] = []
     problem = ""
     try:

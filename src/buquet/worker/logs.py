@@ -17,10 +17,8 @@ _fields: ContextVar[dict[str, object] | None] = ContextVar("buquet_log_fields", 
 
 def enter_task(task: Task) -> None:
     """Make a task the one that lines of this context, and of the threads that it calls, are about."""
-    # runs put the names of run and step into their tasks' records
-    run, step = str(getattr(task, "run", "")), str(getattr(task, "step", ""))
     fields: dict[str, object] = {"task": task.id, "task_name": task.name, "attempt": task.attempt}
-    _fields.set(fields | {name: value for name, value in (("run", run), ("step", step)) if value})
+    _fields.set(fields | {name: value for name, value in (("run", task.run), ("step", task.step)) if value})
 
 
 class TaskFields(logging.Filter):

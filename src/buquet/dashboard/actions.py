@@ -1,0 +1,162 @@
+"""What the buttons do. Every action is a POST of one form: `action`, `target`, and where to go back to."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from starlette.responses import RedirectResponse
+
+from buquet.dashboard import runs
+from buquet.dashboard.board import SAID, local
+from buquet.errors import BuquetError, Refused
+from buquet.insights.overview import group_of
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from buquet.dashboard.board import Board
+
+    Action = Callable[[Board, str, Mapping[str, str]], Awaitable[str]]
+
+AT_ONCE = 32
+"""Tasks that are redriven side by side."""
+MOST = 5000
+"""Tasks of a group that one press redrives."""
+LONGEST = 500
+"""Characters of a message that is told on the next page."""
+
+
+async def act(board: Board, request: Request) -> Response:
+    """Carry out a form, and go back with what came of it."""
+    form: dict[str, str] = request.state.form
+    name, target = form.get("action", ""), form.get("target", "")
+    action = ACTIONS.get(name)
+    if action is None:
+        said = f"this dashboard cannot {name[:40]!r}"
+    else:
+        try:
+            said = await action(board, target, form)
+        except (BuquetError, TimeoutError) as error:
+            said = f"Not done: {error}"
+    response = RedirectResponse(local(form.get("back")), 303)
+    # quoted: a cookie holds no quotes, line ends, or letters beyond ASCII
+    response.set_cookie(
+        SAID,
+        board.sessions.sign("said", quote(said[:LONGEST])),
+        max_age=60,
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
+    return response
+
+
+async def cancel_task(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Cancel a task."""
+    outcome = await board.app.client.cancel(target)
+    board.feed.changed("workers", "backlog", f"task:{target}")
+    if outcome == "requested":
+        return "Its worker was asked to stop it. A handler that ends first stays completed."
+    return "The task is cancelled."
+
+
+async def redrive_task(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Run an ended task again."""
+    await board.app.client.redrive(target)
+    board.feed.changed("backlog", f"task:{target}")
+    return "The task waits again, with all of its attempts before it."
+
+
+async def redrive_group(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Run all tasks of an error group again that are still failed."""
+    ids = list(dict.fromkeys(line.id for line in group_of(board.feed.journal.lines, target)))
+    if not ids:
+        return "Not done: nothing that failed so is known any more. Search the tasks that failed."
+    lane = asyncio.Semaphore(AT_ONCE)
+    refused = 0
+
+    async def one(task_id: str) -> None:
+        nonlocal refused
+        async with lane:
+            try:
+                if (await board.app.client.read(task_id)).record.state != "failed":
+                    msg = "it is not failed any more"
+                    raise Refused(msg)
+                await board.app.client.redrive(task_id)
+            except BuquetError:
+                refused += 1
+
+    await asyncio.gather(*map(one, ids[:MOST]))
+    board.feed.changed("backlog")
+    text = f"{min(len(ids), MOST) - refused:,} tasks wait again."
+    if refused:
+        text += f" {refused:,} were left: they are not failed any more, or gone."
+    if len(ids) > MOST:
+        text += f" {len(ids) - MOST:,} more are to be done: press again."
+    return text
+
+
+async def pause_queue(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Let workers claim nothing more of a queue."""
+    fresh = await board.app.apause_queue(target)
+    board.feed.changed("settings")
+    return (
+        f"Queue {target} is paused: what runs goes on, nothing more is claimed."
+        if fresh
+        else f"Queue {target} was paused already."
+    )
+
+
+async def resume_queue(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Let workers claim from a queue again."""
+    fresh = await board.app.aresume_queue(target)
+    board.feed.changed("settings")
+    return f"Queue {target} goes on." if fresh else f"Queue {target} was not paused."
+
+
+async def drain_worker(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Ask a worker to end after what it runs."""
+    await board.app.adrain_worker(target)
+    board.feed.changed("workers")
+    return "The worker was asked to claim nothing more, to finish what it runs, and to end."
+
+
+async def trigger_schedule(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Submit a schedule's task now."""
+    handle = await board.app.atrigger_schedule(target)
+    board.feed.changed("schedules", "backlog")
+    return f"Task {handle.id} was submitted."
+
+
+async def pause_schedule(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Let a schedule fire no more."""
+    await board.app.apause_schedule(target)
+    board.feed.changed("schedules")
+    return f"Schedule {target} is paused."
+
+
+async def resume_schedule(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Let a schedule fire again."""
+    await board.app.aresume_schedule(target)
+    board.feed.changed("schedules")
+    return f"Schedule {target} goes on; what passed meanwhile is not caught up."
+
+
+ACTIONS: dict[str, Action] = {
+    "cancel-task": cancel_task,
+    "redrive-task": redrive_task,
+    "redrive-group": redrive_group,
+    "pause-queue": pause_queue,
+    "resume-queue": resume_queue,
+    "drain-worker": drain_worker,
+    "trigger-schedule": trigger_schedule,
+    "pause-schedule": pause_schedule,
+    "resume-schedule": resume_schedule,
+    "signal-run": runs.signal,
+    **{f"{move}-run": runs.move for move in runs.MOVES},
+}

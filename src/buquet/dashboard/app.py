@@ -1,0 +1,115 @@
+"""The dashboard as an ASGI application: its routes, its errors, and the guard around them."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from buquet.dashboard import actions, events, login, pages, runs
+from buquet.dashboard.board import HERE, Board
+from buquet.dashboard.guard import Guard
+from buquet.dashboard.runs import Shared
+from buquet.dashboard.sessions import Sessions
+from buquet.errors import BuquetError, StoreError, TaskNotFound
+from buquet.insights.feed import Feed
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from buquet.app import App
+    from buquet.dashboard.runs import RunsPort
+
+    Handler = Callable[[Board, Request], Awaitable[Response]]
+
+GET = {
+    "/": pages.first,
+    "/tasks": pages.tasks,
+    "/tasks/{id}": pages.task,
+    "/tasks/{id}/versions": pages.versions,
+    "/errors": pages.errors,
+    "/workers": pages.workers,
+    "/queues": pages.queues,
+    "/schedules": pages.schedules,
+    "/runs": runs.runs,
+    "/runs/{id}": runs.run,
+    "/run.css": runs.style,
+    "/events": events.events,
+    "/login": login.login_form,
+}
+POST = {"/act": actions.act, "/login": login.login, "/logout": login.logout}
+
+
+def dashboard(
+    app: App,
+    *,
+    password: str | None = None,
+    read_only: bool = False,
+    loopback: bool = True,
+    workflows: RunsPort | None = None,
+) -> Starlette:
+    """Return the dashboard of an App's store; `feed` of its `state` follows it.
+
+    `password`: what a browser must give before it sees anything. `read_only`: no buttons, and no form is taken.
+    `workflows`: how runs are read and moved.
+    `loopback`: it is bound to this machine only, so that without a password other names than this machine's are refused.
+
+    >>> dashboard(App("memory:"), read_only=True)  # doctest: +ELLIPSIS, +SKIP
+    <starlette.applications.Starlette object at ...>
+    """
+    board = Board(
+        app,
+        Feed(app.client),
+        Sessions(app.clock, password),
+        read_only,
+        None if workflows is None else Shared(workflows, app.clock),
+    )
+
+    def bound(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            return await handler(board, request)
+
+        return endpoint
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return _problem(board, request, error)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            await board.feed.close()
+
+    made = Starlette(
+        routes=[
+            *(Route(path, bound(handler), methods=["GET"]) for path, handler in GET.items()),
+            *(Route(path, bound(handler), methods=["POST"]) for path, handler in POST.items()),
+            Mount("/static", StaticFiles(directory=HERE / "static")),
+        ],
+        middleware=[Middleware(Guard, sessions=board.sessions, read_only=read_only, loopback=loopback)],
+        exception_handlers={BuquetError: failed, HTTPException: failed},
+        lifespan=lifespan,
+    )
+    made.state.feed = board.feed
+    return made
+
+
+def _problem(board: Board, request: Request, error: Exception) -> Response:
+    """Say what is wrong, in the dashboard's own form."""
+    if isinstance(error, HTTPException):
+        said = "There is no such page." if error.status_code == 404 else error.detail  # noqa: PLR2004 - HTTP's own number
+        return board.page(request, "problem.html", error.status_code, topic="", title="Not here", text=said)
+    if isinstance(error, TaskNotFound):
+        return board.page(request, "problem.html", 404, topic="", title="Not found", text=str(error))
+    if isinstance(error, StoreError):
+        return board.page(request, "problem.html", 503, topic="", title="The store does not answer", text=str(error))
+    return board.page(request, "problem.html", 409, topic="", title="That does not work", text=str(error))

@@ -1,0 +1,120 @@
+"""What the handlers of one dashboard share, and how they make a page of a template."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlencode
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.responses import HTMLResponse
+
+from buquet import __version__
+from buquet.dashboard import charts, wording
+from buquet.insights.overview import Overview, overview
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from buquet.app import App
+    from buquet.dashboard.runs import Shared
+    from buquet.dashboard.sessions import Sessions
+    from buquet.insights.feed import Feed
+
+HERE = Path(__file__).parent
+SAID = "buquet_said"
+"""The cookie that tells the next page what came of a form."""
+
+NAVIGATION = (
+    ("/", "Overview"),
+    ("/tasks", "Tasks"),
+    ("/errors", "Errors"),
+    ("/workers", "Workers"),
+    ("/queues", "Queues"),
+    ("/runs", "Runs"),
+    ("/schedules", "Schedules"),
+)
+
+
+def _environment() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    names = (wording.lasts, wording.number, wording.size, wording.moment, wording.tags, wording.badge)
+    made.filters.update({each.__name__: each for each in names})
+    for name in made.list_templates():  # compiled now: the first page need not wait for it
+        made.get_template(name)
+    return made
+
+
+def _fingerprint() -> str:
+    """Return what changes when a script or style does, so that browsers keep them until then."""
+    files = sorted((HERE / "static").iterdir())
+    return hashlib.sha256(b"".join(each.read_bytes() for each in files if each.is_file())).hexdigest()[:12]
+
+
+@dataclass
+class Board:
+    """One dashboard: the App that it looks at, and how."""
+
+    app: App
+    feed: Feed
+    sessions: Sessions
+    read_only: bool = False
+    runs: Shared | None = None
+    """None where nothing is known of workflows."""
+    templates: Environment = field(default_factory=_environment)
+    assets: str = field(default_factory=_fingerprint)
+    _overview: tuple[int, Overview] | None = None
+
+    def overview(self) -> Overview:
+        """Return what the first page says, worked out once for all browsers from one state of the feed."""
+        version = self.feed.version("overview")
+        if self._overview is None or self._overview[0] != version:
+            self._overview = (version, overview(self.feed))
+        return self._overview[1]
+
+    def page(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+        """Make a page. What came of the last form is told once, and not to the script that only brings a page up to date."""
+        session = request.state.session
+        live = "x-live" in request.headers
+        said = None if live else self.sessions.unsign("said", request.cookies.get(SAID))
+        here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        text = self.templates.get_template(template).render(
+            charts=charts,
+            urlencode=urlencode,
+            navigation=[each for each in NAVIGATION if each[0] != "/runs" or self.runs],
+            product_version=__version__,
+            assets=self.assets,
+            store=self.app.url,
+            said=None if said is None else unquote(said),
+            problem=self.feed.problem,
+            read_only=self.read_only,
+            can_log_out=self.sessions.password is not None and session.inside,
+            token=self.sessions.token(session),
+            here=here,
+            path=request.url.path,
+            now=self.app.clock.now_ms(),
+            **values,
+        )
+        response = HTMLResponse(text, status)
+        if said is not None:
+            response.delete_cookie(SAID, httponly=True, samesite="strict")
+        return response
+
+
+def local(path: str | None) -> str:
+    """Return the path on this server to go back to; the first page where it leads elsewhere.
+
+    >>> local("/tasks?page=2"), local("//evil.example"), local("https://evil.example"), local(None)
+    ('/tasks?page=2', '/', '/', '/')
+    """
+    if path is None or not path.startswith("/") or path.startswith(("//", "/\\")) or not path.isprintable():
+        return "/"
+    return path

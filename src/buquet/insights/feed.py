@@ -1,0 +1,290 @@
+"""What a dashboard shows, read once for all who look at it.
+
+A `Feed` follows the parts of the bucket that somebody looks at, and nothing while nobody does. However many look, it sends at
+most 2 requests a second, and 1 a second while nothing happens (see Pace). The first look, and the first after a time in which
+nobody looked, may take what was saved up, at most 600 requests: it reads the newest of the journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from buquet import keys
+from buquet.errors import BuquetError
+from buquet.insights.looks import Backlog, BoundedJournal, Folder, Sessions
+from buquet.insights.pace import QUICK, SLOW, Pace, PacedStore
+from buquet.queue.client import Client
+from buquet.records import QueueSettings, Schedule, Task
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
+    from buquet.store.register import Held
+
+FIRST = 600
+"""Requests that a first look may send at once."""
+HOURS = 24.0
+JOURNAL_ROOM = 8
+"""Objects of the journal that are read every few seconds: as many as a dozen busy workers write."""
+BESIDES = 40
+"""Requests of a first look that are not for the journal's objects."""
+BUSY_ROOM = 6
+QUIET_ROOM = 1
+"""Sessions that are read a look."""
+STALE = 10.0
+"""Seconds after which a page that is opened waits for a look of its own."""
+PATIENCE = 5.0
+ALIVE = 15.0
+"""Seconds after which a follower hears that nothing has changed."""
+
+TOPICS: dict[str, tuple[str, ...]] = {
+    "overview": ("workers", "backlog", "journal", "settings"),
+    "tasks": ("workers", "backlog", "journal"),
+    "errors": ("journal",),
+    "workers": ("workers", "journal"),
+    "queues": ("workers", "backlog", "journal", "settings"),
+    "schedules": ("workers", "schedules", "journal"),
+}
+"""What is followed for each kind of page. `task:ID` is a topic too: that task's record.
+
+The journal is followed with each, so that it never has much to catch up with while requests are few.
+"""
+
+
+@dataclass
+class _Part:
+    look: Callable[[], Awaitable[bool]]
+    quick: float
+    slow: float
+    looked: float = -math.inf
+    version: int = 0
+
+
+class Feed:
+    """Follows a bucket for any number of browsers. For one event loop.
+
+    >>> feed = Feed(app.client)  # doctest: +SKIP
+    >>> await feed.ensure("overview")  # doctest: +SKIP
+    >>> feed.backlog.queues  # doctest: +SKIP
+    """
+
+    def __init__(self, client: Client, *, hours: float = HOURS) -> None:
+        self.clock = client.clock
+        self.pace = Pace(self.clock)
+        self.direct = client
+        self.client = Client(PacedStore(client.store, self.pace), self.clock, client.ringer.background, PATIENCE)
+        self.workers = Sessions(self.client)
+        self.backlog = Backlog(self.client)
+        self.journal = BoundedJournal(self.client, hours=hours, room=FIRST)
+        self.settings = Folder(self.client, keys.QUEUES, QueueSettings)
+        self.schedules = Folder(self.client, keys.SCHEDULES, Schedule)
+        self.tasks: dict[str, Held[Task]] = {}
+        """The records that are followed, by id."""
+        self.problem = ""
+        """Why the last look failed; empty when it did not."""
+        self.at = 0
+        """When something was last read, milliseconds since 1970."""
+        self.samples: list[tuple[int, int, int]] = []
+        """While somebody looked: when (ms), how many were ready, how many ran."""
+        self._parts = {
+            "workers": _Part(self._look_at_workers, 2.5, 6),
+            "backlog": _Part(self._look_at_backlog, 2.5, 6),
+            "journal": _Part(self._look_at_journal, 4, 6),
+            "settings": _Part(lambda: self._look_at(self.settings), 5, 12),
+            "schedules": _Part(lambda: self._look_at(self.schedules), 3, 6),
+        }
+        self._fixed = frozenset(self._parts)
+        """Parts that are news whenever they were looked at: they show ages. A record is news when it changed."""
+        self._topics: Counter[str] = Counter()
+        self._news = asyncio.Condition()
+        self._looking = asyncio.Lock()
+        self._loop: asyncio.Task[None] | None = None
+        self._home: asyncio.AbstractEventLoop | None = None
+        self._stopped = False
+        self._active: dict[str, bool] = {}
+        """Of each part, whether its last look saw something happen."""
+
+    # ------------------------------------------------------------------ who looks
+
+    @property
+    def followers(self) -> int:
+        """How many follow something now."""
+        return self._topics.total()
+
+    def version(self, topic: str) -> int:
+        """Return a number that grows whenever a topic was looked at."""
+        names = self._needed(topic) if topic in TOPICS else self._needed(topic)[:1]
+        return sum(self._parts[name].version for name in names)
+
+    async def follow(self, topic: str) -> AsyncGenerator[int | None]:
+        """Yield the topic's version whenever it was looked at, and None where nothing came for 15 s."""
+        self._topics[topic] += 1
+        self._home = asyncio.get_running_loop()
+        if self._loop is None or self._loop.done():
+            self._loop = asyncio.create_task(self._run())
+        seen = self.version(topic)
+        try:
+            while not self._stopped:
+                try:
+                    async with asyncio.timeout(ALIVE), self._news:
+                        await self._news.wait()
+                except TimeoutError:
+                    yield None
+                    continue
+                if self.version(topic) != seen:
+                    seen = self.version(topic)
+                    yield seen
+        finally:
+            self._topics[topic] -= 1
+            self._topics += Counter()  # drops those that nobody follows
+            self._forget_unfollowed()
+            if not self._topics and self._loop:
+                self._loop.cancel()
+                self._loop = None
+
+    async def ensure(self, topic: str) -> None:
+        """Return once the topic's parts are not too old for a page opened now; `problem` says why they cannot be read."""
+        stale = [name for name in self._needed(topic) if self._age(name) > STALE]
+        if not stale:
+            return
+        async with self._looking:
+            if all(part.looked == -math.inf for part in self._parts.values()):
+                self.pace.give(FIRST)
+            self.pace.spare(FIRST)
+            for name in stale:
+                if self._age(name) > STALE:
+                    await self._look(name)
+            self.pace.settle()
+
+    async def task(self, task_id: str) -> Held[Task]:
+        """Return a task's record, read now or by the last look at it. Raises TaskNotFound, UnreadableRecord."""
+        part = self._parts.get(f"task:{task_id}")
+        held = self.tasks.get(task_id)
+        if part is None or held is None or self.clock.monotonic() - part.looked > part.quick:
+            held = await self.direct.read(task_id)
+            if part is not None:
+                self.tasks[task_id] = held
+                part.looked = self.clock.monotonic()
+        return held
+
+    def changed(self, *names: str) -> None:
+        """Tell that this process changed what these parts show: they are looked at again when a page is opened."""
+        for part in (self._parts[name] for name in names if name in self._parts):
+            part.looked = min(part.looked, self.clock.monotonic() - STALE - 1)
+
+    def stop(self) -> None:
+        """End what follows. May be called from a signal handler."""
+        self._stopped = True
+        if self._home is not None:
+            self._home.call_soon_threadsafe(lambda: asyncio.ensure_future(self._tell()))
+
+    async def _tell(self) -> None:
+        async with self._news:
+            self._news.notify_all()
+
+    async def close(self) -> None:
+        """Stop following."""
+        if self._loop:
+            self._loop.cancel()
+            await asyncio.gather(self._loop, return_exceptions=True)
+
+    # ------------------------------------------------------------------ looking
+
+    def _needed(self, topic: str) -> tuple[str, ...]:
+        if topic in TOPICS:
+            return TOPICS[topic]
+        if topic not in self._parts and self._topics[topic]:
+            task_id = topic.partition(":")[2]
+            self._parts[topic] = _Part(lambda: self._look_at_task(task_id), 1.5, 2.5)
+        return (topic, "journal") if topic in self._parts else ()
+
+    def _forget_unfollowed(self) -> None:
+        for name in [name for name in self._parts if ":" in name and name not in self._topics]:
+            del self._parts[name]
+            self.tasks.pop(name.partition(":")[2], None)
+
+    def _age(self, name: str) -> float:
+        return self.clock.monotonic() - self._parts[name].looked
+
+    def _due(self, name: str) -> float:
+        part = self._parts[name]
+        return part.looked + (part.quick if any(self._active.values()) or self._active.get(name) else part.slow)
+
+    async def _run(self) -> None:
+        """Look at what is followed, the part that is due longest first, until nobody follows anything."""
+        while self._topics:
+            due, name = min((self._due(name), name) for topic in self._topics for name in self._needed(topic))
+            wait = due - self.clock.monotonic()
+            if wait > 0:
+                # in slices, so that a part that somebody begins to follow meanwhile need not wait for the others
+                await self.clock.sleep(min(wait, 0.5))
+                continue
+            async with self._looking:
+                if name in self._parts:
+                    await self._look(name)
+
+    async def _look(self, name: str) -> None:
+        part = self._parts[name]
+        self.pace.rate = QUICK if any(self._active.values()) else SLOW
+        try:
+            self._active[name] = await part.look()
+            self.problem = ""
+            self.at = self.clock.now_ms()
+        except BuquetError as error:
+            self.problem = str(error)
+        part.looked = self.clock.monotonic()
+        part.version += name in self._fixed
+        await self._tell()
+
+    async def _look_at_workers(self) -> bool:
+        room = BUSY_ROOM if any(self._active.values()) else QUIET_ROOM
+        await self.workers.look(max(room, int(self.pace.credit)))
+        return any(session.claims for key, session in self.workers.records.items() if self.workers.alive(key))
+
+    async def _look_at(self, folder: Folder[QueueSettings] | Folder[Schedule]) -> bool:
+        return await folder.look(max(BUSY_ROOM, int(self.pace.credit)))
+
+    async def _look_at_backlog(self) -> bool:
+        known = {queue for session in self.workers.records.values() for queue in session.queues}
+        changed = await self.backlog.look(known)
+        claimed = self.running
+        ready = sum(each.ready for each in self.backlog.queues.values())
+        ready -= sum(task in claimed and entry.priority is not None for task, entry in self.backlog.entries.items())
+        self.samples = [*self.samples[-719:], (self.clock.now_ms(), ready, len(claimed))]
+        return changed
+
+    async def _look_at_journal(self) -> bool:
+        self.journal.room = max(int(self.pace.credit) - BESIDES, JOURNAL_ROOM)
+        return bool(await self.journal.refresh())
+
+    async def _look_at_task(self, task_id: str) -> bool:
+        held = self.tasks.get(task_id)
+        fresh = await (self.client.register.reread(Task, held) if held else self.client.register.read(Task, keys.task(task_id)))
+        if fresh is None:
+            self.tasks.pop(task_id, None)
+        else:
+            self.tasks[task_id] = fresh
+        if fresh is not held:
+            self._parts[f"task:{task_id}"].version += 1
+        return fresh is not None and fresh.record.state == "running"
+
+    @property
+    def running(self) -> set[str]:
+        """The ids of the tasks that live workers say they run."""
+        found = ((key, session.claims) for key, session in self.workers.records.items())
+        return {claim.task for key, claims in found if self.workers.alive(key) for claim in claims}
+
+    @property
+    def homes(self) -> dict[str, str]:
+        """The queue of each task name, as it was last seen: a claim does not say in which of a worker's queues it was found."""
+        ended = {line.name: line.queue for line in self.journal.lines}
+        return ended | {entry.name: entry.queue for entry in self.backlog.entries.values()}
+
+    def paused(self, queue: str) -> QueueSettings | None:
+        """Return the settings of a queue that is paused; None for one that is not."""
+        settings = self.settings.records.get(keys.queue_settings(queue))
+        return settings if settings and settings.paused else None

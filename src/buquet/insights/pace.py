@@ -1,0 +1,116 @@
+"""A store that is asked at a bounded pace, whoever looks: what keeps a wall of dashboards from costing more than one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from buquet.clock import Clock
+    from buquet.store.base import Listed, NotModified, Receipt, Store, Stored
+
+QUICK = 2.0
+"""Requests a second while something happens."""
+SLOW = 1.0
+"""Requests a second while nothing does."""
+AHEAD = 2.0
+"""Requests that may come at once."""
+
+
+class Pace:
+    """Spaces requests out: in `t` seconds there are at most `rate * t + 2`, besides what `give` and `spare` allow at a start."""
+
+    def __init__(self, clock: Clock, rate: float = QUICK) -> None:
+        self.clock = clock
+        self.rate = rate
+        self.sent = 0
+        """Requests that were let through."""
+        self._credit = AHEAD
+        self._at = clock.monotonic()
+        self._turns = asyncio.Lock()
+
+    @property
+    def credit(self) -> float:
+        """How many requests may be sent at once, now."""
+        return self._credit
+
+    def spare(self, most: float) -> None:
+        """Take the time since the last request as saved up, up to `most` requests: after it nobody had looked for a while."""
+        now = self.clock.monotonic()
+        self._credit = max(self._credit, min(self._credit + (now - self._at) * self.rate, most))
+        self._at = now
+
+    def give(self, requests: float) -> None:
+        """Allow so many requests at once, for a first look."""
+        self._credit = max(self._credit, requests)
+
+    def settle(self) -> None:
+        """Let what was saved up and not used go."""
+        self._credit = min(self._credit, AHEAD)
+
+    async def turn(self) -> None:
+        """Wait until one more request may be sent."""
+        async with self._turns:
+            now = self.clock.monotonic()
+            if self._credit < AHEAD:
+                self._credit = min(self._credit + (now - self._at) * self.rate, AHEAD)
+            self._at = now
+            if self._credit < 1:
+                wait = (1 - self._credit) / self.rate
+                await self.clock.sleep(wait)
+                self._at = self.clock.monotonic()
+                self._credit = min(self._credit + (self._at - now) * self.rate, AHEAD)
+            self._credit -= 1
+            self.sent += 1
+
+
+class PacedStore:
+    """Passes every request on, in its turn. Its owner reads only; the few writes are those that learn the store's time."""
+
+    def __init__(self, inner: Store, pace: Pace) -> None:
+        self.inner = inner
+        self.pace = pace
+        self.can_wait = inner.can_wait
+        self.url = inner.url
+
+    async def create(self, key: str, body: bytes) -> Receipt:
+        """See Store."""
+        await self.pace.turn()
+        return await self.inner.create(key, body)
+
+    async def update(self, key: str, body: bytes, etag: str) -> Receipt:
+        """See Store."""
+        await self.pace.turn()
+        return await self.inner.update(key, body, etag)
+
+    async def put(self, key: str, body: bytes) -> Receipt:
+        """See Store."""
+        await self.pace.turn()
+        return await self.inner.put(key, body)
+
+    async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
+        """See Store."""
+        await self.pace.turn()
+        return await self.inner.get(key, unless=unless, version=version)
+
+    async def list(self, prefix: str, *, after: str = "", limit: int = 1000) -> list[Listed]:
+        """See Store."""
+        await self.pace.turn()
+        return await self.inner.list(prefix, after=after, limit=limit)
+
+    async def delete(self, key: str) -> None:
+        """See Store."""
+        await self.pace.turn()
+        await self.inner.delete(key)
+
+    async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
+        """See Store."""
+        return await self.inner.wait_changed(key, etag, timeout)
+
+    async def forget_versions(self, key: str) -> None:
+        """See Store."""
+        await self.pace.turn()
+        await self.inner.forget_versions(key)
+
+    async def close(self) -> None:
+        """Nothing: the store belongs to another."""

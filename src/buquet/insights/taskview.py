@@ -1,0 +1,103 @@
+"""One task for a page: its values as text, its earlier versions, and how two of them differ."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from buquet.errors import EncryptionKeyMissing, UnreadableRecord
+
+if TYPE_CHECKING:
+    from buquet.queue.client import Client
+    from buquet.records import Task
+    from buquet.store.register import Held
+
+SHOWN = 64 << 10
+"""Characters of a value that are shown."""
+VERSIONS = 200
+"""Versions that are read back at most."""
+
+NOISE = frozenset({"rev", "op", "ops", "prev", "v"})
+"""Fields that differ between any two versions, and say nothing about the task."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """An argument, result or checkpoint as text."""
+
+    text: str
+    size: int
+    """Bytes of it as JSON."""
+    problem: str = ""
+
+    @property
+    def cut(self) -> bool:
+        """Whether this is only its beginning."""
+        return len(self.text) == SHOWN
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a difference."""
+
+    kind: Literal["same", "old", "new", "gap"]
+    text: str
+
+
+async def values(client: Client, task: Task) -> dict[str, Value]:
+    """Return the task's arguments, checkpoint and result, those that it has. One GET for each that lies outside of the record."""
+    found: dict[str, Value] = {}
+    for name, there, get in (
+        ("arguments", task.args_at or bytes(task.args), client.values.args),
+        ("checkpoint", task.checkpoint_at or bytes(task.checkpoint), client.values.checkpoint),
+        ("result", task.result_at or bytes(task.result), client.values.result),
+    ):
+        if not there:
+            continue
+        try:
+            found[name] = _value(bytes(await get(task)))
+        except (UnreadableRecord, EncryptionKeyMissing) as error:
+            found[name] = Value("", 0, str(error))
+    return found
+
+
+def _value(body: bytes) -> Value:
+    try:
+        text = msgspec.json.format(body, indent=2).decode()
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        text = body.decode(errors="replace")
+    return Value(text[:SHOWN], len(body))
+
+
+async def versions(client: Client, task_id: str) -> list[Held[Task]]:
+    """Return the versions of a task's record that the store still has, the newest first: one GET for each."""
+    found: list[Held[Task]] = []
+    async for held in client.versions(task_id):
+        found.append(held)
+        if len(found) == VERSIONS:
+            break
+    return found
+
+
+def difference(old: Task, new: Task, around: int = 2) -> list[Line]:
+    """Return how a later version of a record differs from an earlier one, with some lines around each change."""
+    before, after = _lines(old), _lines(new)
+    found: list[Line] = []
+    for group in difflib.SequenceMatcher(None, before, after, autojunk=False).get_grouped_opcodes(around):
+        if found or group[0][1] > 0:
+            found.append(Line("gap", "…"))
+        for what, a, b, c, d in group:
+            if what == "equal":
+                found += [Line("same", text) for text in before[a:b]]
+            else:
+                found += [Line("old", text) for text in before[a:b]] + [Line("new", text) for text in after[c:d]]
+    return found
+
+
+def _lines(task: Task) -> list[str]:
+    fields: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(task))
+    told = {name: value for name, value in fields.items() if name not in NOISE}
+    return msgspec.json.format(msgspec.json.encode(told), indent=2).decode().splitlines()

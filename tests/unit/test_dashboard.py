@@ -1,0 +1,360 @@
+"""The dashboard without a browser: who comes in, what is refused, what every answer carries, and that all text is escaped."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from starlette.testclient import TestClient
+from typer.testing import CliRunner
+
+from buquet import App
+from buquet.cli.main import cli
+from buquet.dashboard.app import GET, dashboard
+from buquet.dashboard.sessions import CROWD, Sessions
+from buquet.errors import StoreUnavailable, UsageError
+from buquet.operate.counting import CountingStore
+from buquet.store.memory import MemoryStore
+from buquet.testing.fixture import run_until_idle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = "http://127.0.0.1:8000"
+HOSTILE = "<script>alert('1')</script>\"&'é\u202e"
+PAGES = [path for path in GET if "{" not in path and path not in {"/events", "/login", "/runs", "/run.css"}]
+
+
+class Browser:
+    """A client that behaves as a browser does: it keeps cookies, says where a form comes from, and follows redirects."""
+
+    def __init__(self, app: App, **options: Any) -> None:
+        self.client = TestClient(dashboard(app, **options), base_url=HERE, follow_redirects=True)
+
+    def get(self, path: str, **headers: str) -> Any:
+        return self.client.get(path, headers=headers)
+
+    def token(self, path: str = "/") -> str:
+        found = re.search(r'name="token" value="([0-9a-f]+)"', self.client.get(path).text)
+        return found[1] if found else ""
+
+    def post(self, path: str, form: dict[str, str], *, origin: str | None = HERE) -> Any:
+        return self.client.post(path, data=form, headers={"origin": origin} if origin else {})
+
+
+@pytest.fixture
+def app() -> Iterator[App]:
+    app = App("memory:")
+
+    @app.task(name=HOSTILE, max_attempts=1)
+    def hostile(value: str) -> str:
+        raise RuntimeError(value)
+
+    @app.task
+    def good(value: str) -> str:
+        return value
+
+    with app:
+        yield app
+
+
+def waiting(app: App) -> str:
+    return app.tasks["good"].options(delay=1000).submit("x").id
+
+
+def with_form(app: App) -> tuple[str, str]:
+    """A task and the page with its button."""
+    task_id = waiting(app)
+    return task_id, f"/tasks/{task_id}"
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/static/live.js", "/static/style.css", "/nowhere", "/tasks/nonsense", "/login"])
+def test_every_answer_is_guarded(app: App, path: str) -> None:
+    answer = Browser(app).get(path)
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "same-origin"
+    assert answer.headers["cache-control"] == ("max-age=3600" if "static" in path else "no-store")
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_no_page_has_a_script_or_style_of_its_own_which_the_policy_would_block(app: App, path: str) -> None:
+    app.tasks[HOSTILE].submit(HOSTILE)
+    run_until_idle(app)
+    text = Browser(app).get(path).text
+    assert not re.search(r"<script(?![^>]*\bsrc=)", text)
+    assert not re.search(r"\son[a-z]+=|\sstyle=|<style|javascript:", text)
+    assert not re.search(r"""(?:src|href)="(?:https?:)?//""", text), "nothing from elsewhere"
+
+
+def test_what_comes_from_a_task_is_escaped_on_every_page(app: App) -> None:
+    for state in ("failed", "pending"):
+        task = app.tasks[HOSTILE].options(
+            tags={HOSTILE[:50]: HOSTILE[:50]}, key=HOSTILE, delay=None if state == "failed" else 900
+        )
+        handle = task.submit(HOSTILE + state) if state == "failed" else task.options(key="later").submit(HOSTILE)
+        if state == "failed":
+            app.worker(["default"], max_time=1).run()
+    browser = Browser(app)
+    paths = [
+        *PAGES,
+        f"/tasks/{handle.id}",
+        "/tasks?q=%3Cscript%3E",
+        f"/tasks/{handle.id}/versions",
+        "/tasks?q=" + "%22%3E%3Cscript%3E",
+    ]
+    shown = 0
+    for path in paths:
+        text = browser.get(path).text
+        assert "<script>" not in text, path
+        assert "alert('1')" not in text, path
+        shown += "&lt;script&gt;" in text
+    assert shown >= 6, "it is shown"
+
+
+def test_a_page_here_can_do_what_its_button_says(app: App) -> None:
+    task_id, page = with_form(app)
+    browser = Browser(app)
+    answer = browser.post("/act", {"action": "cancel-task", "target": task_id, "token": browser.token(page), "back": page})
+    assert answer.url.path == page
+    assert "The task is cancelled." in answer.text
+    assert app.get(task_id).status() == "cancelled"
+    assert "The task is cancelled." not in browser.get(page).text, "told once"
+    browser.post("/act", {"action": "redrive-task", "target": task_id, "token": browser.token(page), "back": page})
+    assert app.get(task_id).status() == "pending"
+
+
+def test_what_a_button_cannot_do_is_told_and_does_no_harm(app: App) -> None:
+    task_id, page = with_form(app)
+    browser = Browser(app)
+    form = {"token": browser.token(page), "target": task_id, "back": page}
+    assert "Not done: " in browser.post("/act", form | {"action": "redrive-task"}).text
+    assert "cannot &#39;explode&#39;" in browser.post("/act", form | {"action": "explode"}).text
+    assert "Not done: " in browser.post("/act", form | {"action": "cancel-task", "target": "../x"}).text
+    away = browser.client.post(
+        "/act", data=form | {"action": "x", "back": "https://evil.example/"}, headers={"origin": HERE}, follow_redirects=False
+    )
+    assert away.headers["location"] == "/"
+    assert app.get(task_id).status() == "pending"
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", None, "http://127.0.0.1:8001", "http://127.0.0.1"])
+def test_a_form_from_elsewhere_is_refused_even_with_the_right_token(app: App, origin: str | None) -> None:
+    task_id, page = with_form(app)
+    browser = Browser(app)
+    form = {"action": "cancel-task", "target": task_id, "token": browser.token(page)}
+    assert browser.post("/act", form, origin=origin).status_code == 403
+    assert app.get(task_id).status() == "pending"
+
+
+@pytest.mark.parametrize("token", ["", "0" * 64, "another's"])
+def test_a_form_without_its_sessions_token_is_refused(app: App, token: str) -> None:
+    task_id, page = with_form(app)
+    browser, other = Browser(app), Browser(app)
+    token = other.token(page) if token == "another's" else token
+    browser.get(page)
+    assert browser.post("/act", {"action": "cancel-task", "target": task_id, "token": token}).status_code == 403
+    assert app.get(task_id).status() == "pending"
+
+
+def test_actions_are_posts_only(app: App) -> None:
+    task_id, _ = with_form(app)
+    assert Browser(app).get(f"/act?action=cancel-task&target={task_id}").status_code == 405
+    assert app.get(task_id).status() == "pending"
+
+
+def test_a_form_that_is_too_large_or_odd_is_refused(app: App) -> None:
+    browser = Browser(app)
+    headers = {"origin": HERE}
+    assert browser.client.post("/act", content=b"a" * (1 << 21), headers=headers).status_code == 413
+    assert browser.client.post("/act", content=b"a=1&" * 200, headers=headers).status_code == 400
+    assert browser.client.post("/act", content=b"\xff\xfe=%ff", headers=headers).status_code == 403
+
+
+def test_cookies_cannot_be_read_by_scripts_or_sent_from_elsewhere(app: App) -> None:
+    header = Browser(app).get("/").headers["set-cookie"]
+    assert "HttpOnly" in header
+    assert "SameSite=Strict" in header
+    assert "Secure" not in header
+    secure = TestClient(dashboard(app), base_url="https://127.0.0.1").get("/").headers["set-cookie"]
+    assert "Secure" in secure
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("127.0.0.1:8000", 200), ("localhost", 200), ("[::1]:9", 200), ("evil.example", 421), ("", 421), ("[", 421)],
+)
+def test_on_this_machine_only_its_own_names_are_served(app: App, host: str, status: int) -> None:
+    assert Browser(app).get("/", host=host).status_code == status
+
+
+def test_read_only_has_no_buttons_and_takes_no_form(app: App) -> None:
+    task_id, page = with_form(app)
+    browser = Browser(app, read_only=True)
+    for path in [*PAGES, page]:
+        text = browser.get(path).text
+        assert 'method="post"' not in text, path
+    writer = Browser(app)
+    token = writer.token(page)
+    browser.client.cookies = writer.client.cookies
+    answer = browser.post("/act", {"action": "cancel-task", "target": task_id, "token": token})
+    assert answer.status_code == 403
+    assert "--read-only" in answer.text
+    assert app.get(task_id).status() == "pending"
+
+
+class TestPassword:
+    def test_nothing_is_seen_without_it(self, app: App) -> None:
+        task_id, page = with_form(app)
+        browser = Browser(app, password="open sesame")
+        for path in [*PAGES, page, "/nowhere"]:
+            answer = browser.get(path)
+            assert answer.url.path == "/login", path
+            assert task_id not in answer.text.replace(answer.url.query.decode(), "").replace(page, "")
+        assert browser.get("/events?topic=overview").status_code == 401
+        assert (
+            browser.post("/act", {"action": "cancel-task", "target": task_id, "token": browser.token("/login")}).status_code
+            == 401
+        )
+        assert app.get(task_id).status() == "pending"
+        assert browser.get("/static/style.css").status_code == 200
+
+    def test_it_opens_the_page_that_was_asked_for(self, app: App) -> None:
+        browser = Browser(app, password="pässword")
+        wrong = browser.post("/login", {"password": "password", "token": browser.token("/login"), "back": "/queues"})
+        assert wrong.status_code == 401
+        assert browser.get("/queues").url.path == "/login"
+        before = dict(browser.client.cookies)
+        right = browser.post("/login", {"password": "pässword", "token": browser.token("/login"), "back": "/queues"})
+        assert right.url.path == "/queues"
+        assert dict(browser.client.cookies) != before, "the session is a new one"
+        assert browser.get("/tasks").url.path == "/tasks"
+        browser.post("/logout", {"token": browser.token("/")})
+        assert browser.get("/tasks").url.path == "/login"
+
+    def test_a_cookie_of_ones_own_making_opens_nothing(self, app: App) -> None:
+        browser = Browser(app, password="x")
+        forged = Sessions(app.clock, "x")
+        for cookie in (forged.cookie(forged.new(inside=True)), "a.1.9999999999.", "", "é", "a.b.c.d.e"):
+            browser.client.cookies.clear()
+            answer = browser.client.get("/", headers={"cookie": f"buquet_session={cookie}".encode()}, follow_redirects=False)
+            assert answer.status_code == 303, cookie
+        browser.get("/login")
+        mine = browser.client.cookies["buquet_session"]
+        browser.client.cookies.clear()
+        raised = mine.replace(".0.", ".1.", 1)
+        answer = browser.client.get("/", headers={"cookie": f"buquet_session={raised}"}, follow_redirects=False)
+        assert answer.status_code == 303
+
+    def test_the_login_form_needs_its_token_too(self, app: App) -> None:
+        browser = Browser(app, password="x")
+        browser.get("/login")
+        assert browser.post("/login", {"password": "x", "token": "no"}).status_code == 403
+
+
+async def test_wrong_passwords_are_slow_one_after_another_and_few_at_a_time() -> None:
+    import asyncio
+
+    from buquet.clock import Clock
+
+    slept: list[float] = []
+
+    class Slow(Clock):
+        async def sleep(self, seconds: float) -> None:
+            slept.append(seconds)
+            await asyncio.sleep(0)
+
+    sessions = Sessions(Slow(), "right")
+    tried = await asyncio.gather(*(sessions.is_password("wrong") for _ in range(CROWD + 5)))
+    assert tried.count(None) == 5
+    assert sum(slept) == CROWD * 0.5
+    assert await sessions.is_password("right")
+
+
+def test_an_old_session_is_worth_nothing() -> None:
+    from buquet.clock import Clock
+
+    class Moved(Clock):
+        ahead = 0.0
+
+        def now(self) -> float:
+            return super().now() + self.ahead
+
+    clock = Moved()
+    sessions = Sessions(clock, "x")
+    cookie = sessions.cookie(sessions.new(inside=True))
+    assert sessions.read(cookie)
+    clock.ahead = 13 * 3600
+    assert sessions.read(cookie) is None
+
+
+def test_a_page_that_is_opened_often_asks_the_store_once() -> None:
+    writer = App("memory:")
+    counting = CountingStore(writer.client.store)
+    with App(store=counting) as app:
+        browser = Browser(app)
+        browser.get("/")
+        sent = sum(counting.counts.values())
+        for path in PAGES * 5:
+            assert browser.get(path).status_code == 200
+        assert sum(counting.counts.values()) - sent <= 4
+
+
+def test_a_store_that_does_not_answer_is_told() -> None:
+    class Dead(MemoryStore):
+        async def list(self, *_: Any, **__: Any) -> Any:
+            raise StoreUnavailable("no route to host")
+
+        async def get(self, *_: Any, **__: Any) -> Any:
+            raise StoreUnavailable("no route to host")
+
+    app = App("memory:")
+    app.patience = 0.1
+    with app.on_store(Dead(app.clock)):
+        from buquet.insights import feed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(feed, "PATIENCE", 0.1)
+            browser = Browser(app)
+            answer = browser.get("/")
+            assert answer.status_code == 200
+            assert "no route to host" in answer.text
+            assert browser.get("/tasks/" + "0" * 32).status_code == 503
+
+
+def test_events_are_for_what_there_is(app: App) -> None:
+    assert Browser(app).get("/events?topic=secrets").status_code == 404
+
+
+class TestCommand:
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])  # noqa: S104 - it is what is refused
+    def test_others_may_not_come_in_unguarded(self, host: str) -> None:
+        outcome = CliRunner().invoke(cli, ["ui", "--host", host, "--url", "memory:"])
+        assert isinstance(outcome.exception, UsageError)
+        assert "--password" in str(outcome.exception)
+
+    def test_an_empty_password_is_none(self) -> None:
+        outcome = CliRunner().invoke(cli, ["ui", "--password", "", "--url", "memory:"])
+        assert isinstance(outcome.exception, UsageError)
+
+    def test_a_port_that_is_taken_is_told(self) -> None:
+        import socket
+
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            outcome = CliRunner().invoke(cli, ["ui", "--port", str(taken.getsockname()[1]), "--url", "memory:"])
+        assert isinstance(outcome.exception, UsageError)
+        assert "--port" in str(outcome.exception)
+
+    def test_without_its_packages_it_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from buquet.cli import ui
+
+        monkeypatch.setattr(ui, "find_spec", lambda name: None if name == "uvicorn" else name)
+        outcome = CliRunner().invoke(cli, ["ui", "--url", "memory:"])
+        assert isinstance(outcome.exception, UsageError)
+        assert "uvicorn" in str(outcome.exception)
+        assert "pip install 'buquet[ui]'" in str(outcome.exception)

@@ -1,0 +1,225 @@
+"""The feed: what it costs however many look, and what it says. In virtual time, with the requests counted at the store."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from buquet import App
+from buquet.insights.feed import FIRST, Feed
+from buquet.insights.overview import overview
+from buquet.insights.search import Wanted, search
+from buquet.operate.counting import CountingStore
+from buquet.store.memory import MemoryStore
+from buquet.testing.virtual import run_virtual
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from buquet.clock import Clock
+
+
+class World:
+    """An App with tasks on a store that counts, and a feed on the same store."""
+
+    def __init__(self, clock: Clock, *, can_wait: bool = True) -> None:
+        self.clock = clock
+        self.inner = MemoryStore(clock, can_wait=can_wait)
+        self.app = App(store=self.inner, clock=clock)
+        self.counting = CountingStore(self.inner)
+        self.looker = App(store=self.counting, clock=clock)
+        self.feed = Feed(self.looker.client)
+
+        @self.app.task
+        async def good(n: int) -> int:
+            await clock.sleep(0.2)
+            return n
+
+        @self.app.task(queue="bad", max_attempts=1)
+        async def bad(n: int) -> int:
+            msg = f"no {n}"
+            raise ValueError(msg)
+
+        self.good, self.bad = good, bad
+
+    @property
+    def sent(self) -> int:
+        return sum(self.counting.counts.values())
+
+    async def drain(self) -> None:
+        await self.app.worker(drain=True, heartbeat_thread=False).arun()
+        await self.app.client.ringer.flush()
+
+    @asynccontextmanager
+    async def looking(self, topic: str, browsers: int) -> AsyncIterator[list[int]]:
+        news = [0]
+
+        async def browser() -> None:
+            async with aclosing(self.feed.follow(topic)) as ticks:
+                async for tick in ticks:
+                    news[0] += tick is not None
+
+        tasks = [asyncio.create_task(browser()) for _ in range(browsers)]
+        await self.clock.sleep(0)
+        try:
+            yield news
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def in_world(work: Any, **options: Any) -> None:
+    async def main(clock: Clock) -> None:
+        await work(World(clock, **options))
+
+    run_virtual(main)
+
+
+def test_many_browsers_cost_one_request_a_second_while_nothing_happens() -> None:
+    async def work(world: World) -> None:
+        await world.good.asubmit_many([(n,) for n in range(20)])
+        await world.drain()
+        await world.feed.ensure("overview")
+        async with world.looking("overview", 50) as news:
+            await world.clock.sleep(10)  # what the first look left over, and the last changes
+            before, told = world.sent, news[0]
+            await world.clock.sleep(600)
+            assert 0 < world.sent - before <= 600
+            assert news[0] - told >= 50 * 60, "each browser hears of every look"
+
+    in_world(work, can_wait=False)
+
+
+def test_many_browsers_cost_two_requests_a_second_while_much_happens() -> None:
+    async def work(world: World) -> None:
+        crew = [world.app.worker(heartbeat_thread=False, concurrency=4) for _ in range(12)]
+        running = [asyncio.create_task(worker.arun()) for worker in crew]
+        await world.feed.ensure("overview")
+        async with world.looking("overview", 20), world.looking("queues", 20):
+            before = world.sent
+            for n in range(300):
+                await world.good.asubmit(n)
+                await world.clock.sleep(0.2)
+            assert world.sent - before <= 2 * 60 + 2
+            assert world.sent - before >= 60, "and it does look"
+        for worker in crew:
+            worker.stop()
+        await asyncio.gather(*running)
+
+    in_world(work)
+
+
+def test_nobody_looking_costs_nothing_also_after_the_last_one_left() -> None:
+    async def work(world: World) -> None:
+        await world.clock.sleep(60)
+        assert world.sent == 0
+        await world.feed.ensure("overview")
+        async with world.looking("overview", 3):
+            await world.clock.sleep(30)
+        left = world.sent
+        await world.clock.sleep(3600)
+        assert world.sent == left
+        assert world.feed.followers == 0
+
+    in_world(work)
+
+
+def test_many_page_loads_at_once_are_one_look() -> None:
+    async def work(world: World) -> None:
+        await world.good.asubmit(1)
+        await asyncio.gather(*(world.feed.ensure("overview") for _ in range(100)))
+        assert world.sent < 40
+        before = world.sent
+        await world.feed.ensure("overview")
+        assert world.sent == before
+
+    in_world(work)
+
+
+def test_many_who_watch_one_task_cost_what_one_does() -> None:
+    async def work(world: World) -> None:
+        handle = await world.good.options(delay=100).asubmit(1)
+        topic = f"task:{handle.id}"
+        async with world.looking(topic, 30) as news:
+            await world.clock.sleep(20)
+            before = world.sent
+            for _ in range(30):
+                await world.feed.task(handle.id)
+            await world.clock.sleep(60)
+            assert world.sent - before <= 62
+            assert news[0] == 0, "a record that did not change is no news"
+            await handle.acancel()
+            await world.clock.sleep(10)
+            assert news[0] == 30
+            assert (await world.feed.task(handle.id)).record.state == "cancelled"
+        assert not world.feed.tasks, "what nobody follows is let go"
+
+    in_world(work)
+
+
+def test_a_first_look_reads_no_more_than_its_share_of_a_large_journal() -> None:
+    async def work(world: World) -> None:
+        from buquet import keys
+        from buquet.insights.journal import decode_lines
+
+        await world.good.asubmit(1)
+        await world.drain()
+        (one,) = [each async for page in world.app.client.reads.pages("journal/") for each in page]
+        body = (await world.inner.get(one.key)).body
+        assert len(decode_lines(body)[0]) == 1
+        now = world.clock.now_ms()
+        for n in range(2 * FIRST):
+            at = now - n * 10_000
+            await world.inner.put(keys.journal(at, f"w.{n:04}", 1), body.replace(b'"at":', b'"at":%d,"x":' % at))
+        await world.feed.ensure("overview")
+        assert world.sent <= FIRST
+        assert world.feed.journal.since > now - 24 * 3_600_000, "and the window says how far back it goes"
+        async with world.looking("overview", 1):
+            before = world.sent
+            await world.clock.sleep(300)
+            assert world.sent - before <= 2 * 300 + 2
+
+    in_world(work)
+
+
+def test_what_it_says() -> None:
+    async def work(world: World) -> None:
+        await world.good.asubmit_many([(n,) for n in range(30)])
+        await world.bad.asubmit_many([(n,) for n in range(3)])
+        await world.drain()
+        await world.good.options(delay=500).asubmit(1)
+        await world.good.options(priority=2).asubmit_many([(n,) for n in range(1100)])
+        await world.feed.ensure("overview")
+        shown = overview(world.feed)
+        assert (shown.last.count, shown.last.failed) == (33, 3)
+        assert (shown.ready, shown.later, shown.running, shown.alive) == (1100, 1, 0, 0)
+        assert [(each.name, each.count) for each in shown.errors] == [("bad", 3)]
+        queues = {queue.name: queue for queue in shown.queues}
+        assert queues["default"].names == [("good", 1101, False)], "no live worker handles it"
+        assert queues["default"].priorities == {2: 1100}
+        assert shown.last.duration.p50 >= 200
+        failed = await search(world.feed, Wanted(state="failed"))
+        assert {row.name for row in failed} == {"bad"}
+        assert "ValueError" in failed[0].remark
+        assert len(await search(world.feed, Wanted(text="no 2"))) == 1
+
+    in_world(work)
+
+
+def test_a_task_is_found_by_its_key_and_by_its_tag() -> None:
+    async def work(world: World) -> None:
+        keyed = await world.good.options(key="k-1").asubmit(1)
+        await world.drain()
+        await world.clock.sleep(1)
+        tagged = await world.good.options(tags={"tenant": "acme"}).asubmit(2)
+        await world.good.options(tags={"tenant": "other"}).asubmit(3)
+        await world.feed.ensure("tasks")
+        assert [row.id for row in await search(world.feed, Wanted(key="k-1"))] == [keyed.id]
+        assert await search(world.feed, Wanted(key="k-2")) == []
+        assert [row.id for row in await search(world.feed, Wanted(tag="tenant=acme"))] == [tagged.id]
+        assert len(await search(world.feed, Wanted(tag="tenant"))) == 2
+        assert [row.id for row in await search(world.feed, Wanted(tag="tenant=acme", everywhere=True))] == [tagged.id]
+
+    in_world(work)

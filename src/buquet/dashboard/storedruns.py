@@ -48,4 +48,6 @@ class StoredRuns:
         except msgspec.DecodeError as error:
             msg = f"the value of signal {name!r} is no JSON ({error}): a text needs quotes"
             raise UsageError(msg) from None
-        await send_signal(self.app.client, run_id, name, value.encode(), None)
+        # the page names the step that waits, since two may wait for one signal
+        step = (await self.app.run(run_id).agraph()).steps.get(name)
+        await send_signal(self.app.client, run_id, step.signal if step else name, value.encode(), None)

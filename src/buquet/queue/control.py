@@ -1,7 +1,7 @@
 """What people ask of queues and workers: pause, resume, drain.
 
 The truth is a record each (`queues/{queue}.json`, `notes/{worker}`); the queue's bell then carries its key as a hint, so that
-idle workers hear of it at once. Where that ring is lost they look by themselves: busy ones after 2 s, idle ones after a minute.
+idle workers hear of it at once. Where that ring is lost they look by themselves: busy ones after 4 s, idle ones after a minute.
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("buquet.worker")
 
 EVERY = 2.0
-"""Seconds between two looks while tasks run."""
+"""Seconds between two looks at the notes while tasks run."""
+SETTINGS = 4.0
+"""Seconds, at least, between two looks at the queues' settings while tasks run."""
 IDLE = 60.0
 """Seconds between two looks while none runs: the bell tells of notes and settings, and a ring may be lost."""
 
@@ -32,14 +34,18 @@ class Notes:
         """Whether the bell told of notes to this worker."""
         self._held: Held[Note] | None = None
         self._to = ""
-        self._looked = self.clock.monotonic()
+        self._looked = self._settled = self.clock.monotonic()
 
     async def keep(self) -> None:
         """Look every 2 s, for as long as the worker is there."""
         while True:
             await self.clock.sleep(EVERY)
-            idle = self.clock.monotonic() - self._looked >= IDLE
-            if self.worker.is_busy or idle:
+            now = self.clock.monotonic()
+            idle = now - self._looked >= IDLE
+            if not (self.worker.is_busy or idle):
+                continue
+            if now - self._settled >= SETTINGS:
+                self._settled = now
                 for finder in self.worker.finders:
                     finder.pause.due = True
             long_ago = self.worker.fleet.due_now_ms() - EVERY * 1000

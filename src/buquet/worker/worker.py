@@ -186,7 +186,7 @@ class Worker:
     @property
     def is_busy(self) -> bool:
         """Whether tasks run or ran since this was last asked."""
-        busy, self._taken = self._taken or bool(self._pursuits), False
+        busy, self._taken = self._taken or bool(self.running), False
         return busy
 
     async def arun(self) -> None:

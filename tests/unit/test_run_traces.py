@@ -607,6 +607,27 @@ async def test_what_a_pause_held_back_is_submitted_by_the_resume(rig):
 
 
 @virtual(chain)
+async def test_a_run_that_ends_while_it_is_paused_is_paused_no_more(rig):
+    """Its last step was at work when it was paused. Were it still paused, its retry would submit nothing."""
+    rig.gates["c"] = asyncio.Event()
+    run = await rig.start(1)
+    one, two = await rig.worker(hands=False), await rig.worker(hands=False)
+    await one.pursue(run.id)
+    for name in "ab":
+        await one.pursue(await rig.carrier(run, name))
+    job = one.pursue(await rig.carrier(run, "c"))
+    await rig.settle()
+    await run.apause()
+    await two.pursue(await rig.carrier(run, "buquet.pause"))
+    assert await run.astatus() == "paused"
+    rig.gates["c"].set()
+    await job
+    record = await rig.run(run)
+    assert (record.state, record.paused) == ("completed", False)
+    await rig.recover()
+
+
+@virtual(chain)
 async def test_an_older_pause_never_overrides_a_newer_resume(rig):
     """Two pauses are sent; a resume, which has seen the first applied, is carried before the second one."""
     run = await rig.start(1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from buquet.testing.auditor import ENDED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
     from buquet.store.base import Store
     from buquet.testing.auditor import Bucket
@@ -38,7 +38,7 @@ async def read_runs(store: Store) -> Runs:
     return runs
 
 
-async def _keys(store: Store, prefix: str) -> Any:
+async def _keys(store: Store, prefix: str) -> AsyncIterator[str]:
     last = ""
     while page := await store.list(prefix, after=last):
         for each in page:

@@ -69,7 +69,7 @@ async def one_run(chaos, number, rng):
                 await asyncio.sleep(0.5)
             await run.aresume()
     try:
-        return run, await run.aresult(timeout=SECONDS + 240)
+        return run, await run.aresult(timeout=SECONDS + 600)
     except (RunFailed, RunCancelled, TimeoutError) as ending:
         return run, ending
 

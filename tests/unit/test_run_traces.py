@@ -607,6 +607,27 @@ async def test_what_a_pause_held_back_is_submitted_by_the_resume(rig):
 
 
 @virtual(chain)
+async def test_a_run_that_ends_while_it_is_paused_is_paused_no_more(rig):
+    """Its last step was at work when it was paused. Were it still paused, its retry would submit nothing."""
+    rig.gates["c"] = asyncio.Event()
+    run = await rig.start(1)
+    one, two = await rig.worker(hands=False), await rig.worker(hands=False)
+    await one.pursue(run.id)
+    for name in "ab":
+        await one.pursue(await rig.carrier(run, name))
+    job = one.pursue(await rig.carrier(run, "c"))
+    await rig.settle()
+    await run.apause()
+    await two.pursue(await rig.carrier(run, "buquet.pause"))
+    assert await run.astatus() == "paused"
+    rig.gates["c"].set()
+    await job
+    record = await rig.run(run)
+    assert (record.state, record.paused) == ("completed", False)
+    await rig.recover()
+
+
+@virtual(chain)
 async def test_an_older_pause_never_overrides_a_newer_resume(rig):
     """Two pauses are sent; a resume, which has seen the first applied, is carried before the second one."""
     run = await rig.start(1)
@@ -751,6 +772,24 @@ async def test_a_step_that_is_out_of_losses_ends_through_its_run(rig):
     assert rig.did == ["a", "undo b", "undo a"]  # b may have done half its work
 
 
+@virtual(fragile)
+async def test_a_step_that_is_out_of_losses_when_it_is_taken_over_ends_through_its_run(rig):
+    run = await rig.start(1)
+    one, two = await rig.worker(hands=False), await rig.worker(hands=False)
+    await one.pursue(run.id)
+    await one.pursue(await rig.carrier(run, "a"))
+    b = await rig.carrier(run, "b")
+    rig.gates["b"] = asyncio.Event()
+    one.pursue(b)
+    await rig.settle()
+    await one.crash()
+    await rig.bucket.delete(keys.session(one.worker.keeper.id))
+    await two.pursue(b)
+    assert (await rig.run(run)).steps["b"].state == "failed"
+    await rig.recover()
+    assert rig.did == ["a", "undo b", "undo a"]
+
+
 @virtual(chain)
 async def test_a_carrier_is_never_out_of_losses(rig):
     run = await rig.start(1)
@@ -771,7 +810,7 @@ async def test_a_carrier_is_never_out_of_losses(rig):
 
 
 def parallel(rig, process):
-    tasks = tasks_of(rig, process, undone="ab")
+    tasks = tasks_of(rig, process, undone="a")
 
     @process.app.workflow
     async def flow(n: int) -> int:
@@ -948,24 +987,22 @@ async def test_the_late_close_of_an_earlier_generation_leaves_the_entry_of_the_n
 
 @virtual(chain)
 async def test_a_retry_that_is_carried_twice_is_applied_once(rig):
-    """W1 has applied it, and sleeps; the run fails again. Taken over, the retry of the first generation changes nothing."""
+    """W1 has applied it and submitted what follows, and sleeps; the run fails again. Then W1's task is taken over."""
     rig.breaks.add("a")
     run = await rig.start(1)
     await rig.drain()
     await run.aretry()
-    one = await rig.worker(hands=False)
+    one, two = await rig.worker(hands=False), await rig.worker()
     retry = await rig.carrier(run, "buquet.retry")
-    stop = one.store.pause("update", "runs/", when="after")
-    late = one.pursue(retry)
+    stop = one.store.pause("create", keys.task(keys.follow_up(run.id, "step", "a", 0, 2)), when="after")
+    one.pursue(retry)
     await stop.reached.wait()
-    await rig.bucket.delete(keys.session(one.worker.keeper.id))
-    await rig.drain()
+    await two.pursue(await rig.carrier(run, "a"))
+    await asyncio.gather(*two.worker._pursuits)
     assert (await rig.run(run)).state == "failed"
-    stop.go.set()
-    await late
+    await rig.recover()
     record = await rig.run(run)
     assert (record.gen, record.state) == (2, "failed")
-    await rig.recover()
 
 
 @virtual(chain)

@@ -24,3 +24,12 @@ chaos:
 # The contract and a minute of kills on the store that BUQUET_CONTRACT_URL names; see docs/stores.md.
 stores:
 	python -m pytest tests/stores/probe.py
+
+# A bounded search of the protocol's models, and the table of planted bugs in docs/proof.md.
+.PHONY: proof planted
+
+proof:
+	cd proof && python check.py
+
+planted:
+	python -m tests.simulation.planted --jobs 2

@@ -333,7 +333,7 @@ class App:
         engine = Engine(worker.register, worker.clock, worker.fleet.due_now_ms, worker.client.sealer)
 
         def ended(run: RunRecord) -> None:
-            worker.client.ended(run.id)
+            worker.client.waiting.ended(run.id)
             worker.journal.enter(finished_run(run, worker.id))
 
         engine.ended = ended

@@ -128,6 +128,18 @@ def open_run(run_id: str, gen: int) -> str:
     return f"open/{run_id}.{gen}"
 
 
+def parse_open(key: str) -> tuple[str, int] | None:
+    """Return the run and the generation that the entry of an open run is of, None where it is no such key.
+
+    >>> parse_open(open_run("0" * 32, 2))
+    ('00000000000000000000000000000000', 2)
+    """
+    run_id, dot, gen = key.removeprefix(OPEN).partition(".")
+    if not (dot and is_id(run_id) and gen.isdecimal() and gen.isascii()) or key != open_run(run_id, int(gen)):
+        return None
+    return run_id, int(gen)
+
+
 def follow_up(run_id: str, kind: str, step: str, index: int, gen: int) -> str:
     """Return the id of a task that follows from a run's state: submitting it again changes nothing."""
     parts = "\0".join((run_id, kind, step, str(index), str(gen)))

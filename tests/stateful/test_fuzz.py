@@ -109,7 +109,7 @@ async def something_of_everything(clock):
         held = await app.client.read(each.id)
         await dead.claimer._claim(dead.finders[0], Found(keys.parse_entry(held.record.entry), 0.0), held)
     await dead.keeper.stop()
-    await app.client._note(dead.id, handles["running"].id)
+    await app.client.note(dead.id, handles["running"].id)
     handles["pending"] = await double.asubmit(1)
     handles["delayed"] = await double.options(delay=5).asubmit(2)
     large = await double.asubmit(4, "x" * 70_000)

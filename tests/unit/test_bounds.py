@@ -91,14 +91,13 @@ async def test_an_etag_has_its_quotes_wherever_it_comes_from():
 
 
 async def test_prune_leaves_a_payload_that_is_too_large_to_read(tmp_path):
-    from buquet.operate.prune import _Sweep
+    from buquet.queue.pruning import Pruner
 
     app = App(f"sqlite:{tmp_path}/a.db")
     key = f"payloads/{TASK}/x"
     await app.client.store.put(key, b" " * (keys.MAX_VALUE + 1))
-    (listed,) = await app.client.store.list(f"payloads/{TASK}/")
-    sweep = _Sweep(app.client, app.clock.now() + 90_000, 3600, dry_run=False, progress=lambda _part, _what: None)
-    await sweep._payload(listed)
-    assert (sweep.done.payloads, sweep.done.unreadable) == (0, 1)
+    pruner = Pruner(app.client.register, 3600, lambda: app.clock.now() + 90_000)
+    await pruner.payload(key, TASK, before=app.clock.now() + 90_000)
+    assert (pruner.payloads, pruner.oversized) == (0, 1)
     assert isinstance((await app.client.store.get(key)).body, Oversized)
     await app.aclose()

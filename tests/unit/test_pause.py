@@ -12,7 +12,6 @@ from buquet.records import Note
 from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
-from buquet.worker import pausing
 
 
 class Works:
@@ -37,6 +36,10 @@ class Works:
         async def slow(seconds: float) -> str:
             await self.clock.sleep(seconds)
             return "done"
+
+        @app.workflow
+        def flow(name: str) -> None:
+            note(name)
 
         return app, note, slow
 
@@ -154,18 +157,18 @@ async def test_a_paused_queue_with_an_entry_that_was_left_does_not_keep_its_work
 
 
 @virtual
-async def test_what_is_named_as_passing_a_pause_is_carried_all_the_same(works):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pausing, "PASSES_PAUSE", frozenset({"note"}))
-        worker = works.start()
-        await works.app.apause_queue("default")
-        await works.clock.sleep(2)
-        slow = await works.slow.asubmit(0)
-        await works.note.asubmit("an event")
-        await works.clock.sleep(40)
-        assert works.ran == ["an event"]
-        assert await slow.astatus() == "pending"
-        await works.stop(worker)
+async def test_the_events_of_a_run_are_carried_all_the_same_and_its_steps_are_not(works):
+    worker = works.start()
+    await works.app.apause_queue("default")
+    await works.clock.sleep(2)
+    run = await works.app.workflows["flow"].astart("a step")
+    await works.clock.sleep(40)
+    assert await run.astatus() == "running", "its start was carried"
+    assert works.ran == []
+    await works.app.aresume_queue("default")
+    await run.aresult(timeout=30)
+    assert works.ran == ["a step"]
+    await works.stop(worker)
 
 
 @virtual

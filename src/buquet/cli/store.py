@@ -143,7 +143,7 @@ def prune(
     print(f"{done.looked:,} records looked at: {done.pruned:,} tasks {would}pruned")
     print(f"{done.stubs:,} stubs, {done.payloads:,} payloads and {done.journal:,} objects of the journal {would}removed")
     if done.unreadable:
-        to_stderr(f"{done.unreadable:,} records cannot be read and were left; `buquet fsck` names them")
+        to_stderr(f"{done.unreadable:,} objects cannot be read and were left; `buquet fsck` names records among them")
 
 
 def seconds(age: str) -> float:

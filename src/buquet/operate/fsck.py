@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 from buquet import keys
 from buquet.errors import StoreRefused, UnreadableRecord
 from buquet.operate.ages import store_ahead
+from buquet.operate.fsckruns import check_runs
 from buquet.operate.sweep import (
     DAY,
     HOUR,
@@ -41,7 +42,6 @@ from buquet.operate.sweep import (
 )
 from buquet.queue import transitions
 from buquet.records import TERMINAL, Session, Task
-from buquet.workflow.records import OVER, RunRecord
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -120,7 +120,7 @@ class _Checker:
         await self._discover_queues()
         await side_by_side(self._old_entry, self._old_entries())
         self.progress(0.93, "runs")
-        await side_by_side(self._run, each_key(self.reads, keys.RUNS))
+        await check_runs(self.register, self._find, repair=self.repair)
         self.progress(0.95, "payloads")
         await self._payloads()
         self.progress(1.0, "done")
@@ -236,7 +236,7 @@ class _Checker:
             write = await self.register.update(held, ended)
             if write.landed:
                 await self.reads.delete(held.record.entry)
-                self.client.ended(held.record.id)
+                self.client.waiting.ended(held.record.id)
             finding.repaired = True  # by this or, after a conflict, by whoever moved it
 
     async def _running(self, held: Held[Task]) -> None:
@@ -259,25 +259,6 @@ class _Checker:
                 "claim missing", held.key, f"it runs under {task.worker}, which {where}, and its entry is not there"
             )
             await self._put_back(finding, task)
-
-    # ------------------------------------------------------------------ runs
-
-    async def _run(self, listed: Listed) -> None:
-        """Look whether an open run has its entry, and whether what it waits for is there."""
-        try:
-            held = await self.register.read(RunRecord, listed.key)
-        except UnreadableRecord as error:
-            self._find("unreadable record", listed.key, str(error))
-            return
-        if held is None or held.record.state in OVER:
-            return
-        run = held.record
-        entry = keys.open_run(run.id, run.gen)
-        if not await self._entry_there(entry):
-            finding = self._find("entry missing", held.key, f"the run is not over, and its entry {entry} is not there")
-            if self.repair:
-                await self.reads.put(entry, b"")
-                finding.repaired = True
 
     # ------------------------------------------------------------------ payloads
 
@@ -336,7 +317,7 @@ class _Checker:
             "orphaned entry", entry.key, "it has been there for over a day and has no record: its submit was never finished"
         )
         if self.repair:
-            tombstone = transitions.bury(entry, self.clock.now_ms())
+            tombstone = transitions.bury(entry.task, entry.queue, entry.name, self.clock.now_ms())
             write = await self.register.create(keys.task(entry.task), tombstone, rev=entry.rev)
             if write.landed:
                 await self.reads.delete(entry.key)

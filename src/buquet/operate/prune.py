@@ -48,7 +48,7 @@ class Pruned:
     runs: int = 0
     """Tasks of runs made into stubs, with their runs."""
     unreadable: int = 0
-    """Records that could not be read, and were left."""
+    """Records and payloads that could not be read, and were left."""
 
 
 async def prune(
@@ -75,14 +75,19 @@ async def prune(
     pruner = Pruner(client.register, older_than, lambda: now, dry_run=dry_run)
     tell: Callable[[float, str], None] = progress or (lambda _fraction, _what: None)
     done = Pruned()
+    sweeping = _Sweep(pruner, done, tell)
+    if sweep and not dry_run:
+        # first what stubs left, while they are there: without a record a payload's task has to be buried
+        await sweeping.payloads()
     # the sweep of a dry run would count the same tasks again
     if not (sweep and dry_run):
         await _Journal(pruner, done, count_looks=not sweep).run()
     if sweep:
         tell(0.1, "records")
-        await _Sweep(pruner, done, tell).run()
+        await sweeping.run()
     tell(1.0, "done")
     done.payloads = pruner.payloads
+    done.unreadable += pruner.oversized
     return done
 
 
@@ -160,7 +165,7 @@ class _Sweep:
         self.progress(0.9, "runs")
         await side_by_side(self._run, each_key(self.reads, keys.RUNS))
         self.progress(0.95, "payloads")
-        await self._sweep_payloads()
+        await self.payloads()
 
     async def _record(self, listed: Listed) -> None:
         self.done.looked += 1
@@ -184,7 +189,8 @@ class _Sweep:
         except UnreadableRecord:
             self.done.unreadable += 1
 
-    async def _sweep_payloads(self) -> None:
+    async def payloads(self) -> None:
+        """Remove payloads that no record needs."""
         last = ""
         needed = True
 

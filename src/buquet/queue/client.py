@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import threading
 import weakref
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
@@ -17,7 +15,8 @@ from buquet.queue import transitions
 from buquet.queue.bell import Ringer
 from buquet.queue.payloads import INLINE, Values, context, run_context
 from buquet.queue.tracing import submitting
-from buquet.records import ABSENT, FORMAT, TERMINAL, Layout, Note, Raw, Record, Task
+from buquet.queue.waiting import Waiting
+from buquet.records import ABSENT, FORMAT, TERMINAL, Layout, Note, Raw, Task
 from buquet.sealing import Plain
 from buquet.store.register import Held, Register
 
@@ -29,10 +28,6 @@ if TYPE_CHECKING:
     from buquet.queue.background import Background
     from buquet.sealing import Sealer
     from buquet.store.base import Store
-
-log = logging.getLogger("buquet")
-
-R = TypeVar("R", bound=Record)
 
 IN_FLIGHT = 64
 """Submits of one chunk that are under way at once."""
@@ -68,8 +63,7 @@ class Client:
         self.ringer = Ringer(store, clock, background)
         self.listeners: list[Callable[[str, str], None]] = []
         """Called with queue and entry when this process added one: its own workers need no bell."""
-        self._waiters: dict[str, list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
-        self._lock = threading.Lock()
+        self.waiting = Waiting(self.register, clock)
         self._open = False
         self._opening: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
 
@@ -108,14 +102,12 @@ class Client:
             # nobody else can have this id, so the bell may ring while the record is written: a quicker worker looks again soon
             self.ringer.added(task.queue, task.entry)
         write = await self.register.create(keys.task(task.id), task)
-        created = write.landed
-        if not created:
-            created = await self._meet(task, write.held, args)
-        if created:
-            self._tell_own(task.queue, task.entry)
-            if task.key:
-                self.ringer.added(task.queue, task.entry)
-        return Submitted(task.id, created)
+        entry = task.entry if write.landed else await self._meet(task, write.held, args)
+        if entry:
+            self._tell_own(task.queue, entry)
+            if task.key or entry != task.entry:
+                self.ringer.added(task.queue, entry)
+        return Submitted(task.id, bool(entry))
 
     async def follow_up(self, task: Task, args: bytes, worker: str = "", token: str = "") -> Held[Task] | None:
         """Submit a task whose id says what it is, so that doing it twice changes nothing; return what is there.
@@ -134,8 +126,8 @@ class Client:
             return write.held
         there = write.held
         if there is None or there.record.state in {"tombstone", "pruned"}:
-            if await self._meet(pending, there, args):
-                self.added(task.queue, pending.entry)
+            if entry := await self._meet(pending, there, args):
+                self.added(task.queue, entry)
             return await self.register.read(Task, keys.task(task.id))
         if pending.entry != there.record.entry or there.record.state in TERMINAL:
             await self.reads.delete(pending.entry)
@@ -186,12 +178,13 @@ class Client:
         await self.reads.put(key, graph)
         return replace(task, graph=ABSENT, graph_at=key)
 
-    async def _meet(self, fresh: Task, held: Held[Task] | None, args: bytes) -> bool:
-        """Go on where the record exists: it is the same task, or a stub that this submit revives."""
+    async def _meet(self, fresh: Task, held: Held[Task] | None, args: bytes) -> str:
+        """Go on where the record exists: the same task, or a stub that this submit revives. Returns the new entry, if any."""
         while held is None or held.record.state in {"tombstone", "pruned"}:
             now = self.clock.now_ms()
             if held is None:  # removed since: begin again
                 await self.reads.put(fresh.entry, b"")
+                revived = fresh
                 write = await self.register.create(keys.task(fresh.id), fresh)
             else:
                 revived = transitions.revive(held.record, fresh, now)
@@ -202,7 +195,7 @@ class Client:
                 await self.reads.put(revived.entry, b"")
                 write = await self.register.update(held, revived)
             if write.landed:
-                return True
+                return revived.entry
             held = write.held
         there = held.record
         if fresh.entry != there.entry or there.state in TERMINAL:
@@ -214,7 +207,7 @@ class Client:
                 "that one stands. Use another key for other work"
             )
             raise KeyConflict(msg)
-        return False
+        return ""
 
     async def _same_args(self, there: Task, fresh: Task, args: bytes) -> bool:
         """Tell whether a task that is there has the arguments of a fresh submit."""
@@ -296,7 +289,7 @@ class Client:
                 if asked.state == "pending":  # its run is told first, by a worker
                     self.added(task.queue, asked.entry)
                     return "requested"
-                self.ended(task_id)
+                self.waiting.ended(task_id)
         msg = f"task {task_id} was removed from the store while it was being cancelled"
         raise TaskNotFound(msg)
 
@@ -331,71 +324,10 @@ class Client:
     async def wait(self, task_id: str, timeout: float | None) -> Task:  # noqa: ASYNC109 - part of the public meaning
         """Wait until a task has ended and return its record. Raises TimeoutError after `timeout` seconds, TaskNotFound."""
         await self.read(task_id)
-        key = keys.task(task_id)
-        return (await self.wait_for(Task, key, task_id, lambda task: task.state in TERMINAL, timeout, f"task {task_id}")).record
-
-    async def wait_for(
-        self,
-        kind: type[R],
-        key: str,
-        name: str,
-        over: Callable[[R], bool],
-        timeout: float | None,  # noqa: ASYNC109 - part of the public meaning
-        what: str,
-    ) -> Held[R]:
-        """Wait until a record is there and over, and return it. `name` is what `ended` is told, `what` stands in errors.
-
-        Raises TimeoutError after `timeout` seconds, TaskNotFound when it was there and is gone.
-        """
-        held = await self.register.read(kind, key)
-        begun = self.clock.monotonic()
-        delay = 0.02
-        while held is None or not over(held.record):
-            left = 3600.0 if timeout is None else begun + timeout - self.clock.monotonic()
-            if left <= 0:
-                msg = f"{what} is not over after {timeout:g} s and goes on; `buquet get` looks at it"
-                raise TimeoutError(msg)
-            if self.store.can_wait:
-                await self.store.wait_changed(key, held.etag if held else None, min(left, 5))
-            else:
-                await self._pause(name, min(left, delay))
-                delay = min(delay * 1.25, 1)
-            before = held
-            held = await (self.register.read(kind, key) if held is None else self.register.reread(kind, held))
-            if before is not None and held is None:
-                msg = f"{what} was removed from the store while somebody waited for it"
-                raise TaskNotFound(msg)
-        return held
-
-    async def _pause(self, task_id: str, seconds: float) -> None:
-        """Sleep until a worker of this process ends the task, at most so many seconds."""
-        ended = asyncio.Event()
-        waiter = (asyncio.get_running_loop(), ended)
-        with self._lock:
-            self._waiters.setdefault(task_id, []).append(waiter)
-        try:
-            async with asyncio.timeout(seconds):
-                await ended.wait()
-        except TimeoutError:
-            pass
-        finally:
-            with self._lock:
-                waiters = self._waiters[task_id]
-                waiters.remove(waiter)
-                if not waiters:
-                    del self._waiters[task_id]
-
-    def ended(self, task_id: str) -> None:
-        """Wake those of this process who wait for a task. May be called from any thread."""
-        if not self._waiters:
-            return
-        with self._lock:
-            waiters = list(self._waiters.get(task_id, ()))
-        for loop, event in waiters:
-            try:
-                loop.call_soon_threadsafe(event.set)
-            except RuntimeError:  # that loop was closed: nobody waits there any more
-                log.debug("a loop that waited for task %s is closed", task_id)
+        held = await self.waiting.until(
+            Task, keys.task(task_id), task_id, lambda task: task.state in TERMINAL, timeout, f"task {task_id}"
+        )
+        return held.record
 
     async def value_of(self, task: Task) -> bytes:
         """Return an ended task's result as JSON."""

@@ -8,9 +8,10 @@
   its earlier versions. The entry comes first: without a record it would be buried under a tombstone, which stays. A late write to
   a removed record is an If-Match and fails; such an id is never submitted again.
 - **a keyed stub** stays for good: a DELETE that comes late would take the key's next task with it. So does a tombstone.
-- **a payload** of a keyed stub, or one whose record is missing: read it, read the record | delete it | raise the stub's rev. A
-  payload's key is the hash of what it holds, so the key's next task may name the same object. Has a submit revived the stub in
-  between, the last step meets a conflict, and the payload is put back.
+- **a payload** of a keyed stub, or one whose record is missing: read it, read the record | where there is none, create a
+  tombstone, so that a submit which stood still after it stored its arguments does not end in a record without them | delete it |
+  raise the stub's rev. A payload's key is the hash of what it holds, so the key's next task may name the same object. Has a
+  submit revived the stub in between, the last step meets a conflict, and the payload is put back.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from buquet import keys
+from buquet.codec import Oversized
 from buquet.errors import UnreadableRecord
 from buquet.queue import transitions
 from buquet.records import ENDED, Task
@@ -56,6 +58,8 @@ class Pruner:
         self.dry_run = dry_run
         self.payloads = 0
         """Payload objects removed."""
+        self.oversized = 0
+        """Payload objects left since they are too large to read: one could not be put back if its task came back just then."""
 
     async def look(self, key: str, *, old: bool, ended: int | None = None) -> Fate:
         """Look at a record: prune it, remove its stub, or leave it, as its age asks for.
@@ -130,6 +134,16 @@ class Pruner:
         needed, stub = await self.needed(task_id)
         if needed:
             return
+        if isinstance(there.body, Oversized):
+            self.oversized += 1
+            return
+        if not self.dry_run and stub is None:
+            # a submit that has stood still since it stored its arguments may still come: it must meet a tombstone then, and
+            # store them once more, instead of creating a record whose arguments are gone
+            write = await self.register.create(keys.task(task_id), transitions.bury(task_id, "", "", int(self.now() * 1000)))
+            if not write.landed:
+                return
+            stub = write.held
         self.payloads += 1
         if self.dry_run:
             return

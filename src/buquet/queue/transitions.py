@@ -74,9 +74,9 @@ def revive(stub: Task, fresh: Task, now: int) -> Task:
     return replace(submit(fresh, now), entry=entry)
 
 
-def bury(entry: keys.Entry, now: int) -> Task:
-    """Return the tombstone for an old entry that has no record, so that no late submit can leave a task without an entry."""
-    task = Task(id=entry.task, queue=entry.queue, name=entry.name, state="tombstone", created=now)
+def bury(task_id: str, queue: str, name: str, now: int) -> Task:
+    """Return the tombstone for an old entry or payload that has no record, so that no late submit can leave a task without it."""
+    task = Task(id=task_id, queue=queue, name=name, state="tombstone", created=now)
     return _over(task, "tombstone", now, "its submit was never finished")
 
 

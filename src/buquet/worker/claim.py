@@ -59,7 +59,7 @@ class Claimer:
         entry = found.entry
         key = keys.task(entry.task)
         if entry.task in self.under_way:
-            finder.leave(found)
+            finder.leave(found, again=True)
             return None
         self.under_way.add(entry.task)
         try:
@@ -115,7 +115,9 @@ class Claimer:
             finder.leave(found)
             return
         entry = found.entry
-        write = await self.register.create(keys.task(entry.task), transitions.bury(entry, self.clock.now_ms()), rev=entry.rev)
+        write = await self.register.create(
+            keys.task(entry.task), transitions.bury(entry.task, entry.queue, entry.name, self.clock.now_ms()), rev=entry.rev
+        )
         if write.landed:
             await self._delete(finder, entry.key)
         else:

@@ -55,9 +55,8 @@ class QueueFinder:
         self.reads = reads
         self.clock = clock
         self.fleet = fleet
-        later = Lane(keys.later_lane(queue), None)
-        self.later = later
-        self.lanes: list[Lane] = [later]
+        self.later = Lane(keys.later_lane(queue), None)
+        self.lanes = [self.later]
         self.hinted: list[Found] = []
         self.next_due = 0
         """When the next entry of `later/` is due, as far as is known; milliseconds, 0: none is known."""
@@ -72,8 +71,8 @@ class QueueFinder:
         """Entries that nothing can be done with for now: no work that a drain should wait for."""
         self.look_back_at = 0.0
         self.look_all_at = 0.0
-        self.foreign: dict[str, tuple[str, Found]] = {}
-        """Entries that were left to another worker, which runs their tasks."""
+        self.foreign: dict[str, tuple[str, Found, float]] = {}
+        """Entries that were left to another worker, which runs their tasks; and until when that is remembered."""
         self.left: dict[str, tuple[Found, float, float]] = {}
         """Entries that could not be dealt with yet, with the wait until they are looked at again, and when that is."""
         self.pace = FIRST_POLL
@@ -322,14 +321,14 @@ class QueueFinder:
 
     # ------------------------------------------------------------------ verdicts on what was taken
 
-    def leave(self, found: Found) -> None:
-        """Note that an entry cannot be dealt with yet: no record, or a move in progress. It is met again while it is young."""
+    def leave(self, found: Found, *, again: bool = False) -> None:
+        """Note that an entry cannot be dealt with yet. It is met again while it is young; with `again` also when it is old."""
         now = self.clock.monotonic()
         entry = found.entry
         _, waited, _ = self.left.pop(entry.key, (found, REVISIT / 4, 0))
         wait = min(waited * 4, 1.0)
         self.skip[entry.key] = now + wait
-        if self.fleet.store_now() - found.modified < TRAIL:
+        if again or self.fleet.store_now() - found.modified < TRAIL:
             self.left[entry.key] = (found, wait, now + wait)
         else:
             self.stale.add(entry.key)
@@ -337,13 +336,15 @@ class QueueFinder:
     def others(self, found: Found, worker: str) -> None:
         """Note that another live worker runs it."""
         self.left.pop(found.entry.key, None)
-        self.skip[found.entry.key] = self.clock.monotonic() + self.fleet.keeper.ttl
-        self.foreign[found.entry.key] = (worker, found)
+        now, ttl = self.clock.monotonic(), self.fleet.keeper.ttl
+        self.skip[found.entry.key] = now + ttl
+        # for longer than it takes to call that worker dead: a look back would not come by an old entry again
+        self.foreign[found.entry.key] = (worker, found, now + 4 * ttl)
 
     def gone(self, worker: str) -> None:
         """Look again at what was left to a worker, which is said to be dead: its session is read directly then."""
         self.fleet.sessions.pop(worker, None)
-        mine = [found for owner, found in self.foreign.values() if owner == worker]
+        mine = [found for owner, found, _ in self.foreign.values() if owner == worker]
         for found in mine:
             del self.foreign[found.entry.key]
             self.skip.pop(found.entry.key, None)
@@ -352,8 +353,8 @@ class QueueFinder:
     def look_again(self) -> None:
         """Look again at what was left to workers that the last LIST of sessions did not show alive."""
         now = self.clock.monotonic()
-        self.foreign = {key: each for key, each in self.foreign.items() if self.skip.get(key, 0) > now}
-        for worker in {owner for owner, _ in self.foreign.values()}:
+        self.foreign = {key: each for key, each in self.foreign.items() if each[2] > now}
+        for worker in dict.fromkeys(owner for owner, _, _ in self.foreign.values()):
             if not self.fleet.lives(worker):
                 self.gone(worker)
 

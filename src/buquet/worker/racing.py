@@ -23,5 +23,6 @@ async def first_of(*others: Coroutine[Any, Any, object]) -> None:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
         await cancel_all(tasks)
-    for task in done:
-        task.result()
+    for task in tasks:
+        if task in done:
+            task.result()

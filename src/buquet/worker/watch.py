@@ -41,5 +41,5 @@ class Telling:
         for watcher in self.watchers:
             watcher.moved(task)
         if task.state != "pending":
-            self.client.ended(task.id)
+            self.client.waiting.ended(task.id)
             self.journal.add(task)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from buquet import keys
-from buquet.errors import StoreError, UsageError
+from buquet.errors import StoreError, StoreFull, StoreRefused, UsageError
 from buquet.queue import tracing
 from buquet.queue.background import new_loop, running_loop
 from buquet.queue.parent import is_system
@@ -85,7 +85,6 @@ class Worker:
             raise UsageError(msg)
         for queue in served:
             keys.quoted(queue, "queue")
-        plans = plans or {}
         self.client = client
         self.clock = client.clock
         self.tasks = tasks
@@ -116,12 +115,13 @@ class Worker:
         self.unhandled: dict[str, int] = {}
         """Tasks met for which there is no handler here, by name."""
         self.notes = Notes(self)
-        self.scheduler = Scheduler(client, self.fleet, plans)
-        self.keeper.schedules = tuple(sorted(plans))
+        self.scheduler = Scheduler(client, self.fleet, plans or {})
+        self.keeper.schedules = tuple(sorted(plans or ()))
         for finder in self.finders:
             finder.noted = self._noted
         self._heartbeat_thread = heartbeat_thread
-        self._pursuits: set[asyncio.Task[None]] = set()
+        self._pursuits: dict[asyncio.Task[None], None] = {}
+        """In the order in which they began, so that a simulation repeats."""
         self._busy = 0
         self._stopping = False
         self._hasty = False
@@ -230,7 +230,13 @@ class Worker:
         self.keeper.on_lost = self._lost
         await self.keeper.create(first=first)
         self.keeper.start(thread=self._heartbeat_thread)
-        await self.fleet.look()
+        try:
+            await self.fleet.look()
+        except StoreError as error:
+            # such as a full disk, when a dead session is to be marked: the next look comes soon, and this worker lives on
+            if first and isinstance(error, StoreRefused) and not isinstance(error, StoreFull):
+                raise
+            log.error("the sessions cannot be listed: %s", error)  # noqa: TRY400 - the text says all
 
     async def _wind_down(self) -> None:
         """Wait for what runs, then give back what did not end in time."""
@@ -326,7 +332,7 @@ class Worker:
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         pursuit = asyncio.create_task(work)
-        self._pursuits.add(pursuit)
+        self._pursuits[pursuit] = None
         pursuit.add_done_callback(self._pursued)
 
     def reserve(self, task: Task) -> bool:
@@ -362,7 +368,7 @@ class Worker:
         return run
 
     def _pursued(self, pursuit: asyncio.Task[None]) -> None:
-        self._pursuits.discard(pursuit)
+        self._pursuits.pop(pursuit, None)
         if not pursuit.cancelled() and (error := pursuit.exception()):
             log.error("a defect of buquet: a task was left to be taken over", exc_info=error)
         self._wake.set()
@@ -391,7 +397,7 @@ class Worker:
             held = await self.claimer.claim(finder, found)
         except StoreError as error:
             log.error("claiming task %s failed: %s", found.entry.task, error)  # noqa: TRY400 - the text says all
-            finder.leave(found)
+            finder.leave(found, again=True)
             await self.clock.sleep(1)
         finally:
             if held is None:

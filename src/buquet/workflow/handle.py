@@ -141,7 +141,7 @@ class Run(Generic[R_co]):
             )
         client = self.home.client
         await sending.read_run(client, self.id)
-        held = await client.wait_for(
+        held = await client.waiting.until(
             RunRecord, keys.run(self.id), self.id, lambda run: run.state in OVER, timeout, f"run {self.id}"
         )
         run = held.record

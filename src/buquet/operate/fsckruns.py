@@ -1,0 +1,63 @@
+"""fsck's part on runs: each open one has its entry, and no other entry is left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from buquet import keys
+from buquet.errors import UnreadableRecord
+from buquet.operate.sweep import each_key, side_by_side
+from buquet.workflow.records import OVER, RunRecord
+
+if TYPE_CHECKING:
+    from buquet.store.base import Listed
+    from buquet.store.register import Register
+
+
+class _Finding(Protocol):
+    repaired: bool
+
+
+class _Find(Protocol):
+    def __call__(self, kind: str, key: str, detail: str) -> _Finding: ...
+
+
+async def check_runs(register: Register, find: _Find, *, repair: bool) -> None:
+    """Look at every run and at every entry of an open one; with `repair`, put missing entries back and delete stale ones."""
+    await side_by_side(lambda each: _check_run(register, each, find, repair), each_key(register.reads, keys.RUNS))
+    await side_by_side(lambda each: _check_entry(register, each, find, repair), each_key(register.reads, keys.OPEN))
+
+
+async def _check_run(register: Register, listed: Listed, find: _Find, repair: bool) -> None:
+    try:
+        held = await register.read(RunRecord, listed.key)
+    except UnreadableRecord as error:
+        find("unreadable record", listed.key, str(error))
+        return
+    if held is None or held.record.state in OVER:
+        return
+    entry = keys.open_run(held.record.id, held.record.gen)
+    if await register.reads.get(entry) is None:
+        finding = find("entry missing", held.key, f"the run is not over, and its entry {entry} is not there")
+        if repair:
+            await register.reads.put(entry, b"")
+            finding.repaired = True
+
+
+async def _check_entry(register: Register, listed: Listed, find: _Find, repair: bool) -> None:
+    parsed = keys.parse_open(listed.key)
+    if parsed is None:
+        find("foreign object", listed.key, "this is no key of a run's entry; look at it and move it away")
+        return
+    run_id, gen = parsed
+    try:
+        held = await register.read(RunRecord, keys.run(run_id))
+    except UnreadableRecord:
+        return  # reported with the record
+    # a generation that is over stays over: a PUT that landed late has left this. A later one may be about to open
+    if held is None or not (gen < held.record.gen or (gen == held.record.gen and held.record.state in OVER)):
+        return
+    finding = find("stale entry", listed.key, f"generation {gen} of this run is over; the run is {held.record.state}")
+    if repair:
+        await register.reads.delete(listed.key)
+        finding.repaired = True

@@ -1,0 +1,94 @@
+"""Waits for the end of a task or a run: by the store's own means where it has some, else by ever rarer reads of the record."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from typing import TYPE_CHECKING, TypeVar
+
+from buquet.errors import TaskNotFound
+from buquet.records import Record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from buquet.clock import Clock
+    from buquet.store.register import Held, Register
+
+log = logging.getLogger("buquet")
+
+R = TypeVar("R", bound=Record)
+
+
+class Waiting:
+    """Those of this process who wait. May be used on several loops at once."""
+
+    def __init__(self, register: Register, clock: Clock) -> None:
+        self.register = register
+        self.clock = clock
+        self._waiters: dict[str, list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
+        self._lock = threading.Lock()
+
+    async def until(
+        self,
+        kind: type[R],
+        key: str,
+        name: str,
+        over: Callable[[R], bool],
+        timeout: float | None,  # noqa: ASYNC109 - part of the public meaning
+        what: str,
+    ) -> Held[R]:
+        """Wait until a record is there and over, and return it. `name` is what `ended` is told, `what` stands in errors.
+
+        Raises TimeoutError after `timeout` seconds, TaskNotFound when it was there and is gone.
+        """
+        held = await self.register.read(kind, key)
+        begun = self.clock.monotonic()
+        delay = 0.02
+        while held is None or not over(held.record):
+            left = 3600.0 if timeout is None else begun + timeout - self.clock.monotonic()
+            if left <= 0:
+                msg = f"{what} is not over after {timeout:g} s and goes on; `buquet get` looks at it"
+                raise TimeoutError(msg)
+            if self.register.store.can_wait:
+                await self.register.store.wait_changed(key, held.etag if held else None, min(left, 5))
+            else:
+                await self._pause(name, min(left, delay))
+                delay = min(delay * 1.25, 1)
+            before = held
+            held = await (self.register.read(kind, key) if held is None else self.register.reread(kind, held))
+            if before is not None and held is None:
+                msg = f"{what} was removed from the store while somebody waited for it"
+                raise TaskNotFound(msg)
+        return held
+
+    async def _pause(self, task_id: str, seconds: float) -> None:
+        """Sleep until a worker of this process ends the task, at most so many seconds."""
+        ended = asyncio.Event()
+        waiter = (asyncio.get_running_loop(), ended)
+        with self._lock:
+            self._waiters.setdefault(task_id, []).append(waiter)
+        try:
+            async with asyncio.timeout(seconds):
+                await ended.wait()
+        except TimeoutError:
+            pass
+        finally:
+            with self._lock:
+                waiters = self._waiters[task_id]
+                waiters.remove(waiter)
+                if not waiters:
+                    del self._waiters[task_id]
+
+    def ended(self, task_id: str) -> None:
+        """Wake those of this process who wait for a task. May be called from any thread."""
+        if not self._waiters:
+            return
+        with self._lock:
+            waiters = list(self._waiters.get(task_id, ()))
+        for loop, event in waiters:
+            try:
+                loop.call_soon_threadsafe(event.set)
+            except RuntimeError:  # that loop was closed: nobody waits there any more
+                log.debug("a loop that waited for task %s is closed", task_id)

@@ -1,0 +1,105 @@
+"""`buquet-sim`: play many seeds, in several processes, and print the command that repeats each one that found something."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from buquet.clock import Clock
+from buquet.testing.simulation.playing import Outcome, simulate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+app = typer.Typer(add_completion=False)
+EVERY = 10.0
+"""Seconds between two lines of progress."""
+
+
+def many(start: int, seeds: int, jobs: int) -> Iterator[Outcome]:
+    """Play seeds from `start` on, side by side in `jobs` processes; yield what each came to, in no certain order.
+
+    >>> sum(len(outcome.found) for outcome in many(1, 2, 1))
+    0
+    """
+    numbers = range(start, start + seeds)
+    if jobs == 1:
+        yield from map(simulate, numbers)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        yield from pool.imap_unordered(simulate, numbers, chunksize=5)
+
+
+@app.command()
+def run(
+    seeds: Annotated[int, typer.Option(help="How many seeds to play.", min=1)] = 1000,
+    start: Annotated[int, typer.Option(help="The first seed.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Play this one only.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
+    trace: Annotated[bool, typer.Option("--trace", help="With --seed: print every request and event.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON value a finding, and one at the end.")] = False,
+) -> None:
+    """Simulate the queue under faults, and say what was found wrong. Exit status 1 when something was."""
+    if seed is not None:
+        outcome = simulate(seed, keep=trace)
+        if trace:
+            print("\n".join(outcome.lines))
+        report(outcome, as_json=as_json)
+        print(json.dumps(summary([outcome])) if as_json else f"seed {seed}: trace {outcome.hash}, {len(outcome.found)} findings")
+        raise typer.Exit(bool(outcome.found))
+    clock = Clock()
+    begun = told = clock.monotonic()
+    done = found = requests = tasks = 0
+    for outcome in many(start, seeds, jobs):
+        done += 1
+        requests += outcome.requests
+        tasks += outcome.tasks
+        if outcome.found:
+            found += 1
+            report(outcome, as_json=as_json)
+        now = clock.monotonic()
+        if now - told >= EVERY and not as_json:
+            told = now
+            rate = done / (now - begun)
+            print(f"{done} of {seeds} seeds, {found} with findings, {rate:.1f} a second", file=sys.stderr, flush=True)
+    seconds = round(clock.monotonic() - begun, 1)
+    total = {"seeds": done, "start": start, "with_findings": found, "requests": requests, "tasks": tasks, "seconds": seconds}
+    text = f"{done} seeds from {start} on, {tasks} tasks, {requests} requests, in {seconds:g} s: {found} with findings"
+    print(json.dumps(total) if as_json else text)
+    raise typer.Exit(bool(found))
+
+
+def report(outcome: Outcome, *, as_json: bool) -> None:
+    """Print what a seed found, and how to see it again."""
+    if not outcome.found:
+        return
+    command = f"buquet-sim --seed {outcome.seed} --trace"
+    if as_json:
+        print(json.dumps({"seed": outcome.seed, "found": outcome.found, "repeat": command}), flush=True)
+        return
+    for line in outcome.found:
+        print(f"seed {outcome.seed}: {line}")
+    print(f"  again, with every request: {command}", flush=True)
+
+
+def summary(outcomes: list[Outcome]) -> dict[str, object]:
+    """Return the figures of some seeds."""
+    return {
+        "seeds": len(outcomes),
+        "with_findings": sum(bool(outcome.found) for outcome in outcomes),
+        "hash": outcomes[0].hash,
+        "requests": outcomes[0].requests,
+    }
+
+
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

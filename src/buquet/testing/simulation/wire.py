@@ -1,0 +1,332 @@
+"""The bucket, and each process's way to it, on which requests are slow, refused, lost, late, or sent twice.
+
+A request is sent, arrives, and is answered: three moments of virtual time. What was sent arrives whatever becomes of the sender.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+from buquet.errors import AlreadyExists, Changed, StoreFull, StoreUnavailable
+from buquet.store.base import PAGE, Listed, NotModified, Receipt, Stored
+from buquet.store.memory import MemoryStore
+from buquet.testing.simulation.loop import BESIDE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from buquet.clock import Clock
+    from buquet.testing.simulation.loop import SimLoop
+
+T = TypeVar("T")
+
+Fate = Literal["ok", "refuse", "lose", "late", "never", "twice", "full"]
+CONDITIONAL = frozenset({"create", "update"})
+WRITES = frozenset({"create", "update", "put", "delete"})
+RETRIED = frozenset({"put", "delete"})
+"""What a client library or a proxy may send twice by itself."""
+
+
+@dataclass
+class Weather:
+    """What requests may meet, as probabilities; times in seconds."""
+
+    faults: float = 0.0
+    slow: float = 0.0
+    """The share of requests that take up to `slowest`."""
+    slowest: float = 3.0
+    pace: float = 0.02
+    """The usual time of a request is up to this."""
+    latest: float = 60.0
+    """How much later than its error a late write lands, at most."""
+    away: float = 0.0
+    """Until when, by the loop's time, nobody is answered."""
+    lag: float = 0.0
+    """By how much a LIST may lag behind."""
+
+
+class Change(NamedTuple):
+    """A key before a write, for LISTs that lag."""
+
+    at: float
+    key: str
+    before: Listed | None
+
+
+class Bucket(MemoryStore):
+    """A bucket whose ETags are hashes of the bodies, as on S3, and that tells of each write."""
+
+    def __init__(self, clock: Clock, *, versioned: bool, can_wait: bool, whole_seconds: bool) -> None:
+        super().__init__(clock, versioned=versioned, can_wait=can_wait)
+        self.url = "simulation:"
+        self.whole_seconds = whole_seconds
+        self.landed: Callable[[str, str, bytes | None], None] = lambda _who, _key, _body: None
+        self.who = ""
+        self.changes: deque[Change] = deque()
+        self.keep_changes = 0.0
+        self.waiters: dict[str, list[asyncio.Future[bool]]] = {}
+
+    def _write(self, key: str, body: bytes) -> Receipt:
+        self._note(key)
+        receipt = super()._write(key, body)
+        etag = hashlib.md5(body, usedforsecurity=False).hexdigest()
+        there = self._objects[key]
+        modified = float(int(there.modified)) if self.whole_seconds else there.modified
+        self._objects[key] = there._replace(etag=etag, modified=modified)
+        self._told(key, body)
+        return receipt._replace(etag=etag)
+
+    async def delete(self, key: str) -> None:
+        """See Store."""
+        if key in self._objects:
+            self._note(key)
+            await super().delete(key)
+            self._told(key, None)
+
+    def _told(self, key: str, body: bytes | None) -> None:
+        for waiter in self.waiters.pop(key, ()):
+            if not waiter.done():
+                waiter.set_result(True)
+        self.landed(self.who, key, body)
+
+    def _note(self, key: str) -> None:
+        if self.keep_changes:
+            there = self._objects.get(key)
+            before = Listed(key, there.etag, there.modified, len(there.body)) if there else None
+            now = self.clock.monotonic()
+            self.changes.append(Change(now, key, before))
+            while self.changes[0].at < now - self.keep_changes:
+                self.changes.popleft()
+
+    def etag(self, key: str) -> str | None:
+        """Return a key's ETag, None when it is missing."""
+        there = self._objects.get(key)
+        return there.etag if there else None
+
+    def body(self, key: str) -> bytes | None:
+        """Return what lies under a key, None when it is missing."""
+        there = self._objects.get(key)
+        return there.body if there else None
+
+    async def list_as_of(self, lag: float, prefix: str, *, after: str, limit: int) -> list[Listed]:
+        """LIST as it was some seconds ago."""
+        since = self.clock.monotonic() - lag
+        then: dict[str, Listed | None] = {}
+        for change in self.changes:
+            if change.at >= since and change.key.startswith(prefix):
+                then.setdefault(change.key, change.before)
+        if not then:
+            return await self.list(prefix, after=after, limit=limit)
+        now = {each.key: each for each in await self.list(prefix, after="", limit=1_000_000)}
+        for key, before in then.items():
+            if before is None:
+                now.pop(key, None)
+            else:
+                now[key] = before
+        return [now[key] for key in sorted(now) if key > after][:limit]
+
+
+class Network:
+    """What lies between the processes and the bucket."""
+
+    def __init__(self, loop: SimLoop, bucket: Bucket, clock: Clock) -> None:
+        self.loop = loop
+        self.bucket = bucket
+        self.random = clock.random
+        self.weather = Weather()
+        self.trace: Callable[[str, str], None] = lambda _who, _what: None
+        self.over = False
+
+    def fate(self, op: str) -> Fate:
+        """Draw what becomes of a request."""
+        weather, random = self.weather, self.random
+        if self.loop.elapsed < weather.away:
+            return random.choice(("refuse", "refuse", "refuse", "late"))
+        if not weather.faults or random.random() >= weather.faults:
+            return "ok"
+        if op not in WRITES:
+            return "refuse"
+        fate: Fate = random.choice(("refuse", "lose", "lose", "late", "late", "never", "twice", "full"))
+        if (fate == "twice" and op not in RETRIED) or (fate == "full" and (op == "delete" or random.random() < 0.7)):
+            return "lose"
+        return fate
+
+    def delay(self) -> float:
+        """Draw how long a request takes one way."""
+        weather, random = self.weather, self.random
+        if weather.slow and random.random() < weather.slow:
+            return random.random() * weather.slowest
+        return random.random() * weather.pace
+
+    def later(self) -> float:
+        """Draw how much later a late write lands: mostly soon, now and then very late."""
+        return self.weather.latest * self.random.random() ** 3
+
+    def at(self, delay: float, call: Callable[..., object], *args: Any) -> None:
+        """Call something in a while, beside all processes."""
+        self.loop.call_at(self.loop.elapsed + delay, call, *args, context=BESIDE)
+
+    def carry(self, who: str, op: str, key: str, apply: Callable[[], Coroutine[Any, Any, Any]]) -> asyncio.Future[Any]:
+        """Carry a request to the bucket and its answer back."""
+        future: asyncio.Future[Any] = self.loop.create_future()
+        fate = self.fate(op)
+        there, back = self.delay(), self.delay()
+        what = f"{op} {key}"
+        if fate in {"refuse", "never", "full"}:
+            error = StoreFull(f"{what}: full") if fate == "full" else StoreUnavailable(f"{what}: {fate}")
+            self.at(there + back, self.answer, future, None, error, who, f"{what} {fate}")
+            return future
+        if fate == "late":
+            self.at(there + back, self.answer, future, None, StoreUnavailable(f"{what}: no answer"), who, f"{what} no answer yet")
+            self.at(there + back + self.later(), self.arrive, who, what, apply, None, 0.0, fate)
+            return future
+        self.at(there, self.arrive, who, what, apply, future, back, fate)
+        if fate == "twice":
+            self.at(there + self.later(), self.arrive, who, what, apply, None, 0.0, "second copy")
+        return future
+
+    def arrive(
+        self,
+        who: str,
+        what: str,
+        apply: Callable[[], Coroutine[Any, Any, Any]],
+        future: asyncio.Future[Any] | None,
+        back: float,
+        fate: str,
+    ) -> None:
+        """Apply a request to the bucket."""
+        if self.over:
+            return
+        self.bucket.who = who
+        answer, error, outcome = None, None, ""
+        try:
+            answer = at_once(apply())
+            outcome = shown(answer)
+        except (AlreadyExists, Changed) as conflict:
+            error, outcome = conflict, "conflict"
+        self.trace(who, f"{what} {outcome}{'' if fate == 'ok' else f' ({fate})'}")
+        if future is None:
+            return
+        if fate == "lose":
+            error = StoreUnavailable(f"{what}: the answer was lost")
+        self.at(back, self.answer, future, answer, error, who, "")
+
+    def answer(self, future: asyncio.Future[Any], answer: Any, error: Exception | None, who: str, line: str) -> None:
+        """Hand an answer over, unless nobody waits for it any more."""
+        if line:
+            self.trace(who, line)
+        if future.done():
+            return
+        if error is None:
+            future.set_result(answer)
+        else:
+            future.set_exception(error)
+
+
+class Wire:
+    """One process's way to the bucket; a store like any other."""
+
+    def __init__(self, network: Network, who: str, sent: Callable[[], None]) -> None:
+        self.network = network
+        self.bucket = network.bucket
+        self.who = who
+        self.sent = sent
+        """Called when a request was sent: the process may stop at any of them."""
+        self.url = network.bucket.url
+
+    @property
+    def can_wait(self) -> bool:
+        """The bucket's."""
+        return self.bucket.can_wait
+
+    async def _ask(self, op: str, key: str, apply: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        if self.network.over:
+            raise asyncio.CancelledError
+        future = self.network.carry(self.who, op, key, apply)
+        self.sent()
+        return await future
+
+    async def create(self, key: str, body: bytes) -> Receipt:
+        """See Store."""
+        return await self._ask("create", key, partial(self.bucket.create, key, body))
+
+    async def update(self, key: str, body: bytes, etag: str) -> Receipt:
+        """See Store."""
+        return await self._ask("update", key, partial(self.bucket.update, key, body, etag))
+
+    async def put(self, key: str, body: bytes) -> Receipt:
+        """See Store."""
+        return await self._ask("put", key, partial(self.bucket.put, key, body))
+
+    async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
+        """See Store."""
+        return await self._ask("get", key, partial(self.bucket.get, key, unless=unless, version=version))
+
+    async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
+        """See Store."""
+        lag = self.network.weather.lag
+        if lag and self.network.random.random() < 0.5:
+            lag *= self.network.random.random()
+            return await self._ask("list", prefix, partial(self.bucket.list_as_of, lag, prefix, after=after, limit=limit))
+        return await self._ask("list", prefix, partial(self.bucket.list, prefix, after=after, limit=limit))
+
+    async def delete(self, key: str) -> None:
+        """See Store."""
+        await self._ask("delete", key, partial(self.bucket.delete, key))
+
+    async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
+        """See Store."""
+        if self.network.over:
+            raise asyncio.CancelledError
+        if self.bucket.etag(key) != etag:
+            await asyncio.sleep(0)  # noqa: TID251 - a store that answers at once still lets others run
+            return True
+        loop = self.network.loop
+        future: asyncio.Future[bool] = loop.create_future()
+        self.bucket.waiters.setdefault(key, []).append(future)
+        timer = loop.call_later(timeout, _settle, future)
+        try:
+            return await future
+        finally:
+            timer.cancel()
+            waiters = self.bucket.waiters.get(key, [])
+            if future in waiters:
+                waiters.remove(future)
+
+    async def forget_versions(self, key: str) -> None:
+        """See Store."""
+        await self.bucket.forget_versions(key)
+
+    async def close(self) -> None:
+        """See Store."""
+
+
+def at_once(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never waits, as those of the bucket are."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return done.value
+    msg = f"{work} waits"
+    raise AssertionError(msg)
+
+
+def shown(answer: Any) -> str:
+    """Say of an answer what a trace should show."""
+    if isinstance(answer, Stored):
+        return "200"
+    if isinstance(answer, NotModified):
+        return "304"
+    if isinstance(answer, list):
+        return f"{len(answer)} keys"  # pyright: ignore[reportUnknownArgumentType]
+    return "404" if answer is None else "ok"
+
+
+def _settle(future: asyncio.Future[bool]) -> None:
+    if not future.done():
+        future.set_result(False)

@@ -1,0 +1,59 @@
+"""Some hundred seeds of the simulation, and that a seed decides everything."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from buquet.testing.simulation import simulate
+from buquet.testing.simulation.cli import many
+
+SEEDS = 150
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_hundreds_of_seeds_find_nothing():
+    found = [
+        f"buquet-sim --seed {outcome.seed} --trace: {outcome.found[0]}"
+        for outcome in many(0, SEEDS, jobs=os.cpu_count() or 1)
+        if outcome.found
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_the_same_seed_gives_the_same_trace():
+    assert simulate(5).hash == simulate(5).hash
+    assert simulate(5).hash != simulate(6).hash
+
+
+def test_the_same_seed_gives_the_same_trace_in_other_processes_whatever_their_hash_seed():
+    code = "import json; from buquet.testing.simulation import simulate as s; print(json.dumps([s(n).hash for n in range(9)]))"
+    hashes = [
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", code],
+                env={**os.environ, "PYTHONHASHSEED": seed},
+                capture_output=True,
+                check=True,
+                text=True,
+            ).stdout
+        )
+        for seed in ("1", "2")
+    ]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_finding_prints_the_command_that_repeats_it(capsys, monkeypatch):
+    import typer
+
+    from buquet.testing.simulation import cli
+    from buquet.testing.simulation.playing import Outcome
+
+    monkeypatch.setattr(cli, "simulate", lambda seed: Outcome(seed, "", ["I1: it is lost"] if seed == 4 else []))
+    with pytest.raises(typer.Exit) as ended:
+        cli.run(seeds=5, start=2)
+    assert ended.value.exit_code == 1
+    assert "buquet-sim --seed 4 --trace" in capsys.readouterr().out

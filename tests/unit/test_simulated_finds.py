@@ -1,0 +1,144 @@
+"""What the simulation found in our own code, each as small as it can be."""
+
+import asyncio
+
+import pytest
+
+from buquet import App, keys
+from buquet.operate.prune import prune
+from buquet.queue.background import Background
+from buquet.records import Session, Task
+from buquet.store.memory import MemoryStore
+from buquet.store.register import Register
+from buquet.testing.faulty import FaultyStore
+from buquet.testing.virtual import run_virtual
+from buquet.worker.lane import Found
+
+
+class Rig:
+    def __init__(self, clock):
+        self.clock = clock
+        self.bucket = MemoryStore(clock, can_wait=False)
+        self.register = Register(self.bucket, clock)
+
+    def app(self):
+        app = App(store=FaultyStore(self.bucket, self.clock), clock=self.clock)
+        app.background = Background(self.clock.loop)
+
+        @app.task
+        async def echo(text: str) -> str:
+            return text
+
+        app.echo = echo
+        return app
+
+    async def record(self, task_id):
+        return (await self.register.read(Task, keys.task(task_id))).record
+
+
+def virtual(test):
+    def run():
+        run_virtual(lambda clock: test(Rig(clock)))
+
+    run.__name__ = test.__name__
+    return run
+
+
+@virtual
+async def test_a_submit_that_stood_still_between_its_payload_and_its_record_keeps_its_arguments(rig):
+    app = rig.app()
+    stop = app.client.store.pause("put", "ready/")
+    submitting = asyncio.ensure_future(app.echo.asubmit("x" * 70_000))
+    await stop.reached.wait()
+    await rig.clock.sleep(4000)
+    await prune(rig.app().client, 3600)
+    stop.go.set()
+    handle = await submitting
+    await rig.app().worker(heartbeat_thread=False, drain=True).arun()
+    assert len(await handle.aresult()) == 70_000
+
+
+@virtual
+async def test_a_submit_that_met_a_tombstone_rings_for_the_entry_that_its_record_names(rig):
+    app = rig.app()
+    stop = app.client.store.pause("create", "tasks/")
+    submitting = asyncio.ensure_future(app.echo.options(priority=7).asubmit("late"))
+    await stop.reached.wait()
+    await rig.clock.sleep(4000)
+    await rig.bucket.delete(keys.bell("default"))  # or a hint would make the old entry look young
+    worker = rig.app().worker(heartbeat_thread=False)
+    working = asyncio.ensure_future(worker.arun())
+    await rig.clock.sleep(5)
+    assert [listed.key for listed in await rig.bucket.list("ready/default/7/")] == []  # it has buried the entry
+    stop.go.set()
+    handle = await submitting
+    await rig.clock.sleep(2)
+    assert (await rig.record(handle.id)).state == "completed"
+    worker.stop()
+    await working
+
+
+@virtual
+async def test_a_worker_whose_disk_is_full_when_it_starts_anew_lives_on(rig):
+    app = rig.app()
+    other = rig.app().worker(heartbeat_thread=False)
+    await other.client.open()
+    await other.keeper.create()  # a session that nobody keeps alive
+    worker = app.worker(heartbeat_thread=False, ttl=3)
+    working = asyncio.ensure_future(worker.arun())
+    await rig.clock.sleep(1)
+    full = app.client.store.inject("full", "update", keys.session(other.id), times=None)
+    await rig.clock.sleep(33)
+    held = await rig.register.read(Session, keys.session(worker.id))
+    await rig.bucket.delete(held.key)
+    await rig.clock.sleep(10)
+    assert not working.done()
+    full.stop()
+    worker.stop()
+    await working
+
+
+@virtual
+async def test_what_was_left_to_a_worker_is_remembered_until_it_must_have_been_called_dead(rig):
+    finder = rig.app().worker(heartbeat_thread=False).finders[0]
+    entry = keys.parse_entry(keys.entry("default", 5, 1, 0, "0" * 32, 0, "echo"))
+    finder.others(Found(entry, 0.0), "somebody")
+    finder.fleet.sessions = {}
+    finder.fleet.lives = lambda _worker: True
+    await rig.clock.sleep(finder.fleet.keeper.ttl + 20)
+    finder.look_again()
+    finder.gone("somebody")
+    assert [found.entry for found in finder.hinted] == [entry]
+
+
+@virtual
+async def test_an_old_entry_that_is_met_while_its_task_is_being_claimed_is_met_again(rig):
+    worker = rig.app().worker(heartbeat_thread=False)
+    finder = worker.finders[0]
+    entry = keys.parse_entry(keys.entry("default", 5, 1, 0, "0" * 32, 3, "echo"))
+    worker.claimer.under_way.add(entry.task)
+    assert await worker.claimer.claim(finder, Found(entry, rig.clock.now() - 3600)) is None
+    assert entry.key in finder.left
+    assert entry.key not in finder.stale
+
+
+@virtual
+async def test_a_task_that_ended_before_its_run_could_stop_it_is_no_lost_claim(rig):
+    app = rig.app()
+    handle = await app.echo.asubmit("x")
+    worker = app.worker(heartbeat_thread=False)
+    await rig.app().worker(heartbeat_thread=False, drain=True).arun()
+    ended = await rig.record(handle.id)
+    held = await rig.register.read(Task, keys.task(ended.id))
+    stale = held._replace(record=__import__("msgspec").structs.replace(ended, state="running"))
+    taken = worker.children._take
+
+    async def take(task, args):
+        return stale
+
+    worker.children._take = take
+    await worker.children.stop(ended, b"{}")  # Refused would be taken for a claim that was lost
+    worker.children._take = taken
+    assert (await rig.record(ended.id)).state == "completed"
+    with pytest.raises(Exception, match="nothing to cancel"):
+        await app.acancel(ended.id)

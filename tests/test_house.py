@@ -178,9 +178,3 @@ def test_every_link_between_pages_leads_somewhere() -> None:
         targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
         broken += [f"{page.name}: {to}" for to in targets if "://" not in to and not (page.parent / to).exists()]
     assert not broken
-
-
-def test_no_two_test_files_have_one_name() -> None:
-    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
-    twice = {name for name in names if names.count(name) > 1}
-    assert not twice, f"pytest takes a file for the other of its name: {twice}"

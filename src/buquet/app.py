@@ -10,9 +10,9 @@ import weakref
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
-from buquet.backoff import Backoff
+from buquet.backoff import YEARS, Backoff
 from buquet.clock import Clock
 from buquet.errors import UsageError
 from buquet.insights.fleet import store_now
@@ -21,11 +21,13 @@ from buquet.queue import control, schedules
 from buquet.queue.background import Background
 from buquet.queue.client import PATIENCE, Client
 from buquet.queue.handle import Handle
+from buquet.queue.options import Policy, SubmitOptions
 from buquet.queue.pruning import HOUR
 from buquet.queue.rule import rule_of
 from buquet.queue.schedules import plan
-from buquet.queue.task import YEARS, AsyncTaskFunction, BaseTask, Policy, SubmitOptions, TaskFunction
+from buquet.queue.task import AsyncTaskFunction, BaseTask, TaskFunction
 from buquet.sealing import sealer
+from buquet.store.fileurl import url_of
 from buquet.store.open import open_store
 from buquet.worker.worker import Worker
 from buquet.workflow.engine import Engine
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-DEFAULT_URL = "sqlite:.buquet/buquet.db"
+DEFAULT_PATH = ".buquet/buquet.db"
 AT_EXIT = 3.0
 """Seconds that the last ring may take when a program ends: the bell is only a hint."""
 
@@ -97,6 +99,9 @@ class App:
         retention: timedelta | float | None = None,
         encryption: Sequence[str] | str | None = None,
     ) -> None:
+        if not isinstance(cast("object", url), str | None):
+            msg = f"an App takes the URL of its store, a string such as 'sqlite:path.db', not {url!r}"
+            raise UsageError(msg)
         seconds = retention.total_seconds() if isinstance(retention, timedelta) else retention
         if seconds is not None and not HOUR <= seconds < YEARS:
             msg = f"retention is a timedelta or seconds, an hour at least, not {retention!r}: results may still be wanted"
@@ -108,6 +113,9 @@ class App:
         self._encryption = encryption
         self._named = url is not None or store is not None
         self._client: Client | None = None
+        self._opened: bool = False
+        """Whether the store was opened here, by its URL."""
+        self._exits = False
         self._lock = threading.Lock()
         self.background = Background()
         self.patience = PATIENCE
@@ -126,12 +134,17 @@ class App:
         """The URL in force: the one given, else BUQUET_URL, else the embedded default with its absolute path."""
         if self._store is not None:
             return self._store.url
-        return self._given or os.environ.get("BUQUET_URL") or f"sqlite:{Path(DEFAULT_URL.removeprefix('sqlite:')).absolute()}"
+        return self._given or os.environ.get("BUQUET_URL") or url_of(Path(DEFAULT_PATH))
 
     @property
     def named(self) -> bool:
         """Whether this App was given a store, and does not follow BUQUET_URL or the default."""
         return self._named
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the way to the store is open."""
+        return self._client is not None
 
     def use(self, url: str) -> None:
         """Take another store than the one given, as the command line's `--url` does. Raises UsageError after the first use."""
@@ -150,9 +163,14 @@ class App:
             with self._lock:
                 client = self._client
                 if client is None:
-                    store = self._store = self._store or open_store(self.url, self.clock)
-                    client = self._client = Client(store, self.clock, self.background, self.patience, sealer(self._encryption))
-                    atexit.register(_ring_at_exit, weakref.ref(client))
+                    if self._store is None:
+                        self._store = open_store(self.url, self.clock)
+                        self._opened = True
+                    client = Client(self._store, self.clock, self.background, self.patience, sealer(self._encryption))
+                    self._client = client
+                    if not self._exits:
+                        self._exits = True
+                        atexit.register(_ring_at_exit, weakref.ref(self))
         return client
 
     def wrap_store(self, wrap: Callable[[Store], Store]) -> None:
@@ -165,13 +183,13 @@ class App:
     @contextmanager
     def on_store(self, store: Store) -> Generator[None]:
         """Use another store for a while, also after the first use: for tests."""
-        before = (self._store, self._client, self._named)
-        self._store, self._client, self._named = store, None, True
+        before = (self._store, self._client, self._named, self._opened)
+        self._store, self._client, self._named, self._opened = store, None, True, False
         try:
             yield
         finally:
             client = self._client
-            self._store, self._client, self._named = before
+            self._store, self._client, self._named, self._opened = before
             if client is not None:
                 self.background.run(client.close, "close")
 
@@ -213,11 +231,14 @@ class App:
         >>> @app.task(queue="images", max_attempts=5, timeout=60)  # doctest: +SKIP
         ... def resize(path: str, *, width: int = 800) -> str: ...
         """
+        if function is not None and not callable(function):
+            msg = f"@app.task decorates a function; with options it is @app.task(name=...) and the like, not {function!r}"
+            raise UsageError(msg)
         policy = Policy(max_attempts, max_losses, backoff or Backoff(), timeout)
 
         def declare(function: Callable[..., Any]) -> BaseTask[..., Any]:
             kind = AsyncTaskFunction[..., Any] if _is_async(function) else TaskFunction[..., Any]
-            task = kind(self, function, name or function.__name__, queue, policy, SubmitOptions())
+            task = kind(self, function, _name_of(function) if name is None else name, queue, policy, SubmitOptions())
             if task.name in self.tasks:
                 msg = f"two tasks of this App are named {task.name!r}: give one of them another name, @app.task(name=...)"
                 raise UsageError(msg)
@@ -247,7 +268,8 @@ class App:
         """
 
         def declare(function: Callable[..., Any]) -> WorkflowFunction[..., Any]:
-            workflow = WorkflowFunction[..., Any](self, function, name or function.__name__, queue, StartOptions())
+            own = _name_of(function) if name is None else name
+            workflow = WorkflowFunction[..., Any](self, function, own, queue, StartOptions())
             if workflow.name in self.workflows:
                 msg = f"two workflows of this App are named {workflow.name!r}: give one another name, @app.workflow(name=...)"
                 raise UsageError(msg)
@@ -310,6 +332,9 @@ class App:
         `ttl`: seconds without a heartbeat after which others take over.
         `parent` and `heartbeat_thread` are for process managers and simulations.
         """
+        if isinstance(queues, str):  # else each letter would be one
+            msg = f"queues are a list of names: [{queues!r}], not {queues!r}"
+            raise UsageError(msg)
         if queues is None:
             queues = [*(task.queue for task in self.tasks.values()), *(each.queue for each in self.workflows.values())]
         return Worker(
@@ -439,20 +464,30 @@ class App:
     # ------------------------------------------------------------------ closing
 
     def close(self) -> None:
-        """Ring for what was submitted and release the store."""
-        client = self._client
+        """Ring for what was submitted and release the store. An App that was given a URL opens it again at its next use."""
+        if self.in_use:
+            self.background.refuse_on_a_loop("close")
+        client = self._let_go()
         if client is not None:
-            self._client = None
             self.background.run(client.close, "close")
         self.background.stop()
 
     async def aclose(self) -> None:
         """Do what `close` does, on the running event loop."""
-        client = self._client
+        client = self._let_go()
         if client is not None:
-            self._client = None
             await client.close()
         self.background.stop()
+
+    def _let_go(self) -> Client | None:
+        """Forget the client that is to be closed, and its store where that can be opened again: the same one, wherever we are."""
+        with self._lock:
+            client, self._client = self._client, None
+            if client is not None and self._opened and client.store.url != "memory:":
+                self._given = client.store.url
+                self._store = None
+                self._opened = False
+            return client
 
     def __enter__(self) -> Self:
         """Return the App itself."""
@@ -471,12 +506,22 @@ class App:
         await self.aclose()
 
 
-def _ring_at_exit(reference: weakref.ref[Client]) -> None:
+def _ring_at_exit(reference: weakref.ref[App]) -> None:
     """Ring for what was submitted in the last 0.1 s of a program that ends without closing its App."""
-    client = reference()
+    app = reference()
+    client = app.client if app is not None and app.in_use else None
     if client is not None and client.ringer.is_due:
         with suppress(TimeoutError, UsageError):  # a forked child has nothing to ring for
             client.ringer.background.run(lambda: asyncio.wait_for(client.ringer.flush(), AT_EXIT), "close")
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    """Return a function's name. Raises UsageError for what has none, such as a partial."""
+    name = getattr(function, "__name__", None)
+    if name is None:
+        msg = f"{function!r} has no name of its own: give it one, @app.task(name=...)"
+        raise UsageError(msg)
+    return name
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

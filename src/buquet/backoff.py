@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from buquet.errors import UsageError
 
 if TYPE_CHECKING:
     from buquet.clock import Clock
+
+YEARS = 10 * 366 * 86_400
+"""No wait is longer than this many seconds: a key's time has 13 digits, and a slip of the unit should be seen at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +33,12 @@ class Backoff:
     jitter: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.initial < 0 or self.factor < 1 or self.max < 0 or not 0 <= self.jitter <= 1:
-            msg = f"Backoff needs initial >= 0, factor >= 1, max >= 0 and jitter from 0 to 1, not {self}"
+        numbers: tuple[object, ...] = (self.initial, self.factor, self.max, self.jitter)
+        # written so that NaN fits nowhere
+        if not all(isinstance(each, Real) for each in numbers) or not (
+            0 <= self.initial < math.inf and 1 <= self.factor < math.inf and 0 <= self.max < YEARS and 0 <= self.jitter <= 1
+        ):
+            msg = f"Backoff needs initial >= 0, factor >= 1, max from 0 to ten years and jitter from 0 to 1, not {self}"
             raise UsageError(msg)
 
     def seconds(self, failures: int, clock: Clock) -> float:

@@ -143,7 +143,14 @@ class Signature:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.signature = inspect.signature(function)
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            msg = f"{function.__qualname__} is a generator: a task returns one value. Return a list instead of yielding"
+            raise UsageError(msg)
+        try:
+            self.signature = inspect.signature(function)
+        except (ValueError, TypeError):
+            msg = f"{function!r} does not say what it takes: wrap it in a function of yours with declared parameters"
+            raise UsageError(msg) from None
         self.parameters = self.signature.parameters
         for parameter in self.parameters.values():
             if parameter.kind in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}:

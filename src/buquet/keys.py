@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from urllib.parse import quote, unquote
 
 from buquet.errors import UsageError
@@ -44,8 +44,11 @@ def most_bytes(key: str) -> int:
 def quoted(name: str, what: str) -> str:
     """Percent-encode a queue's or task's name for use in a key.
 
-    Raises UsageError when it is empty or longer than 100 bytes once encoded.
+    Raises UsageError when it is empty, no string, or longer than 100 bytes once encoded.
     """
+    if not isinstance(cast("object", name), str):
+        msg = f"the name of a {what} is a string, not {name!r}"
+        raise UsageError(msg)
     try:
         text = quote(name, safe="").replace("~", "%7E")
     except UnicodeEncodeError:
@@ -70,7 +73,7 @@ def is_worker(text: str) -> bool:
 
 def is_id(text: str) -> bool:
     """Tell whether this can be a task's or run's id: 32 hex digits."""
-    return _ID.fullmatch(text) is not None
+    return isinstance(cast("object", text), str) and _ID.fullmatch(text) is not None
 
 
 def keyed_id(queue: str, name: str, key: str) -> str:

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -89,7 +91,7 @@ def demo(
     if json:
         print_json({"url": app.url, **numbers._asdict(), "report": report})
     else:
-        _show(numbers, report, "" if url is None else f" --url '{url}'")
+        _show(numbers, report, "" if url is None else f" --url {shlex.quote(url)}")
     if numbers.lost or numbers.recorded_twice:
         raise typer.Exit(1)
 
@@ -109,9 +111,21 @@ def _show(numbers: Numbers, report: Report, url: str) -> None:
     print(f"\n{report['files']:,} files, {report['lines']:,} lines, {report['identifiers']:,} identifiers. The most used:\n")
     print_table(("identifier", "uses", "files"), [(name, f"{uses:,}", f"{where:,}") for name, uses, where in report["names"]])
     print("\nNow try:")
-    print(f"  buquet history {numbers.example}{url}    # the task that went through the crash")
-    print(f"  buquet ls{url}")
-    print(f"  buquet doctor{url}")
+    command = _command()
+    print(f"  {command} history {numbers.example}{url}    # the task that went through the crash")
+    print(f"  {command} ls{url}")
+    print(f"  {command} doctor{url}")
+
+
+def _command() -> str:
+    """Return how this command was called, so that what is shown can be pasted also where it is not on the path."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m buquet"
+    found = shutil.which("buquet")
+    if not called.exists() or (found is not None and called.samefile(found)):
+        return "buquet"
+    return shlex.quote(str(called))
 
 
 class _Screen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 
 import msgspec
 
@@ -13,6 +14,8 @@ from buquet.insights.duration import duration as duration
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+CONTROLS = {"Cc", "Cs", "Zl", "Zp"}
+"""Unicode's categories of what moves the cursor, breaks the line, or is no character."""
 LONG = 500
 """From so many records on it is shown how far a scan is."""
 COLOURS = {
@@ -40,7 +43,7 @@ def print_json(value: Any) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str = "nothing") -> None:
     """Print a table: drawn and coloured on a terminal, plain aligned columns elsewhere."""
-    cells = [["" if value is None else str(value) for value in row] for row in rows]
+    cells = [["" if value is None else printable(str(value)) for value in row] for row in rows]
     if not cells:
         print(empty)
         return
@@ -59,6 +62,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty:
     widths = [max(len(row[index]) for row in [list(columns), *cells]) for index in range(len(columns))]
     for row in [list(columns), *cells]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def printable(text: str) -> str:
+    """Return a text on one line: names and errors come from users, and a terminal would obey the controls in them."""
+    return "".join(each.encode("unicode_escape").decode() if category(each) in CONTROLS else each for each in text)
 
 
 def moment(ms: int) -> str:

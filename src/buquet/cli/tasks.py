@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from buquet.cli.base import Json, Name, Queue, Status, Tag, Target, Url, cli, load, open_app, run
-from buquet.cli.output import duration, moment, print_json, print_table, scan_progress, to_stderr
+from buquet.cli.output import duration, moment, print_json, print_table, printable, scan_progress, to_stderr
 from buquet.cli.selecting import selection, tags_of
 from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord, UsageError
 from buquet.insights.scan import Scan
@@ -150,7 +150,7 @@ def _show(task: Task) -> None:
     ]
     print_table(("field", "value"), [*rows, *(row for row in optional if row[1])])
     if task.error and task.error.traceback:
-        print(task.error.traceback.rstrip())
+        print("\n".join(map(printable, task.error.traceback.rstrip().splitlines())))
 
 
 @cli.command()

@@ -18,7 +18,8 @@ from buquet.operate.counting import CountingStore
 from buquet.operate.sweep import each_key, side_by_side
 from buquet.queue.background import Background
 from buquet.queue.client import Client
-from buquet.queue.task import AsyncTaskFunction, Policy, SubmitOptions
+from buquet.queue.options import Policy, SubmitOptions
+from buquet.queue.task import AsyncTaskFunction
 from buquet.store.open import open_store
 from buquet.worker.worker import Worker
 

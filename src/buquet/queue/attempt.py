@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from buquet.errors import UsageError, WrongLoop
 from buquet.queue.background import running_loop
@@ -64,10 +65,12 @@ class Attempt:
 
         >>> current().progress(0.4, "half of the pages")  # doctest: +SKIP
         """
-        if not 0 <= fraction <= 1:
-            msg = f"progress goes from 0 to 1, and this is {fraction!r}"
+        if not isinstance(cast("object", fraction), Real) or not 0 <= fraction <= 1:
+            msg = f"progress is a number from 0 to 1, and this is {fraction!r}"
             raise UsageError(msg)
-        self._host.progress(fraction, message[:200])
+        # both go into the session's record: what JSON does not carry there would end the worker's heartbeat
+        text = str(message)[:200].encode("utf-8", "backslashreplace").decode()
+        self._host.progress(float(fraction), text)
 
     def checkpoint(self, value: Any) -> None:
         """Store a value that the next attempt finds in `checkpointed`, should this one fail or its worker die.

@@ -252,7 +252,7 @@ class Client:
     async def read(self, task_id: str) -> Held[Task]:
         """GET a task's record. Raises TaskNotFound, UnreadableRecord."""
         if not keys.is_id(task_id):
-            msg = f"{task_id[:80]!r} is no task id: an id has 32 hex digits. `buquet ls` shows them"
+            msg = f"{str(task_id)[:80]!r} is no task id: an id has 32 hex digits, 0-9 and a-f. `buquet ls` shows them"
             raise TaskNotFound(msg)
         held = await self.register.read(Task, keys.task(task_id))
         if held is None or held.record.state == "tombstone":

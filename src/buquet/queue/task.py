@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, Self, TypeVar, cast
 
 from buquet import keys
-from buquet.backoff import Backoff
 from buquet.codec import Signature
 from buquet.errors import SubmitInterrupted, UsageError
 from buquet.queue.batch import Batch
 from buquet.queue.handle import Handle
 from buquet.queue.handles import Handles
+from buquet.queue.options import Policy, StepOptions, SubmitOptions
 from buquet.queue.packing import Packing, submit_packs, submit_packs_blocking
 from buquet.queue.parent import SYSTEM, is_system, tracing
 from buquet.queue.payloads import check_size
@@ -34,76 +34,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 CHUNK = 256
-YEARS = 10 * 366 * 86_400
-"""No wait is longer than this many seconds: a key's time has 13 digits, and a slip of the unit should be seen at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """How a task's attempts are made."""
-
-    max_attempts: int = 3
-    max_losses: int = 10
-    backoff: Backoff = field(default_factory=Backoff)
-    timeout: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_attempts < 1 or self.max_losses < 1:
-            msg = f"max_attempts and max_losses start at 1, not {self.max_attempts} and {self.max_losses}"
-            raise UsageError(msg)
-        if self.timeout is not None and not 0 < self.timeout < YEARS:
-            msg = f"timeout is a number of seconds above 0, not {self.timeout!r}"
-            raise UsageError(msg)
-
-
-@dataclass(frozen=True, slots=True)
-class SubmitOptions:
-    """How a task is submitted."""
-
-    key: str | None = None
-    delay: float | None = None
-    run_at: datetime | None = None
-    priority: int = 5
-    expires: float | None = None
-    tags: Mapping[str, str] = field(default_factory=dict[str, str])
-
-    def __post_init__(self) -> None:
-        problem = self._problem()
-        if problem:
-            raise UsageError(problem)
-
-    def _problem(self) -> str | None:
-        if self.key is not None and not 1 <= len(self.key.encode("utf-8", "replace")) <= 1024:  # noqa: PLR2004
-            return f"key must have 1 to 1,024 bytes, not {self.key[:80]!r}"
-        if self.delay is not None and self.run_at is not None:
-            return "give delay or run_at, not both"
-        if self.delay is not None and not 0 <= self.delay < YEARS:
-            return f"delay is in seconds, from 0 to ten years, not {self.delay!r}"
-        if self.run_at is not None and self.run_at.tzinfo is None:
-            return f"run_at needs a time zone: datetime(..., tzinfo=...), not {self.run_at!r}"
-        if self.priority not in keys.PRIORITIES:
-            return f"priority goes from 0 (first) to 9, not {self.priority!r}"
-        if self.expires is not None and not 0 < self.expires < YEARS:
-            return f"expires is a number of seconds above 0, not {self.expires!r}"
-        if not all(isinstance(part, str) for pair in self.tags.items() for part in pair):  # pyright: ignore[reportUnnecessaryIsInstance]
-            return f"tags are strings by strings, not {self.tags!r}"
-        return None
-
-    def due_ms(self, now_ms: int) -> int:
-        """Return the time from which the task may run, in milliseconds since 1970; 0: at once."""
-        if self.run_at is not None:
-            return int(self.run_at.timestamp() * 1000)
-        return now_ms + int(self.delay * 1000) if self.delay else 0
-
-
-@dataclass(frozen=True, slots=True)
-class StepOptions:
-    """What a call in a workflow says beside its arguments."""
-
-    after: tuple[Any, ...] = ()
-    step: str = ""
-    undo: BaseTask[..., Any] | None = None
-    allow_failures: bool = False
 
 
 class Prepared(NamedTuple):
@@ -132,11 +62,11 @@ class BaseTask(Generic[P, R]):
         self.__doc__ = function.__doc__
         self.__module__ = function.__module__
         self.__wrapped__ = function
+        keys.quoted(name, "task")
+        keys.quoted(queue, "queue")
         if is_system(name):
             msg = f"names that begin with {SYSTEM!r} are buquet's own: give task {name!r} another one, @app.task(name=...)"
             raise UsageError(msg)
-        keys.quoted(name, "task")
-        keys.quoted(queue, "queue")
 
     def __repr__(self) -> str:
         """Show name and queue."""
@@ -159,7 +89,7 @@ class BaseTask(Generic[P, R]):
         """Return the same task with other options for its submits, or for its next call in a workflow.
 
         `key`: a second submit of the same key returns the first one's task. `delay`: seconds; `run_at`: an aware datetime.
-        `priority`: 0 (first) to 9, default 5. `expires`: seconds within which it must be started.
+        `priority`: 0 (first) to 9, default 5. `expires`: seconds within which it must be started. `tags`: 16 KiB in all at most.
         In a workflow: `after` steps, or their names, that must have ended before; `step`: the step's name;
         `undo`: a task that takes it back, called with its result first (None when it is not known) and with arguments of the
         step by their names; `allow_failures`: an item of an `each` that fails leaves None. Raises UsageError.
@@ -199,7 +129,7 @@ class BaseTask(Generic[P, R]):
             key=key,
             tags=dict(options.tags),
             due=options.due_ms(now),
-            expires_ms=int(options.expires * 1000) if options.expires else 0,
+            expires_ms=options.expires_ms,
             max_attempts=self.policy.max_attempts,
             max_losses=self.policy.max_losses,
             pack=pack,
@@ -270,8 +200,7 @@ class BaseTask(Generic[P, R]):
             chunk: list[Prepared] = []
             try:
                 for call in islice(source, CHUNK):
-                    by_name = isinstance(call, Mapping)
-                    chunk.append(self.prepare(() if by_name else tuple(call), dict(call) if by_name else {}))
+                    chunk.append(self._prepare_call(call))  # noqa: PERF401 - what is in it when one fails is handed over
             except Exception:
                 if chunk:
                     yield chunk
@@ -279,6 +208,14 @@ class BaseTask(Generic[P, R]):
             if not chunk:
                 return
             yield chunk
+
+    def _prepare_call(self, call: object) -> Prepared:
+        if isinstance(call, Mapping):
+            return self.prepare((), dict(cast("Mapping[str, Any]", call)))
+        if isinstance(call, tuple | list):
+            return self.prepare(tuple(cast("tuple[Any, ...]", call)), {})
+        msg = f"each call is a tuple or a dict of arguments, such as (1,), and not {repr(call)[:80]}"
+        raise UsageError(msg)
 
     def _interrupted(self, done: Handles[R], in_flight: list[Future[list[Submitted]]], error: Exception) -> SubmitInterrupted:
         ids = done.ids

@@ -29,6 +29,7 @@ from buquet.errors import (
     UsageError,
 )
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Stored
+from buquet.store.fileurl import url_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,7 +102,7 @@ class SqliteStore:
     def __init__(self, path: str | os.PathLike[str], clock: Clock) -> None:
         self.path = Path(path).absolute()
         self.clock = clock
-        self.url = f"sqlite:{self.path}"
+        self.url = url_of(self.path)
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._reading = threading.Lock()

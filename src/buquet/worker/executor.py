@@ -26,7 +26,7 @@ from buquet.queue.attempt import Attempt, enter
 from buquet.queue.payloads import Values, check_size
 from buquet.records import TERMINAL, Progress, Task
 from buquet.store.retrying import pause
-from buquet.worker.failures import AttemptTimeout, HandlerExit, TaskLogger, describe
+from buquet.worker.failures import AttemptTimeout, TaskLogger, describe, exit_of
 from buquet.worker.pack import PackRunner
 from buquet.worker.permits import Permits
 from buquet.worker.session import Listing
@@ -250,12 +250,12 @@ class Executor:
                 msg = f"the attempt took longer than its timeout of {function.policy.timeout:g} s{where}"
                 raise AttemptTimeout(msg) from error
             raise
-        except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
-            msg = f"the handler raised {type(error).__name__}: {error}"
-            raise HandlerExit(msg) from error
         except Raised as envelope:
-            msg = f"the handler raised {type(envelope.error).__name__}: {envelope.error}"
-            raise HandlerExit(msg) from envelope.error
+            raise exit_of(envelope.error) from envelope.error
+        except (Exception, asyncio.CancelledError):
+            raise
+        except BaseException as error:
+            raise exit_of(error) from error
 
     def _abandon(self, run: Running) -> None:
         """Give up on a thread: it cannot be stopped, only told and counted."""

@@ -28,7 +28,14 @@ class AttemptTimeout(Exception):
 
 
 class HandlerExit(Exception):
-    """A handler tried to end the process."""
+    """A handler raised what is no Exception, such as sys.exit() or KeyboardInterrupt: no handler ends a worker."""
+
+
+def exit_of(error: BaseException) -> HandlerExit:
+    """Return a handler's BaseException as an error like any other."""
+    problem = HandlerExit(f"the handler raised {type(error).__name__}: {_text(error)}")
+    problem.__cause__ = error
+    return problem.with_traceback(error.__traceback__)
 
 
 def describe(error: BaseException, *, trace: bool) -> ErrorInfo:
@@ -42,11 +49,14 @@ def describe(error: BaseException, *, trace: bool) -> ErrorInfo:
         if type(error).__module__ in {"builtins", __name__}
         else f"{type(error).__module__}.{type(error).__name__}"
     )
+    return ErrorInfo(type=name, message=_clean(_text(error))[:2000], traceback=_clean(text))
+
+
+def _text(error: BaseException) -> str:
     try:
-        message = str(error)
+        return str(error)
     except Exception as second:  # noqa: BLE001 - even a broken error is to be told
-        message = f"its text cannot be had: {type(second).__name__}"
-    return ErrorInfo(type=name, message=_clean(message)[:2000], traceback=_clean(text))
+        return f"its text cannot be had: {type(second).__name__}"
 
 
 def _clean(text: str) -> str:

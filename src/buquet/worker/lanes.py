@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from buquet.errors import UsageError
 from buquet.queue.attempt import Attempt, enter
-from buquet.worker.failures import AttemptTimeout, HandlerExit, TaskLogger
+from buquet.worker.failures import AttemptTimeout, TaskLogger, exit_of
 
 if TYPE_CHECKING:
     from buquet.worker.pack import PackRunner
@@ -112,10 +112,8 @@ class AsyncLane(_Lane):
                 if me is None or me.cancelling():
                     raise
                 self.pack.fault(index, error)  # nobody cancelled it but the handler itself
-            except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
-                self.pack.fault(index, _exit(error))
-            except Exception as error:  # noqa: BLE001 - whatever a handler raises is its attempt's outcome
-                self.pack.fault(index, error)
+            except BaseException as error:  # noqa: BLE001 - whatever a handler raises is its attempt's outcome
+                self.pack.fault(index, error if isinstance(error, Exception) else exit_of(error))
             if self.pack.permits.urgent:
                 return
             if clock.monotonic() - looked > SLICE:
@@ -224,8 +222,7 @@ class _Work:
                     ledger.enter(index, body)
                     lane.at = (-1, now)
             except BaseException as error:  # noqa: BLE001 - whatever a handler raises is its attempt's outcome
-                exits = isinstance(error, SystemExit | KeyboardInterrupt | GeneratorExit)
-                self.fault = (index, _exit(error) if exits else error)
+                self.fault = (index, error if isinstance(error, Exception) else exit_of(error))
                 break
             if now > until:
                 break
@@ -237,9 +234,3 @@ class _Work:
         item = signature.decode_item(self.lane.ledger.items[index])
         enter(self.lane.begin(index))
         return signature.check_result(self.lane.function.function(item))
-
-
-def _exit(error: BaseException) -> HandlerExit:
-    problem = HandlerExit(f"the handler raised {type(error).__name__}: {error}")
-    problem.__cause__ = error
-    return problem.with_traceback(error.__traceback__)

@@ -10,6 +10,7 @@ import msgspec
 from buquet import keys
 from buquet.codec import Signature
 from buquet.errors import UsageError
+from buquet.queue.options import check_key, check_tags
 from buquet.queue.parent import is_system
 from buquet.queue.payloads import check_size
 from buquet.queue.task import Prepared
@@ -38,9 +39,8 @@ class StartOptions:
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
-        if self.key is not None and not 1 <= len(self.key.encode("utf-8", "replace")) <= 1024:  # noqa: PLR2004
-            msg = f"key must have 1 to 1,024 bytes, not {self.key[:80]!r}"
-            raise UsageError(msg)
+        check_key(self.key)
+        check_tags(self.tags)
 
 
 class WorkflowFunction(Generic[P, R]):

@@ -1,0 +1,144 @@
+"""What is said of a task beside its arguments: how its attempts are made, how it is submitted, how it stands in a workflow.
+
+Everything here ends up in a record, which must stay readable by all: so types are checked, not only values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from numbers import Real
+from typing import TYPE_CHECKING, Any, cast
+
+from buquet import keys
+from buquet.backoff import YEARS, Backoff
+from buquet.errors import UsageError
+
+if TYPE_CHECKING:
+    from buquet.queue.task import BaseTask
+
+LONGEST_KEY = 1024
+MOST_TAGS = 16 << 10
+"""Bytes of all tags of a task together: they lie in its record, which is written four times and listed in full."""
+LAST_MS = 10**13
+"""Entries carry a due time of 13 digits, which ends in 2286."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a task's attempts are made."""
+
+    max_attempts: int = 3
+    max_losses: int = 10
+    backoff: Backoff = field(default_factory=Backoff)
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (_count(self.max_attempts) and _count(self.max_losses)):
+            msg = f"max_attempts and max_losses start at 1, not {self.max_attempts!r} and {self.max_losses!r}"
+            raise UsageError(msg)
+        if not isinstance(cast("object", self.backoff), Backoff):
+            msg = f"backoff is a Backoff(initial=1, factor=2, max=300, jitter=0.2), not {self.backoff!r}"
+            raise UsageError(msg)
+        if self.timeout is not None and not (_number(self.timeout) and 0 < self.timeout < YEARS):
+            msg = f"timeout is a number of seconds above 0, not {self.timeout!r}"
+            raise UsageError(msg)
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitOptions:
+    """How a task is submitted."""
+
+    key: str | None = None
+    delay: float | None = None
+    run_at: datetime | None = None
+    priority: int = 5
+    expires: float | None = None
+    tags: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        check_key(self.key)
+        check_tags(self.tags)
+        problem = self._problem()
+        if problem:
+            raise UsageError(problem)
+
+    def _problem(self) -> str | None:
+        if self.delay is not None and self.run_at is not None:
+            return "give delay or run_at, not both"
+        if self.delay is not None and not (_number(self.delay) and 0 <= self.delay < YEARS):
+            return f"delay is in seconds, from 0 to ten years, not {self.delay!r}"
+        if self.run_at is not None and (not isinstance(cast("object", self.run_at), datetime) or self.run_at.tzinfo is None):
+            return f"run_at is a datetime with a time zone: datetime(..., tzinfo=...), not {self.run_at!r}"
+        if self.run_at is not None and self.run_at.timestamp() * 1000 >= LAST_MS:
+            return f"run_at lies before the year 2286, and not at {self.run_at}"
+        if not _integer(self.priority) or self.priority not in keys.PRIORITIES:
+            return f"priority goes from 0 (first) to 9, not {self.priority!r}"
+        if self.expires is not None and not (_number(self.expires) and 0 < self.expires < YEARS):
+            return f"expires is a number of seconds above 0, not {self.expires!r}"
+        return None
+
+    @property
+    def expires_ms(self) -> int:
+        """The time within which the task must be started, in milliseconds; 0: it may wait for ever."""
+        return max(int(self.expires * 1000), 1) if self.expires else 0
+
+    def due_ms(self, now_ms: int) -> int:
+        """Return the time from which the task may run, in milliseconds since 1970; 0: at once."""
+        if self.run_at is not None:
+            return max(int(self.run_at.timestamp() * 1000), 0)
+        return now_ms + int(self.delay * 1000) if self.delay else 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """What a call in a workflow says beside its arguments."""
+
+    after: tuple[Any, ...] = ()
+    step: str = ""
+    undo: BaseTask[..., Any] | None = None
+    allow_failures: bool = False
+
+
+def check_key(key: object) -> None:
+    """Raise UsageError for what cannot be an idempotency key."""
+    if key is not None and not (isinstance(key, str) and 1 <= _bytes_of(key) <= LONGEST_KEY):
+        msg = f"key is a string of 1 to {LONGEST_KEY:,} bytes, not {str(key)[:80]!r}"
+        raise UsageError(msg)
+
+
+def check_tags(tags: object) -> None:
+    """Raise UsageError for what cannot be the tags of a task or run."""
+    parts: list[Any] = [part for pair in cast("Mapping[Any, Any]", tags).items() for part in pair] if _maps(tags) else [None]
+    sizes = [_bytes_of(part) if isinstance(part, str) else -1 for part in parts]
+    if any(size < 0 for size in sizes):
+        msg = f"tags are strings by strings, not {repr(tags)[:200]}"
+        raise UsageError(msg)
+    if sum(sizes) > MOST_TAGS:
+        msg = f"tags have at most {MOST_TAGS:,} bytes in all, and these have {sum(sizes):,}: put large values into the arguments"
+        raise UsageError(msg)
+
+
+def _bytes_of(text: str) -> int:
+    """Return how many bytes a text has in UTF-8; -1 for what is none, a lone surrogate."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return -1
+
+
+def _maps(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _count(value: object) -> bool:
+    return _integer(value) and 1 <= cast("int", value) < 1 << 31
+
+
+def _number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real)

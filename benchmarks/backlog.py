@@ -86,10 +86,10 @@ def main() -> None:
         result = submit(app, options.tasks)
         app.close()
         command = [sys.executable, __file__, "--drain-only", "--tasks", str(options.tasks), "--url", url]
-        result |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        result |= json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
         if url.startswith("sqlite:"):
             result["file_mb"] = Path(url.removeprefix("sqlite:")).stat().st_size / 2**20
-        print(json.dumps({name: round(value, 1) for name, value in result.items()}, indent=1))
+        print(json.dumps({name: round(value, 1) for name, value in result.items()}))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def run(command: list[str], env: dict[str, str], folder: Path) -> dict[str, Any]
         raise RuntimeError(f"gave up after {LIMIT} s\n{tail(err, folder)}") from None
     lines = out.strip().splitlines()
     if process.returncode or not lines:
-        raise RuntimeError(f"ended with status {process.returncode}\n{tail(err, folder)}")
+        why = tail(err, folder)
+        raise RuntimeError(f"ended with status {process.returncode}: {why.rpartition(chr(10))[2]}\n{why}")
     return json.loads(lines[-1])
 
 

@@ -28,7 +28,7 @@ def parts(whole: dict[str, Any], file: str) -> dict[str, str]:
     others = sorted({result["date"] for result in whole["results"]} - {machine["date"]})
     if others:
         ground += f" Some entries are of other runs ({', '.join(others)}): compare none of theirs with the rest."
-    failed = [f"- {name} failed: {each['why'].splitlines()[0]}" for name, each in whole.get("failed", {}).items()]
+    failed = [f"- {name} failed: {each['why']}" for name, each in whole.get("failed", {}).items()]
     return {
         "table": "\n\n".join(filter(None, [table.markdown(whole), ground, "\n".join(failed)])),
         "reached": reached.table(whole),

@@ -41,7 +41,7 @@ def add(whole: dict[str, Any], name: str, found: dict[str, Any], machine: dict[s
     extra, failed = dict(whole.get("extra", {})), dict(whole.get("failed", {}))
     dated = {**found, "date": machine["date"]}
     if "failed" in found:
-        failed[name] = {"why": found["failed"], "date": machine["date"]}
+        failed[name] = {"why": found["failed"].splitlines()[0], "date": machine["date"]}
     else:
         failed.pop(name, None)
         if peer:
@@ -84,4 +84,4 @@ def show(whole: dict[str, Any]) -> None:
     for name, each in whole.get("extra", {}).items():
         print(f"{name}: {json.dumps(each)}")
     for name, each in whole.get("failed", {}).items():
-        print(f"{name}: failed at {each['date']}: {each['why'].splitlines()[0]}")
+        print(f"{name}: failed at {each['date']}: {each['why']}")

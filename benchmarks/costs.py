@@ -57,8 +57,9 @@ def counts_of(figure: Figure, results: dict[str, Any]) -> dict[str, float] | Non
     return {op: n * figure.times for op, n in found.items()} or None
 
 
-def table(results: dict[str, Any], file: str) -> str:
-    """The whole table."""
+def table(whole: dict[str, Any], file: str) -> str:
+    """The whole table, of the results that are in this file."""
+    results = {result["name"]: result for result in whole["results"]}
     lines = [f"| | {' | '.join(SHOWN)} | US$ | counted by |", f"|---|{'---:|' * len(SHOWN)}---:|---|"]
     for figure in FIGURES:
         command = f"`python benchmarks/compare.py --only {figure.peer} --out {file}`"
@@ -77,8 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="what compare.py wrote with --out")
     path = parser.parse_args().results
-    results = {result["name"]: result for result in json.loads(path.read_text())["results"]}
-    print(table(results, path.name))
+    print(table(json.loads(path.read_text()), path.name))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ import argparse
 import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from harness import envs
 
 ROOT = Path(__file__).resolve().parent.parent
+PLACE = ROOT / "docs" / "performance.svg"
+PACKAGES = ("matplotlib",)
 PANELS = (
     ("submit_per_s", "submitted a second", "longer is better"),
     ("drain_per_s", "finished a second", "longer is better"),
@@ -56,20 +57,25 @@ def draw(document: dict[str, Any], out: Path) -> None:
     figure.savefig(out, dpi=150, metadata={"Date": None} if out.suffix == ".svg" else None)
 
 
-def main() -> int:
+def run(results: Path, out: Path, folder: Path) -> None:
+    """Draw in an environment that has matplotlib."""
+    python = envs.environment(folder, "plot", PACKAGES)
+    subprocess.run([str(python), __file__, str(results), "--out", str(out)], check=True)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="what compare.py wrote with --out")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.svg")
+    parser.add_argument("--out", type=Path, default=PLACE)
     parser.add_argument("--envs", type=Path, default=ROOT / ".benchmarks", help="folder of the virtual environments")
     given = parser.parse_args()
     if importlib.util.find_spec("matplotlib") is None:
-        python = envs.environment(given.envs, "plot", ("matplotlib",))
-        return subprocess.run([str(python), __file__, *sys.argv[1:]], check=False).returncode
+        run(given.results, given.out, given.envs)
+        return
     given.out.parent.mkdir(parents=True, exist_ok=True)
     draw(json.loads(given.results.read_text()), given.out)
     print(f"wrote {given.out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

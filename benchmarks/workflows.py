@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from harness.envs import environment
+from harness.peers import DBOS
 
 HERE = Path(__file__).parent
 SIDES = {"buquet": "run_buquet.py", "DBOS": "run_dbos.py"}
@@ -35,8 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=6)
+    parser.add_argument("--envs", type=Path, default=HERE.parent / ".benchmarks", help="folder of the virtual environments")
     options = parser.parse_args()
-    pythons = {"buquet": sys.executable, "DBOS": environment("dbos", ["dbos"])}
+    pythons = {"buquet": sys.executable, "DBOS": environment(options.envs, "dbos", DBOS)}
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for round_number in range(options.rounds):
         for side, script in SIDES.items():

@@ -27,28 +27,60 @@ class Peer:
     """Tasks are a multiple of it."""
 
 
+@dataclass(frozen=True)
+class Extra:
+    """A benchmark of buquet alone, a program beside compare.py."""
+
+    name: str
+    label: str
+    flag: str
+    """How the program is told `count`."""
+    count: int
+    env: str
+    packages: tuple[str, ...]
+
+
+BUQUET = ("-e", f"{CHECKOUT}[s3]")
+EARLIER = ("buquet==0.1.0",)
+DBOS = ("dbos", "psycopg[binary]")
+BARE = ("obstore",)
+
+
 def _buquet(name: str, label: str, server: str, **rest) -> Peer:
-    return Peer(name, label, rest.pop("module"), "buquet", ("-e", f"{CHECKOUT}[s3]"), server, **rest)
+    return Peer(name, label, rest.pop("module"), "buquet", BUQUET, server, **rest)
 
 
+def _bare(pack: int, scale: float) -> Peer:
+    label = f"bare loop, obstore on SeaweedFS, {pack} items an object"
+    return Peer(
+        f"bare-s3-{pack}", label, "bare_s3", "bare", BARE, "seaweed", settings={"pack": str(pack)}, scale=scale, unit=pack
+    )
+
+
+# By ground, in the order of measuring: what is to be compared comes soon after one another.
 PEERS = [
     _buquet("buquet-sqlite", "buquet, SQLite", "", module="buquet_single", scale=3),
+    Peer("bare-sqlite", "bare loop, SQLite", "bare_sqlite", "bare", BARE, scale=10),
+    _buquet("buquet-sqlite-batch", "buquet, SQLite, 100 items a task", "", module="buquet_batch", scale=10, unit=100),
+    Peer("huey-sqlite", "Huey, SQLite", "huey_sqlite", "huey", ("huey",), workers="1 process, 2 threads"),
+    Peer("dbos-sqlite", "DBOS, SQLite", "dbos_db", "dbos", DBOS, scale=0.5),
     _buquet("buquet-s3", "buquet, SeaweedFS", "seaweed", module="buquet_single"),
-    _buquet("buquet-sqlite-batch", "buquet, SQLite, 100 items a task", "", module="buquet_batch", scale=100, unit=100),
-    _buquet("buquet-s3-batch", "buquet, SeaweedFS, 100 items a task", "seaweed", module="buquet_batch", scale=30, unit=100),
-    Peer("buquet-0.1", "buquet 0.1.0, SeaweedFS", "buquet_earlier", "buquet-0.1", ("buquet==0.1.0",), "seaweed"),
+    Peer("bare-s3", "bare loop, obstore on SeaweedFS", "bare_s3", "bare", BARE, "seaweed"),
+    Peer("buquet-0.1", "buquet 0.1.0, SeaweedFS", "buquet_earlier", "buquet-0.1", EARLIER, "seaweed"),
     Peer(
         "buquet-0.1-x4",
         "buquet 0.1.0, SeaweedFS, 4 workers",
         "buquet_earlier",
         "buquet-0.1",
-        ("buquet==0.1.0",),
+        EARLIER,
         "seaweed",
         workers="4 processes",
         settings={"workers": "4"},
     ),
+    _bare(50, 10),
+    _bare(100, 10),
+    _buquet("buquet-s3-batch", "buquet, SeaweedFS, 100 items a task", "seaweed", module="buquet_batch", scale=10, unit=100),
     Peer("celery-redis", "Celery, Redis", "celery_redis", "celery", ("celery[redis]",), "redis", workers="2 processes"),
-    Peer("huey-sqlite", "Huey, SQLite", "huey_sqlite", "huey", ("huey",), workers="1 process, 2 threads"),
     Peer(
         "procrastinate-pg",
         "Procrastinate, PostgreSQL",
@@ -57,30 +89,9 @@ PEERS = [
         ("procrastinate", "psycopg[binary,pool]"),
         "postgres",
     ),
-    Peer("dbos-pg", "DBOS, PostgreSQL", "dbos_db", "dbos", ("dbos", "psycopg[binary]"), "postgres", scale=0.5),
-    Peer("dbos-sqlite", "DBOS, SQLite", "dbos_db", "dbos", ("dbos", "psycopg[binary]"), scale=0.5),
-    Peer("bare-s3", "bare loop, obstore on SeaweedFS", "bare_s3", "bare", ("obstore",), "seaweed"),
-    Peer(
-        "bare-s3-50",
-        "bare loop, obstore on SeaweedFS, 50 items an object",
-        "bare_s3",
-        "bare",
-        ("obstore",),
-        "seaweed",
-        settings={"pack": "50"},
-        scale=20,
-        unit=50,
-    ),
-    Peer(
-        "bare-s3-100",
-        "bare loop, obstore on SeaweedFS, 100 items an object",
-        "bare_s3",
-        "bare",
-        ("obstore",),
-        "seaweed",
-        settings={"pack": "100"},
-        scale=30,
-        unit=100,
-    ),
-    Peer("bare-sqlite", "bare loop, SQLite", "bare_sqlite", "bare", ("obstore",), scale=10),
+    Peer("dbos-pg", "DBOS, PostgreSQL", "dbos_db", "dbos", DBOS, "postgres", scale=0.5),
+]
+EXTRAS = [
+    Extra("million", "a million items as a batch on SQLite", "--items", 1_000_000, "buquet", BUQUET),
+    Extra("backlog", "a backlog of 100,000 tasks on SQLite", "--tasks", 100_000, "buquet", BUQUET),
 ]

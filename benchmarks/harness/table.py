@@ -1,4 +1,4 @@
-"""The results as a table and as a JSON file."""
+"""The results as a JSON file and as a table."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from harness.peers import PEERS
+
 REFERENCES = ("celery-redis", "huey-sqlite", "procrastinate-pg", "dbos-pg", "buquet-0.1")
 RATES = ("submit_per_s", "drain_per_s")
+HEAD = ("system", "workers", "submit/s", "drain/s", "start p50 ms", "p99 ms", "requests an item")
 
 
 def ratios(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
@@ -23,15 +26,30 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float
     }
 
 
-def merge(path: Path, results: list[dict[str, Any]], machine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Write the results into a file beside those of other peers that it holds; each carries the date of its own run."""
-    old = json.loads(path.read_text())["results"] if path.exists() else []
-    new = {result["name"]: {**result, "date": machine["date"]} for result in results}
-    kept = [result for result in old if result["name"] not in new]
-    both = [*kept, *new.values()]
-    whole = {"machine": machine, "results": both, "ratios": ratios(both)}
-    path.write_text(json.dumps(whole, indent=1) + "\n")
-    return both
+def load(path: Path | None) -> dict[str, Any]:
+    """What an earlier run has left in this file."""
+    return json.loads(path.read_text()) if path and path.exists() else {}
+
+
+def add(whole: dict[str, Any], name: str, found: dict[str, Any], machine: dict[str, Any], *, peer: bool) -> dict[str, Any]:
+    """Return the results with one more, in the place of an earlier one of that name. Each carries the date of its run.
+
+    One that failed takes nothing's place: its reason stands in `failed` until it succeeds.
+    """
+    order = [each.name for each in PEERS]
+    results = [result for result in whole.get("results", []) if result["name"] in order]
+    extra, failed = dict(whole.get("extra", {})), dict(whole.get("failed", {}))
+    dated = {**found, "date": machine["date"]}
+    if "failed" in found:
+        failed[name] = {"why": found["failed"].splitlines()[0], "date": machine["date"]}
+    else:
+        failed.pop(name, None)
+        if peer:
+            results = [*(result for result in results if result["name"] != name), dated]
+        else:
+            extra[name] = dated
+    results.sort(key=lambda result: order.index(result["name"]))
+    return {"machine": machine, "results": results, "extra": extra, "failed": failed, "ratios": ratios(results)}
 
 
 def _requests(result: dict[str, Any]) -> str:
@@ -39,20 +57,31 @@ def _requests(result: dict[str, Any]) -> str:
     return ", ".join(f"{value:.3g} {op}" for op, value in parts.items())
 
 
-def show(results: list[dict[str, Any]]) -> None:
-    """Print the results for people."""
-    head = ("system", "workers", "submit/s", "drain/s", "start p50 ms", "p99 ms", "requests an item")
-    rows = [head]
+def rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The cells, a row an entry."""
+    found: list[tuple[str, ...]] = []
     for result in results:
         rates = tuple(f"{result[key]:,.0f}" for key in RATES)
         waits = tuple(f"{result[key]:,.1f}" if key in result else "-" for key in ("start_p50_ms", "start_p99_ms"))
-        rows.append((result["label"], result["workers"], *rates, *waits, _requests(result)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    for row in rows:
+        found.append((result["label"], result["workers"], *rates, *waits, _requests(result)))
+    return found
+
+
+def markdown(whole: dict[str, Any]) -> str:
+    """The table for a page."""
+    lines = [f"| {' | '.join(HEAD)} |", "|---|---|---:|---:|---:|---:|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows(whole.get("results", []))]
+    return "\n".join(lines)
+
+
+def show(whole: dict[str, Any]) -> None:
+    """Print the results for people."""
+    lines = [HEAD, *rows(whole.get("results", []))]
+    widths = [max(len(row[i]) for row in lines) for i in range(len(HEAD))]
+    for row in lines:
         cells = [cell.ljust(w) if i in {0, 1, 6} else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
         print("  ".join(cells).rstrip())
-    celery = next((r for r in results if r["name"] == "celery-redis"), None)
-    for result in results if celery else []:
-        times = {key: result[key] / celery[key] for key in RATES}
-        if result is not celery:
-            print(f"{result['label']}: {times['submit_per_s']:.2f} x Celery's submit/s, {times['drain_per_s']:.2f} x its drain/s")
+    for name, each in whole.get("extra", {}).items():
+        print(f"{name}: {json.dumps(each)}")
+    for name, each in whole.get("failed", {}).items():
+        print(f"{name}: failed at {each['date']}: {each['why']}")

@@ -35,6 +35,19 @@ async def wrong_arguments_async() -> None:
     await fetch.asubmit("u", "v")  # pyright: ignore[reportCallIssue]
 
 
+@app.task
+def nothing() -> None: ...
+
+
+def wrong_items() -> None:
+    resize.batch([7])  # pyright: ignore[reportArgumentType]
+    resize.batch(["a"], pack="all")  # pyright: ignore[reportArgumentType]
+    resize.batch(7)  # pyright: ignore[reportArgumentType]
+    nothing.batch([1])  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    numbers: list[int] = fetch.batch(["u"]).results()  # pyright: ignore[reportAssignmentType]
+    print(numbers)
+
+
 def wrong_options() -> None:
     resize.options(key=7)  # pyright: ignore[reportArgumentType]
     resize.options(retries=7)  # pyright: ignore[reportCallIssue]

@@ -7,7 +7,19 @@ from collections.abc import Coroutine
 from datetime import UTC, datetime
 from typing import Any, Literal, assert_type
 
-from buquet import App, AsyncTaskFunction, Backoff, Handle, Handles, TaskFunction, Worker, current
+from buquet import (
+    App,
+    AsyncTaskFunction,
+    Backoff,
+    Batch,
+    BatchProgress,
+    FailedItem,
+    Handle,
+    Handles,
+    TaskFunction,
+    Worker,
+    current,
+)
 
 app = App("memory:")
 
@@ -76,6 +88,30 @@ def many() -> None:
 
 async def many_async() -> None:
     assert_type(await fetch.asubmit_many([("u",)]), Handles[bytes])
+
+
+def batches() -> None:
+    batch = assert_type(resize.batch(["a.png", "b.png"]), Batch[str])
+    assert_type(resize.batch((f"{number}.png" for number in range(10)), pack="auto"), Batch[str])
+    assert_type(fetch.options(key="k").batch({"u", "v"}, pack=10, progress=print), Batch[bytes])
+    assert_type(count.batch(range(10)), Batch[int])
+    assert_type(optional.batch(["a", None]), Batch[dict[str, list[int]]])
+    assert_type(batch.results(timeout=60), list[str])
+    assert_type(batch.failed(), list[FailedItem])
+    assert_type(batch.progress(), BatchProgress)
+    assert_type(batch.progress().left, int)
+    assert_type(batch.redrive(), int)
+    assert_type(batch.cancel(), int)
+    assert_type(resize.get_batch(batch.id), Batch[str])
+
+
+async def batches_async() -> None:
+    batch = assert_type(await fetch.abatch(["u"]), Batch[bytes])
+    assert_type(await batch.aresults(), list[bytes])
+    assert_type(await batch.afailed(), list[FailedItem])
+    assert_type(await batch.aprogress(), BatchProgress)
+    assert_type(await batch.aredrive(), int)
+    assert_type(await batch.acancel(), int)
 
 
 def handles() -> None:

@@ -397,6 +397,11 @@ async def test_what_cannot_be_a_batch(rig):
             await wrong.abatch([1])
     with pytest.raises(TypeError):
         await work.abatch(3)
+    for text in ("abc", b"abc"):
+        with pytest.raises(UsageError, match="put it in a list"):
+            await work.abatch(text)
+    with pytest.raises(UsageError, match="in a workflow"):
+        await work.options(step="other").abatch([1])
     with pytest.raises(UsageError, match="no batch's id"):
         work.get_batch("hello")
     with pytest.raises(TaskNotFound):
@@ -463,6 +468,68 @@ async def test_the_same_key_is_the_same_batch_and_goes_on_where_it_was_interrupt
         await keyed.abatch(range(100, 130), pack=10)
     assert isinstance(caught.value.__cause__.__cause__, KeyConflict)
     await rig.audit()
+
+
+@virtual
+async def test_a_keyed_batch_that_broke_off_inside_a_pack_goes_on_with_that_pack_whole(rig):
+    calls = []
+
+    @rig.app.task
+    async def work(n: int) -> int:
+        calls.append(n)
+        return n
+
+    def broken():
+        yield from range(25)
+        raise OSError
+
+    keyed = work.options(key="import-8")
+    with pytest.raises(SubmitInterrupted, match="after 20 items in 2 packs") as caught:
+        await keyed.abatch(broken(), pack=10)
+    assert len(work.get_batch(caught.value.batch_id)) == 20
+    with pytest.raises(SubmitInterrupted, match="before anything was stored; submit the batch again under its key") as caught:
+        await work.options(key="import-9").abatch(broken(), pack=100)
+    assert caught.value.ids == []
+    batch = await keyed.abatch(range(30), pack=10)
+    await rig.drain()
+    assert await batch.aresults() == list(range(30))
+    assert sorted(calls) == list(range(30))
+
+
+@virtual
+async def test_a_key_is_refused_for_other_items_and_for_fewer(rig):
+    @rig.app.task
+    async def work(n: int) -> int:
+        return n
+
+    keyed = work.options(key="k")
+    batch = await keyed.abatch(range(30), pack=10)
+    with pytest.raises(SubmitInterrupted, match="submitted before with more items") as caught:
+        await keyed.abatch(range(20), pack=10)
+    assert isinstance(caught.value.__cause__, KeyConflict)
+    assert "to go on" not in str(caught.value)
+    with pytest.raises(SubmitInterrupted, match="with other arguments") as caught:
+        await keyed.abatch([*range(10), *range(50, 60), *range(20, 30)], pack=10)
+    assert set(caught.value.ids) <= set(batch.task_ids) - {batch.task_ids[1]}
+    await rig.drain()
+    assert await batch.aresults() == list(range(30))
+
+
+@virtual
+async def test_a_keyed_batch_of_auto_packs_is_the_same_whatever_workers_there_are(rig):
+    @rig.app.task
+    async def work(n: int) -> int:
+        return n
+
+    keyed = work.options(key="k")
+    batch = await keyed.abatch(range(640), pack="auto")
+    assert [each.pack for each in await rig.records(batch)] == [10] * 64
+    worker = rig.worker()
+    running = asyncio.create_task(worker.arun())
+    await rig.clock.sleep(1)
+    assert (await keyed.abatch(range(640), pack="auto")).id == batch.id
+    worker.stop()
+    await running
 
 
 @virtual
@@ -597,6 +664,118 @@ async def test_cancelling_a_sync_pack_tells_its_items(app):
     assert told == [0]
     worker.stop()
     await running
+
+
+def test_a_blocking_batch_tells_what_was_submitted_before_its_items_broke_off(app):
+    @app.task
+    async def work(n: int) -> int:
+        return n
+
+    def items():
+        yield from range(25)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(SubmitInterrupted, match=r"after 25 items in 3 packs.*the disk is gone") as caught:
+        work.batch(items(), pack=10)
+    batch = work.get_batch(caught.value.batch_id)
+    assert caught.value.ids == batch.task_ids
+    keyed = work.options(key="k")
+    with pytest.raises(SubmitInterrupted, match="after 20 items in 2 packs"):
+        keyed.batch(items(), pack=10)
+    whole = keyed.batch(range(25), pack=10)
+    with pytest.raises(SubmitInterrupted, match="submitted before with more items"):
+        keyed.batch(range(20), pack=10)
+    app.worker(drain=True).run()
+    assert batch.results(timeout=5) == whole.results(timeout=5) == list(range(25))
+
+
+# ---------------------------------------------------------------- many submits
+
+
+def counted(total, told):
+    """Items one by one, each with how many more were read than were told to be stored."""
+    for n in range(total):
+        told.ahead = max(told.ahead, n - told.stored)
+        yield n
+
+
+class Told:
+    stored = ahead = 0
+
+    def __call__(self, stored):
+        self.stored = stored
+
+
+def test_a_generator_is_read_only_a_little_ahead_of_what_is_stored(app):
+    @app.task
+    async def work(n: int) -> int:
+        return n
+
+    singles, packs = Told(), Told()
+    handles = work.submit_many(((n,) for n in counted(2000, singles)), progress=singles)
+    assert (len(handles), singles.stored) == (2000, 2000)
+    assert singles.ahead <= 3 * 256
+    assert len(work.batch(counted(20_000, packs), pack=10, progress=packs)) == packs.stored == 20_000
+    assert packs.ahead <= 3 * 256 * 10
+
+
+async def test_the_async_twins_read_no_further_ahead(app):
+    @app.task
+    async def work(n: int) -> int:
+        return n
+
+    singles, packs = Told(), Told()
+    await work.asubmit_many(((n,) for n in counted(2000, singles)), progress=singles)
+    assert (singles.stored, singles.ahead) == (2000, 255)
+    await work.abatch(counted(20_000, packs), pack=10, progress=packs)
+    assert packs.stored == 20_000
+    assert packs.ahead <= 256 * 10
+
+
+@virtual
+async def test_however_many_submits_are_called_for_only_so_many_are_under_way_and_the_bell_rings_seldom(rig):
+    class Slow(MemoryStore):
+        under_way = most = bells = 0
+
+        async def put(self, key, body):
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            await rig.clock.sleep(0.05)
+            self.under_way -= 1
+            return await super().put(key, body)
+
+        async def update(self, key, body, etag):
+            self.bells += key.startswith("bell")
+            return await super().update(key, body, etag)
+
+    store = Slow(rig.clock)
+    app = App(store=store, clock=rig.clock)
+    app.background = Background(rig.clock.loop)
+
+    @app.task
+    async def work(n: int) -> int:
+        return n
+
+    calls = [work.asubmit_many((n,) for n in range(400)) for _ in range(3)]
+    calls += [work.abatch(range(400), pack=1) for _ in range(3)]
+    calls += [work.asubmit(n) for n in range(600)]
+    await asyncio.gather(*calls)
+    assert store.most == 128
+    assert rig.clock.monotonic() > 3000 / 128 * 0.05
+    assert 0 < store.bells <= 20
+
+
+async def test_a_call_of_submit_many_is_a_tuple_or_a_dict(app):
+    @app.task
+    async def work(text: str, n: int = 0) -> str:
+        return text * n
+
+    assert len(await work.asubmit_many([("a",), ["b", 2], {"text": "c", "n": 3}])) == 3
+    with pytest.raises(SubmitInterrupted, match=r"after 1 tasks.*not 'b': for one argument write \('b',\)") as caught:
+        await work.asubmit_many([("a",), "b"])
+    assert len(caught.value.ids) == 1
+    with pytest.raises(SubmitInterrupted, match="before anything was stored: a call is a tuple"):
+        await work.asubmit_many([1])
 
 
 # ---------------------------------------------------------------- many handles

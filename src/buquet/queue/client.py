@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 64
 """Submits of one chunk that are under way at once."""
+MOST_IN_FLIGHT = 128
+"""Submits of one process that are under way at once on one event loop, however many were called for."""
 NOTED = 100
 PATIENCE = 60.0
 """Seconds for which a caller waits for a store that does not answer, before it is told."""
@@ -66,6 +68,7 @@ class Client:
         self.waiting = Waiting(self.register, clock)
         self._open = False
         self._opening: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
+        self._submits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
 
     async def open(self) -> None:
         """Check the layout's format once, and write it where nothing is yet. Raises UnreadableRecord for a newer one."""
@@ -86,8 +89,13 @@ class Client:
 
     async def submit(self, task: Task, args: bytes) -> Submitted:
         """Submit a task whose state is not set yet. Raises KeyConflict when its key names a task with other arguments."""
-        with submitting(task) as traced:
-            return await self._submit(traced, args)
+        loop = asyncio.get_running_loop()
+        bound = self._submits.get(loop)
+        if bound is None:
+            bound = self._submits[loop] = asyncio.Semaphore(MOST_IN_FLIGHT)
+        async with bound:
+            with submitting(task) as traced:
+                return await self._submit(traced, args)
 
     async def _submit(self, task: Task, args: bytes) -> Submitted:
         if not self._open:

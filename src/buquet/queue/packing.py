@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from buquet import keys
 from buquet.codec import encode_value
-from buquet.errors import InvalidArgument, SubmitInterrupted, UnreadableRecord, UsageError
+from buquet.errors import InvalidArgument, KeyConflict, SubmitInterrupted, UnreadableRecord, UsageError
 from buquet.queue.payloads import LARGEST
 from buquet.records import Session, Task
 
@@ -28,6 +28,8 @@ AUTO_BYTES = 256 << 10
 AUTO_ITEMS = 1_000
 """Items of a pack that is sized by itself, where nobody knows how many there are."""
 PACKS_A_WORKER = 4
+KEYED_WORKERS = 16
+"""Workers that a batch with a key is sized for: the same items must give the same packs when it is submitted again."""
 FULL = 16 << 20
 """A pack of so many bytes is closed, however few its items are."""
 FRAME = (b'{"items":[', b"]}")
@@ -47,7 +49,11 @@ class Packing:
     """The submit of one batch: what was read of its items, and what was stored."""
 
     def __init__(self, function: BaseTask[Any, Any], client: Client, items: Iterable[Any], pack: int | Literal["auto"]) -> None:
+        function.check_step_options()
         function.signature.check_batch()
+        if isinstance(items, str | bytes | bytearray):
+            msg = f"items is one {type(items).__name__}, of which each character would be an item: put it in a list"
+            raise UsageError(msg)
         if pack != "auto" and (isinstance(pack, bool) or not isinstance(pack, int) or not 1 <= pack <= MOST_ITEMS):  # pyright: ignore[reportUnnecessaryIsInstance]
             msg = f"pack is the number of items in a task, 1 to {MOST_ITEMS:,}, or 'auto', not {pack!r}"
             raise UsageError(msg)
@@ -81,8 +87,8 @@ class Packing:
         if not isinstance(self.items, Sized):
             self.size = AUTO_ITEMS
             return
-        wanted = PACKS_A_WORKER * max(1, await live_workers(self.client, self.function.queue))
-        self.size = min(MOST_ITEMS, max(1, len(self.items) // wanted))
+        workers = KEYED_WORKERS if self.key else max(1, await live_workers(self.client, self.function.queue))
+        self.size = min(MOST_ITEMS, max(1, len(self.items) // (PACKS_A_WORKER * workers)))
 
     def chunks(self) -> Iterator[list[Packed]]:
         """Read the items, a chunk of packs at a time. What was read before an error is handed over, then `problem` says it."""
@@ -111,6 +117,9 @@ class Packing:
                 self.read += 1
         except Exception as error:  # noqa: BLE001 - told once what came before it is stored
             self.problem = error
+            if self.key:  # submitted again under its key, this pack will be a full one: half of it must not stand in its place
+                self.read -= len(bodies)
+                return
         if bodies:
             yield self._close(bodies)
 
@@ -134,10 +143,18 @@ class Packing:
         task = self.function.new_record(task_id, self.key, pack=len(bodies), batch=self.token)
         return Packed(task, FRAME[0] + b",".join(bodies) + FRAME[1])
 
-    def complain(self) -> None:
-        """Raise what the items came to an end with, if it was an error."""
+    async def end(self) -> None:
+        """Raise what the items came to an end with, if it was an error, or KeyConflict when there were more of them before."""
         if self.problem:
             raise self.problem
+        if self.key:
+            held = await self.client.register.read(Task, keys.task(keys.pack_id(self.token, self.packs)))
+            if held is not None and held.record.state not in {"tombstone", "pruned"}:
+                msg = (
+                    f"key {self.key!r} of a batch of {self.function.name!r} was submitted before with more items, which stand. "
+                    "Use another key for other work"
+                )
+                raise KeyConflict(msg)
 
     def landed(self, chunk: list[Packed], error: BaseException | None = None) -> None:
         """Note that a chunk was stored, or as much of it as the error says."""
@@ -155,12 +172,14 @@ class Packing:
         """Return the error that tells what was submitted of a batch that could not be submitted whole."""
         ids = [keys.pack_id(self.token, index) for index in range(self.stored_packs)] + self.strays
         whole = error is self.problem
+        conflict = isinstance(error, KeyConflict) or isinstance(error.__cause__, KeyConflict)
         known = f"; as a batch they are {self.id}" if whole else ""
-        again = "; submit the batch again under its key to go on" if self.key else ""
-        msg = (
-            f"the batch of {self.function.name} stopped after {self.stored_items:,} items in {len(ids):,} packs, which are "
-            f"stored and will run (their ids in `.ids`{known}{again}): {error}"
-        )
+        again = "; submit the batch again under its key to go on" if self.key and not conflict else ""
+        stored = "before anything was stored" + again
+        if ids:
+            stored = f"after {self.stored_items:,} items in {len(ids):,} packs, which are stored and will run "
+            stored += f"(their ids in `.ids`{known}{again})"
+        msg = f"the batch of {self.function.name} stopped {stored}: {error}"
         return SubmitInterrupted(msg, ids, batch_id=self.id if whole else "")
 
 
@@ -177,7 +196,7 @@ async def submit_packs(packing: Packing, told: Callable[[int], None] | None) -> 
             packing.landed(chunk)
             if told:
                 told(packing.stored_items)
-        packing.complain()
+        await packing.end()
     except Exception as error:
         raise packing.interrupted(error) from error
 
@@ -202,7 +221,7 @@ def submit_packs_blocking(packing: Packing, home: Home, told: Callable[[int], No
                 settle()
         while in_flight:
             settle()
-        packing.complain()
+        home.background.run(packing.end, "batch")
     except Exception as error:
         for chunk, future in in_flight:
             packing.landed(chunk, future.exception())

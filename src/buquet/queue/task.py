@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, NamedTuple, ParamSpec, Self, TypeVar, cast
 
 from buquet import keys
 from buquet.codec import Signature
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 CHUNK = 256
 
@@ -104,11 +105,15 @@ class BaseTask(Generic[P, R]):
         other.step_options = replace(self.step_options, **{name: value for name, value in steps.items() if value is not None})
         return other
 
-    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
-        """Make the record of a submit. Raises TypeError for wrong arguments, InvalidArgument for what JSON does not carry."""
+    def check_step_options(self) -> None:
+        """Raise UsageError where options are set that only a call in a workflow takes."""
         if self.step_options != StepOptions():
             msg = f"after, step, undo and allow_failures are for calls of {self.name} in a workflow, not for a task by itself"
             raise UsageError(msg)
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
+        """Make the record of a submit. Raises TypeError for wrong arguments, InvalidArgument for what JSON does not carry."""
+        self.check_step_options()
         body = self.signature.encode(self.signature.bind(args, kwargs))
         check_size(body, f"the arguments of {self.name}")
         key = self.submit_options.key
@@ -200,7 +205,7 @@ class BaseTask(Generic[P, R]):
             chunk: list[Prepared] = []
             try:
                 for call in islice(source, CHUNK):
-                    chunk.append(self._prepare_call(call))  # noqa: PERF401 - what is in it when one fails is handed over
+                    chunk.append(self._prepare_call(call))  # noqa: PERF401 - an error must find in it what came before
             except Exception:
                 if chunk:
                     yield chunk
@@ -213,8 +218,9 @@ class BaseTask(Generic[P, R]):
         if isinstance(call, Mapping):
             return self.prepare((), dict(cast("Mapping[str, Any]", call)))
         if isinstance(call, tuple | list):
-            return self.prepare(tuple(cast("tuple[Any, ...]", call)), {})
-        msg = f"each call is a tuple or a dict of arguments, such as (1,), and not {repr(call)[:80]}"
+            return self.prepare(tuple(cast("list[Any]", call)), {})
+        # a string above all, of which each character would be an argument
+        msg = f"a call is a tuple or a dict of arguments, not {call!r:.80}: for one argument write ({call!r:.80},)"
         raise UsageError(msg)
 
     def _interrupted(self, done: Handles[R], in_flight: list[Future[list[Submitted]]], error: Exception) -> SubmitInterrupted:
@@ -225,12 +231,13 @@ class BaseTask(Generic[P, R]):
                 ids += problem.ids
             elif future and problem is None:
                 ids += [each.id for each in future.result()]
-        msg = f"submit_many of {self.name} stopped after {len(ids)} tasks, which are stored and will run (ids in `.ids`): {error}"
+        known = f"after {len(ids):,} tasks, which are stored and will run (ids in `.ids`)"
+        msg = f"submit_many of {self.name} stopped {known if ids else 'before anything was stored'}: {error}"
         return SubmitInterrupted(msg, ids)
 
     def batch(
-        self,
-        items: Iterable[Any],
+        self: BaseTask[Concatenate[T, ...], R],
+        items: Iterable[T],
         pack: int | Literal["auto"] = 100,
         *,
         progress: Callable[[int], None] | None = None,
@@ -251,8 +258,8 @@ class BaseTask(Generic[P, R]):
         return Batch(self._home, self.signature, packing.id)
 
     async def abatch(
-        self,
-        items: Iterable[Any],
+        self: BaseTask[Concatenate[T, ...], R],
+        items: Iterable[T],
         pack: int | Literal["auto"] = 100,
         *,
         progress: Callable[[int], None] | None = None,

@@ -1,0 +1,79 @@
+"""Write the measured parts of docs/performance.md anew: `python benchmarks/document.py results.json`.
+
+Each stands between two comments that name it; what is between others is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import costs
+import reached
+from harness import table
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "performance.md"
+
+
+def parts(whole: dict[str, Any], file: str) -> dict[str, str]:
+    """The text of each part."""
+    machine = whole["machine"]
+    ground = (
+        f"Measured on {machine['date']} on {machine['cores']} cores ({machine['cpu']}, {machine['memory_gib']} GiB), "
+        f"{machine['system']}, Python {machine['python']}; the load before was {machine['load_before']}."
+    )
+    others = sorted({result["date"] for result in whole["results"]} - {machine["date"]})
+    if others:
+        ground += f" Some entries are of other runs ({', '.join(others)}): compare none of theirs with the rest."
+    failed = [f"- {name} failed: {each['why']}" for name, each in whole.get("failed", {}).items()]
+    return {
+        "table": "\n\n".join(filter(None, [table.markdown(whole), ground, "\n".join(failed)])),
+        "reached": reached.table(whole),
+        "costs": costs.table(whole, file),
+        "memory": memory(whole.get("extra", {})),
+    }
+
+
+def memory(extra: dict[str, Any]) -> str:
+    """What the two benchmarks of many items found."""
+    lines = ["| command | what | |", "|---|---|---:|"]
+    for name, command in (("backlog", "python benchmarks/backlog.py"), ("million", "python benchmarks/million.py")):
+        for key, value in extra.get(name, {}).items():
+            if key != "date":
+                lines.append(f"| `{command}` | {key.replace('_', ' ')} | {value:,.0f} |")
+    return "\n".join(lines)
+
+
+def replaced(page: str, name: str, text: str) -> str:
+    """Return the page with one part anew."""
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{PAGE} has no part {name!r}: the two lines {begin.strip()} and {end} belong around it")
+    return f"{before}{begin}\n{text}\n\n{end}{after}"
+
+
+def write(whole: dict[str, Any], results: Path) -> None:
+    """Write all parts."""
+    page = PAGE.read_text()
+    file = results.resolve()
+    name = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name
+    for part, text in parts(whole, name).items():
+        page = replaced(page, part, text)
+    PAGE.write_text(page)
+    print(f"wrote {PAGE}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="what compare.py wrote with --out")
+    path = parser.parse_args().results
+    write(json.loads(path.read_text()), path)
+
+
+if __name__ == "__main__":
+    main()

@@ -56,16 +56,18 @@ def _virtual(app: App, store: MemoryStore, loop: VirtualLoop) -> Generator[None]
     clock.skew = app.clock.now() - clock.now()
     real, background = app.clock, client.ringer.background
     registers = (client.register, client.ringer.register)
-    parts = (app, client, store, client.ringer, *registers, *(each.reads for each in registers))
+    parts = (app, client, store, *registers, *(each.reads for each in registers))
+    # a ring that is under way on the real loop would wait by the one clock for a time of the other
+    app.background.run(client.ringer.flush, "run_until_idle")
     for part in parts:
         part.clock = clock
-    client.ringer.background = Background(loop)
+    client.ringer.use(clock, Background(loop))
     try:
         yield
     finally:
         for part in parts:
             part.clock = real
-        client.ringer.background = background
+        client.ringer.use(real, background)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from buquet.records import ErrorInfo
 from buquet.sealing import HIDDEN
 from buquet.workflow import ranges
-from buquet.workflow.expression import PENDING, SKIPPED, Fault, is_mark, show, strongest
+from buquet.workflow.expression import PENDING, SKIPPED, Fault, is_mark, no_condition, show, strongest
 from buquet.workflow.records import OVER, Fan, ItemError, RunRecord, Sent, StepRecord
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class _Advance:
             return set()
         if not fan.stopped and (step.allow_failures or not fan.failed):
             return self._end(event.step, "done")
-        return self._end(event.step, "failed" if fan.failed else "maybe", error=self.run.error if fan.failed else None)
+        return self._end(event.step, "failed" if fan.failed else "maybe", error=_first(fan.errors) if fan.failed else None)
 
     def _shortfall(self, event: Event, step: Step, fan: Fan) -> Fan:
         """Enter that a task of an `each` did not end well."""
@@ -100,10 +100,11 @@ class _Advance:
         if event.outcome == "cancelled" and self.run.unwinding:
             return replace(fan, stopped=ranges.add(fan.stopped, event.item))
         error = event.error or CANCELLED
-        first = event.item * (step.pack or 1)
-        told = event.errors or (ItemError(index=first, type=error.type, message=error.message[:500]),)
+        told = event.errors or (ItemError(index=0, type=error.type, message=error.message[:500]),)
+        base = event.item * (step.pack or 1)
+        told = tuple(replace(each, index=base + each.index) for each in told)
         if not step.allow_failures:
-            self._fail(event.step, replace(error, message=f"item {told[0].index}: {error.message}"))
+            self._fail(event.step, _first(told))
         errors = (*fan.errors, *told)[:KEPT_ERRORS]
         return replace(fan, failed=ranges.add(fan.failed, event.item), errors=errors)
 
@@ -137,7 +138,7 @@ class _Advance:
 
     def _signal(self) -> set[str] | None:
         event = self.event
-        if event.id in self.run.applied or self.run.state != "running":
+        if event.id in self.run.applied or self.run.state in {"completed", "pruned"}:
             return None
         self._apply()
         sent = Sent(event=event.id, value=event.result, value_at=event.result_at)
@@ -146,8 +147,9 @@ class _Advance:
             for place, (name, step) in enumerate(self.graph.steps.items())
             if step.kind == "wait" and step.signal == event.signal and (record := self.run.step(name)).state == "due"
         ]
-        if waiting:
+        if waiting and self.run.state == "running":
             return self._take(min(waiting)[2], sent)
+        # kept for a wait that is still to come; of a run that fails, or was cancelled, for its retry
         there = self.run.inbox.get(event.signal, ())
         self.run = replace(self.run, inbox={**self.run.inbox, event.signal: (*there, sent)})
         return set()
@@ -193,7 +195,9 @@ class _Advance:
         self.run = replace(
             self.run, state="running", gen=run.gen + 1, unwinding=False, paused=False, error=None, finished=0, by=event.id
         )
-        for name in again:
+        for name in sorted(
+            again, key=lambda name: (-run.step(name).order, name)
+        ):  # signals go back in the order in which they came
             self._reopen(name, keep=name in own and again.isdisjoint(self.plan.needs[name]))
         self._look_at(self.graph.steps)
         return set()
@@ -246,7 +250,7 @@ class _Advance:
             if found is SKIPPED or (isinstance(found, bool) and found is not wanted):
                 return self._end(name, "skipped")
             if not isinstance(found, bool):
-                return self._fault(name, found if isinstance(found, Fault) else Fault(f"a condition came to {show(found)}"))
+                return self._fault(name, found if isinstance(found, Fault) else no_condition(found))
         if any(self.values.of(self.run, each) is PENDING for each in step.after):
             return set()
         inputs = [self.values.of(self.run, each) for each in self.plan.inputs[name]]
@@ -338,7 +342,7 @@ class _Advance:
                 if self._undo_of(name) == "due":
                     return
         state = "failed" if self.run.state == "failing" else "cancelled"
-        self.run = replace(self.run, state=state, finished=self.now, by=self.event.id, paused=False, inbox={})
+        self.run = replace(self.run, state=state, finished=self.now, by=self.event.id, paused=False)
 
     def _undo_of(self, name: str) -> str:
         """Make the undo of a step due where it is its turn, and return its state."""
@@ -365,6 +369,11 @@ class _Advance:
 
     def _put(self, name: str, record: StepRecord) -> None:
         self.run = replace(self.run, steps={**self.run.steps, name: record})
+
+
+def _first(errors: tuple[ItemError, ...]) -> ErrorInfo:
+    """Return what is told of an `each` as a whole: its first item that failed."""
+    return ErrorInfo(type=errors[0].type, message=f"item {errors[0].index}: {errors[0].message}")
 
 
 def _kept(event: Event) -> Raw:

@@ -33,7 +33,7 @@ class Event(NamedTuple):
     result_at: str = ""
     error: ErrorInfo | None = None
     errors: tuple[ItemError, ...] = ()
-    """Of a pack: the items that failed."""
+    """Of a pack: the items that failed, by their places in it."""
     signal: str = ""
     number: int = 0
     """Of pause and resume: the number that the sender gave it."""

@@ -134,9 +134,14 @@ def evaluate(expr: Expr, lookup: Lookup) -> Any:
         if is_mark(condition):
             return condition
         if not isinstance(condition, bool):
-            return Fault(f"a condition of `when` must be true or false, and this came to {show(condition)}")
+            return no_condition(condition)
         return evaluate(expr.then if condition else expr.otherwise, lookup)
     return _apply(expr, [evaluate(each, lookup) for each in expr.args])
+
+
+def no_condition(value: Any) -> Fault:
+    """Say that a value cannot decide a `when`."""
+    return Fault(f"a condition of `when` must be true or false, and this came to {show(value)}")
 
 
 def is_mark(value: Any) -> bool:

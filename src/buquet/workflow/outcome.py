@@ -91,9 +91,8 @@ async def _of_pack(event: Event, task: Task, ended: Task, values: Values) -> Eve
     for at, result in zip(places, state.results, strict=True):
         results[at] = result
     value, at_key = await values.put_of_run(task.run, task.id, msgspec.json.encode({"results": results}), INLINE)
-    base = task.index * task.pack
     errors = tuple(
-        ItemError(index=base + each.index, type=each.type, message=HIDDEN if values.sealer.key_id else each.message)
+        ItemError(index=each.index, type=each.type, message=HIDDEN if values.sealer.key_id else each.message)
         for each in state.failed[:KEPT_ERRORS]
     )
     return event._replace(result=value, result_at=at_key, errors=errors)

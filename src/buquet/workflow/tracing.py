@@ -11,7 +11,7 @@ from buquet.errors import InvalidArgument, UsageError
 from buquet.queue.parent import tracing
 from buquet.queue.task import AsyncTaskFunction, BaseTask
 from buquet.records import Raw
-from buquet.workflow.expression import NULL, Apply, Choose, Const, Expr, Fields, Get, Items, Ref
+from buquet.workflow.expression import NULL, Apply, Choose, Const, Expr, Fields, Get, Items, Ref, text_of
 from buquet.workflow.graph import Call, Graph, Step, Undo
 
 if TYPE_CHECKING:
@@ -32,11 +32,21 @@ class Value:
         return Value(Get(expr_of(self), name))
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
-        _refuse(f"setting .{name}", "a step's value cannot be changed; do it in a task")
+        _refuse(f"setting .{name}", "change it in a task")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        _refuse(f"del .{name}", "change it in a task")
+
+    def __setitem__(self, key: object, value: object) -> NoReturn:
+        _refuse("setting an item", "change it in a task")
+
+    def __delitem__(self, key: object) -> NoReturn:
+        _refuse("del of an item", "change it in a task")
 
     def __getitem__(self, key: object) -> Value:
         if isinstance(key, bool) or not isinstance(key, str | int):
-            _refuse(f"[{key!r}]", "use a field's name or an item's number, or do it in a task")
+            what = "a slice" if isinstance(key, slice) else f"[{key!r}]"
+            _refuse(what, "use a field's name or an item's number, or do it in a task")
         return Value(Get(expr_of(self), key))
 
     def __await__(self) -> Generator[Any, Any, Value]:
@@ -49,7 +59,8 @@ class Value:
     def __ne__(self, other: object) -> Value:  # type: ignore[override] # pyright: ignore[reportIncompatibleMethodOverride]
         return _apply("!=", self, other)
 
-    __hash__ = None  # type: ignore[assignment] # pyright: ignore[reportAssignmentType]
+    def __hash__(self) -> NoReturn:  # noqa: PLE0309 - it never returns
+        _refuse("a set, a dict's key or asyncio.gather()", "put it into a list; steps run side by side without further ado")
 
     def __lt__(self, other: object) -> Value:
         return _apply("<", self, other)
@@ -124,7 +135,7 @@ class Value:
         _refuse("if, and, or, not", "use when(condition, then=lambda: ..., otherwise=lambda: ...), and &, | and ~ on comparisons")
 
     def __iter__(self) -> NoReturn:
-        _refuse("iteration", "use each(task, items), or pass the whole value to a task")
+        _refuse("iteration", "use each(task, items), or pass the whole value to a task; `after` takes a list of steps")
 
     def __len__(self) -> NoReturn:  # noqa: PLE0303 - the same
         _refuse("len()", "count in a task, and return the number")
@@ -141,6 +152,15 @@ class Value:
     def __int__(self) -> NoReturn:
         _refuse("int()", "convert in a task")
 
+    def __index__(self) -> NoReturn:  # noqa: PLE0305 - the same
+        _refuse("an index, range()", "pick or count in a task; each(task, items) runs over a list")
+
+    def _no_operator(self, *_others: object) -> NoReturn:
+        _refuse("this operator", "+, -, *, /, //, %, comparisons, &, | and ~ become part of the graph; do others in a task")
+
+    __pow__ = __rpow__ = __matmul__ = __rmatmul__ = __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _no_operator
+    __xor__ = __rxor__ = __divmod__ = __rdivmod__ = __abs__ = __pos__ = __round__ = _no_operator
+
     def __float__(self) -> NoReturn:
         _refuse("float()", "convert in a task")
 
@@ -150,7 +170,7 @@ class Value:
 
     def __repr__(self) -> str:
         """Show that this is no value yet."""
-        return f"<what {expr_of(self)!r} will come to>"
+        return f"<what {text_of(expr_of(self))} will come to>"
 
 
 def _refuse(what: str, instead: str) -> NoReturn:
@@ -181,7 +201,7 @@ def to_expr(value: Any, what: str) -> Expr:
             return Fields(fields)
     if inspect.iscoroutine(value):  # pyright: ignore[reportUnknownArgumentType]
         value.close()
-        msg = f"{what} is a coroutine: `await` it in the workflow"
+        msg = f"{what} is a coroutine: `await` it, in an `async def` workflow"
         raise InvalidArgument(msg)
     try:
         return Const(Raw(encode_value(value, what)))
@@ -265,6 +285,9 @@ def call_of(task: BaseTask[..., Any]) -> Call:
 
 def after_of(after: Iterable[Any]) -> tuple[Expr, ...]:
     """Return what a step comes after: steps, or names of steps."""
+    if isinstance(after, str | Value):
+        msg = "`after` takes a list of steps, or of their names: after=[...]"
+        raise UsageError(msg)
     found: list[Expr] = []
     for each in after:
         if isinstance(each, Value):
@@ -277,10 +300,18 @@ def after_of(after: Iterable[Any]) -> tuple[Expr, ...]:
     return tuple(found)
 
 
+def check_task(task: object, what: str) -> None:
+    """Raise UsageError for what is no task."""
+    if not isinstance(task, BaseTask):
+        msg = f"{what} takes a task, a function with @app.task, not {task!r}"
+        raise UsageError(msg)
+
+
 def undo_of(undo: BaseTask[..., Any] | None, task: BaseTask[..., Any], *, batch: bool) -> Undo | None:
     """Return how a step is undone. Raises UsageError when the undo's parameters cannot be filled."""
     if undo is None:
         return None
+    check_task(undo, "undo=")
     if batch:
         undo.signature.check_batch()
     names = list(undo.signature.parameters)
@@ -302,21 +333,21 @@ def trace_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     token = tracing.set(trace)
     try:
         output = function(*args, **kwargs)
-        if inspect.iscoroutine(output):
-            output = _drive(output, function.__name__)
-        return trace.graph(output)
+        return trace.graph(_driven(output, function.__name__))
     finally:
         tracing.reset(token)
 
 
-def _drive(coroutine: Any, name: str) -> Any:
-    """Run an async workflow to its end: what it awaits are steps, which are there at once."""
+def _driven(output: object, name: str) -> object:
+    """Return what a workflow, or a branch, comes to. An async one is run to its end: what it awaits are steps, there at once."""
+    if not inspect.iscoroutine(output):
+        return output
     try:
-        coroutine.send(None)
+        output.send(None)
     except StopIteration as end:
         return end.value
-    coroutine.close()
-    msg = f"the workflow {name} awaits something other than a step while it is being started: do that in a task"
+    output.close()
+    msg = f"{name} awaits something other than a step while its workflow is being started: do that in a task"
     raise UsageError(msg)
 
 
@@ -330,9 +361,9 @@ def choose(trace: Trace, condition: Value, then: Callable[[], Any], otherwise: C
     """Trace both branches of a `when`."""
     expr = expr_of(condition)
     with trace.branch(expr, taken=True):
-        first = to_expr(then(), "what `then` returns")
+        first = to_expr(_driven(then(), "then"), "what `then` returns")
     with trace.branch(expr, taken=False):
-        second = to_expr(otherwise(), "what `otherwise` returns") if otherwise is not None else NULL
+        second = to_expr(_driven(otherwise(), "otherwise"), "what `otherwise` returns") if otherwise is not None else NULL
     return Value(Choose(expr, first, second))
 
 

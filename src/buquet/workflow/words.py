@@ -8,6 +8,7 @@ test (`Signal.given`).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, TypeVar, cast, overload
@@ -18,13 +19,14 @@ from buquet import keys
 from buquet.codec import decoder_for, encode_value
 from buquet.errors import InvalidArgument, SignalTimeout, UsageError
 from buquet.queue.packing import MOST_ITEMS
+from buquet.workflow.advance import LONGEST_WAIT
 from buquet.workflow.graph import Step
 from buquet.workflow.handle import Run, homes
 from buquet.workflow.sending import send_signal
-from buquet.workflow.tracing import Value, after_of, choose, current_trace, fan_out, is_async, to_expr
+from buquet.workflow.tracing import Value, after_of, check_task, choose, current_trace, fan_out, is_async, to_expr
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
+    from collections.abc import Awaitable, Callable, Coroutine, Generator
 
     from buquet.queue.handle import Home
     from buquet.queue.task import AsyncTaskFunction, BaseTask, TaskFunction
@@ -52,6 +54,10 @@ def each(task: BaseTask[..., Any], items: Any, pack: int = 0) -> Any:
     """
     if isinstance(pack, bool) or not 0 <= pack <= MOST_ITEMS:
         msg = f"pack is the number of items in a task, 1 to {MOST_ITEMS:,}, or 0 for a task an item, not {pack!r}"
+        raise UsageError(msg)
+    check_task(task, "each")
+    if not isinstance(cast("object", items), Iterable):
+        msg = f"each runs a task over a list, or over a step's value, not {items!r}"
         raise UsageError(msg)
     trace = current_trace()
     if trace is not None:
@@ -101,10 +107,21 @@ def when(condition: object, then: Callable[[], Any], otherwise: Callable[[], Any
         return choose(trace, condition, then, otherwise)
     if not isinstance(condition, bool):
         msg = f"the condition of `when` must be True or False, or a step's value that comes to one, not {condition!r}"
+        if isinstance(condition, int) and condition in {-1, -2}:
+            msg += ". In a plain call `~` makes a number of a bool: write `(a > b) == False`"
         raise UsageError(msg)
     if condition:
         return then()
     return otherwise() if otherwise is not None else None
+
+
+def check_seconds(seconds: object, what: str) -> None:
+    """Raise UsageError for a time that no run could wait; that of a step's value shows when it is there."""
+    if isinstance(seconds, Value):
+        return
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST_WAIT:
+        msg = f"{what} is a number of seconds from 0 to ten years, not {seconds!r}"
+        raise UsageError(msg)
 
 
 class _Slept:
@@ -120,6 +137,7 @@ def sleep(seconds: float, *, after: Iterable[Any] = ()) -> Awaitable[None]:
 
     >>> ship.options(after=[sleep(3600, after=[paid])])(order)  # doctest: +SKIP
     """
+    check_seconds(seconds, "sleep")
     trace = current_trace()
     if trace is None:
         return _Slept()
@@ -151,6 +169,8 @@ class Signal(Generic[T]):
         `timeout`: seconds; then `default` is taken, and without one the step fails (SignalTimeout). Signals are taken in the
         order in which they came; one that came before the wait is kept for it.
         """
+        if timeout is not None:
+            check_seconds(timeout, "timeout")
         trace = current_trace()
         if trace is None:
             return self._plain(default)

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from buquet import App, keys
+from buquet.operate.fsck import fsck
 from buquet.operate.prune import prune
 from buquet.queue.background import Background
 from buquet.records import Session, Task
@@ -12,6 +13,7 @@ from buquet.store.memory import MemoryStore
 from buquet.store.register import Register
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
+from buquet.worker import finder as finding
 from buquet.worker.lane import Found
 
 
@@ -65,7 +67,6 @@ async def test_a_submit_that_met_a_tombstone_rings_for_the_entry_that_its_record
     submitting = asyncio.ensure_future(app.echo.options(priority=7).asubmit("late"))
     await stop.reached.wait()
     await rig.clock.sleep(4000)
-    await rig.bucket.delete(keys.bell("default"))  # or a hint would make the old entry look young
     worker = rig.app().worker(heartbeat_thread=False)
     working = asyncio.ensure_future(worker.arun())
     await rig.clock.sleep(5)
@@ -142,3 +143,68 @@ async def test_a_task_that_ended_before_its_run_could_stop_it_is_no_lost_claim(r
     assert (await rig.record(ended.id)).state == "completed"
     with pytest.raises(Exception, match="nothing to cancel"):
         await app.acancel(ended.id)
+
+
+@virtual
+async def test_fsck_walks_past_the_tombstone_that_prune_made_of_a_payload(rig):
+    await rig.bucket.put(keys.payload("0" * 32, b"{}"), b"{}")
+    await rig.clock.sleep(4000)
+    app = rig.app()
+    await prune(app.client, 3600)
+    assert (await rig.record("0" * 32)).state == "tombstone"
+    assert (await fsck(app.client)).findings == []
+
+
+async def submitted_unheard(rig, priority, **options):
+    """Submit from a process that dies before it rings the bell; return the task's id."""
+    app = rig.app()
+    app.client.ringer.added = lambda _queue, _entry: None
+    return (await app.echo.options(priority=priority, **options).asubmit("x")).id
+
+
+@virtual
+async def test_a_priority_that_no_worker_knew_of_is_learnt_without_the_bell(rig):
+    worker = rig.app().worker(heartbeat_thread=False)
+    working = asyncio.ensure_future(worker.arun())
+    await rig.clock.sleep(40)
+    task = await submitted_unheard(rig, 1)
+    await rig.clock.sleep(800)
+    assert (await rig.record(task)).state == "completed"
+    worker.stop()
+    await working
+
+
+@virtual
+async def test_what_a_dead_worker_claimed_in_a_priority_that_only_it_knew_is_found_once_it_is_reaped(rig):
+    worker = rig.app().worker(heartbeat_thread=False, ttl=3)
+    working = asyncio.ensure_future(worker.arun())
+    await rig.clock.sleep(40)
+    task = await submitted_unheard(rig, 1)
+    dead = rig.app().worker(heartbeat_thread=False, ttl=3)
+    await dead.client.open()
+    await dead.keeper.create()
+    entry = (await rig.record(task)).entry
+    assert await dead.claimer.claim(dead.finders[0], Found(keys.parse_entry(entry), rig.clock.now())) is not None
+    await rig.clock.sleep(80)
+    assert (await rig.record(task)).state == "completed"
+    worker.stop()
+    await working
+
+
+def test_what_comes_behind_a_page_while_the_bell_rings_blindly_is_met_at_once(monkeypatch):
+    monkeypatch.setattr(finding, "PAGE", 3)
+    run_virtual(lambda clock: behind_a_page(Rig(clock)))
+
+
+async def behind_a_page(rig):
+    now = int(rig.clock.now() * 1000)
+    written = [keys.entry("default", 5, now + n, 0, f"{abs(n):032x}", 0, "echo") for n in (-4000, 10, 20, 30)]
+    finder = rig.app().worker(heartbeat_thread=False).finders[0]
+    for entry in written[1:]:
+        await rig.bucket.put(entry, b"")
+    met = [found.entry.key for found in await finder.take(9)]
+    assert sorted(met) == written[1:]
+    await rig.bucket.put(written[0], b"")  # by a clock that is four seconds behind
+    await rig.bucket.put(keys.bell("default"), b'{"v":1,"rev":7,"op":"o"}')
+    await finder.hear()
+    assert [found.entry.key for found in await finder.take(9)] == written[:1]

@@ -183,7 +183,8 @@ class _Checker:
         if key != keys.task(task.id):
             self._find("unreadable record", key, f"it says that it is task {task.id[:80]!r}; it is left as it is")
             return
-        self.queues.add(task.queue)
+        if task.queue:  # a tombstone that prune made of a payload knows of no queue
+            self.queues.add(task.queue)
         if task.state == "pending":
             await self._pending(held)
         elif task.state == "running":

@@ -6,7 +6,6 @@ begins. It only ever trails: what was left behind it, by a late write or a wrong
 
 from __future__ import annotations
 
-import zlib
 from typing import TYPE_CHECKING
 
 from buquet import keys
@@ -15,7 +14,7 @@ from buquet.errors import UnreadableRecord
 from buquet.queue.bell import news
 from buquet.records import Bell
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, Stored
-from buquet.worker.lane import Found, Lane
+from buquet.worker.lane import Found, Lane, own_first
 from buquet.worker.pausing import Pause
 
 if TYPE_CHECKING:
@@ -32,6 +31,8 @@ TRAIL = 10.0
 LOOK_BACK_EVERY = 30.0
 LOOK_BACK = 600.0
 LOOK_ALL_EVERY = 3600.0
+LEARN_EVERY = 600.0
+"""Seconds between two looks for priorities in use: whoever submitted may have died before the bell rang."""
 FIRST_POLL = 0.01
 HOLD = 0.15
 """Seconds after work for which the polls come no slower: more often comes soon."""
@@ -71,6 +72,9 @@ class QueueFinder:
         """Entries that nothing can be done with for now: no work that a drain should wait for."""
         self.look_back_at = 0.0
         self.look_all_at = 0.0
+        self.learn_at = 0.0
+        self.aged: dict[str, float] = {}
+        """When entries were written, by a LIST that showed them while they were being looked at. A hint does not tell."""
         self.foreign: dict[str, tuple[str, Found, float]] = {}
         """Entries that were left to another worker, which runs their tasks; and until when that is remembered."""
         self.left: dict[str, tuple[Found, float, float]] = {}
@@ -146,15 +150,7 @@ class QueueFinder:
 
     def _passed(self, lane: Lane) -> None:
         """Move the cursor past a page that was dealt with, but not past what may still come or come back."""
-        lane.cursor = lane.last
-        if lane.full:
-            lane.dirty = True
-        else:
-            now = self.fleet.store_now()
-            trail = keys.lane_at(lane.prefix, int((now - TRAIL) * 1000))
-            if lane.priority is not None or lane.cursor > trail:
-                lane.cursor = trail
-        lane.last = ""
+        lane.passed(keys.lane_at(lane.prefix, int((self.fleet.store_now() - TRAIL) * 1000)))
 
     # ------------------------------------------------------------------ listing
 
@@ -179,16 +175,18 @@ class QueueFinder:
         lane.fetched = now
         lane.full = len(page) == PAGE and not waiting
         lane.last = page[-1].key if page else lane.cursor or lane.prefix
+        self.aged.update((each.key, each.modified) for each in page if each.key in self.skip)
         entries = [
             Found(entry, each.modified)
             for each in page
             if (entry := keys.parse_entry(each.key)) and self._wanted(entry, now) and self.handled(entry)
         ]
-        lane.hand = self._own_first(entries)
+        lane.hand = own_first(entries, self.fleet.mates, self.fleet.keeper.id, self.clock)
         if not lane.hand:
             self._passed(lane)
         if len(self.skip) > 50_000:  # noqa: PLR2004 - bounds the memory, not a meaning
             self.skip = {key: until for key, until in self.skip.items() if until > now}
+            self.aged.clear()
 
     def _due(self, page: list[Listed]) -> tuple[list[Listed], bool]:
         """Cut a page of `later/` at what is not due yet, and note when that is."""
@@ -200,22 +198,6 @@ class QueueFinder:
                 return page[:index], True
         return page, False
 
-    def _own_first(self, found: list[Found]) -> list[Found]:
-        """Order a page so that workers seldom meet: mine by rendezvous hashing first, others at random; popped from the end."""
-        mates = self.fleet.mates
-        if len(mates) < 2:  # noqa: PLR2004 - alone there is nobody to meet
-            found.reverse()
-            return found
-        mine: list[Found] = []
-        others: list[Found] = []
-        me = self.fleet.keeper.id
-        for each in found:
-            owner = max(mates, key=lambda worker: zlib.crc32(f"{worker}{each.entry.task}".encode()))
-            (mine if owner == me else others).append(each)
-        self.clock.random.shuffle(others)
-        mine.reverse()
-        return others + mine
-
     # ------------------------------------------------------------------ looking back
 
     async def _look_back(self, now: float) -> None:
@@ -225,14 +207,12 @@ class QueueFinder:
             self.look_back_at = now + LOOK_BACK_EVERY * self.clock.jitter(0.2)
             # the bell first: what it rang for by now is in the pages read after
             await self.hear()
-            self.gap = False
             await self._learn_priorities()
             for lane in self.lanes:
                 lane.restart("")
         elif now >= self.look_back_at:
             self.look_back_at = now + LOOK_BACK_EVERY * self.clock.jitter(0.2)
-            if self.gap:
-                self.gap = False
+            if self.gap or now >= self.learn_at:
                 await self._learn_priorities()
             since = int((self.fleet.store_now() - LOOK_BACK) * 1000)
             for lane in self.lanes:
@@ -240,6 +220,8 @@ class QueueFinder:
 
     async def _learn_priorities(self) -> None:
         """Learn which priorities are in use, with one LIST for each that is and one more."""
+        self.gap = False
+        self.learn_at = self.clock.monotonic() + LEARN_EVERY * self.clock.jitter(0.2)
         prefix = keys.ready_prefix(self.queue)
         after = prefix
         self.lane(5)
@@ -281,9 +263,7 @@ class QueueFinder:
         entries = news(bell, self.bell_seen)
         self.bell_seen = bell.rev
         if entries is None:
-            self.gap = True
-            for lane in self.lanes:
-                lane.dirty = True
+            self._rang_blindly()
         else:
             for key in entries:
                 self.hint(key)
@@ -316,8 +296,13 @@ class QueueFinder:
         self.hinted.append(Found(entry, self.fleet.store_now()))
         if len(self.hinted) > PAGE:
             self.hinted.clear()
-            for lane in self.lanes:
-                lane.dirty = True
+            self._rang_blindly()
+
+    def _rang_blindly(self) -> None:
+        """Entries were added, and it is not known which: every lane has to be listed, and there may be new ones."""
+        self.gap = True
+        for lane in self.lanes:
+            lane.rung()
 
     # ------------------------------------------------------------------ verdicts on what was taken
 
@@ -325,6 +310,9 @@ class QueueFinder:
         """Note that an entry cannot be dealt with yet. It is met again while it is young; with `again` also when it is old."""
         now = self.clock.monotonic()
         entry = found.entry
+        written = self.aged.pop(entry.key, found.modified)
+        if written < found.modified:  # only a hint told of it: it may be so old that something must be done
+            found, again = Found(entry, written), True
         _, waited, _ = self.left.pop(entry.key, (found, REVISIT / 4, 0))
         wait = min(waited * 4, 1.0)
         self.skip[entry.key] = now + wait
@@ -343,6 +331,7 @@ class QueueFinder:
 
     def gone(self, worker: str) -> None:
         """Look again at what was left to a worker, which is said to be dead: its session is read directly then."""
+        self.gap = True  # it may have claimed, from a priority that only it knew, and not lived to list that
         self.fleet.sessions.pop(worker, None)
         mine = [found for owner, found, _ in self.foreign.values() if owner == worker]
         for found in mine:
@@ -361,6 +350,7 @@ class QueueFinder:
     def done(self, entry_key: str) -> None:
         """Note that an entry was dealt with; a LIST that was under way may still show it."""
         self.left.pop(entry_key, None)
+        self.aged.pop(entry_key, None)
         self.stale.discard(entry_key)
         self.skip[entry_key] = self.clock.monotonic() + 3
 

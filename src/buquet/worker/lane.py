@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from buquet import keys
+    from buquet.clock import Clock
 
 
 class Found:
@@ -34,6 +36,8 @@ class Lane:
         """Whether that page was full, so that more follows."""
         self.dirty = True
         """Whether there may be something new after the cursor."""
+        self.again = False
+        """Whether the bell rang blindly while pages follow each other: what it rang for may lie before the cursor."""
 
     @property
     def rank(self) -> float:
@@ -46,3 +50,36 @@ class Lane:
         self.hand = []
         self.last = ""
         self.dirty = True
+
+    def rung(self) -> None:
+        """Note that something was added, and maybe before the page that comes next."""
+        self.dirty = True
+        self.again = self.full
+
+    def passed(self, trail: str) -> None:
+        """Move the cursor past a page that was dealt with; after the last one back to `trail`, for what may still come."""
+        self.cursor = self.last
+        self.last = ""
+        if self.full:
+            self.dirty = True
+            return
+        if self.priority is not None or self.cursor > trail:
+            self.cursor = trail
+        if self.again:
+            self.dirty = True
+            self.again = False
+
+
+def own_first(found: list[Found], mates: list[str], me: str, clock: Clock) -> list[Found]:
+    """Order a page so that workers seldom meet: mine by rendezvous hashing first, others at random; popped from the end."""
+    if len(mates) < 2:  # noqa: PLR2004 - alone there is nobody to meet
+        found.reverse()
+        return found
+    mine: list[Found] = []
+    others: list[Found] = []
+    for each in found:
+        owner = max(mates, key=lambda worker: zlib.crc32(f"{worker}{each.entry.task}".encode()))
+        (mine if owner == me else others).append(each)
+    clock.random.shuffle(others)
+    mine.reverse()
+    return others + mine

@@ -27,7 +27,7 @@ sys.path += [str(HERE), str(HERE.parent.parent / "tests")]
 from browser import run_browser  # noqa: E402 - found by the line above
 from scene import Decision, app, approved, import_rows, order, send_invoice, thumbnail, transcode  # noqa: E402
 
-from buquet import RunFailed
+from buquet import RunFailed  # noqa: E402 - after those, as the sorter has it
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,7 +91,7 @@ async def fill() -> dict[str, str]:
             with suppress(RunFailed):
                 await run.aresult(timeout=60)
         waits = await order.astart("o-1002", ["lamp", "chair", "table"], key="o-1002")
-        while not any(step.name == "pack" and step.status == "completed" for step in await waits.asteps()):
+        while not any(step.name == "pack" and step.status == "completed" for step in await waits.asteps()):  # noqa: ASYNC110 - elsewhere
             await asyncio.sleep(0.2)
         # and a little more, so that something runs and waits while the pictures are taken
         await transcode.asubmit_many([(f"talk-{n}.mkv", 40 + 15 * n) for n in range(9)])

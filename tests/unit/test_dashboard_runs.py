@@ -132,7 +132,7 @@ def test_a_run_is_paused_resumed_cancelled_and_retried(world: World) -> None:
     assert "Not done: " in world.post(run, action="pause-run")
     assert "from its failed steps" in world.post(run, action="retry-run")
     assert run.status() == "running"
-    assert "retried 1×" in world.client.get(f"/runs/{run.id}").text
+    assert "retried 1" in world.client.get(f"/runs/{run.id}").text
     assert "was sent" in world.post(run, action="signal-run", name="go", value="false")
     assert run.status() == "failed"
     text = world.client.get(f"/runs/{run.id}").text

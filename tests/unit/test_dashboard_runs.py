@@ -1,114 +1,176 @@
-"""The pages of runs, over a port that has one run."""
+"""The pages of runs, without a browser, over real runs in memory."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from starlette.testclient import TestClient
 
-from buquet import App
+from buquet import App, Fail, Run, Signal, each
 from buquet.dashboard.app import dashboard
-from buquet.errors import Refused, TaskNotFound
-from buquet.insights.runview import RunView, StepView
+from buquet.operate.counting import CountingStore
+from buquet.testing.fixture import run_until_idle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HERE = "http://127.0.0.1:8000"
-RUN, TASK = "a" * 32, "b" * 32
 EVIL = "<script>x</script>"
 
 
-class OneRun:
-    """Workflows with one run, which remember what was asked of them."""
+class World(NamedTuple):
+    app: App
+    client: TestClient
+    sent: CountingStore
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, ...]] = []
-        self.reads = 0
-        steps = [
-            StepView(name="validate", state="completed", started=1000, ended=1500, task_id=TASK, attempts=1),
-            StepView(name=EVIL, state="failed", depends=("validate",), started=1500, ended=1600, error=EVIL),
-            StepView(name="approved", kind="wait", state="ready", depends=("validate",)),
-            StepView(name="label", kind="each", state="running", depends=("validate",), started=1600, done=3, total=7),
-        ]
-        self.shown = RunView(id=RUN, workflow="order " + EVIL, status="running", started=1000, steps=steps, tags={EVIL: EVIL})
+    def start(self, value: str = EVIL, **options: object) -> Run[str]:
+        run = self.app.workflows[f"order {EVIL}"].options(**options).start(value)
+        run_until_idle(self.app)
+        return run
 
-    async def recent(self) -> list[RunView]:
-        return [self.shown]
+    def post(self, run: Run[str], **form: str) -> str:
+        open_one = self.app.workflows[f"order {EVIL}"].options(key="for its buttons").start("")
+        token = re.search(r'name="token" value="([0-9a-f]+)"', self.client.get(f"/runs/{open_one.id}").text)
+        assert token, "it is the session's, for all pages"
+        form |= {"token": token[1], "back": f"/runs/{run.id}", "target": run.id}
+        text = self.client.post("/act", data=form, headers={"origin": HERE}).text
+        run_until_idle(self.app)
+        self.forget(run)
+        return text
 
-    async def run(self, run_id: str) -> RunView:
-        self.reads += 1
-        if run_id != RUN:
-            msg = f"there is no run {run_id}"
-            raise TaskNotFound(msg)
-        return self.shown
-
-    async def move(self, run_id: str, move: str) -> str:
-        self.asked.append((run_id, move))
-        return f"told to {move}"
-
-    async def signal(self, run_id: str, name: str, value: str) -> None:
-        if value == "{":
-            msg = "no JSON"
-            raise Refused(msg)
-        self.asked.append((run_id, name, value))
+    def forget(self, run: Run[str]) -> None:
+        """Else what was read a second ago is good enough."""
+        self.client.app.state.feed.changed("backlog", "runs", f"run:{run.id}")
 
 
 @pytest.fixture
-def port() -> OneRun:
-    return OneRun()
+def world() -> Iterator[World]:
+    sent = CountingStore(App("memory:").client.store)
+    with App(store=sent) as app:
+        go = Signal("go", bool)
+
+        @app.task(name=f"first {EVIL}")
+        def first(value: str) -> list[str]:
+            return [value] * 3
+
+        @app.task
+        def item(value: str) -> str:
+            return value
+
+        @app.task(max_attempts=1)
+        def last(ok: bool, items: list[str]) -> str:
+            if not ok:
+                raise Fail(EVIL)
+            return items[0]
+
+        @app.workflow(name=f"order {EVIL}")
+        def order(value: str) -> str:
+            return last(go.wait(), each(item, first(value)))
+
+        yield World(app, TestClient(dashboard(app), base_url=HERE), sent)
 
 
-@pytest.fixture
-def client(port: OneRun) -> Iterator[TestClient]:
-    with App("memory:") as app:
-        yield TestClient(dashboard(app, workflows=port), base_url=HERE)
-
-
-def post(client: TestClient, **form: str) -> str:
-    token = re.search(r'name="token" value="([0-9a-f]+)"', client.get(f"/runs/{RUN}").text)
-    assert token
-    form |= {"token": token[1], "back": f"/runs/{RUN}", "target": RUN}
-    return client.post("/act", data=form, headers={"origin": HERE}).text
-
-
-def test_a_run_is_drawn_and_its_steps_lead_to_their_tasks(client: TestClient) -> None:
-    assert f'href="/runs/{RUN}"' in client.get("/runs").text
-    text = client.get(f"/runs/{RUN}").text
+def test_a_run_is_drawn_and_its_steps_lead_to_their_tasks(world: World) -> None:
+    run = world.start(tags={EVIL: EVIL}, key=EVIL)
+    assert f'href="/runs/{run.id}"' in world.client.get("/runs").text
+    text = world.client.get(f"/runs/{run.id}").text
     assert text.count("<svg") >= 3
-    assert f'href="/tasks/{TASK}"' in text
-    assert "3 of 7 items" in text
+    steps = {step.name: step for step in run.steps()}
+    assert f'href="/tasks/{steps["item"].task_id}"' in text
+    assert "3 of 3 items" in text
+    assert "retried" not in text
     assert "<style" not in text, "the policy would not take it; it is in a file"
-    assert ".bq" in client.get("/run.css").text
+    assert ".bq" in world.client.get("/run.css").text
     assert "<script>" not in text
-    assert text.count("&lt;script&gt;") >= 4
+    assert text.count("&lt;script&gt;") >= 8
+    task = world.client.get(f"/tasks/{steps['item'].task_id}").text
+    assert f'href="/runs/{run.id}"' in task, "and back"
 
 
-def test_many_who_look_at_a_run_read_it_once(client: TestClient, port: OneRun) -> None:
-    for _ in range(20):
-        client.get(f"/runs/{RUN}")
-    assert port.reads <= 2
+def test_a_run_that_no_worker_has_begun_is_shown(world: World) -> None:
+    run = world.app.workflows[f"order {EVIL}"].start("x")
+    assert f'href="/runs/{run.id}"' in world.client.get("/runs").text
+    text = world.client.get(f"/runs/{run.id}").text
+    assert "pending" in text
+    run_until_idle(world.app)
+    world.forget(run)
+    assert "running" in world.client.get(f"/runs?q={run.id}").text, "an id leads to its page"
 
 
-def test_a_run_is_moved_and_gets_signals(client: TestClient, port: OneRun) -> None:
-    for move in ("cancel", "pause", "resume", "retry"):
-        assert f"told to {move}" in post(client, action=f"{move}-run")
-    assert "was sent" in post(client, action="signal-run", name="approved", value='{"granted": true}')
-    assert "Not done: no JSON" in post(client, action="signal-run", name="approved", value="{")
-    assert port.asked == [
-        *((RUN, move) for move in ("cancel", "pause", "resume", "retry")),
-        (RUN, "approved", '{"granted": true}'),
-    ]
+def test_many_who_open_a_run_or_the_list_read_it_once(world: World) -> None:
+    run = world.start()
+    for path in (f"/runs/{run.id}", "/runs"):
+        world.client.get(path)
+        before = sum(world.sent.counts.values())
+        for _ in range(20):
+            world.client.get(path)
+        assert sum(world.sent.counts.values()) - before <= 8
 
 
-def test_a_run_that_is_not_there(client: TestClient) -> None:
-    assert client.get("/runs/" + "c" * 32).status_code == 404
+def test_a_signal_lets_a_run_go_on_to_its_result(world: World) -> None:
+    run = world.start()
+    assert "no JSON" in world.post(run, action="signal-run", name="go", value="{")
+    assert "Not done: " in world.post(run, action="signal-run", name="go", value='"text"' * 2)
+    assert run.status() == "running"
+    assert "was sent" in world.post(run, action="signal-run", name="go", value="true")
+    assert run.result(timeout=5) == EVIL
+    text = world.client.get(f"/runs/{run.id}").text
+    assert "Result" in text
+    assert "Send a signal" not in text
+    assert "Not done: " in world.post(run, action="signal-run", name="go", value="true")
 
 
-def test_without_workflows_there_are_no_runs() -> None:
-    with App("memory:") as app:
-        bare = TestClient(dashboard(app), base_url=HERE)
-        assert bare.get("/runs").status_code == 404
-        assert 'href="/runs"' not in bare.get("/").text
+def test_a_run_is_paused_resumed_cancelled_and_retried(world: World) -> None:
+    run = world.start()
+    assert "asked to pause" in world.post(run, action="pause-run")
+    assert "paused" in world.client.get(f"/runs/{run.id}").text
+    assert "asked to go on" in world.post(run, action="resume-run")
+    assert "asked to stop" in world.post(run, action="cancel-run")
+    assert run.status() == "cancelled"
+    assert "Not done: " in world.post(run, action="pause-run")
+    assert "from its failed steps" in world.post(run, action="retry-run")
+    assert run.status() == "running"
+    assert "retried 1" in world.client.get(f"/runs/{run.id}").text
+    assert "was sent" in world.post(run, action="signal-run", name="go", value="false")
+    assert run.status() == "failed"
+    text = world.client.get(f"/runs/{run.id}").text
+    assert "Why it ended" in text
+    assert "<script>" not in text
+
+
+def test_the_list_is_searched_and_lets_go_of_nothing_that_ended(world: World) -> None:
+    world.start("one", key="key-1", tags={"tenant": "acme"})
+    ended = world.start("two", key="key-2")
+    world.post(ended, action="cancel-run")
+    # and the one for its buttons
+    for query, found in (
+        ("", 3),
+        ("q=key-1", 1),
+        ("q=tenant%3Dacme", 1),
+        ("q=order", 3),
+        ("status=cancelled", 1),
+        ("status=cancelled&all=1", 1),
+        ("all=1", 3),
+        ("q=nothing", 0),
+        ("q=" + "0" * 32, 0),
+        ("q=%22%3E%3Cscript%3E", 0),
+    ):
+        text = world.client.get(f"/runs?{query}").text
+        assert text.count('class="id" href="/runs/') == found, query
+        assert "<script>" not in text
+
+
+@pytest.mark.parametrize("run_id", ["c" * 32, "nonsense", "<script>"])
+def test_a_run_that_is_not_there(world: World, run_id: str) -> None:
+    answer = world.client.get(f"/runs/{run_id}")
+    assert answer.status_code == 404
+    assert "<script>" not in answer.text
+
+
+def test_read_only_has_no_buttons_on_the_pages_of_runs(world: World) -> None:
+    run = world.start()
+    reader = TestClient(dashboard(world.app, read_only=True), base_url=HERE)
+    for path in ("/runs", f"/runs/{run.id}"):
+        assert 'method="post"' not in reader.get(path).text

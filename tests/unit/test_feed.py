@@ -6,7 +6,7 @@ import asyncio
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from buquet import App
+from buquet import App, Signal
 from buquet.insights.feed import FIRST, Feed
 from buquet.insights.overview import overview
 from buquet.insights.search import Wanted, search
@@ -41,7 +41,15 @@ class World:
             msg = f"no {n}"
             raise ValueError(msg)
 
-        self.good, self.bad = good, bad
+        go = Signal("go", bool)
+
+        @self.app.workflow
+        def wide(most: int) -> None:
+            for n in range(most):
+                good(n)
+            go.wait()
+
+        self.good, self.bad, self.wide, self.go = good, bad, wide, go
 
     @property
     def sent(self) -> int:
@@ -155,6 +163,61 @@ def test_many_who_watch_one_task_cost_what_one_does() -> None:
             assert news[0] == 30
             assert (await world.feed.task(handle.id)).record.state == "cancelled"
         assert not world.feed.tasks, "what nobody follows is let go"
+
+    in_world(work)
+
+
+def test_many_who_watch_a_run_and_the_list_cost_two_requests_a_second_and_one_while_it_waits() -> None:
+    async def work(world: World) -> None:
+        run = await world.wide.astart(120)
+        worker = world.app.worker(heartbeat_thread=False, concurrency=2)
+        running = asyncio.create_task(worker.arun())
+        await world.feed.ensure("runs")
+        await world.feed.run(run.id)
+        async with world.looking(f"run:{run.id}", 20) as news, world.looking("runs", 20):
+            before = world.sent
+            for _ in range(20):
+                await world.clock.sleep(0.5)
+                await world.feed.run(run.id)
+            assert world.sent - before <= 2 * 10 + 2
+            assert news[0] >= 20
+            await world.clock.sleep(400)  # each of its tasks is read once more
+            shown = world.feed.shown(await world.feed.run(run.id))
+            assert [step.state for step in shown.steps] == ["completed"] * 120 + ["running"]
+            assert all(step.attempts for step in shown.steps[:-1])
+            assert [(row.done, row.steps) for row in world.feed.open_runs.rows([])] == [(120, 121)]
+            before = world.sent
+            await world.clock.sleep(300)
+            assert world.sent - before <= 300
+            await world.go.asend(run, True)  # noqa: FBT003 - a signal's value
+            await run.aresult(timeout=10)
+            await world.clock.sleep(20)
+            assert world.feed.shown(await world.feed.run(run.id)).status == "completed"
+            ended = world.feed.open_runs.rows(world.feed.journal.select(kind="run"))
+            assert [(row.id, row.status) for row in ended] == [(run.id, "completed")]
+        worker.stop()
+        await running
+
+    in_world(work)
+
+
+def test_ended_runs_are_told_by_the_journal_without_their_records() -> None:
+    async def work(world: World) -> None:
+        ended = []
+        worker = world.app.worker(heartbeat_thread=False)
+        running = asyncio.create_task(worker.arun())
+        for _ in range(30):
+            run = await world.wide.astart(1)
+            await world.go.asend(run, True)  # noqa: FBT003 - a signal's value
+            await run.aresult(timeout=10)
+            ended.append(run.id)
+        worker.stop()
+        await running
+        world.counting.counts.clear()
+        await world.feed.ensure("runs")
+        assert world.sent < 30
+        rows = world.feed.open_runs.rows(world.feed.journal.select(kind="run"))
+        assert [row.id for row in rows] == ended[::-1], "the last one first"
 
     in_world(work)
 

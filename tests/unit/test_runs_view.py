@@ -8,6 +8,7 @@ import pytest
 from buquet import App, Fail, Signal, each, keys, sleep, when
 from buquet.errors import RunNotFound
 from buquet.insights import runs
+from buquet.insights.onerun import MOST_TASKS
 from buquet.insights.runsteps import task_of
 from buquet.insights.scan import Scan
 from buquet.queue.background import Background
@@ -200,7 +201,7 @@ def test_items_that_failed_are_told_where_the_step_went_on():
 def test_reading_costs_a_request_a_step_and_two_hundred_at_most():
     async def check(place):
         run = await place.chain.astart(10)
-        long = await place.chain.astart(runs.MOST_TASKS + 50)
+        long = await place.chain.astart(MOST_TASKS + 50)
         async with place.worker():
             await run.aresult(timeout=600)
             await long.aresult(timeout=600)
@@ -209,8 +210,8 @@ def test_reading_costs_a_request_a_step_and_two_hundred_at_most():
         assert place.reads() == 11, "the run, and a task a step; nobody waits, so no workers"
         place.store.reset_counts()
         view = await place.read(long)
-        assert place.reads() <= runs.MOST_TASKS + 2
-        assert len(view.steps) == runs.MOST_TASKS + 50
+        assert place.reads() <= MOST_TASKS + 2
+        assert len(view.steps) == MOST_TASKS + 50
         assert all(step.state == "completed" and step.started for step in view.steps)
 
     at_place(check)

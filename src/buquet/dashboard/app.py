@@ -14,9 +14,8 @@ from starlette.staticfiles import StaticFiles
 from buquet.dashboard import actions, events, login, pages, runs
 from buquet.dashboard.board import HERE, Board
 from buquet.dashboard.guard import Guard
-from buquet.dashboard.runs import Shared
 from buquet.dashboard.sessions import Sessions
-from buquet.errors import BuquetError, StoreError, TaskNotFound
+from buquet.errors import BuquetError, RunNotFound, StoreError, TaskNotFound
 from buquet.insights.feed import Feed
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from buquet.app import App
-    from buquet.dashboard.runs import RunsPort
 
     Handler = Callable[[Board, Request], Awaitable[Response]]
 
@@ -54,24 +52,16 @@ def dashboard(
     password: str | None = None,
     read_only: bool = False,
     loopback: bool = True,
-    workflows: RunsPort | None = None,
 ) -> Starlette:
     """Return the dashboard of an App's store; `feed` of its `state` follows it.
 
     `password`: what a browser must give before it sees anything. `read_only`: no buttons, and no form is taken.
-    `workflows`: how runs are read and moved.
     `loopback`: it is bound to this machine only, so that without a password other names than this machine's are refused.
 
     >>> dashboard(App("memory:"), read_only=True)  # doctest: +ELLIPSIS, +SKIP
     <starlette.applications.Starlette object at ...>
     """
-    board = Board(
-        app,
-        Feed(app.client),
-        Sessions(app.clock, password),
-        read_only,
-        None if workflows is None else Shared(workflows, app.clock),
-    )
+    board = Board(app, Feed(app.client), Sessions(app.clock, password), read_only)
 
     def bound(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -108,7 +98,7 @@ def _problem(board: Board, request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         said = "There is no such page." if error.status_code == 404 else error.detail  # noqa: PLR2004 - HTTP's own number
         return board.page(request, "problem.html", error.status_code, topic="", title="Not here", text=said)
-    if isinstance(error, TaskNotFound):
+    if isinstance(error, TaskNotFound | RunNotFound):
         return board.page(request, "problem.html", 404, topic="", title="Not found", text=str(error))
     if isinstance(error, StoreError):
         return board.page(request, "problem.html", 503, topic="", title="The store does not answer", text=str(error))

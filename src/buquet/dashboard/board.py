@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from buquet.app import App
-    from buquet.dashboard.runs import Shared
     from buquet.dashboard.sessions import Sessions
     from buquet.insights.feed import Feed
 
@@ -67,8 +66,6 @@ class Board:
     feed: Feed
     sessions: Sessions
     read_only: bool = False
-    runs: Shared | None = None
-    """None where nothing is known of workflows."""
     templates: Environment = field(default_factory=_environment)
     assets: str = field(default_factory=_fingerprint)
     _overview: tuple[int, Overview] | None = None
@@ -89,7 +86,7 @@ class Board:
         text = self.templates.get_template(template).render(
             charts=charts,
             urlencode=urlencode,
-            navigation=[each for each in NAVIGATION if each[0] != "/runs" or self.runs],
+            navigation=NAVIGATION,
             product_version=__version__,
             assets=self.assets,
             store=self.app.url,

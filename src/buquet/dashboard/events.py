@@ -25,7 +25,8 @@ MOST = 500
 async def events(board: Board, request: Request) -> Response:
     """Tell of news of one topic until the browser leaves."""
     topic = request.query_params.get("topic", "")
-    if topic not in TOPICS and not keys.is_id(topic.removeprefix("task:")):
+    kind, _, name = topic.partition(":")
+    if topic not in TOPICS and not (kind in {"task", "run"} and keys.is_id(name)):
         return PlainTextResponse("nothing is followed under this name\n", 404)
     if board.feed.followers >= MOST:
         return PlainTextResponse("too many follow already\n", 503)

@@ -1,115 +1,109 @@
-"""Runs of workflows: their list, and one of them as a graph, a chart of time and a table."""
+"""Runs of workflows: their list, and one of them as a graph, a chart of time and a table; and what their buttons do."""
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, get_args
 
+import msgspec
 from markupsafe import Markup
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
-from buquet.errors import UsageError
+from buquet import keys
+from buquet.errors import RunNotFound, UsageError
 from buquet.insights.drawing.gantt import as_gantt
 from buquet.insights.drawing.paint import STYLE, tag
 from buquet.insights.drawing.svg import as_svg
+from buquet.insights.openruns import row_of
+from buquet.insights.runs import RunFilter, find
+from buquet.insights.runview import RunStatus
+from buquet.insights.scan import Scan
+from buquet.insights.taskview import run_values
+from buquet.workflow.sending import send_signal
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Mapping
 
     from starlette.requests import Request
 
-    from buquet.clock import Clock
     from buquet.dashboard.board import Board
-    from buquet.insights.runview import RunView, StepView
+    from buquet.insights.openruns import RunRow
+    from buquet.insights.runview import StepView
 
-FRESH = 1.5
-"""Seconds for which what was read of runs serves all browsers."""
-KEPT = 200
-MOVES = ("cancel", "pause", "resume", "retry")
-
-
-class RunsPort(Protocol):
-    """What the dashboard asks of workflows."""
-
-    async def recent(self) -> list[RunView]:
-        """Return the open runs and those that ended lately, the last changed first; their steps may be left out."""
-        ...
-
-    async def run(self, run_id: str) -> RunView:
-        """Return a run with its steps. Raises a BuquetError where there is none."""
-        ...
-
-    async def move(self, run_id: str, move: str) -> str:
-        """Cancel, pause, resume or retry a run, and return what came of it."""
-        ...
-
-    async def signal(self, run_id: str, name: str, value: str) -> None:
-        """Send a signal with a value in JSON. Raises a BuquetError where the run or the value does not fit."""
-        ...
+MOST = 200
+"""Runs in the list."""
+SHOWN: tuple[RunStatus, ...] = get_args(RunStatus)
+MOVES = {
+    "cancel": "The run was asked to stop: what is done is undone first.",
+    "pause": "The run was asked to pause: what runs goes on, and nothing more is begun.",
+    "resume": "The run was asked to go on.",
+    "retry": "The run was asked to go on from its failed steps.",
+}
 
 
-@dataclass
-class Shared:
-    """Reads of runs, each made once for all who look at the same moment."""
+@dataclass(frozen=True)
+class Wanted:
+    """Which runs are meant. Empty fields do not restrict."""
 
-    port: RunsPort
-    clock: Clock
-    known: dict[str, tuple[float, asyncio.Task[list[RunView]]]] = field(
-        default_factory=dict[str, tuple[float, "asyncio.Task[list[RunView]]"]]
-    )
+    text: str = ""
+    """Part of the id, the workflow, the key, a tag or the remark."""
+    status: RunStatus | None = None
+    everywhere: bool = False
+    """Look at all runs, with a GET for each, and not only at open ones and those that ended lately."""
 
-    async def recent(self) -> list[RunView]:
-        """Return the open runs and those that ended lately."""
-        return await self._read("", self.port.recent)
-
-    async def run(self, run_id: str) -> RunView:
-        """Return a run with its steps."""
-
-        async def one() -> list[RunView]:
-            return [await self.port.run(run_id)]
-
-        return (await self._read(run_id, one))[0]
-
-    def forget(self, run_id: str) -> None:
-        """Read a run anew next time: this process changed it."""
-        self.known.pop(run_id, None)
-        self.known.pop("", None)
-
-    async def _read(self, name: str, read: Callable[[], Awaitable[list[RunView]]]) -> list[RunView]:
-        at, reading = self.known.get(name, (0.0, None))
-        if reading is None or self.clock.monotonic() - at > FRESH:
-
-            async def whole() -> list[RunView]:
-                return await read()
-
-            reading = asyncio.create_task(whole())
-            self.known = dict(list(self.known.items())[-KEPT:])
-            self.known[name] = (self.clock.monotonic(), reading)
-        return await asyncio.shield(reading)
-
-
-def runs_of(board: Board) -> Shared:
-    """Return the runs, where this dashboard knows of workflows."""
-    if board.runs is None:
-        raise HTTPException(404)
-    return board.runs
+    def takes(self, row: RunRow) -> bool:
+        """Tell whether a run is meant."""
+        text = self.text.lower()
+        tags = (f"{name}={value}" for name, value in row.tags.items())
+        return self.status in {None, row.status} and (
+            not text or any(text in part.lower() for part in (row.id, row.workflow, row.key, row.remark, *tags))
+        )
 
 
 async def runs(board: Board, request: Request) -> Response:
     """Show the runs."""
-    return board.page(request, "runs.html", topic="errors", runs=await runs_of(board).recent())
+    asked = request.query_params
+    status: RunStatus | None = next((each for each in SHOWN if each == asked.get("status")), None)
+    wanted = Wanted(asked.get("q", "").strip(), status, "all" in asked)
+    feed = board.feed
+    await feed.ensure("runs")
+    if keys.is_id(wanted.text.lower()):
+        try:
+            return RedirectResponse(f"/runs/{(await feed.run(wanted.text.lower())).id}", 303)
+        except RunNotFound:
+            pass  # the list says that there is none
+    if wanted.everywhere:
+        scan = Scan(feed.direct)
+        found = [row_of(each) for each in await find(feed.direct, RunFilter((status,) if status else ()), MOST, scan)]
+    else:
+        found = feed.open_runs.rows(feed.journal.select(kind="run"))
+    shown = [row for row in found if wanted.takes(row)]
+    return board.page(
+        request,
+        "runs.html",
+        # a search through all runs is not made again every few seconds
+        topic="" if wanted.everywhere else "runs",
+        wanted=wanted,
+        states=SHOWN,
+        runs=shown[:MOST],
+        left=len(shown) - MOST,
+        unread=0 if wanted.everywhere or wanted.text or status else feed.open_runs.unread,
+        more=feed.open_runs.more,
+        since=feed.journal.since,
+    )
 
 
 async def run(board: Board, request: Request) -> Response:
     """Show one run."""
-    shown = await runs_of(board).run(request.path_params["id"])
-    now = board.app.clock.now_ms()
-    waits = [step for step in shown.steps if step.kind == "wait" and step.state in {"waiting", "ready", "running"}]
+    one = await board.feed.run(request.path_params["id"])
+    shown, now = board.feed.shown(one), board.app.clock.now_ms()
+    values = await run_values(board.app.client, one.held.record) if one.held else {}
+    waits = [step for step in shown.steps if step.kind == "wait" and step.state in {"ready", "running"}]
     graph, gantt = _picture(as_svg(shown, now, _link)), _picture(as_gantt(shown, now, _link))
-    topic = "" if shown.over else "errors"
-    return board.page(request, "run.html", topic=topic, run=shown, waits=waits, graph=graph, gantt=gantt)
+    # one that has ended is followed too: it may be retried, from elsewhere
+    return board.page(
+        request, "run.html", topic=f"run:{shown.id}", run=shown, waits=waits, graph=graph, gantt=gantt, values=values
+    )
 
 
 def _link(step: StepView) -> str:
@@ -127,19 +121,25 @@ async def style(_: Board, __: Request) -> Response:
 
 
 async def move(board: Board, target: str, form: Mapping[str, str]) -> str:
-    """Cancel, pause, resume or retry a run."""
+    """Cancel, pause, resume or retry a run. Raises RunNotFound, Refused."""
     wanted = form.get("action", "").removesuffix("-run")
-    if wanted not in MOVES:
-        msg = f"a run cannot be told to {wanted[:40]!r}"
-        raise UsageError(msg)
-    said = await runs_of(board).port.move(target, wanted)
-    runs_of(board).forget(target)
-    return said
+    handle = board.app.run(target)
+    moves = {"cancel": handle.acancel, "pause": handle.apause, "resume": handle.aresume, "retry": handle.aretry}
+    outcome = await moves[wanted]()
+    board.feed.changed("runs", f"run:{target}")
+    return "The run is cancelled." if outcome == "cancelled" else MOVES[wanted]
 
 
 async def signal(board: Board, target: str, form: Mapping[str, str]) -> str:
-    """Send a run a signal."""
-    name = form.get("name", "").strip()
-    await runs_of(board).port.signal(target, name, form.get("value", "") or "null")
-    runs_of(board).forget(target)
+    """Send a run a signal with a value in JSON. Raises UsageError for what is no JSON, RunNotFound, Refused."""
+    name, value = form.get("name", "").strip(), form.get("value", "").strip() or "null"
+    try:
+        msgspec.json.decode(value)
+    except msgspec.DecodeError as error:
+        msg = f"the value of signal {name!r} is no JSON ({error}): a text needs quotes"
+        raise UsageError(msg) from None
+    # the page names the step that waits, since two may wait for one signal
+    step = (await board.app.run(target).agraph()).steps.get(name)
+    await send_signal(board.app.client, target, step.signal if step else name, value.encode(), None)
+    board.feed.changed("runs", f"run:{target}")
     return f"The signal {name!r} was sent."

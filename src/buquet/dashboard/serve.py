@@ -10,7 +10,6 @@ import uvicorn
 
 from buquet.dashboard.app import dashboard
 from buquet.dashboard.guard import is_loopback
-from buquet.dashboard.storedruns import StoredRuns
 from buquet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Server(uvicorn.Server):
 
 def make_server(app: App, *, password: str | None, read_only: bool, host: str) -> Server:
     """Return the server of an App's dashboard; give `serve` the sockets of `listen`."""
-    application = dashboard(app, password=password, read_only=read_only, loopback=is_loopback(host), workflows=StoredRuns(app))
+    application = dashboard(app, password=password, read_only=read_only, loopback=is_loopback(host))
     server = Server(
         uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False)
     )

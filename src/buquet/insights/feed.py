@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from buquet import keys
-from buquet.errors import BuquetError
+from buquet.errors import BuquetError, RunNotFound
+from buquet.insights.fleet import worker_view
 from buquet.insights.looks import Backlog, BoundedJournal, Folder, Sessions
+from buquet.insights.onerun import MOST_TASKS, OneRun
+from buquet.insights.openruns import OpenRuns, starting
 from buquet.insights.pace import QUICK, SLOW, Pace, PacedStore
 from buquet.queue.client import Client
 from buquet.records import QueueSettings, Schedule, Task
@@ -23,6 +26,8 @@ from buquet.records import QueueSettings, Schedule, Task
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
+    from buquet.insights.fleet import WorkerView
+    from buquet.insights.runview import RunView
     from buquet.store.register import Held
 
 FIRST = 600
@@ -38,6 +43,9 @@ QUIET_ROOM = 1
 STALE = 10.0
 """Seconds after which a page that is opened waits for a look of its own."""
 PATIENCE = 5.0
+FRESH = 1.5
+"""Seconds for which a run that was read serves all who open it."""
+KEPT_RUNS = 50
 ALIVE = 15.0
 """Seconds after which a follower hears that nothing has changed."""
 
@@ -48,8 +56,9 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "workers": ("workers", "journal"),
     "queues": ("workers", "backlog", "journal", "settings"),
     "schedules": ("workers", "schedules", "journal"),
+    "runs": ("backlog", "runs", "journal"),
 }
-"""What is followed for each kind of page. `task:ID` is a topic too: that task's record.
+"""What is followed for each kind of page. `task:ID` and `run:ID` are topics too: one task's record, one run with its steps.
 
 The journal is followed with each, so that it never has much to catch up with while requests are few.
 """
@@ -84,6 +93,9 @@ class Feed:
         self.schedules = Folder(self.client, keys.SCHEDULES, Schedule)
         self.tasks: dict[str, Held[Task]] = {}
         """The records that are followed, by id."""
+        self.open_runs = OpenRuns(self.client)
+        self._runs: dict[str, OneRun] = {}
+        """Those that pages show, the one shown last at the end."""
         self.problem = ""
         """Why the last look failed; empty when it did not."""
         self.at = 0
@@ -96,6 +108,7 @@ class Feed:
             "journal": _Part(self._look_at_journal, 4, 6),
             "settings": _Part(lambda: self._look_at(self.settings), 5, 12),
             "schedules": _Part(lambda: self._look_at(self.schedules), 3, 6),
+            "runs": _Part(self._look_at_runs, 2.5, 6),
         }
         self._fixed = frozenset(self._parts)
         """Parts that are news whenever they were looked at: they show ages. A record is news when it changed."""
@@ -171,8 +184,29 @@ class Feed:
                 part.looked = self.clock.monotonic()
         return held
 
+    async def run(self, run_id: str) -> OneRun:
+        """Return a run with its steps, read now or lately; `shown` makes what is shown of it.
+
+        Raises RunNotFound, UnreadableRecord.
+        """
+        run = self._runs.pop(run_id, None) or OneRun(run_id)
+        self._runs = {**dict(list(self._runs.items())[1 - KEPT_RUNS :]), run_id: run}
+        # one that is followed is looked at in its turn
+        good_for = math.inf if run.held and f"run:{run_id}" in self._topics else FRESH
+        async with run.turn:
+            if self.clock.monotonic() - run.looked > good_for or run.looked == -math.inf:
+                await run.look(self.direct, BUSY_ROOM if run.held else MOST_TASKS)
+        return run
+
+    def shown(self, run: OneRun) -> RunView:
+        """Return a run as it is shown, with what is known of the workers."""
+        return run.view(self.direct, self.crew if run.waits else None)
+
     def changed(self, *names: str) -> None:
         """Tell that this process changed what these parts show: they are looked at again when a page is opened."""
+        for run in (self._runs.get(name.removeprefix("run:")) for name in names):
+            if run is not None:
+                run.looked = -math.inf
         for part in (self._parts[name] for name in names if name in self._parts):
             part.looked = min(part.looked, self.clock.monotonic() - STALE - 1)
 
@@ -197,10 +231,13 @@ class Feed:
     def _needed(self, topic: str) -> tuple[str, ...]:
         if topic in TOPICS:
             return TOPICS[topic]
+        kind, _, name = topic.partition(":")
         if topic not in self._parts and self._topics[topic]:
-            task_id = topic.partition(":")[2]
-            self._parts[topic] = _Part(lambda: self._look_at_task(task_id), 1.5, 2.5)
-        return (topic, "journal") if topic in self._parts else ()
+            look = self._look_at_run if kind == "run" else self._look_at_task
+            self._parts[topic] = _Part(lambda: look(name), 1.5, 2.5)
+        if topic not in self._parts:
+            return ()
+        return (topic, "workers", "journal") if kind == "run" else (topic, "journal")
 
     def _forget_unfollowed(self) -> None:
         for name in [name for name in self._parts if ":" in name and name not in self._topics]:
@@ -271,6 +308,29 @@ class Feed:
         if fresh is not held:
             self._parts[f"task:{task_id}"].version += 1
         return fresh is not None and fresh.record.state == "running"
+
+    async def _look_at_runs(self) -> bool:
+        room = BUSY_ROOM if any(self._active.values()) else QUIET_ROOM
+        return await self.open_runs.look(starting(self.backlog.entries.values()), max(room, int(self.pace.credit)))
+
+    async def _look_at_run(self, run_id: str) -> bool:
+        run = self._runs.setdefault(run_id, OneRun(run_id))
+        try:
+            # not in its turn: this takes its time, and who opens the page need not wait for it
+            changed = await run.look(self.client, BUSY_ROOM if any(self._active.values()) else QUIET_ROOM)
+        except RunNotFound:
+            return False
+        # of one that is under way it is news how long that takes
+        self._parts[f"run:{run_id}"].version += changed or not run.over
+        return changed
+
+    @property
+    def crew(self) -> list[WorkerView] | None:
+        """The workers, as their sessions say; None where nobody has looked."""
+        found = self.workers
+        if self._parts["workers"].looked == -math.inf:
+            return None
+        return [worker_view(session, found.age(key), alive=found.alive(key)) for key, session in found.records.items()]
 
     @property
     def running(self) -> set[str]:

@@ -100,16 +100,17 @@ async def workers(client: Client, scan: Scan | None = None) -> list[WorkerView]:
     """Return all sessions, those of live workers first."""
     found = await sessions(client, scan or Scan(client))
     now = await store_now(client) if found else 0.0
-    views = [_view(stored, session, now) for stored, session in found]
+    ages = [(session, max(now - stored.modified, 0.0)) for stored, session in found]
+    views = [worker_view(session, age, alive=not session.reaped and age <= session.ttl) for session, age in ages]
     views.sort(key=lambda view: (not view.alive, view.started))
     return views
 
 
-def _view(stored: Stored, session: Session, now: float) -> WorkerView:
-    age = max(now - stored.modified, 0.0)
+def worker_view(session: Session, age: float, *, alive: bool) -> WorkerView:
+    """Return a worker as its session says, which is so many seconds old."""
     return WorkerView(
         id=session.id,
-        alive=not session.reaped and age <= session.ttl,
+        alive=alive,
         host=session.host,
         pid=session.pid,
         queues=session.queues,

@@ -5,29 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from buquet import keys
-from buquet.errors import EncryptionKeyMissing, RunNotFound, UnreadableRecord
+from buquet.errors import UnreadableRecord
 from buquet.insights import fleet
-from buquet.insights.runsteps import step_view, task_of
-from buquet.insights.runview import RunView
+from buquet.insights.onerun import OneRun, graph_of_begun, read_graph, view_of, view_of_start
 from buquet.insights.scan import AT_ONCE, Scan, newest
 from buquet.records import Task
 from buquet.store.base import Listed
 from buquet.workflow.carriers import START
-from buquet.workflow.graph import Graph, Step
+from buquet.workflow.graph import Graph
 from buquet.workflow.records import RunRecord
-from buquet.workflow.sending import read_run
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from buquet.insights.runview import RunStatus
+    from buquet.insights.runview import RunStatus, RunView
     from buquet.queue.client import Client
 
-MOST_TASKS = 200
-"""Of so many steps of one run the tasks are read: those that are at work first."""
 UNFINISHED: frozenset[RunStatus] = frozenset({"pending", "running", "failing", "cancelling"})
 
 
@@ -62,18 +56,10 @@ async def read(client: Client, run_id: str, scan: Scan | None = None) -> RunView
     >>> view = await read(app.client, run.id)  # doctest: +SKIP
     """
     scan = scan or Scan(client)
-    run = await read_run(client, run_id)
-    if run is None:
-        return await _pending(client, (await client.read(run_id)).record, await fleet.workers(client, scan))
-    graph = await _graph(client, run)
-    wanted = [task_of(run, name) for name in graph.steps]
-    wanted = sorted((each for each in wanted if each), key=lambda each: not each.at_work)[:MOST_TASKS]
-    tasks: dict[str, Task] = {}
-    for start in range(0, len(wanted), AT_ONCE):
-        listed = [Listed(keys.task(each.task_id), None, 0, 0) for each in wanted[start : start + AT_ONCE]]
-        tasks |= {task.id: task for _, task in await scan.many(Task, listed)}
-    waits = any(task.state == "pending" for task in tasks.values())
-    return _view(client, run, graph, tasks, await fleet.workers(client, scan) if waits else None)
+    run = OneRun(run_id)
+    await run.look(client)
+    scan.unreadable += run.unreadable.values()
+    return run.view(client, await fleet.workers(client, scan) if run.waits else None)
 
 
 async def find(client: Client, wanted: RunFilter, limit: int | None, scan: Scan) -> list[RunView]:
@@ -95,7 +81,8 @@ async def find(client: Client, wanted: RunFilter, limit: int | None, scan: Scan)
             if run.state == "pruned" or run.id in known:
                 continue
             try:
-                view = _view(client, run, await _graph(client, run), {}, None)
+                graph = await read_graph(client, run) or graph_of_begun(run)
+                view = view_of(client, run, graph, {}, None)
             except UnreadableRecord as error:
                 scan.unreadable.append(str(error))
                 continue
@@ -130,50 +117,4 @@ async def _starts(client: Client, scan: Scan) -> AsyncIterator[RunView]:
             listed = [Listed(keys.task(entry.task), None, 0, 0) for entry in entries[start : start + AT_ONCE]]
             for _, task in await scan.many(Task, listed):
                 if task.state in {"pending", "running"}:
-                    yield await _pending(client, task, crew)
-
-
-async def _graph(client: Client, source: RunRecord | Task) -> Graph:
-    if isinstance(source, RunRecord) and source.state == "pruned":
-        msg = f"run {source.id} was pruned"
-        raise RunNotFound(msg)
-    try:
-        body = await client.values.get_of_run(source.id, source.graph, source.graph_at)
-    except EncryptionKeyMissing:
-        # conditions and constants are not for everybody's eyes; what has begun is told by the record
-        return Graph(steps={name: Step(kind="task") for name in source.steps} if isinstance(source, RunRecord) else {})
-    try:
-        return msgspec.json.decode(body, type=Graph)
-    except msgspec.DecodeError as error:
-        msg = f"the graph of run {source.id} cannot be read: {error}"
-        raise UnreadableRecord(msg) from None
-
-
-async def _pending(client: Client, start: Task, crew: list[fleet.WorkerView]) -> RunView:
-    """Return a run that is still to begin, as the task that starts it says."""
-    run = RunRecord(id=start.run, workflow=start.step, queue=start.queue, created=start.created, key=start.key, tags=start.tags)
-    view = _view(client, run, await _graph(client, start), {}, crew)
-    served = any(worker.alive and start.queue in worker.queues for worker in crew)
-    reason = "" if served else f"no live worker serves queue {start.queue!r}"
-    return msgspec.structs.replace(view, status="pending", started=0, reason=reason)
-
-
-def _view(
-    client: Client, run: RunRecord, graph: Graph, tasks: Mapping[str, Task], crew: list[fleet.WorkerView] | None
-) -> RunView:
-    now = client.clock.now_ms()
-    status: RunStatus = run.state if run.state != "pruned" else "completed"
-    return RunView(
-        id=run.id,
-        workflow=run.workflow,
-        key=run.key,
-        status=status,
-        paused=run.paused,
-        generation=run.gen,
-        created=run.created,
-        started=run.created,
-        ended=run.finished,
-        tags=run.tags,
-        error=run.error.message if run.error else "",
-        steps=[step_view(run, name, graph.steps[name], tasks, crew, now) for name in graph.steps],
-    )
+                    yield view_of_start(client, task, await read_graph(client, task) or Graph(), crew)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from buquet.queue.client import Client
     from buquet.records import Task
     from buquet.store.register import Held
+    from buquet.workflow.records import RunRecord
 
 SHOWN = 64 << 10
 """Characters of a value that are shown."""
@@ -61,6 +62,18 @@ async def values(client: Client, task: Task) -> dict[str, Value]:
             found[name] = _value(bytes(await get(task)))
         except (UnreadableRecord, EncryptionKeyMissing) as error:
             found[name] = Value("", 0, str(error))
+    return found
+
+
+async def run_values(client: Client, run: RunRecord) -> dict[str, Value]:
+    """Return a run's arguments and result, those that it has. One GET for each that lies outside of the record."""
+    found: dict[str, Value] = {}
+    for name, value, at in (("arguments", run.args, run.args_at), ("result", run.output, run.output_at)):
+        if at or bytes(value):
+            try:
+                found[name] = _value(bytes(await client.values.get_of_run(run.id, value, at)))
+            except (UnreadableRecord, EncryptionKeyMissing) as error:
+                found[name] = Value("", 0, str(error))
     return found
 
 

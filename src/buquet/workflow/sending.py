@@ -16,24 +16,31 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from buquet.queue.client import Client
+    from buquet.store.register import Held
 
 
 async def read_run(client: Client, run_id: str) -> RunRecord | None:
     """GET a run's record; None when no worker has carried out its start yet. Raises RunNotFound, UnreadableRecord."""
+    found = await find_run(client, run_id)
+    return None if isinstance(found, Task) else found.record
+
+
+async def find_run(client: Client, run_id: str) -> Held[RunRecord] | Task:
+    """GET a run's record, or else the task that is to start it. Raises RunNotFound, UnreadableRecord."""
     if keys.is_id(run_id):
         held = await client.register.read(RunRecord, keys.run(run_id))
         if held is not None:
-            return held.record
-        if await _start_of(client, run_id):
-            return None
+            return held
+        start = await client.register.read(Task, keys.task(run_id))
+        if start is not None and start.record.name == START:
+            if start.record.state not in TERMINAL:
+                return start.record
+            # carried out between the two reads, so that the run is there now; or both are old, and the run was pruned
+            held = await client.register.read(RunRecord, keys.run(run_id))
+            if held is not None:
+                return held
     msg = f"there is no run {run_id[:80]!r} in {client.store.url}. Its id may be from another store, or it was pruned"
     raise RunNotFound(msg)
-
-
-async def _start_of(client: Client, run_id: str) -> Task | None:
-    """Return the task that starts a run, if there is one and the run is still to come of it."""
-    held = await client.register.read(Task, keys.task(run_id))
-    return held.record if held is not None and held.record.name == START and held.record.state not in TERMINAL else None
 
 
 async def send_signal(client: Client, run_id: str, name: str, value: bytes, key: str | None) -> None:

@@ -160,7 +160,7 @@ def test_a_result_that_is_not_there_in_time_is_a_timeout_and_the_task_goes_on(ap
         return n
 
     handle = takes.submit(1)
-    with pytest.raises(TimeoutError, match="not over after 0.05 s"):
+    with pytest.raises(TimeoutError, match=r"not over after 0\.05 s"):
         handle.result(timeout=0.05)
     run_until_idle(app)
     assert handle.result() == 1

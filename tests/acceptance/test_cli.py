@@ -260,6 +260,15 @@ def test_what_is_wrong_is_said_in_a_line(shell, words, status, says):
     assert says in done.stderr
 
 
+def test_a_slip_in_a_queue_or_path_is_noted(shell):
+    done = shell.run("worker", "tasks:app", "--drain", "--queue", "slwo", "--queue", "slow")
+    assert "no task here is in queue 'slwo'; this App's queues are default, slow" in done.stderr
+    assert "queue 'slow';" not in done.stderr
+    for said in (True, False):
+        done = shell.run("ls", "--url", "sqlite:slip/of/the.db")
+        assert ("note: there was no file" in done.stderr) == said
+
+
 def test_a_file_that_is_no_database_is_left_alone(shell):
     (shell.folder / "notes.txt").write_text("these are notes, and no database at all\n" * 50)
     done = shell.run("ls", "--url", "sqlite:notes.txt", status=1)

@@ -238,6 +238,25 @@ def test_progress_of_any_kind_keeps_the_heartbeat_going(progress):
     run_virtual(main)
 
 
+def test_values_over_64_mib_are_refused_and_say_what_to_do(app):
+    huge = "x" * (64 << 20)
+
+    @app.task(max_attempts=1)
+    def returns(what: str) -> str:
+        if what == "checkpoint":
+            current().checkpoint(huge)
+        return huge
+
+    with pytest.raises(UsageError, match=r"'what' of .*returns has 67,108,866 bytes as JSON; the most is 67,108,864"):
+        returns.submit(huge)
+    handles = [returns.submit(what) for what in ("result", "checkpoint")]
+    run_until_idle(app)
+    for handle, kind in zip(handles, ("InvalidResult", "InvalidArgument"), strict=True):
+        error = handle.record().error
+        assert error.type == f"buquet.errors.{kind}"
+        assert "Store it in an object of yours" in error.message
+
+
 # ---------------------------------------------------------------------- Apps and files
 
 
@@ -298,6 +317,26 @@ def test_a_folder_of_any_name_can_hold_the_file_also_for_a_workers_children(tmp_
     assert [path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("buquet.db")] == [(name, ".buquet")]
     shown = App(App(f"sqlite:{str(folder).replace('%', '%25').replace('?', '%3F')}/b.db").client.store.url)
     assert shown.client.store.path == folder / "b.db"
+
+
+def test_a_handler_that_closes_its_app_closes_it_not_under_its_worker(app):
+    @app.task
+    def one(n: int) -> int:
+        return n
+
+    @app.task
+    def submits(n: int) -> str:
+        with app:
+            return one.submit(n).id
+
+    @app.task
+    async def submits_too(n: int) -> str:
+        async with app:
+            return (await one.asubmit(n)).id
+
+    handles = [submits.submit(1), submits_too.submit(2)]
+    run_until_idle(app)
+    assert [one.get(handle.result()).result() for handle in handles] == [1, 2]
 
 
 def test_two_apps_of_one_process_do_not_meet(tmp_path):

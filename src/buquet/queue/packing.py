@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from buquet import keys
 from buquet.codec import encode_value
 from buquet.errors import InvalidArgument, SubmitInterrupted, UnreadableRecord, UsageError
-from buquet.keys import LARGEST
+from buquet.queue.payloads import LARGEST
 from buquet.records import Session, Task
 
 if TYPE_CHECKING:

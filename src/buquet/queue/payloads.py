@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from buquet import keys
 from buquet.codec import Oversized
 from buquet.errors import EncryptionKeyMissing, UnreadableRecord
+from buquet.keys import LARGEST as LARGEST
 from buquet.records import ABSENT, ErrorInfo
 from buquet.sealing import HIDDEN
 from buquet.store.base import Stored

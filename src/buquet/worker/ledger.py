@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Raw
 
 from buquet.errors import InvalidPayload, InvalidResult
-from buquet.keys import LARGEST
+from buquet.queue.payloads import LARGEST
 from buquet.records import ErrorInfo, ItemFailure, PackItems, PackState, Task
 
 if TYPE_CHECKING:

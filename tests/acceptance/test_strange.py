@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.fixture import run_until_idle
 from buquet.testing.virtual import run_virtual
+from buquet.worker.logs import JsonLines
 
 
 @pytest.fixture
@@ -379,6 +381,13 @@ def test_a_handler_that_changes_the_folder_moves_no_store(tmp_path, monkeypatch)
 
 
 # ---------------------------------------------------------------------- what is shown
+
+
+def test_a_line_of_any_text_is_a_line_of_json():
+    record = logging.LogRecord("mine", logging.INFO, "here", 1, "half a character: %s\nand more", ("\ud800",), None)
+    line = JsonLines().format(record)
+    assert "\n" not in line
+    assert json.loads(line)["message"] == "half a character: \\ud800\nand more"
 
 
 def test_what_users_named_moves_no_cursor(capsys):

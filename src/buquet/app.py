@@ -464,7 +464,12 @@ class App:
     # ------------------------------------------------------------------ closing
 
     def close(self) -> None:
-        """Ring for what was submitted and release the store. An App that was given a URL opens it again at its next use."""
+        """Ring for what was submitted and release the store. An App that was given a URL opens it again at its next use.
+
+        While a worker of this App runs in this process it stays open: a handler may use `with app:`, as other code does.
+        """
+        if self._works():
+            return
         if self.in_use:
             self.background.refuse_on_a_loop("close")
         client = self._let_go()
@@ -474,10 +479,17 @@ class App:
 
     async def aclose(self) -> None:
         """Do what `close` does, on the running event loop."""
+        if self._works():
+            return
         client = self._let_go()
         if client is not None:
             await client.close()
         self.background.stop()
+
+    def _works(self) -> bool:
+        """Tell whether a worker of this App runs in this process."""
+        client = self._client
+        return client is not None and bool(client.listeners)
 
     def _let_go(self) -> Client | None:
         """Forget the client that is to be closed, and its store where that can be opened again: the same one, wherever we are."""

@@ -105,10 +105,19 @@ def _decode_other(kind: type, value: Any) -> Any:
 _values = msgspec.json.Encoder(enc_hook=_encode_other)
 
 
+def check_size(body: bytes, what: str, error: type[InvalidArgument | InvalidResult] = InvalidArgument) -> None:
+    """Raise `error` for a value over 64 MiB."""
+    if len(body) > keys.LARGEST:
+        most = f"the most is {keys.LARGEST:,}. Store it in an object of yours and pass its key"
+        msg = f"{what} has {len(body):,} bytes as JSON; {most}"
+        raise error(msg)
+
+
 def encode_value(value: Any, what: str, error: type[InvalidArgument | InvalidResult] = InvalidArgument) -> bytes:
     """Return a value's JSON. Raises `error`, naming `what`, when JSON does not carry it."""
     try:
         body = _values.encode(value)
+        check_size(body, what, error)  # before it is looked through, which takes seconds for what is far too large
         # msgspec writes NaN as null and integers of any length; readers would get something else back
         if _SUSPECT.search(body):
             _check_numbers(msgspec.to_builtins(value, enc_hook=_encode_other), "$")
@@ -170,7 +179,7 @@ class Signature:
     def encode(self, arguments: dict[str, Any]) -> bytes:
         """Return bound arguments as a JSON object. Raises InvalidArgument, naming the parameter."""
         try:
-            return encode_value(arguments, "arguments")
+            return encode_value(arguments, f"the whole of the arguments of {self.function.__qualname__}")
         except InvalidArgument:
             for name, value in arguments.items():
                 encode_value(value, f"argument {name!r} of {self.function.__qualname__}")

@@ -27,6 +27,8 @@ PRIORITIES = range(10)
 MAX_NAME = 100
 MAX_RECORD = 4 << 20
 """A record larger than this many bytes is not read: nothing of ours comes near it."""
+LARGEST = 64 << 20
+"""The most bytes of a value as JSON: of a task's arguments, a result, a checkpoint."""
 MAX_VALUE = 96 << 20
 """Nor is a payload or a part of the journal larger than this: 64 MiB of a value, and what encryption adds to it."""
 

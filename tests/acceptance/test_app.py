@@ -160,7 +160,7 @@ def test_a_result_that_is_not_there_in_time_is_a_timeout_and_the_task_goes_on(ap
         return n
 
     handle = takes.submit(1)
-    with pytest.raises(TimeoutError, match="still pending"):
+    with pytest.raises(TimeoutError, match=r"not over after 0\.05 s"):
         handle.result(timeout=0.05)
     run_until_idle(app)
     assert handle.result() == 1
@@ -185,10 +185,10 @@ def test_a_handler_in_a_thread_sees_that_it_was_cancelled(app):
     worker = app.worker()
     working = threading.Thread(target=worker.run)
     working.start()
-    assert started.wait(20)
+    assert started.wait(60)
     assert handle.cancel() == "requested"
     with pytest.raises(TaskCancelled):
-        handle.result(timeout=30)
+        handle.result(timeout=60)
     assert worker.keeper.abandoned == 0
     worker.stop()
     working.join(20)
@@ -225,7 +225,7 @@ def test_an_app_that_was_used_and_then_forked_says_so_in_the_child(app):
     answers = context.Queue()
     child = context.Process(target=_in_child, args=(app, answers))
     child.start()
-    assert "forked" in answers.get(timeout=20)
+    assert "forked" in answers.get(timeout=60)
     child.join(20)
 
 
@@ -239,7 +239,7 @@ def test_a_program_that_ends_right_after_a_submit_has_rung_the_bell(tmp_path):
             "for _ in range(5): noop.submit()",
         ]
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
     with App(f"sqlite:{tmp_path}/app.db") as app:
         stored = asyncio.run(app.client.store.get("bell/default"))
         assert stored.body.count(b"ready/default/5/") == 5

@@ -121,7 +121,7 @@ def test_running_tasks_are_counted_in_their_own_queue(shell):
         assert 0 <= view["beat_age"] < 30
     finally:
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(20) == 0
+        assert worker.wait(60) == 0
     assert [each["why"] for each in shell.json("history", slow)][-1] == "released"
 
 
@@ -168,7 +168,7 @@ def test_ctrl_c_while_waiting(shell):
     assert waiting.stderr.readline().startswith("store: ")
     assert len(waiting.stderr.readline().strip()) == 32, "the id is told before the wait"
     waiting.send_signal(signal.SIGINT)
-    said = waiting.communicate(timeout=20)
+    said = waiting.communicate(timeout=60)
     assert waiting.returncode == 130
     assert said == ("", "")
 
@@ -193,7 +193,7 @@ def test_submit_and_wait_prints_the_result_or_fails(shell):
         assert (value["state"], value["error"]["message"]) == ("failed", "it is broken")
     finally:
         worker.send_signal(signal.SIGINT)
-        assert worker.wait(20) == 0
+        assert worker.wait(60) == 0
 
 
 def test_a_key_is_submitted_once(shell):
@@ -260,6 +260,15 @@ def test_what_is_wrong_is_said_in_a_line(shell, words, status, says):
     assert says in done.stderr
 
 
+def test_a_slip_in_a_queue_or_path_is_noted(shell):
+    done = shell.run("worker", "tasks:app", "--drain", "--queue", "slwo", "--queue", "slow")
+    assert "no task here is in queue 'slwo'; this App's queues are default, slow" in done.stderr
+    assert "queue 'slow';" not in done.stderr
+    for said in (True, False):
+        done = shell.run("ls", "--url", "sqlite:slip/of/the.db")
+        assert ("note: there was no file" in done.stderr) == said
+
+
 def test_a_file_that_is_no_database_is_left_alone(shell):
     (shell.folder / "notes.txt").write_text("these are notes, and no database at all\n" * 50)
     done = shell.run("ls", "--url", "sqlite:notes.txt", status=1)
@@ -274,7 +283,7 @@ def test_output_into_a_closed_pipe_and_ctrl_c_are_quiet(shell):
     listing = shell.start("ls", stdout=reader.stdin, stderr=subprocess.PIPE)
     reader.stdin.close()
     reader.wait()
-    assert b"Traceback" not in listing.communicate(timeout=20)[1]
+    assert b"Traceback" not in listing.communicate(timeout=60)[1]
 
 
 def test_a_dead_worker_process_is_replaced_and_its_task_is_run_again_at_once(shell):
@@ -285,22 +294,21 @@ def test_a_dead_worker_process_is_replaced_and_its_task_is_run_again_at_once(she
         wait_for(marker.exists)
         record = shell.json("get", task_id)
         pid = next(each["pid"] for each in shell.json("workers") if each["id"] == record["worker"])
-        killed_at = time.monotonic()
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: shell.json("get", task_id)["state"] == "completed")
-        assert time.monotonic() - killed_at < 15, "well before the session's time-to-live of 30 s"
         record = shell.json("get", task_id)
         assert (record["losses"], record.get("failures", 0)) == (1, 0)
         wait_for(lambda: len(shell.json("workers")) == 2)
     finally:
         parent.send_signal(signal.SIGTERM)
-        said = parent.communicate(timeout=30)[1]
+        said = parent.communicate(timeout=60)[1]
     assert parent.returncode == 0
     assert "killed by SIGKILL" in said
+    assert f"the session of pid {pid} was reaped" in said, "by the parent, and not by others half a minute later"
     assert shell.json("workers") == []
 
 
-def wait_for(condition, seconds=30):
+def wait_for(condition, seconds=60):
     """Ask again and again: what happens in other processes gives no event here."""
     ends = time.monotonic() + seconds
     while not condition():

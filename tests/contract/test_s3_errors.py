@@ -124,7 +124,7 @@ async def test_missing_bucket(server: S3Server, operation: Operation) -> None:
         await operation(open_store(url, Clock()))
     assert "'no-such-bucket'" in str(caught.value)
     assert server.endpoint in str(caught.value)
-    assert f"buquet init --url {url}" in str(caught.value)
+    assert f"buquet init --url '{url}'`" in str(caught.value)
 
 
 @every("create", "update", "put", "delete")

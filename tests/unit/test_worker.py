@@ -1,6 +1,7 @@
 """What a worker does with a task, in virtual time on the memory store."""
 
 import asyncio
+import logging
 import threading
 
 import pytest
@@ -322,8 +323,6 @@ async def test_payloads_that_do_not_fit_fail_at_once_and_name_the_field(rig):
 
 @virtual
 async def test_an_unreadable_record_is_reported_once_and_left(rig):
-    import logging
-
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -355,11 +354,17 @@ async def test_a_task_that_nobody_handles_waits_and_is_told(rig):
     @rig.app.task
     async def known() -> None: ...
 
-    handle = await stranger.asubmit()
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("buquet.worker").addHandler(handler)
+    handles = [await stranger.asubmit() for _ in range(3)]
     worker = rig.worker(drain=True)
     await worker.arun()
-    assert await handle.astatus() == "pending"
+    logging.getLogger("buquet.worker").removeHandler(handler)
+    assert [await handle.astatus() for handle in handles] == ["pending"] * 3
     assert worker.unhandled["stranger"] >= 1
+    assert sum("'stranger'" in line and "no handler of that name" in line for line in lines) == 1, "told once, not for each"
 
 
 @virtual

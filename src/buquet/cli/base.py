@@ -51,6 +51,9 @@ def open_app(url: str | None) -> App:
     app = App(url)
     app.patience = PATIENCE
     tell_default(app, url)
+    path: object = getattr(app.client.store, "path", None)
+    if isinstance(path, Path) and not path.exists():
+        print(f"note: there was no file {path}. It is made now, and empty", file=sys.stderr)
     return app
 
 

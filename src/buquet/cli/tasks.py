@@ -103,7 +103,8 @@ async def _with_values(client: Client, task: Task) -> Task:
     values: dict[str, msgspec.Raw] = {}
     for name, read in (("args", client.values.args), ("checkpoint", client.values.checkpoint), ("result", client.values.result)):
         try:
-            values[name] = msgspec.Raw(await read(task))
+            if body := bytes(await read(task)):  # what is not there stays the default, which encoders leave out
+                values[name] = msgspec.Raw(body)
         except EncryptionKeyMissing:
             values[name] = msgspec.Raw(msgspec.json.encode(HIDDEN))
         except UnreadableRecord as error:
@@ -113,9 +114,12 @@ async def _with_values(client: Client, task: Task) -> Task:
 
 def _plain(task: Task) -> dict[str, Any]:
     """Return a record as JSON values, with every field; a value that is not there is null."""
-    values = {"args", "checkpoint", "result"}
-    whole: dict[str, Any] = {name: None if name in values else getattr(task, name) for name in task.__struct_fields__}
-    return msgspec.to_builtins(whole) | msgspec.json.decode(msgspec.json.encode(task))
+    stored: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(task))
+    whole: dict[str, Any] = {}
+    for name in task.__struct_fields__:
+        value = getattr(task, name)
+        whole[name] = stored[name] if name in stored else None if isinstance(value, msgspec.Raw) else msgspec.to_builtins(value)
+    return whole
 
 
 def _short(value: msgspec.Raw, at: str) -> str:

@@ -15,12 +15,14 @@ from buquet.errors import UsageError
 from buquet.worker.logs import JsonLines, TaskFields, TextLines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from buquet.app import App
     from buquet.operate.counting import CountingStore
     from buquet.store.base import Store
     from buquet.worker.worker import Worker
+
+log = logging.getLogger("buquet.worker")
 
 
 class LogFormat(enum.StrEnum):
@@ -69,6 +71,7 @@ def worker(
     served = app.worker(queue, concurrency=concurrency, drain=drain, max_time=max_time, grace=grace, ttl=ttl, parent=parent)
     if not parent:
         _introduce(app, served.queues, json)
+        _tell_empty(app, queue or ())
     if processes > 1:
         from buquet.worker.processes import Processes  # noqa: PLC0415 - only for parents
 
@@ -132,6 +135,14 @@ def _introduce(app: App, queues: tuple[str, ...], json: bool) -> None:
         return
     names = ", ".join(f"{task.name} ({task.queue})" for task in app.tasks.values())
     to_stderr(f"{url}\ntasks: {names}\nqueues: {', '.join(queues)}")
+
+
+def _tell_empty(app: App, named: Sequence[str]) -> None:
+    """Warn of queues that were named and hold no task of this App: most likely a slip of the pen."""
+    own = {each.queue for each in (*app.tasks.values(), *app.workflows.values())}
+    for queue in dict.fromkeys(named):
+        if queue not in own:
+            log.warning("no task here is in queue %r; this App's queues are %s", queue, ", ".join(sorted(own)))
 
 
 def _log(as_json: bool, stream: TextIO) -> None:

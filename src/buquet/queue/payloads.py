@@ -10,7 +10,8 @@ from msgspec.structs import replace
 
 from buquet import keys
 from buquet.codec import Oversized
-from buquet.errors import EncryptionKeyMissing, InvalidArgument, UnreadableRecord
+from buquet.errors import EncryptionKeyMissing, UnreadableRecord
+from buquet.keys import LARGEST as LARGEST
 from buquet.records import ABSENT, ErrorInfo
 from buquet.sealing import HIDDEN
 from buquet.store.base import Stored
@@ -26,15 +27,6 @@ if TYPE_CHECKING:
 
 INLINE = 64 << 10
 """The most bytes of a value that a record holds itself."""
-LARGEST = 64 << 20
-"""The most bytes of a value at all."""
-
-
-def check_size(body: bytes, what: str) -> None:
-    """Raise InvalidArgument for a value over 64 MiB."""
-    if len(body) > LARGEST:
-        msg = f"{what} has {len(body):,} bytes as JSON; the most is {LARGEST:,}. Store it in an object of yours and pass its key"
-        raise InvalidArgument(msg)
 
 
 class Values:

@@ -18,7 +18,6 @@ from buquet.queue.handles import Handles
 from buquet.queue.options import Policy, StepOptions, SubmitOptions
 from buquet.queue.packing import Packing, submit_packs, submit_packs_blocking
 from buquet.queue.parent import SYSTEM, is_system, tracing
-from buquet.queue.payloads import check_size
 from buquet.records import Task
 
 if TYPE_CHECKING:
@@ -118,7 +117,6 @@ class BaseTask(Generic[P, R]):
         """Make the record of a submit. Raises TypeError for wrong arguments, InvalidArgument for what JSON does not carry."""
         self.check_step_options()
         body = self.signature.encode(self.signature.bind(args, kwargs))
-        check_size(body, f"the arguments of {self.name}")
         key = self.submit_options.key
         task_id = self._home.clock.new_id() if key is None else keys.keyed_id(self.queue, self.name, key)
         return Prepared(self.new_record(task_id, key or ""), body)

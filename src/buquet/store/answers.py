@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import NamedTuple
 from urllib.parse import urlencode
 
@@ -86,7 +87,7 @@ def explain(error: BaseException, what: str, place: Place, *, answered: bool) ->
     said = _said(error, status, code)
     where = place.endpoint or ("AWS" if place.scheme == "s3" else "Azure")
     if code in NO_BUCKET:
-        how = f"Create it, or run `buquet init --url {place.url}`" if place.scheme == "s3" else "Create it"
+        how = f"Create it, or run `buquet init --url {shlex.quote(place.url)}`" if place.scheme == "s3" else "Create it"
         return BucketMissing(f"there is no bucket {place.bucket!r} at {where}. {how}")
     if any(sign in str(error) for sign in ROLE):
         if answered:  # it has given credentials before, and will again

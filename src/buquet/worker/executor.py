@@ -23,7 +23,7 @@ from buquet.errors import (
 )
 from buquet.queue import transitions
 from buquet.queue.attempt import Attempt, enter
-from buquet.queue.payloads import Values, check_size
+from buquet.queue.payloads import Values
 from buquet.records import TERMINAL, Progress, Task
 from buquet.store.retrying import pause
 from buquet.worker.failures import AttemptTimeout, TaskLogger, describe, exit_of
@@ -83,7 +83,6 @@ class Running:
     async def checkpoint(self, value: Any) -> None:
         """Store a checkpoint under this claim."""
         body = encode_value(value, "the checkpoint")
-        check_size(body, "the checkpoint")
         if not self.in_handler:
             msg = f"task {self.listing.task}: this attempt is over, and its checkpoint was not stored"
             raise Refused(msg)
@@ -270,10 +269,6 @@ class Executor:
 
     async def _completed(self, run: Running, function: BaseTask[Any, Any], value: Any) -> Callable[[Task], Task]:
         body = function.signature.check_result(value)
-        try:
-            check_size(body, f"the result of {function.name}")
-        except UsageError as error:
-            raise InvalidResult(str(error)) from None
         raw, at = await self.store_value(run, "result", body)
         self.keeper.completed += 1
         return lambda task: transitions.complete(task, run.token, raw, at, self.now())

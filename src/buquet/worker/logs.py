@@ -61,9 +61,14 @@ class JsonLines(logging.Formatter):
             "at": int(record.created * 1000),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _clean(record.getMessage()),
         }
         line |= {name: vars(record)[name] for name in FIELDS if name in vars(record)}
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
+            line["traceback"] = _clean(self.formatException(record.exc_info))
         return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+def _clean(text: str) -> str:
+    """Replace lone surrogates, which JSON cannot carry: the line would be lost."""
+    return text.encode("utf-8", "backslashreplace").decode()

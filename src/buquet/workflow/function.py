@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, cast, 
 import msgspec
 
 from buquet import keys
-from buquet.codec import Signature
+from buquet.codec import Signature, check_size
 from buquet.errors import UsageError
 from buquet.queue.options import check_key, check_tags
 from buquet.queue.parent import is_system
-from buquet.queue.payloads import check_size
 from buquet.queue.task import Prepared
 from buquet.records import Raw, Task
 from buquet.workflow.carriers import START
@@ -120,7 +119,6 @@ class WorkflowFunction(Generic[P, R]):
         """Make the record of the task that starts a run. No I/O. Raises what `start` raises for wrong arguments."""
         options = self.start_options
         body = self.signature.encode(self.signature.bind(args, kwargs))
-        check_size(body, f"the arguments of {self.name}")
         graph = msgspec.json.encode(trace_of(self.function, args, kwargs))
         check_size(graph, f"the graph of {self.name}")
         clock = self._home.clock

@@ -146,6 +146,24 @@ async def test_a_failing_item_backs_off_while_others_go_on_and_a_snooze_spends_n
 
 
 @virtual
+async def test_an_item_whose_backoff_is_over_goes_before_those_that_have_not_begun(rig):
+    calls = []
+
+    @rig.app.task(max_attempts=2, backoff=Backoff(initial=3, factor=1, jitter=0))
+    async def work(n: int) -> int:
+        calls.append(n)
+        if n in {0, 1} and calls.count(n) == 1:
+            raise ValueError
+        await asyncio.sleep(2)
+        return n
+
+    batch = await work.abatch(range(8), pack=8)
+    await rig.drain(concurrency=1)
+    assert await batch.aresults() == list(range(8))
+    assert calls == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7]
+
+
+@virtual
 async def test_where_all_that_is_left_comes_back_much_later_the_slot_is_given_back(rig):
     calls = []
 

@@ -1,6 +1,7 @@
 """Batches: packs of items, each with its own outcome. In virtual time on the memory store; sync functions in real time."""
 
 import asyncio
+import logging
 import threading
 
 import pytest
@@ -588,6 +589,34 @@ async def test_a_pack_that_is_closed_early_for_its_bytes_keeps_the_indexes_right
     assert [each.pack for each in await rig.records(batch)] == [2, 2]
     await rig.drain()
     assert [each.index for each in await batch.afailed()] == [3]
+
+
+@virtual
+async def test_a_handler_that_waits_for_a_batch_is_warned_that_it_holds_its_slot(rig):
+    class Keep(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    lines = []
+
+    @rig.app.task
+    async def item(n: int) -> int:
+        return n
+
+    @rig.app.task
+    async def whole() -> int:
+        batch = await item.abatch(range(10), pack=5)
+        return sum(await batch.aresults())
+
+    handle = await whole.asubmit()
+    keep = Keep()
+    logging.getLogger("buquet.task").addHandler(keep)
+    try:
+        await rig.drain(concurrency=2)
+    finally:
+        logging.getLogger("buquet.task").removeHandler(keep)
+    assert await handle.aresult() == 45
+    assert sum("holds its slot meanwhile" in line for line in lines) == 1
 
 
 # ---------------------------------------------------------------- sync functions, in real time

@@ -13,8 +13,8 @@ app = App(common.URL)
 
 
 @app.task
-async def noop(item: int) -> int:
-    common.handled(0.0)
+async def noop(item: int | float) -> int | float:  # noqa: PYI041 - an int is to stay one
+    common.handled(item if isinstance(item, float) else 0.0)  # a probe's item is the time when it was sent
     return item
 
 
@@ -40,7 +40,7 @@ def main() -> None:
         submit,
         lambda: [common.worker(sys.executable, __file__, "work", str(objects))],
         lambda: total if common.DONES.exists() else 0,
-        None,
+        lambda sent: noop.batch([sent]),
     )
     for count, batch in batches:
         if list(batch.results()) != list(range(count)):

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from buquet import App
+from buquet.queue.background import new_loop
 from buquet.worker.session import resident
 
 
@@ -83,7 +84,8 @@ def main() -> None:
         url = options.url or f"sqlite:{folder}/backlog.db"
         app = make(url)
         if options.drain_only:
-            print(json.dumps(asyncio.run(drain(app, options.tasks))))
+            with asyncio.Runner(loop_factory=new_loop) as runner:  # the loop of `buquet worker`
+                print(json.dumps(runner.run(drain(app, options.tasks))), flush=True)
             os._exit(0)
         result = submit(app, options.tasks)
         app.close()

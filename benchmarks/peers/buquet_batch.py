@@ -7,6 +7,7 @@ import time
 import common
 
 from buquet import App
+from buquet.queue.background import new_loop
 
 PACK = int(common.setting("pack", "100"))
 app = App(common.URL)
@@ -50,4 +51,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(work(int(sys.argv[2]))) if sys.argv[1:2] == ["work"] else main()
+    if sys.argv[1:2] == ["work"]:
+        with asyncio.Runner(loop_factory=new_loop) as runner:  # the loop of `buquet worker`
+            runner.run(work(int(sys.argv[2])))
+    else:
+        main()

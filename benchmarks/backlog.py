@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from buquet import App
+from buquet.queue.background import new_loop
 from buquet.worker.session import resident
 
 
@@ -39,7 +40,7 @@ def submit(app: App, count: int) -> dict[str, float]:
     for start in range(0, count, 10_000):
         task.submit_many((n,) for n in range(start, min(start + 10_000, count)))
         print(f"{min(start + 10_000, count):,} submitted", file=sys.stderr)
-    return {"submit_per_second": count / (time.monotonic() - begun), "submitter_mb": resident() / 2**20}
+    return {"submit_per_s": count / (time.monotonic() - begun), "submitter_mb": resident() / 2**20}
 
 
 async def drain(app: App, count: int) -> dict[str, float]:
@@ -65,11 +66,11 @@ async def drain(app: App, count: int) -> dict[str, float]:
     after_a_tenth = next(mark[2] for mark in marks if mark[1] >= tenth)
     return {
         "completed": worker.keeper.completed,
-        "drain_per_second": count / (marks[-1][0] - marks[0][0]),
-        "first_tenth_per_second": rate(1, tenth),
-        "last_tenth_per_second": rate(count - tenth, count),
-        "worker_mb_after_a_tenth": after_a_tenth,
-        "worker_mb_at_most": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "drain_per_s": count / (marks[-1][0] - marks[0][0]),
+        "drain_first_tenth_per_s": rate(1, tenth),
+        "drain_last_tenth_per_s": rate(count - tenth, count),
+        "worker_after_a_tenth_mb": after_a_tenth,
+        "worker_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
 
@@ -83,7 +84,8 @@ def main() -> None:
         url = options.url or f"sqlite:{folder}/backlog.db"
         app = make(url)
         if options.drain_only:
-            print(json.dumps(asyncio.run(drain(app, options.tasks))))
+            with asyncio.Runner(loop_factory=new_loop) as runner:  # the loop of `buquet worker`
+                print(json.dumps(runner.run(drain(app, options.tasks))), flush=True)
             os._exit(0)
         result = submit(app, options.tasks)
         app.close()

@@ -16,6 +16,8 @@ from harness import table
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
+UNITS = {"_mb": " MB", "_per_s": " a second"}
+"""Units by the ends of names."""
 
 
 def parts(whole: dict[str, Any], file: str) -> dict[str, str]:
@@ -40,10 +42,15 @@ def parts(whole: dict[str, Any], file: str) -> dict[str, str]:
 def memory(extra: dict[str, Any]) -> str:
     """What the two benchmarks of many items found."""
     lines = ["| command | what | |", "|---|---|---:|"]
-    for name, command in (("backlog", "python benchmarks/backlog.py"), ("million", "python benchmarks/million.py")):
+    for name in ("backlog", "million"):
         for key, value in extra.get(name, {}).items():
-            if key != "date":
-                lines.append(f"| `{command}` | {key.replace('_', ' ')} | {value:,.0f} |")
+            if key == "date":
+                continue
+            what, unit = key, ""
+            for end, told in UNITS.items():
+                if key.endswith(end):
+                    what, unit = key.removesuffix(end), told
+            lines.append(f"| `python benchmarks/{name}.py` | {what.replace('_', ' ')} | {value:,.0f}{unit} |")
     return "\n".join(lines)
 
 
@@ -57,14 +64,18 @@ def replaced(page: str, name: str, text: str) -> str:
     return f"{before}{begin}\n{text}\n\n{end}{after}"
 
 
-def write(whole: dict[str, Any], results: Path) -> None:
-    """Write all parts."""
-    page = PAGE.read_text()
+def rewritten(page: str, whole: dict[str, Any], results: Path) -> str:
+    """Return the page with all parts anew."""
     file = results.resolve()
     name = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name
     for part, text in parts(whole, name).items():
         page = replaced(page, part, text)
-    PAGE.write_text(page)
+    return page
+
+
+def write(whole: dict[str, Any], results: Path) -> None:
+    """Write all parts."""
+    PAGE.write_text(rewritten(PAGE.read_text(), whole, results))
     print(f"wrote {PAGE}")
 
 

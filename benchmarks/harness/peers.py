@@ -43,7 +43,7 @@ class Extra:
 BUQUET = ("-e", f"{CHECKOUT}[s3]")
 EARLIER = ("buquet==0.1.0",)
 DBOS = ("dbos", "psycopg[binary]")
-BARE = ("obstore",)
+BARE = ("obstore", "uvloop")
 
 
 def _buquet(name: str, label: str, server: str, **rest) -> Peer:

@@ -12,6 +12,7 @@ import time
 import uuid
 
 import common
+import uvloop
 from obstore.store import S3Store
 
 PACK = int(common.setting("pack", "1"))
@@ -104,4 +105,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # buquet's workers use it, too
+        runner.run(main())

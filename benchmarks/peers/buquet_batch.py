@@ -7,14 +7,15 @@ import time
 import common
 
 from buquet import App
+from buquet.queue.background import new_loop
 
 PACK = int(common.setting("pack", "100"))
 app = App(common.URL)
 
 
 @app.task
-async def noop(item: int) -> int:
-    common.handled(0.0)
+async def noop(item: int | float) -> int | float:  # noqa: PYI041 - an int is to stay one
+    common.handled(item if isinstance(item, float) else 0.0)  # a probe's item is the time when it was sent
     return item
 
 
@@ -40,7 +41,7 @@ def main() -> None:
         submit,
         lambda: [common.worker(sys.executable, __file__, "work", str(objects))],
         lambda: total if common.DONES.exists() else 0,
-        None,
+        lambda sent: noop.batch([sent]),
     )
     for count, batch in batches:
         if list(batch.results()) != list(range(count)):
@@ -50,4 +51,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(work(int(sys.argv[2]))) if sys.argv[1:2] == ["work"] else main()
+    if sys.argv[1:2] == ["work"]:
+        with asyncio.Runner(loop_factory=new_loop) as runner:  # the loop of `buquet worker`
+            runner.run(work(int(sys.argv[2])))
+    else:
+        main()

@@ -8,6 +8,7 @@ import common
 import idle
 
 from buquet import App
+from buquet.queue.background import new_loop
 
 app = App(common.URL)
 
@@ -48,4 +49,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(work(int(sys.argv[2]))) if sys.argv[1:2] == ["work"] else main()
+    if sys.argv[1:2] == ["work"]:
+        with asyncio.Runner(loop_factory=new_loop) as runner:  # the loop of `buquet worker`
+            runner.run(work(int(sys.argv[2])))
+    else:
+        main()

@@ -1,6 +1,7 @@
 """Batches: packs of items, each with its own outcome. In virtual time on the memory store; sync functions in real time."""
 
 import asyncio
+import logging
 import threading
 
 import pytest
@@ -143,6 +144,24 @@ async def test_a_failing_item_backs_off_while_others_go_on_and_a_snooze_spends_n
     assert [attempt for _, attempt in at[1]] == [1] * 5
     assert at[1][4][0] - at[1][0][0] == pytest.approx(12, abs=0.5)
     assert all(times[0][0] == at[0][0][0] for n, times in at.items() if n > 2)
+
+
+@virtual
+async def test_an_item_whose_backoff_is_over_goes_before_those_that_have_not_begun(rig):
+    calls = []
+
+    @rig.app.task(max_attempts=2, backoff=Backoff(initial=3, factor=1, jitter=0))
+    async def work(n: int) -> int:
+        calls.append(n)
+        if n in {0, 1} and calls.count(n) == 1:
+            raise ValueError
+        await asyncio.sleep(2)
+        return n
+
+    batch = await work.abatch(range(8), pack=8)
+    await rig.drain(concurrency=1)
+    assert await batch.aresults() == list(range(8))
+    assert calls == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7]
 
 
 @virtual
@@ -570,6 +589,34 @@ async def test_a_pack_that_is_closed_early_for_its_bytes_keeps_the_indexes_right
     assert [each.pack for each in await rig.records(batch)] == [2, 2]
     await rig.drain()
     assert [each.index for each in await batch.afailed()] == [3]
+
+
+@virtual
+async def test_a_handler_that_waits_for_a_batch_is_warned_that_it_holds_its_slot(rig):
+    class Keep(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    lines = []
+
+    @rig.app.task
+    async def item(n: int) -> int:
+        return n
+
+    @rig.app.task
+    async def whole() -> int:
+        batch = await item.abatch(range(10), pack=5)
+        return sum(await batch.aresults())
+
+    handle = await whole.asubmit()
+    keep = Keep()
+    logging.getLogger("buquet.task").addHandler(keep)
+    try:
+        await rig.drain(concurrency=2)
+    finally:
+        logging.getLogger("buquet.task").removeHandler(keep)
+    assert await handle.aresult() == 45
+    assert sum("holds its slot meanwhile" in line for line in lines) == 1
 
 
 # ---------------------------------------------------------------- sync functions, in real time

@@ -25,7 +25,7 @@ def spans(monkeypatch):
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     # the global provider can be set once a process only
-    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: provider)
     return exporter
 
 
@@ -116,6 +116,26 @@ def test_without_an_sdk_or_without_the_package_nothing_is_stored(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry", None)
     record = run_virtual(main)
     assert (record.trace, record.state) == ("", "completed")
+
+
+def test_without_an_sdk_a_trace_from_outside_is_handed_on_to_what_an_attempt_submits():
+    async def main(clock):
+        app = an_app(clock)
+        children = []
+
+        @app.task
+        async def child() -> None: ...
+
+        @app.task
+        async def parent() -> None:
+            children.append(await child.asubmit())
+
+        with trace.use_span(trace.NonRecordingSpan(trace.SpanContext(0xA, 0xB, is_remote=True))):
+            handle = await parent.asubmit()
+        await app.worker(heartbeat_thread=False, drain=True).arun()
+        return [(await each.arecord()).trace for each in (handle, *children)]
+
+    assert run_virtual(main) == [f"00-{0xA:032x}-{0xB:016x}-00"] * 2
 
 
 @pytest.mark.parametrize("bad", ["", "x" * 10_000, "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "01-aa-bb-cc"])

@@ -176,11 +176,13 @@ def bench(
 ) -> None:
     """Measure throughput, latency and requests a task on a store. Its tasks are removed at the end."""
     from buquet.operate.bench import bench as measure  # noqa: PLC0415 - only this command needs it
+    from buquet.queue.background import new_loop  # noqa: PLC0415 - the same
 
     app = open_app(url)
-    measured: Measured = asyncio.run(
-        measure(app.url, app.clock, tasks=tasks, concurrency=concurrency, samples=samples, tell=to_stderr)
-    )
+    with asyncio.Runner(loop_factory=new_loop) as runner:  # the loop that workers and blocking calls run on
+        measured: Measured = runner.run(
+            measure(app.url, app.clock, tasks=tasks, concurrency=concurrency, samples=samples, tell=to_stderr)
+        )
     if json:
         print_json(measured._asdict())
         return

@@ -12,6 +12,7 @@ import msgspec
 from buquet import keys
 from buquet.codec import decode_any
 from buquet.errors import BatchFailed, FailedItem, Refused, UnreadableRecord, UsageError
+from buquet.queue.attempt import inside_handler
 from buquet.queue.handle import ending
 from buquet.records import TERMINAL, PackItems, PackResults, PackState, Task
 
@@ -84,6 +85,11 @@ class Batch(Generic[R_co]):
 
         `timeout` is in seconds. Raises BatchFailed, which lists the items that have no result, or TimeoutError (it then goes on).
         """
+        attempt = inside_handler()
+        if attempt:
+            attempt.logger.warning(
+                "task %s waits for the results of batch %s and holds its slot meanwhile; workflows do not", attempt.id, self.id
+            )
         clock = self._home.client.clock
         until = None if timeout is None else clock.monotonic() + timeout
 

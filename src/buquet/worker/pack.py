@@ -107,10 +107,12 @@ class PackRunner:
             await self._wait()
 
     def _call_in(self) -> None:
-        """Put the items whose time has come back into the row."""
+        """Put the items whose time has come at the head of the row: at its end they might wait far beyond their backoff."""
         later, now = self.ledger.later, self.executor.now()
+        due: list[int] = []
         while later and later[0][0] <= now:
-            self.ledger.ready.append(heappop(later)[1])
+            due.append(heappop(later)[1])
+        self.ledger.ready.extendleft(reversed(due))
 
     def _idle_for(self) -> float:
         later = self.ledger.later

@@ -16,7 +16,8 @@ def examples(page, heading=""):
 
 
 @pytest.mark.parametrize(
-    ("page", "heading", "least"), [("docs/workflows.md", "", 10), ("docs/concepts.md", "Workflows", 1), ("README.md", "Workflows", 1)]
+    ("page", "heading", "least"),
+    [("docs/workflows.md", "", 10), ("docs/concepts.md", "Workflows", 1), ("README.md", "Workflows", 1)],
 )
 def test_they_run(page, heading, least, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 
 from buquet import App, Fail, InvalidArgument, Refused, RunCancelled, RunFailed, RunNotFound, Signal, each, sleep, when
 from buquet.testing import run_until_idle
+from buquet.workflow.values import Values
 
 app = App("memory:")
 undone = []
@@ -251,6 +252,15 @@ def test_what_failed_of_an_each_is_told_by_its_place_in_the_whole():
 
     with pytest.raises(RunFailed, match="step 'even' failed: ValueError: item 3: 5 is odd"):
         as_run(strict, 5).result(timeout=1)
+
+
+def test_the_list_of_a_fan_out_is_not_decoded_for_each_of_its_items(monkeypatch):
+    decoded = []
+    real = Values._value
+    monkeypatch.setattr(Values, "_value", lambda self, name, record: decoded.append(name) or real(self, name, record))
+    run = as_run(lambda: each(inc, order(300).items))
+    assert len(run.result(timeout=1)) == 300
+    assert decoded.count("order") < 30
 
 
 # ---------------------------------------------------------------------- signals and time

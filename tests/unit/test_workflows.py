@@ -7,7 +7,21 @@ from typing import Any
 
 import pytest
 
-from buquet import App, Fail, InvalidArgument, Refused, RunCancelled, RunFailed, RunNotFound, Signal, each, sleep, when
+from buquet import (
+    App,
+    Fail,
+    InvalidArgument,
+    Refused,
+    RunCancelled,
+    RunFailed,
+    RunNotFound,
+    Signal,
+    UnreadableRecord,
+    each,
+    keys,
+    sleep,
+    when,
+)
 from buquet.testing import run_until_idle
 from buquet.workflow.values import Values
 
@@ -416,6 +430,39 @@ def test_what_cannot_be_done_to_a_run_is_refused():
     assert waits.cancel() == "cancelled"
     with pytest.raises(RunCancelled, match=r"was cancelled. `buquet run retry"):
         waits.result(timeout=1)
+
+
+def test_a_run_of_a_newer_format_waits_for_a_newer_worker_and_is_left_as_it_is(caplog):
+    app = App("memory:")
+
+    @app.workflow
+    def flow() -> int:
+        return number.wait()
+
+    run = flow.start()
+    run_until_idle(app, virtual=True)
+    number.send(run, 3)
+    store, key = app.client.store, keys.run(run.id)
+    held = asyncio.run(store.get(key))
+    newer = b'{"v":99,"id":"x"}'
+    asyncio.run(store.put(key, newer))
+    for ask in (
+        run.status,
+        run.steps,
+        run.cancel,
+        run.pause,
+        run.retry,
+        lambda: run.result(timeout=1),
+        lambda: number.send(run, 4),
+    ):
+        with pytest.raises(UnreadableRecord, match=r"is of format 99 and this buquet reads up to .* Upgrade buquet here"):
+            ask()
+    app.worker(max_time=1).run()
+    assert "its run cannot be read" in caplog.text
+    assert asyncio.run(store.get(key)).body == newer
+    asyncio.run(store.put(key, held.body))
+    run_until_idle(app, virtual=True)
+    assert run.result(timeout=1) == 3
 
 
 def test_pausing_twice_is_pausing_once():

@@ -55,7 +55,7 @@ from buquet.queue.handle import Handle
 from buquet.queue.handles import Handles
 from buquet.queue.task import AsyncTaskFunction, TaskFunction
 from buquet.worker.worker import Worker
-from buquet.workflow.function import WorkflowFunction
+from buquet.workflow.function import AsyncWorkflowFunction, WorkflowFunction
 from buquet.workflow.handle import Run, StepInfo
 from buquet.workflow.words import Signal, each, sleep, when
 
@@ -65,6 +65,7 @@ __all__ = [
     "AccessDenied",
     "App",
     "AsyncTaskFunction",
+    "AsyncWorkflowFunction",
     "Attempt",
     "Backoff",
     "Batch",

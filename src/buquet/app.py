@@ -32,7 +32,7 @@ from buquet.store.open import open_store
 from buquet.worker.worker import Worker
 from buquet.workflow.engine import Engine
 from buquet.workflow.finished import finished_run
-from buquet.workflow.function import StartOptions, WorkflowFunction
+from buquet.workflow.function import AsyncWorkflowFunction, StartOptions, WorkflowFunction
 from buquet.workflow.handle import Run, homes
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class _Decorator(Protocol):
 class _WorkflowDecorator(Protocol):
     # as above
     @overload
-    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> WorkflowFunction[P, R]: ...  # pyright: ignore[reportOverlappingOverload]
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncWorkflowFunction[P, R]: ...  # pyright: ignore[reportOverlappingOverload]
     @overload
     def __call__(self, function: Callable[P, R], /) -> WorkflowFunction[P, R]: ...
 
@@ -250,7 +250,7 @@ class App:
     @overload
     def workflow(  # pyright: ignore[reportOverlappingOverload]
         self, function: Callable[P, Coroutine[Any, Any, R]], /
-    ) -> WorkflowFunction[P, R]: ...
+    ) -> AsyncWorkflowFunction[P, R]: ...
     @overload
     def workflow(self, function: Callable[P, R], /) -> WorkflowFunction[P, R]: ...
     @overload
@@ -269,7 +269,8 @@ class App:
 
         def declare(function: Callable[..., Any]) -> WorkflowFunction[..., Any]:
             own = _name_of(function) if name is None else name
-            workflow = WorkflowFunction[..., Any](self, function, own, queue, StartOptions())
+            kind = AsyncWorkflowFunction[..., Any] if _is_async(function) else WorkflowFunction[..., Any]
+            workflow = kind(self, function, own, queue, StartOptions())
             if workflow.name in self.workflows:
                 msg = f"two workflows of this App are named {workflow.name!r}: give one another name, @app.workflow(name=...)"
                 raise UsageError(msg)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from buquet import App, Handle
+from buquet import App, Handle, Run, Signal, each, when
 
 app = App("memory:")
 
@@ -82,3 +82,25 @@ def wrong_declarations() -> None:
     app.worker(concurrency="many")  # pyright: ignore[reportArgumentType]
     app.worker(7)  # pyright: ignore[reportArgumentType]
     print(one, two)
+
+
+approved = Signal("approved", bool)
+
+
+@app.workflow
+def order(number: int) -> str:
+    resize(number)  # pyright: ignore[reportArgumentType]
+    each(resize, [1])  # pyright: ignore[reportArgumentType, reportCallIssue]
+    number = when(approved.wait(), then=lambda: resize("a"), otherwise=lambda: 3)  # pyright: ignore[reportAssignmentType]
+    approved.wait(60)  # pyright: ignore[reportCallIssue]
+    resize.options(undo=len)  # pyright: ignore[reportArgumentType]
+    return number  # pyright: ignore[reportReturnType]
+
+
+def wrong_starts() -> None:
+    order.start("o-1")  # pyright: ignore[reportArgumentType]
+    order.start()  # pyright: ignore[reportCallIssue]
+    order.options(key="k").start("o-1")  # pyright: ignore[reportArgumentType]
+    run: Run[int] = order.start(1)  # pyright: ignore[reportAssignmentType]
+    approved.send(run, "yes")  # pyright: ignore[reportArgumentType]
+    approved.send(7, value=True)  # pyright: ignore[reportArgumentType]

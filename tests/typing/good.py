@@ -16,9 +16,14 @@ from buquet import (
     FailedItem,
     Handle,
     Handles,
+    Run,
+    Signal,
     TaskFunction,
     Worker,
     current,
+    each,
+    sleep,
+    when,
 )
 
 app = App("memory:")
@@ -165,3 +170,84 @@ def works() -> None:
     worker.run()
     with App() as other:
         assert_type(other, App)
+
+
+# ---------------------------------------------------------------------- workflows
+
+
+class Order:
+    total: int
+    items: list[str]
+
+
+approved = Signal("approved", bool)
+assert_type(approved, Signal[bool])
+
+
+@app.task
+def validate(number: str) -> Order: ...
+
+
+@app.task
+def undo_resize(result: str | None, path: str) -> None: ...
+
+
+@app.workflow
+def order(number: str) -> str | int:
+    checked = assert_type(validate(number), Order)
+    one = assert_type(resize.options(undo=undo_resize, step="one", after=[checked])(number, width=3), str)
+    many = assert_type(each(resize, checked.items, pack=50), list[str])
+    assert_type(each(resize.options(allow_failures=True), checked.items), list[str])
+    yes = assert_type(approved.wait(timeout=60, default=False, after=[one, many]), bool)
+    pause = sleep(60, after=[yes])
+    assert_type(when(yes, then=lambda: resize(number)), str | None)
+    return assert_type(
+        when(checked.total > 3, then=lambda: resize(number), otherwise=lambda: count.options(after=[pause])(1)), str | int
+    )
+
+
+@app.workflow
+async def part(number: str) -> bytes:
+    return await fetch(number)
+
+
+@app.workflow(name="other order", queue="q")
+async def async_order(number: str, *, width: int = 3) -> bytes:
+    fetched = assert_type(await fetch(number), bytes)
+    assert_type(await part(number), bytes)
+    assert_type(await each(fetch, [number]), list[bytes])
+    assert_type(order(number), str | int)
+    return await when(fetched == b"", then=lambda: fetch(number), otherwise=lambda: part("other"))
+
+
+flags: list[bool] = []
+
+
+def runs() -> None:
+    run = order.start("o-1", key="o-1")
+    assert_type(run, Run[str | int])
+    assert_type(order.start("o-1"), Run[str | int])
+    assert_type(order.options(key="k", tags={"a": "b"}).start("o-1"), Run[str | int])
+    assert_type(async_order.start("o-1", width=2), Run[bytes])
+    assert_type(run.result(timeout=60), str | int)
+    assert_type(run.cancel(undo=False), Literal["cancelled", "requested"])
+    assert_type([step.name for step in run.steps()], list[str])
+    run.pause()
+    run.resume()
+    run.retry()
+    approved.send(run, key="k", value=True)
+    approved.send(run.id, value=True)
+    assert_type(order.get("i"), Run[str | int])
+    assert_type(app.run("i"), Run[Any])
+    assert_type(order("o-1"), str | int)
+    with approved.given(*flags):
+        kept: Coroutine[Any, Any, bytes] = async_order("o-1")
+    assert kept
+
+
+async def runs_async() -> None:
+    run = await async_order.astart("o-1", width=2)
+    assert_type(run, Run[bytes])
+    assert_type(await run.aresult(timeout=1.5), bytes)
+    await approved.asend(run, value=False)
+    assert_type(await async_order("o-1"), bytes)

@@ -49,7 +49,8 @@ class Waiting:
         while held is None or not over(held.record):
             left = 3600.0 if timeout is None else begun + timeout - self.clock.monotonic()
             if left <= 0:
-                msg = f"{what} is not over after {timeout:g} s and goes on; `buquet get` looks at it"
+                look = "buquet run get" if what.startswith("run ") else "buquet get"
+                msg = f"{what} is not over after {timeout:g} s and goes on; `{look}` looks at it"
                 raise TimeoutError(msg)
             if self.register.store.can_wait:
                 await self.register.store.wait_changed(key, held.etag if held else None, min(left, 5))

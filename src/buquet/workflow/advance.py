@@ -281,7 +281,7 @@ class _Advance:
                 self.run = replace(self.run, inbox={**self.run.inbox, step.signal: there[1:]})
                 return self._take(name, there[0])
             seconds = self.values.of(self.run, step.timeout) if step.timeout is not None else None
-        if seconds is not None:
+        if seconds is not None or step.kind == "sleep":  # a timeout that comes to null is none
             if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST_WAIT:
                 return self._fault(name, Fault(f"a time is a number of seconds from 0 to ten years, not {show(seconds)}"))
             record = replace(record, until=self.now + int(seconds * 1000))

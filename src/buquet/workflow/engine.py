@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from buquet.workflow.event import Event
     from buquet.workflow.follow import Follow
     from buquet.workflow.plan import Plan
+    from buquet.workflow.values import Values
 
 log = logging.getLogger("buquet.run")
 
@@ -210,14 +211,16 @@ class Engine:
         """Do all that follows from an event, side by side; it is done when this returns, and not before."""
         found = list(follows(known.run, known.plan, event))
         work = iter(found)
+        # one for all: an `each` has thousands of follow-ups, and its list is decoded once
+        values = self.committer.values(known.run.id, known.plan)
 
         async def lane() -> None:
             for follow in work:
-                await self._do(known, follow, helper)
+                await self._do(known, follow, values, helper)
 
         await asyncio.gather(*(lane() for _ in range(min(AT_ONCE, len(found)))))
 
-    async def _do(self, known: Known, follow: Follow, helper: Helper) -> None:
+    async def _do(self, known: Known, follow: Follow, values: Values, helper: Helper) -> None:
         run, plan = known
         if follow.what == "close":
             for gen in range(1, follow.gen + 1):
@@ -227,12 +230,11 @@ class Engine:
         if follow.what == "no timer":
             await helper.close_task(task)
         elif follow.what == "stop":
-            await helper.stop(task, await self._arguments(run, follow, plan))
+            await helper.stop(task, await self._arguments(run, follow, plan, values))
         else:
-            await helper.submit(task, await self._arguments(run, follow, plan))
+            await helper.submit(task, await self._arguments(run, follow, plan, values))
 
-    async def _arguments(self, run: RunRecord, follow: Follow, plan: Plan) -> bytes:
-        values = self.committer.values(run.id, plan)
+    async def _arguments(self, run: RunRecord, follow: Follow, plan: Plan, values: Values) -> bytes:
         while True:
             try:
                 return arguments(run, follow, plan, values)

@@ -7,6 +7,7 @@ PENDING and PENDING a Fault, so that the outcome does not depend on which step e
 
 from __future__ import annotations
 
+import math
 import operator
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, Union, cast
@@ -171,6 +172,15 @@ def steps_of(expr: Expr) -> Iterator[str]:
             yield from steps_of(each)
 
 
+def depth_of(expr: Expr) -> int:
+    """Return how deep an expression's parts are nested."""
+    depth, level = 0, [expr]
+    while level:
+        depth += 1
+        level = [part for each in level for part in ((each.of,) if isinstance(each, Get) else _parts(each))]
+    return depth
+
+
 def _parts(expr: Expr) -> tuple[Expr, ...]:
     if isinstance(expr, Items):
         return expr.items
@@ -234,10 +244,8 @@ def _apply(expr: Apply, args: list[Any]) -> Any:
         return mark
     logic = LOGIC.get(expr.op)
     if logic is not None:
-        odd = next((each for each in args if not isinstance(each, bool)), None)
-        if odd is not None:
-            return Fault(f"`{expr.op}` is for true and false, and one side came to {show(odd)}")
-        return logic(*args)
+        odd = [each for each in args if not isinstance(each, bool)]
+        return Fault(f"`{expr.op}` is for true and false, and one side came to {show(odd[0])}") if odd else logic(*args)
     apply = OPERATORS.get(expr.op)
     if apply is None:
         return Fault(f"this buquet knows no operator {expr.op!r}")
@@ -246,10 +254,19 @@ def _apply(expr: Apply, args: list[Any]) -> Any:
         and sum(_size(each) for each in args) * max([1, *(a for a in args if isinstance(a, int))]) > _LARGEST
     ):
         return Fault(f"`{expr.op}` came to too large a value")
+    if expr.op == "%" and isinstance(args[0], str):  # it would be a format, of any width
+        return Fault("`%` is for numbers: make the text in a task")
     try:
-        return apply(*args)
+        value = apply(*args)
     except (TypeError, ArithmeticError) as error:
         return Fault(f"{' and '.join(show(each) for each in args)} with `{expr.op}`: {error}")
+    return value if _is_json(value) else Fault(f"`{expr.op}` came to a number that JSON does not carry")
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or -(1 << 63) <= value < 1 << 64
 
 
 def _size(value: Any) -> int:

@@ -19,7 +19,7 @@ from buquet.workflow.handle import Run
 from buquet.workflow.tracing import trace_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from buquet.queue.handle import Home
     from buquet.workflow.graph import Graph
@@ -142,3 +142,12 @@ class WorkflowFunction(Generic[P, R]):
     def get(self, run_id: str) -> Run[R]:
         """Return a handle of a run of this workflow, by its id; nothing is read yet."""
         return Run(self._home, run_id, self.signature)
+
+
+class AsyncWorkflowFunction(WorkflowFunction[P, R]):
+    """A workflow of an async function."""
+
+    # its runs and their results are as those of any workflow; only a call of it is to be awaited
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Call the function itself; the result is to be awaited, in another workflow too."""
+        return cast("Coroutine[Any, Any, R]", self.function(*args, **kwargs))

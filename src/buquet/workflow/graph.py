@@ -8,11 +8,13 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from buquet.errors import UsageError
-from buquet.workflow.expression import NULL, Expr, steps_of, text_of
+from buquet.workflow.expression import NULL, Expr, depth_of, steps_of, text_of
 
 Kind: TypeAlias = Literal["task", "each", "wait", "sleep"]
 
 MOST_STEPS = 1_000
+DEEPEST = 100
+"""How deep an expression may be nested: it is worked out by recursion."""
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -69,14 +71,16 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def needs(self) -> tuple[str, ...]:
         """The steps that must have ended before this one may run, each once."""
-        return tuple(dict.fromkeys(step for expr in self._expressions() for step in steps_of(expr)))
+        return tuple(dict.fromkeys(step for expr in self.expressions for step in steps_of(expr)))
 
     @property
     def condition(self) -> str:
         """The guards as text, or an empty one."""
         return " and ".join(text_of(expr) if wanted else f"not ({text_of(expr)})" for expr, wanted in self.guards)
 
-    def _expressions(self) -> tuple[Expr, ...]:
+    @property
+    def expressions(self) -> tuple[Expr, ...]:
+        """All that it takes values from."""
         rest = [each for each in (self.timeout, self.default) if each is not None]
         return (*(expr for expr, _ in self.guards), *self.after, self.args, self.over, self.seconds, *rest)
 
@@ -95,6 +99,11 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 "Use each(task, items) for what is done many times: it is one step"
             )
             raise UsageError(msg)
+        for name, expr in [*((name, each) for name, step in self.steps.items() for each in step.expressions), ("", self.output)]:
+            if depth_of(expr) > DEEPEST:
+                what = f"an expression of step {name!r}" if name else "what the workflow returns"
+                msg = f"{what} is nested more than {DEEPEST} deep: work it out in a task"
+                raise UsageError(msg)
         for name, step in self.steps.items():
             missing = next((need for need in step.needs if need not in self.steps), None)
             if missing is not None:

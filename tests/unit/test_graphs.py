@@ -1,0 +1,183 @@
+"""What a workflow may not say: each is an error where it is started, before anything is stored, and says what to write."""
+
+import asyncio
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import pytest
+
+from buquet import App, InvalidArgument, Signal, UsageError, each, sleep, when
+from buquet.workflow.graph import DEEPEST, MOST_STEPS
+
+app = App("memory:")
+
+
+@dataclass
+class Order:
+    total: int
+    items: list[int]
+
+
+@app.task
+def order(n: int) -> Order:
+    return Order(n, list(range(n)))
+
+
+@app.task
+def inc(n: int) -> int:
+    return n + 1
+
+
+@app.task
+def pair(a: int, b: int) -> int:
+    return a + b
+
+
+@app.task
+def back(result: int | None, other: str) -> None: ...
+
+
+@app.task
+async def later(n: int) -> int:
+    return n
+
+
+signal = Signal("signal", int)
+
+
+@app.workflow
+async def part(n: int) -> int:
+    return await later(n)
+
+
+def trace(body, *args):
+    return app.workflow(name=f"w{len(app.workflows)}")(body).trace(*args)
+
+
+def chain(length):
+    value = 0
+    for _ in range(length):
+        value = inc(value)
+    return value
+
+
+def deep(levels):
+    value = inc(1)
+    for _ in range(levels - 1):
+        value = value + 1
+    return inc([value])
+
+
+def circle():
+    first = inc.options(step="first", after=["second"])(1)
+    return inc.options(step="second", after=[first])(1)
+
+
+def change_item():
+    order(1).items[0] = 2
+
+
+def change_field():
+    order(1).total = 2
+
+
+async def awaits_time():
+    await asyncio.sleep(0)
+
+
+async def gathers():
+    return await asyncio.gather(later(1), later(2))
+
+
+USE = {
+    "if": (lambda: 1 if inc(1) == 2 else 2, "use when"),
+    "and": (lambda: inc(1) == 2 and inc(2) == 3, "&, | and ~"),
+    "not": (lambda: not inc(1), "use when"),
+    "in": (lambda: 3 in order(1).items, "look in a task"),
+    "len": (lambda: len(order(1).items), "count in a task"),
+    "for": (lambda: [x for x in order(1).items], "use each"),  # noqa: C416 - what a user would write
+    "unpacking": (lambda: pair(*order(1)), "use each"),
+    "str": (lambda: str(inc(1)), "make the text in a task"),
+    "f-string": (lambda: f"{inc(1)}", "make the text in a task"),
+    "int": (lambda: int(inc(1)), "convert in a task"),
+    "float": (lambda: math.floor(inc(1)), "convert in a task"),
+    "index": (lambda: [1, 2][inc(0)], "pick or count in a task"),
+    "range": (lambda: range(inc(0)), "pick or count in a task"),
+    "slice": (lambda: order(3).items[0:2], "an item's number"),
+    "method": (lambda: order(1).items.count(1), "call it in a task"),
+    "set field": (change_field, "change it in a task"),
+    "set item": (change_item, "change it in a task"),
+    "set": (lambda: {inc(1)}, "put it into a list"),
+    "gather": (gathers, "put it into a list; steps run side by side"),
+    "power": (lambda: inc(1) ** 2, "do others in a task"),
+    "abs": (lambda: abs(inc(1)), "do others in a task"),
+    "round": (lambda: round(inc(1)), "do others in a task"),
+    "~ of a value": (lambda: ~inc(1), "value == False"),
+    "key": (lambda: inc.options(key="k")(1), "a step runs once a run"),
+    "delay": (lambda: inc.options(delay=1)(1), r"Use sleep\(seconds\)"),
+    "run_at": (lambda: inc.options(run_at=datetime.now(UTC))(1), r"Use sleep\(seconds\)"),
+    "allow_failures": (lambda: inc.options(allow_failures=True)(1), "allow_failures is for each"),
+    "unknown step": (lambda: inc.options(after=["nope"])(1), "there is no step of that name: inc"),
+    "after a string": (lambda: inc.options(after="nope")(1), r"after=\['nope'\]"),
+    "after a value": (lambda: inc.options(after=inc(1))(1), "`after` takes a list"),
+    "after a number": (lambda: inc.options(after=[3])(1), "`after` takes steps of this workflow"),
+    "sleep after a value": (lambda: sleep(1, after=inc(1)), "`after` takes a list"),
+    "circle": (circle, "wait for each other in a circle: first -> second -> first"),
+    "two of a name": (lambda: [inc.options(step="s")(1), inc.options(step="s")(1)], "two steps of this workflow are named 's'"),
+    "a step too many": (lambda: chain(MOST_STEPS + 1), "1,001 steps, and a graph has at most 1,000. Use each"),
+    "too deep": (lambda: deep(DEEPEST), "nested more than 100 deep: work it out in a task"),
+    "no branch": (lambda: when(inc(1) == 1, then=inc(2)), "then=lambda"),
+    "no condition": (lambda: when(1, then=lambda: inc(2)), "must be True or False"),
+    "each of nothing": (lambda: each(inc, 3), "each runs a task over a list"),
+    "each with no task": (lambda: each(len, [1]), "each takes a task"),
+    "each of pairs": (lambda: each(pair, [1]), "Give the others defaults"),
+    "pack": (lambda: each(inc, [1], pack=-1), "1 to 10,000"),
+    "sleep before now": (lambda: sleep(-1), "a number of seconds from 0 to ten years"),
+    "timeout of a text": (lambda: signal.wait(timeout="soon"), "a number of seconds from 0 to ten years"),
+    "undo with no task": (lambda: inc.options(undo=len)(1), "undo= takes a task"),
+    "undo that does not fit": (lambda: inc.options(undo=back)(1), "back cannot undo inc"),
+    "awaits something": (lambda: asyncio.run(traced_in_a_loop()), "awaits something other than a step"),
+    "not awaited": (lambda: inc(part(1)), "`await` it, in an `async def` workflow"),
+    "in an object": (lambda: inc(Order(inc(1), [])), "in a list, a tuple or a dict of arguments"),
+    "NaN": (lambda: inc(math.nan), "cannot be stored as JSON"),
+    "returns an object": (lambda: object(), "what the workflow returns cannot be stored as JSON"),  # noqa: PLW0108 - not called
+}
+
+
+async def traced_in_a_loop():
+    return trace(awaits_time)
+
+
+@pytest.mark.parametrize("name", USE)
+def test_what_cannot_be_said_is_told_with_what_can(name):
+    body, said = USE[name]
+    with pytest.raises(UsageError, match=said):
+        trace(body)
+
+
+def test_the_limits_themselves_are_within():
+    assert len(trace(lambda: chain(MOST_STEPS)).steps) == MOST_STEPS
+    assert len(trace(lambda: deep(DEEPEST - 2)).steps) == 2
+
+
+def test_a_plain_call_demands_a_real_bool():
+    with pytest.raises(UsageError, match="write `\\(a > b\\) == False`"):
+        when(-2, then=lambda: 1)  # what ~True comes to
+    with pytest.raises(UsageError, match="must be True or False"):
+        when(Order(1, []), then=lambda: 1)
+
+
+def test_names_of_steps_are_stable():
+    def body(n):
+        values = [inc(n) for _ in range(3)]
+        return [*values, inc.options(step="named")(n), sleep(1), signal.wait(), signal.wait(step="again"), each(inc, [1])]
+
+    names = ["inc", "inc_2", "inc_3", "named", "sleep", "signal", "again", "inc_4"]
+    assert list(trace(body, 1).steps) == names
+    assert trace(body, 1) == trace(body, 1)
+
+
+def test_a_send_of_the_wrong_type_is_refused_before_anything_is_read():
+    with pytest.raises(InvalidArgument, match="the value of signal 'signal' is not of its type"):
+        signal.send("0" * 32, "text", app=app)

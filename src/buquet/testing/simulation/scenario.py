@@ -318,7 +318,7 @@ class Play:
                 self.watch.say(f"{task['name']} {task_id}: {problem}")
 
         for run_id, run in sorted(self.watch.runs.items()):
-            for problem in wrong_run(run, cancelled=run_id in self.watch.requested):
+            for problem in wrong_run(run, cancelled=run_id in self.watch.requested, ran=self.world.ran):
                 self.watch.say(f"run {run_id}: {problem}")
 
     def value(self, task: dict[str, object], name: str) -> object:

@@ -167,6 +167,8 @@ class World:
         """Whether poison kills."""
         self.killed: dict[str, int] = {}
         """How many processes each poisonous task has killed."""
+        self.ran: set[str] = set()
+        """Tasks of runs whose handlers came to their end, wherever."""
 
     def tell(self, who: str, what: str) -> None:
         """Add a line to the trace."""

@@ -358,7 +358,7 @@ def planted(name):
             setattr(owner, attribute, good)
 
 
-def sound(name, seed):
+def unsound(name, seed):
     """Tell whether the seed finds the same without the bug: then it was not the bug that it found."""
     good = {(owner, attribute): value for owner, attribute, value in GOOD}
     bugs = [(owner, attribute, bug) for owner, attribute, bug in BUGS[name][1]]
@@ -377,7 +377,7 @@ def hunt(name, most=MOST, start=0):
     with planted(name):
         for seed in range(start, start + most):
             found = simulate(seed).found
-            if found and not sound(name, seed):
+            if found and not unsound(name, seed):
                 return {"bug": name, "seeds": seed - start + 1, "found": found[0], "cpu": round(time.process_time() - begun, 1)}
     return {"bug": name, "seeds": None, "tried": most, "found": "", "cpu": round(time.process_time() - begun, 1)}
 

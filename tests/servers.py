@@ -96,8 +96,8 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-def run_seaweed(folder: Path) -> Iterator[S3Server]:
-    """Run SeaweedFS's all-in-one server, with its metrics."""
+def run_seaweed(folder: Path, *more: str) -> Iterator[S3Server]:
+    """Run SeaweedFS's all-in-one server, with its metrics and perhaps with more flags."""
     beside = Path(sys.executable).parent
     weed = shutil.which("weed", path=f"{beside}{os.pathsep}{os.environ.get('PATH', '')}")
     if weed is None:
@@ -109,7 +109,7 @@ def run_seaweed(folder: Path) -> Iterator[S3Server]:
     flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
     flags += [f"-metricsPort={ports[-1]}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}"]
     server = S3Server("SeaweedFS", f"http://127.0.0.1:{ports[names.index('s3')]}", f"http://127.0.0.1:{ports[-1]}/metrics")
-    yield from _run(server, [weed, "mini", *flags], folder)
+    yield from _run(server, [weed, "mini", *flags, *more], folder)
 
 
 def run_moto(folder: Path) -> Iterator[S3Server]:

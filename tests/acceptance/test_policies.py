@@ -4,9 +4,9 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
-from servers import run_moto
+from servers import run_moto, run_seaweed
 
-from buquet import AccessDenied, App
+from buquet import AccessDenied, App, RunCancelled, Signal
 from buquet.clock import Clock
 from buquet.insights.scan import Scan
 from buquet.insights.tasks import Filter, find
@@ -14,27 +14,34 @@ from buquet.operate.fsck import fsck
 from buquet.store.s3 import S3Store
 
 POLICIES = Path(__file__).parent.parent.parent / "docs" / "policies"
+GO = Signal("go", str)
 ROLES = ("producer", "worker", "viewer", "operator")
 
 
-@pytest.fixture(scope="module")
-def guarded(s3_environment, tmp_path_factory):
-    """A moto server that enforces the policies, and the keys of a user of each role."""
+def users(server, bucket):
+    """Create a user of each role, with its policy; return their keys."""
     import boto3
 
-    for server in run_moto(tmp_path_factory.mktemp("guarded")):
+    iam = boto3.client("iam", endpoint_url=server.endpoint, region_name="us-east-1")
+    for role in ROLES:
+        text = (POLICIES / f"{role}.json").read_text().replace("BUCKET", bucket).replace("PREFIX", "prod")
+        iam.create_user(UserName=role)
+        iam.put_user_policy(UserName=role, PolicyName="buquet", PolicyDocument=text)
+        key = iam.create_access_key(UserName=role)["AccessKey"]
+        yield role, (key["AccessKeyId"], key["SecretAccessKey"])
+
+
+@pytest.fixture(scope="module", params=["SeaweedFS", "moto"])
+def guarded(request, s3_environment, tmp_path_factory):
+    """A server that enforces the policies, and the keys of a user of each role."""
+    folder = tmp_path_factory.mktemp("guarded")
+    seaweed = request.param == "SeaweedFS"
+    for server in run_seaweed(folder, "-s3.iam.readOnly=false") if seaweed else run_moto(folder):
         bucket = server.new_bucket(versioned=False)
-        iam = boto3.client("iam", endpoint_url=server.endpoint, region_name="us-east-1")
-        credentials = {}
-        for role in ROLES:
-            text = (POLICIES / f"{role}.json").read_text().replace("BUCKET", bucket).replace("PREFIX", "prod")
-            iam.create_user(UserName=role)
-            iam.put_user_policy(UserName=role, PolicyName="buquet", PolicyDocument=text)
-            key = iam.create_access_key(UserName=role)["AccessKey"]
-            credentials[role] = (key["AccessKeyId"], key["SecretAccessKey"])
-        # from now on every request is judged
-        plain = {"Content-Type": "text/plain"}
-        urlopen(Request(f"{server.endpoint}/moto-api/reset-auth", data=b"0", headers=plain, method="POST")).read()  # noqa: S310
+        credentials = dict(users(server, bucket))
+        if not seaweed:  # from now on every request is judged
+            plain = {"Content-Type": "text/plain"}
+            urlopen(Request(f"{server.endpoint}/moto-api/reset-auth", data=b"0", headers=plain, method="POST")).read()  # noqa: S310
         yield f"s3://{bucket}/prod?endpoint={server.endpoint}", credentials
 
 
@@ -53,7 +60,17 @@ def app_of(guarded, monkeypatch):
         async def echo(text: str) -> str:
             return text
 
-        app.echo = echo
+        @app.workflow(queue="policies")
+        async def flow(text: str) -> str:
+            first = await echo.options(undo=forget)(text)
+            go = GO.wait(timeout=60, default="x", after=[first])
+            return await echo(go)
+
+        @app.task(queue="policies")
+        async def forget(result: str | None) -> None:
+            pass
+
+        app.echo, app.flow = echo, flow
         return app
 
     return make
@@ -66,11 +83,21 @@ async def test_each_role_can_do_its_work(app_of):
     assert [each.created for each in again] == [True, False]
     cancelled = await producer.echo.options(delay=3600).asubmit("d")
     assert await cancelled.acancel() == "cancelled"
+    run, stopped = await producer.flow.astart("e"), await producer.flow.astart("f", key="f")
+    assert not (await producer.flow.astart("f", key="f")).created
+    await GO.asend(run, "g", app=producer)
+    await stopped.acancel()
     await worker.worker(drain=True).arun()
+    assert await run.aresult(timeout=10) == "g"
+    with pytest.raises(RunCancelled):
+        await stopped.aresult(timeout=10)
+    await operator.apause_queue("policies")
+    await operator.aresume_queue("policies")
     assert await small.aresult(timeout=10) == "a"
     assert await large.aresult(timeout=10) == "b" * 100_000
     found = await find(viewer.client, Filter(), None, Scan(viewer.client))
-    assert sorted(task.state for task in found) == ["cancelled", "completed", "completed", "completed"]
+    plain = sorted(task.state for task in found if not task.run)
+    assert plain == ["cancelled", "completed", "completed", "completed"]
     assert (await fsck(viewer.client)).findings == []
     assert (await fsck(operator.client, repair=True)).findings == []
     for app in (producer, worker, viewer, operator):

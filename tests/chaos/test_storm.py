@@ -1,8 +1,10 @@
-"""Real workers on a real store, and everything goes wrong at once. Nothing is lost, and nothing is recorded twice.
+"""Real workers on a real store, tasks and runs of workflows, and everything goes wrong at once. Nothing is lost or recorded
+twice.
 
 Workers are killed, stopped for longer than their time-to-live and woken again, and cut off from the store; requests are delayed,
 cut, throttled or lose their answer; the store is killed and started again. `make chaos` runs it long, and writes the figures of
-docs/proof-chaos.md. BUQUET_STORM_TASKS, BUQUET_STORM_SECONDS (for how long there are faults) and BUQUET_STORM_SEED set it.
+docs/proof-chaos.md. BUQUET_STORM_TASKS, BUQUET_STORM_RUNS, BUQUET_STORM_SECONDS (for how long there are faults) and
+BUQUET_STORM_SEED set it.
 """
 
 import asyncio
@@ -24,12 +26,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from proxy import Proxy
 from servers import run_seaweed
 
+from buquet import Refused, RunCancelled, RunFailed
 from buquet.clock import Clock
 from buquet.store.open import open_store
 from buquet.testing.auditor import Auditor, outcomes, read_bucket
+from buquet.testing.run_auditor import OVER, RunAuditor, read_runs
 
 TASKS = int(os.environ.get("BUQUET_STORM_TASKS", "1200"))
-SECONDS = float(os.environ.get("BUQUET_STORM_SECONDS", "20"))
+RUNS = int(os.environ.get("BUQUET_STORM_RUNS", "40"))
+SECONDS = float(os.environ.get("BUQUET_STORM_SECONDS", "40"))
 SEED = int(os.environ.get("BUQUET_STORM_SEED", "7"))
 CONCURRENCY = int(os.environ.get("BUQUET_STORM_CONCURRENCY", "8"))
 REPORT = os.environ.get("BUQUET_STORM_REPORT", "")
@@ -57,7 +62,7 @@ class Storm:
 
     async def start_worker(self, number):
         options = ["--concurrency", str(CONCURRENCY), "--ttl", str(TTL)]
-        command = [sys.executable, "-m", "buquet", "worker", "stormtasks:app", "--url", self.ground.url(number), *options]
+        command = [sys.executable, "-m", "buquet", "worker", "stormruns:app", "--url", self.ground.url(number), *options]
         command = [*self.ground.inside(number), *command]
         self.workers[number] = await asyncio.create_subprocess_exec(*command, cwd=FOLDER, stderr=self.log)
 
@@ -235,6 +240,68 @@ def namespaces(numbers):
         yield spaces
 
 
+async def one_run(number, start):
+    """Start a run, and do to it what is its fate."""
+    import stormruns
+
+    rng = random.Random(SEED * 1000 + number)
+    fate = stormruns.fate(number)
+    await asyncio.sleep(start)
+    run = await stormruns.flow.astart(number, fate == "fails", key=f"order {number}")
+    await asyncio.sleep(rng.uniform(0, 2))
+    with suppress(Refused):
+        for _ in range(2):  # as a sender that was not told does
+            await stormruns.approved.asend(run, number % 2 == 0, key="k", app=stormruns.app)
+    with suppress(Refused):
+        if fate == "cancelled":
+            await run.acancel()
+        elif fate == "paused":
+            await run.apause()
+            # a resume that comes first would be overtaken by the pause
+            while await run.astatus() not in {"paused", *OVER}:  # noqa: ASYNC110 - it is others who pause it
+                await asyncio.sleep(1)
+            await run.aresume()
+    return run
+
+
+async def submit_tasks(auditor):
+    """Submit all tasks, spread over most of the storm; return each with its number."""
+    import stormtasks
+
+    submitted = []
+    for start in range(0, TASKS, 50):
+        calls = [(n, n % 7 / 10) for n in range(start, min(start + 50, TASKS))]
+        handles = await stormtasks.work.asubmit_many(calls)
+        submitted += list(zip(range(start, TASKS), handles, strict=False))
+        auditor.submitted.update(handle.id for handle in handles)
+        failing = await stormtasks.fails.asubmit(start)
+        auditor.submitted.add(failing.id)
+        await asyncio.sleep(SECONDS * 0.7 * 50 / TASKS)
+    return submitted
+
+
+async def ending_of(run):
+    """Wait until a run is over; return its output, or the error that says how else it ended."""
+    try:
+        return await run.aresult(timeout=900)
+    except (RunFailed, RunCancelled) as error:
+        return error
+
+
+async def at_rest(store):
+    """Wait until no task is left: a run is over before the task that told it so."""
+    async with asyncio.timeout(300):
+        while True:
+            left = [each.key for p in range(10) for each in await store.list(f"ready/chaos/{p}/")]
+            left += [each.key for each in await store.list("open/")]
+            # the entry of a timer whose run needs it no longer is deleted when its time comes, hours from now
+            soon = f"later/chaos/{int(Clock().now() + 240) * 1000:013d}"
+            left += [each.key for each in await store.list("later/chaos/") if each.key < soon]
+            if not left:
+                return
+            await asyncio.sleep(1)
+
+
 async def weather(ground, log):
     """Submit while the storm rages, wait until it is over and all is done; return what to judge."""
     import stormtasks
@@ -244,24 +311,22 @@ async def weather(ground, log):
     stormtasks.app.use(ground.url(WORKERS))
     stormtasks.app.patience = 600
     auditor = Auditor()
-    submitted = []
     raging = None
     try:
         for number in range(WORKERS):
             await storm.start_worker(number)
         raging = asyncio.create_task(storm.rage(SECONDS))
-        for start in range(0, TASKS, 50):
-            calls = [(n, n % 7 / 10) for n in range(start, min(start + 50, TASKS))]
-            handles = await stormtasks.work.asubmit_many(calls)
-            submitted += list(zip(range(start, TASKS), handles, strict=False))
-            auditor.submitted.update(handle.id for handle in handles)
-            failing = await stormtasks.fails.asubmit(start)
-            auditor.submitted.add(failing.id)
-            await asyncio.sleep(SECONDS * 0.7 * 50 / TASKS)
+        starts = [(number, SECONDS * 0.7 * number / RUNS) for number in range(RUNS)]
+        started = asyncio.gather(*(one_run(*each) for each in starts))
+        submitted = await submit_tasks(auditor)
+        runs = await started
         await raging
         for number, handle in submitted:
             assert await handle.aresult(timeout=max(300, TASKS / 20)) == number
             auditor.told[handle.id] = "completed"
+        ended = [(run, await ending_of(run)) for run in runs]
+        store = open_store(ground.url(None), Clock())
+        await at_rest(store)
         await storm.end()
     finally:
         if raging:
@@ -273,27 +338,62 @@ async def weather(ground, log):
                 await worker.wait()
         await stormtasks.app.aclose()
         await ground.close()
-    store = open_store(ground.url(None), Clock())
-    bucket = await read_bucket(store, ["chaos"])
+    auditor.submitted.update(run.id for run in runs)
+    bucket, records = await read_bucket(store, ["chaos"]), await read_runs(store)
     await store.close()
-    return storm, auditor, bucket
+    return storm, auditor, bucket, ended, records
 
 
-def judge(storm, auditor, bucket):
+def judge_runs(bucket, ended, runs):
+    """Return the figures of the runs, after each was seen to have ended as its arguments and its fate say, and to be undone."""
+    import stormruns
+
+    states = {RunFailed: "failed", RunCancelled: "cancelled"}
+    judge_of_runs = RunAuditor()
+    judge_of_runs.started = {run.id for run, _ in ended}
+    judge_of_runs.told = {run.id: states.get(type(ending), "completed") for run, ending in ended}
+    assert judge_of_runs.findings(bucket, runs) == []
+    assert set(runs.records) == judge_of_runs.started
+    undone = 0
+    for number, (run, ending) in enumerate(ended):
+        fate, steps = stormruns.fate(number), runs.records[run.id]["steps"]
+        if fate == "fails":
+            assert f"order {number} fails on purpose" in str(ending)
+            assert {steps[name]["undo"] for name in stormruns.UNDONE} == {"done"}
+        elif fate == "cancelled" and isinstance(ending, RunCancelled):
+            assert {steps[name].get("undo") for name in stormruns.UNDONE if steps.get(name, {}).get("state") == "done"} <= {
+                "done"
+            }
+        else:
+            assert ending == stormruns.output(number)
+            assert not any(step.get("undo") for step in steps.values())
+        undone += sum(step.get("undo") == "done" for step in steps.values())
+    how = Counter(judge_of_runs.told.values())
+    return {f"runs {state}": how[state] for state in ("completed", "failed", "cancelled")} | {"steps undone": undone}
+
+
+def judge(storm, auditor, bucket, ended, runs):
     """Return the figures, after everything that must hold was seen to hold."""
     assert auditor.findings(bucket) == []
-    assert set(bucket.tasks) == auditor.submitted
-    assert {task["state"] for task in bucket.tasks.values()} == {"completed", "failed"}
+    plain = {task_id: task for task_id, task in bucket.tasks.items() if not task.get("run")}
+    assert set(plain) == auditor.submitted - set(runs.records)
+    assert {task["state"] for task in plain.values()} == {"completed", "failed"}
     recorded = outcomes(bucket)
     events = Counter(event["why"] for task in bucket.tasks.values() for event in task["events"])
+    attempts = sum(event["why"] in {"claimed", "taken over"} for task in plain.values() for event in task["events"])
     figures = {
         "store": storm.ground.name,
-        "tasks": len(bucket.tasks),
+        "tasks": len(plain),
+        "runs": len(runs.records),
+        "tasks of runs": len(bucket.tasks) - len(plain),
+        **judge_runs(bucket, ended, runs),
         "seconds of faults": SECONDS,
         "requests": storm.ground.requests,
         "faults": dict(sorted((storm.faults + storm.ground.faults).items())),
         "taken over or put back after a worker was lost": events["lost"] + events["taken over"],
-        "repeated attempts": events["claimed"] + events["taken over"] - len(bucket.tasks),
+        "repeated attempts": attempts
+        - len(plain)
+        + sum(task.get("losses", 0) for task in bucket.tasks.values() if task.get("run")),
         "lost": len(auditor.submitted - set(recorded)),
         "recorded twice": sum(count != 1 for count in recorded.values()),
     }

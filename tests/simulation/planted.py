@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from msgspec.structs import replace
+from tests.simulation.runbugs import RUN_BUGS
 
 from buquet import keys
 from buquet.errors import AlreadyExists, Changed, Refused, StoreUnavailable
@@ -24,7 +25,7 @@ from buquet.records import TERMINAL, Session, Task
 from buquet.store.base import Stored
 from buquet.store.register import Register, Write
 from buquet.testing.simulation import simulate
-from buquet.worker import claim, executor, finder, fleet, session, worker
+from buquet.worker import claim, executor, finder, fleet, lane, notes, session
 
 PAGE = Path(__file__).parents[2] / "docs" / "proof.md"
 MOST = 2000
@@ -212,10 +213,10 @@ async def session_not_awaited(self, *, first=True):
     await asyncio.sleep(0)
 
 
-def cursor_skips(_self, lane, _cursor):
-    lane.hand = []
-    lane.last = ""
-    lane.dirty = True
+def cursor_skips(self, _cursor):
+    self.hand = []
+    self.last = ""
+    self.dirty = True
 
 
 def gap_trusted(rung, seen):
@@ -292,7 +293,7 @@ BUGS = {
     "hbdel=lookup": ("a heartbeat deletes the entries of now, not those noted", [(session.SessionKeeper, "beat", hbdel_lookup)]),
     "hour=text": ("an old entry without a record is deleted without a tombstone", [(claim.Claimer, "_missing", hour_text)]),
     "cx=text": ("a lost task runs again though its cancel was promised", [(transitions, "_lost_for_good", cx_text)]),
-    "mbx=text": ("a note to cancel is obeyed without reading the record", [(worker.Worker, "_obey", mbx_text)]),
+    "mbx=text": ("a note to cancel is obeyed without reading the record", [(notes.Notes, "_obey", mbx_text)]),
     "screate=resend": ("a session's create is sent again", [(Register, "create_once", screate_resend)]),
     "tok=worker": (
         "a claim is fenced by the worker, not by the token",
@@ -318,7 +319,7 @@ BUGS = {
         "a worker claims before its session is stored",
         [(session.SessionKeeper, "create", session_not_awaited)],
     ),
-    "cursor that skips": ("a look back does not set the cursor back", [(finder.QueueFinder, "_restart", cursor_skips)]),
+    "cursor that skips": ("a look back does not set the cursor back", [(lane.Lane, "restart", cursor_skips)]),
     "gap trusted": ("the bell's hints are trusted though some are missing", [(finder, "news", gap_trusted)]),
     "session deleted first": (
         "a reaper deletes the session before it puts back",
@@ -338,6 +339,7 @@ BUGS = {
         [(finder.QueueFinder, "leave", drain_forgets)],
     ),
     "no fence": ("a claimant's move needs no claim", [(transitions, "_need_claim", retry_unfenced)]),
+    **RUN_BUGS,
 }
 """Name: what is wrong, and the patches that make it so."""
 GOOD = [(owner, attribute, getattr(owner, attribute)) for _, patches in BUGS.values() for owner, attribute, _ in patches]
@@ -356,7 +358,7 @@ def planted(name):
             setattr(owner, attribute, good)
 
 
-def sound(name, seed):
+def unsound(name, seed):
     """Tell whether the seed finds the same without the bug: then it was not the bug that it found."""
     good = {(owner, attribute): value for owner, attribute, value in GOOD}
     bugs = [(owner, attribute, bug) for owner, attribute, bug in BUGS[name][1]]
@@ -375,7 +377,7 @@ def hunt(name, most=MOST, start=0):
     with planted(name):
         for seed in range(start, start + most):
             found = simulate(seed).found
-            if found and not sound(name, seed):
+            if found and not unsound(name, seed):
                 return {"bug": name, "seeds": seed - start + 1, "found": found[0], "cpu": round(time.process_time() - begun, 1)}
     return {"bug": name, "seeds": None, "tried": most, "found": "", "cpu": round(time.process_time() - begun, 1)}
 

@@ -1,16 +1,29 @@
 """Some hundred seeds of the simulation, and that a seed decides everything."""
 
+import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+from tests.simulation import planted
 
 from buquet.testing.simulation import simulate
 from buquet.testing.simulation.cli import many
 
-SEEDS = 150
+SEEDS = 300
+QUICK = (
+    "earlydrop",
+    "entry before record",
+    "finish before the run's record",
+    "no fence",
+    "no write id",
+    "take=text",
+    "unwinds early",
+)
+"""Bugs that take few seeds."""
 
 
 @pytest.mark.slow
@@ -57,3 +70,33 @@ def test_a_finding_prints_the_command_that_repeats_it(capsys, monkeypatch):
         cli.run(seeds=5, start=2)
     assert ended.value.exit_code == 1
     assert "buquet-sim --seed 4 --trace" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_it_with_a_summary_and_without_a_traceback():
+    command = [sys.executable, "-m", "buquet.testing.simulation.cli", "--seeds", "100000", "--jobs", "2"]
+    sim = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        sim.stderr.readline()  # the first line of progress: all its processes are at work
+        os.killpg(sim.pid, signal.SIGINT)
+        out, err = sim.communicate(timeout=60)
+    finally:
+        sim.kill()
+    assert sim.returncode == 130
+    assert out.endswith("and stopped\n")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("bug", planted.BUGS)
+def test_a_planted_bug_takes_the_place_of_what_is_there(bug):
+    for owner, attribute, wrong in planted.BUGS[bug][1]:
+        good = getattr(owner, attribute)
+        assert inspect.iscoroutinefunction(good) == inspect.iscoroutinefunction(wrong)
+        assert len(inspect.signature(good).parameters) == len(inspect.signature(wrong).parameters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", QUICK)
+def test_a_planted_bug_is_found(bug):
+    """The whole table is by `make planted`; these are found by their first seeds."""
+    outcome = planted.hunt(bug, most=40)
+    assert outcome["found"], f"not found in {outcome['tried']} seeds"

@@ -2,12 +2,13 @@
 
 import json
 import logging
+import os
 from contextlib import contextmanager, suppress
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from buquet import App, BuquetError, InvalidURL, UnreadableRecord, keys
+from buquet import App, BuquetError, InvalidURL, UnreadableRecord, keys, sleep
 from buquet.clock import Clock
 from buquet.codec import decode_record
 from buquet.insights.fleet import waiting, workers
@@ -20,6 +21,7 @@ from buquet.store.memory import MemoryStore
 from buquet.store.open import open_store
 from buquet.testing.virtual import run_virtual
 from buquet.worker.lane import Found
+from buquet.workflow.records import RunRecord
 
 EXAMPLES = settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -38,6 +40,13 @@ scalars = st.one_of(
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=6
 )
+
+
+ALSO = {
+    *("cancel_requested", "deadline", "due", "priority", "pack", "checkpoint", "args_at", "key_id", "paused", "events"),
+    *("state", "steps", "applied", "inbox", "unwinding", "output_at", "graph_at", "run", "step", "gen", "pause"),
+}
+"""Fields that a record may have, and that its default leaves out."""
 
 
 @st.composite
@@ -59,7 +68,7 @@ def damage(draw):
             at = seed % len(body)
             return body[:at] + noise + body[at + len(noise) // 2 :]
         record = json.loads(body)
-        names = sorted({*record, "cancel_requested", "deadline", "due", "priority", "pack", "checkpoint", "args_at", "key_id"})
+        names = sorted({*record, *ALSO})
         record[names[seed % len(names)]] = value
         return json.dumps(record).encode()
 
@@ -67,6 +76,8 @@ def damage(draw):
 
 
 TARGETS = ["pending", "delayed", "running", "failed", "session", "bell", "note", "payload", "layout", "pack"]
+RUNS = ["start", "step", "timer", "run", "run", "run", "settings"]
+"""What lies there besides, where there is a workflow."""
 
 
 @contextmanager
@@ -89,14 +100,48 @@ def check_log(lines):
     assert not [line for line in lines if "a defect of buquet" in line]
 
 
-async def something_of_everything(clock):
-    """Return an App on a bucket with one of each kind of object, and where each of them is."""
+def an_app(clock):
+    """Return an App in virtual time, with a task."""
     app = App(store=MemoryStore(clock), clock=clock)
     app.background = Background(clock.loop)
 
     @app.task
     async def double(n: int, pad: str = "") -> int:
         return 2 * n
+
+    app.double = double
+    return app
+
+
+async def a_run_half_way(clock):
+    """Return an App on a bucket with a run whose timer is due later, another that was not begun, and where all this is."""
+    app = an_app(clock)
+
+    # the task is async, so its step is typed as what it awaits to
+    @app.workflow
+    async def flow(n: int) -> int:
+        first = await app.double(n)
+        await sleep(60, after=[first])
+        return await app.double(first)
+
+    run = await flow.astart(1)
+    await app.worker(heartbeat_thread=False, max_time=5, grace=1).arun()
+    other = await flow.astart(2)
+    await app.apause_queue("default")
+    await app.aresume_queue("default")
+    return app, {
+        "start": keys.task(other.id),
+        "step": keys.task(keys.follow_up(run.id, "step", "double", 0, 1)),
+        "timer": keys.task(keys.follow_up(run.id, "timer", "sleep", 0, 1)),
+        "run": keys.run(run.id),
+        "settings": keys.queue_settings("default"),
+    }
+
+
+async def something_of_everything(clock):
+    """Return an App on a bucket with one of each kind of object, and where each of them is."""
+    app = an_app(clock)
+    double = app.double
 
     @app.task(max_attempts=1)
     async def fails() -> None:
@@ -134,14 +179,15 @@ async def look_at_all(app, unreadable):
     told = " ".join(finding.key for finding in (await fsck(app.client)).findings)
     for key in unreadable:
         assert key in told, f"fsck does not name {key}"
-        assert any(key in problem for problem in scan.unreadable), f"a scan does not name {key}"
+        if key.startswith("tasks/"):
+            assert any(key in problem for problem in scan.unreadable), f"a scan does not name {key}"
 
 
-def run(hurt, extra):
+def run(hurt, extra, begin=something_of_everything):
     """Hurt some objects, add foreign ones, and let a worker work; return key and body of each that was hurt, by what it is."""
 
     async def main(clock):
-        app, where = await something_of_everything(clock)
+        app, where = await begin(clock)
         store = app.client.store
         hurt_keys = {}
         for name, how in hurt.items():
@@ -150,15 +196,16 @@ def run(hurt, extra):
             hurt_keys[name] = (where[name], body)
         for key in extra:
             await store.put(key, b"?")
-        fine = await app.tasks["double"].asubmit(21)
+        fine = await app.double.asubmit(21)
         if "layout" in hurt:  # a worker may refuse to start, and nobody may change anything
             with suppress(BuquetError):
                 await fsck(app.client)
             return hurt_keys
         await app.worker(heartbeat_thread=False, max_time=200, grace=1).arun()
-        assert await fine.aresult(timeout=1) == 42, "a worker did not do its other work"
-        hurt_records = {key: body for key, body in hurt_keys.values() if key.startswith("tasks/")}
-        unreadable = {key: body for key, body in hurt_records.items() if _unreadable(body)}
+        if "settings" not in hurt:  # which may now say that the queue is paused
+            assert await fine.aresult(timeout=1) == 42, "a worker did not do its other work"
+        hurt_records = {key: body for key, body in hurt_keys.values() if key.startswith(("tasks/", "runs/"))}
+        unreadable = {key: body for key, body in hurt_records.items() if _unreadable(key, body)}
         for key in hurt_records:
             there = await store.get(key)
             assert there is not None, f"{key} was deleted"
@@ -169,9 +216,9 @@ def run(hurt, extra):
     return run_virtual(main)
 
 
-def _unreadable(body):
+def _unreadable(key, body):
     try:
-        decode_record(Task, body, "x")
+        decode_record(RunRecord if key.startswith("runs/") else Task, body, "x")
     except UnreadableRecord:
         return True
     return False
@@ -202,8 +249,16 @@ def test_damaged_objects(hurt):
     check_log(lines)
     for target in ("pending", "delayed", "pack"):
         key, body = hurt_keys.get(target, ("", b""))
-        if key and "layout" not in hurt and _unreadable(body):
+        if key and "layout" not in hurt and _unreadable(key, body):
             assert sum(key in line for line in lines) == 1, f"{key} is told of once, not more, not less: {lines}"
+
+
+@EXAMPLES
+@given(hurt=st.dictionaries(st.sampled_from(RUNS), damage(), min_size=1, max_size=2))
+def test_damaged_runs(hurt):
+    with logged() as lines:
+        run(hurt, [], a_run_half_way)
+    check_log(lines)
 
 
 @EXAMPLES
@@ -214,11 +269,42 @@ def test_strange_keys(extra):
     check_log(lines)
 
 
-@settings(max_examples=300, deadline=None)
+SCHEMES = [
+    "",
+    "sqlite:",
+    "s3://",
+    "az://",
+    "memory:",
+    "s3:",
+    "S3://b/",
+    "s3://b?endpoint=",
+    "s3://b/p?endpoint=http://",
+    "az://c/?",
+]
+
+
+@settings(max_examples=500, deadline=None)
 @given(
-    text=st.text(max_size=40),
-    scheme=st.sampled_from(["", "sqlite:", "s3://", "az://", "memory:", "s3:", "S3://b/", "s3://b?endpoint="]),
+    text=st.text(max_size=40) | st.binary(max_size=40).map(os.fsdecode) | st.text("/:?#@[]%&=.~\\ \t\n\0aB0é", max_size=20),
+    scheme=st.sampled_from(SCHEMES),
 )
 def test_urls(text, scheme):
     with suppress(InvalidURL):
         open_store(scheme + text, Clock())
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    key=st.text(max_size=60)
+    | strange_keys
+    | st.builds(
+        "{}/{}".format, st.sampled_from(["ready/q/5", "later/q", "tasks/00", "runs/00"]), st.binary(max_size=60).map(os.fsdecode)
+    )
+)
+def test_keys(key):
+    """Whatever a key is, reading it says that it is none, or gives parts from which the same key is built."""
+    entry = keys.parse_entry(key)
+    if entry is not None:
+        assert entry.key == key
+    assert keys.task_id_of(key) is None or keys.task(keys.task_id_of(key)) == key
+    assert keys.run_id_of(key) is None or keys.run(keys.run_id_of(key)) == key

@@ -102,6 +102,7 @@ class Watch:
             self._run(key.rpartition("/")[2].removesuffix(".json"), None if body is None else json.loads(body))
         elif kind == "open":
             self.open = self.open | {key} if body is not None else self.open - {key}
+            self._opened(key[5:37])
         elif kind == "workers":
             self._session(who, key.rpartition("/")[2].removesuffix(".json"), None if body is None else json.loads(body))
 
@@ -204,6 +205,7 @@ class Watch:
         now.setdefault("state", "running")
         self.runs[run] = now
         self._register(run, before, now)
+        self._opened(run)
         if before is None:
             return
         was, state = before["state"], now["state"]
@@ -213,10 +215,16 @@ class Watch:
             self.say(f"the run {run} had ended as {was}, and became {state} without a retry")
         for name, step in before.get("steps", {}).items():
             after = now.get("steps", {}).get(name, {})
-            if state == "pruned" or after.get("gen", 1) != step.get("gen", 1):
+            if "pruned" in {was, state} or after.get("gen", 1) != step.get("gen", 1):
                 continue
-            if step.get("state") in {"done", "failed"} and after.get("state") != step["state"]:
-                self.say(f"step {name} of run {run} was {step['state']}, and is {after.get('state')} in the same generation")
+            if step.get("state") in {"done", "failed"} and _outcome(after) != _outcome(step):
+                self.say(f"step {name} of run {run} was {_outcome(step)}, and is {_outcome(after)} in the same generation")
+
+    def _opened(self, run: str) -> None:
+        """Judge that a run which is not over has the entry of its generation."""
+        now = self.runs.get(run)
+        if now is not None and now["state"] not in RUN_OVER and f"open/{run}.{now.get('gen', 1)}" not in self.open:
+            self.say(f"the run {run} is {now['state']} in generation {now.get('gen', 1)}, and its entry is not there")
 
     def _of_run(self, task: str, now: Json) -> None:
         """I8: a task of a run ends only after the run's record holds its outcome."""
@@ -316,3 +324,7 @@ def _attempts(task: str, now: Json) -> list[str]:
     if now.get("failures", 0) > now.get("max_attempts", 3):
         return [f"{task} failed {now['failures']} times of {now.get('max_attempts', 3)}"]
     return []
+
+
+def _outcome(step: Json) -> tuple[Any, ...]:
+    return step.get("state"), step.get("result"), step.get("result_at")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import Raw
 
+from buquet.errors import UnreadableRecord
 from buquet.records import ErrorInfo, PackState, Task
 from buquet.sealing import HIDDEN
 from buquet.workflow.advance import KEPT_ERRORS
@@ -32,7 +33,7 @@ async def event_of(task: Task, ended: Task | None, values: Values, *, holds: boo
     kind = KINDS.get(task.name)
     if kind is not None:
         body = await values.args(task) if kind != "start" else b""
-        orders = _orders.decode(body) if bytes(body) else Orders()
+        orders = _orders_of(task, body) if bytes(body) else Orders()
         value, at = await values.put_of_run(task.run, task.run, bytes(orders.value), INLINE)
         return Event(
             id=task.id,
@@ -62,6 +63,14 @@ async def event_of(task: Task, ended: Task | None, values: Values, *, holds: boo
     # it may have been taken over by now, and who has it may be at work: see left_nothing
     event = event._replace(outcome="failed", error=brief)
     return await _of_pack(event, task, ended, values) if task.pack and ended.state == "failed" else event
+
+
+def _orders_of(task: Task, body: bytes | Raw) -> Orders:
+    try:
+        return _orders.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        msg = f"the arguments of task {task.id}, which carries an event of run {task.run}, cannot be read: {error}"
+        raise UnreadableRecord(msg) from None
 
 
 def first_claim(task: Task) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 EVERY = 10.0
 """Seconds between two lines of progress."""
+STOPPED = 130
+"""Exit status after Ctrl-C, as shells have it, when nothing was found until then."""
 
 
 def many(start: int, seeds: int, jobs: int) -> Iterator[Outcome]:
@@ -30,7 +33,8 @@ def many(start: int, seeds: int, jobs: int) -> Iterator[Outcome]:
     if jobs == 1:
         yield from map(simulate, numbers)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+    # Ctrl-C reaches every process of a terminal: this one answers it, and ends the others
+    with multiprocessing.get_context("spawn").Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from pool.imap_unordered(simulate, numbers, chunksize=5)
 
 
@@ -43,7 +47,10 @@ def run(
     trace: Annotated[bool, typer.Option("--trace", help="With --seed: print every request and event.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON value a finding, and one at the end.")] = False,
 ) -> None:
-    """Simulate the queue under faults, and say what was found wrong. Exit status 1 when something was."""
+    """Simulate the queue under faults, and say what was found wrong.
+
+    Exit status 1 when something was. Ctrl-C ends it early, with a summary.
+    """
     if seed is not None:
         outcome = simulate(seed, keep=trace)
         if trace:
@@ -54,23 +61,26 @@ def run(
     clock = Clock()
     begun = told = clock.monotonic()
     done = found = requests = tasks = 0
-    for outcome in many(start, seeds, jobs):
-        done += 1
-        requests += outcome.requests
-        tasks += outcome.tasks
-        if outcome.found:
-            found += 1
+    stopped = False
+    try:
+        for outcome in many(start, seeds, jobs):
+            done += 1
+            requests += outcome.requests
+            tasks += outcome.tasks
+            found += bool(outcome.found)
             report(outcome, as_json=as_json)
-        now = clock.monotonic()
-        if now - told >= EVERY and not as_json:
-            told = now
-            rate = done / (now - begun)
-            print(f"{done} of {seeds} seeds, {found} with findings, {rate:.1f} a second", file=sys.stderr, flush=True)
+            now = clock.monotonic()
+            if now - told >= EVERY and not as_json:
+                told = now
+                rate = done / (now - begun)
+                print(f"{done} of {seeds} seeds, {found} with findings, {rate:.1f} a second", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        stopped = True  # what was played so far is told all the same
     seconds = round(clock.monotonic() - begun, 1)
     total = {"seeds": done, "start": start, "with_findings": found, "requests": requests, "tasks": tasks, "seconds": seconds}
     text = f"{done} seeds from {start} on, {tasks} tasks, {requests} requests, in {seconds:g} s: {found} with findings"
-    print(json.dumps(total) if as_json else text)
-    raise typer.Exit(bool(found))
+    print(json.dumps(total) if as_json else text + ", and stopped" * stopped)
+    raise typer.Exit(1 if found else STOPPED * stopped)
 
 
 def report(outcome: Outcome, *, as_json: bool) -> None:

@@ -111,6 +111,19 @@ class Callers:
             self.watch.release(task)
             await node.aredrive(task)
 
+    async def waver(self, node: Node) -> None:
+        """Cancel a task that runs, redrive it, and cancel another: the worker meets its old note again beside the new one."""
+        task = self.some_task({"running"})
+        if task is None:
+            return
+        self.watch.requested.add(task)
+        await node.acancel(task)
+        await node.clock.sleep(self.random.random() * 6)
+        self.watch.release(task)
+        await node.aredrive(task)
+        await node.clock.sleep(self.random.random() * 3)
+        await self.cancel(node)
+
     async def prune(self, node: Node) -> None:
         """Prune what ended an hour ago."""
         await prune(node.client, 3600)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from buquet.backoff import Backoff
+from buquet.queue.attempt import current
+from buquet.testing.run_auditor import task_of
 from buquet.workflow.words import Signal, each
 
 if TYPE_CHECKING:
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 GO = Signal("go", int)
 WORTH = 5
 """The value of every signal."""
+UNDONE = ("add", "add_3")
+"""The steps that have an undo."""
 OVER = {"completed", "failed", "cancelled", "pruned"}
 
 
@@ -25,11 +29,13 @@ def declare_flows(node: Node) -> None:
     @node.task(name="add", backoff=quick)
     async def add(n: int) -> int:
         await clock.sleep(random.random() ** 3 * 2 * node.world.ttl)
+        node.world.ran.add(current().id)
         return n + 1
 
     @node.task(name="back", queue="side", backoff=quick)
     async def back(n: int, result: int | None = None) -> None:  # noqa: ARG001 - undoing looks at neither
         await clock.sleep(random.random())
+        node.world.ran.add(current().id)
 
     @node.task(name="join", queue="side", backoff=quick)
     async def join(a: int, b: int) -> int:
@@ -99,8 +105,8 @@ class RunCallers:
         await node.order.get(run_id).aresume()
 
 
-def wrong_run(run: dict[str, Any], *, cancelled: bool) -> list[str]:
-    """Say what is wrong with how a run ended."""
+def wrong_run(run: dict[str, Any], *, cancelled: bool, ran: set[str]) -> list[str]:
+    """Say what is wrong with how a run ended. `ran`: the tasks whose handlers came to their end."""
     state = run["state"]
     if state == "pruned":
         return []
@@ -118,10 +124,16 @@ def wrong_run(run: dict[str, Any], *, cancelled: bool) -> list[str]:
             found.append(f"completed with {run.get('output')} for {args}")
     if args is not None and state == "failed" and not args["fails"] and not lost:
         found.append(f"failed, though nothing in it fails: {run.get('error')}")
+    found += [f"{state}, and {name} is due" for name, step in run.get("steps", {}).items() if step.get("state") == "due"]
     if state in {"failed", "cancelled"} and run.get("undoing", True):
-        found += [
-            f"{state}, and {name} is done and not undone ({step.get('undo', 'not begun')})"
-            for name, step in run.get("steps", {}).items()
-            if name in {"add", "add_3"} and step.get("state") == "done" and step.get("undo") not in {"done", "failed"}
-        ]
+        found += [f"{state}, and {problem}" for name in UNDONE for problem in _not_undone(run, name, ran)]
     return found
+
+
+def _not_undone(run: dict[str, Any], name: str, ran: set[str]) -> list[str]:
+    """Say whether something that a step did is there still. What its handler did counts, not what the record says."""
+    step = run.get("steps", {}).get(name, {})
+    done, undone = (task_of(run["id"], kind, name, 0, step.get("gen", 1)) in ran for kind in ("step", "undo"))
+    if step.get("undo") == "failed" or undone or not (done or step.get("state") == "done"):
+        return []
+    return [f"{name} is done and not undone ({step.get('state')}, {step.get('undo', 'not begun')})"]

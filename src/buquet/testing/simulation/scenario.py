@@ -178,7 +178,9 @@ class Play:
             self.some(random.choice("wc")).sim_clock.skew = random.uniform(-240, 240)
         elif kind < 0.9 and self.severity:
             world.network.weather.away = world.loop.elapsed + random.random() ** 2 * 2 * world.ttl
-        elif kind < 0.92 and not self.lag:  # fsck needs a LIST that is true
+        elif kind < 0.93:
+            callers.start(self.some("c"), callers.waver)
+        elif kind < 0.95 and not self.lag:  # fsck needs a LIST that is true
             node = self.some("c")
             callers.start(node, callers.fsck)
 
@@ -250,7 +252,9 @@ class Play:
             since = max([since, *(now.get("due", 0) / 1000 for now in left)])
             # one slot may have to do all of it, one after another
             patience = PATIENCE + LEARNT * any(_unusual(now) for now in left)
-            running = max(running, sum(3 * self.world.ttl if now["name"] in {"slow", "steps", "add"} else 5.0 for now in left))
+            running = max(
+                running, sum(3 * self.world.ttl if now["name"] in {"slow", "steps", "stumbles", "add"} else 5.0 for now in left)
+            )
             if self.world.bucket.clock.now() - since > patience + running:
                 what = ", ".join(f"{now['name']} {now['id']} {now['state']} rev {now.get('rev', 0)}" for now in left[:3])
                 self.watch.say(f"stuck: {who} did not finish {len(left)} tasks in {patience + running:g} s: {what}")
@@ -318,7 +322,7 @@ class Play:
                 self.watch.say(f"{task['name']} {task_id}: {problem}")
 
         for run_id, run in sorted(self.watch.runs.items()):
-            for problem in wrong_run(run, cancelled=run_id in self.watch.requested):
+            for problem in wrong_run(run, cancelled=run_id in self.watch.requested, ran=self.world.ran):
                 self.watch.say(f"run {run_id}: {problem}")
 
     def value(self, task: dict[str, object], name: str) -> object:

@@ -26,7 +26,8 @@ def declare(node: Node) -> None:  # noqa: C901 - a task after another
 
     @node.task(name="slow", queue="side", backoff=quick)
     async def slow(n: int, seconds: float) -> int:
-        await clock.sleep(seconds)
+        with node.at_work(current().id):
+            await clock.sleep(seconds)
         return n
 
     @node.task(name="plain", backoff=quick)
@@ -48,18 +49,32 @@ def declare(node: Node) -> None:  # noqa: C901 - a task after another
     @node.task(name="naps", backoff=quick)
     async def naps(n: int, times: int) -> int:
         slept = current().checkpointed or 0
-        if slept < times:
-            await current().acheckpoint(slept + 1)
-            raise Snooze(random.random() * 3)
+        with node.at_work(current().id):
+            if slept < times:
+                await current().acheckpoint(slept + 1)
+                raise Snooze(random.random() * 3)
+            await clock.sleep(random.random() * 4)
         return n + slept
 
     @node.task(name="steps", max_attempts=4, backoff=quick)
     async def steps(n: int, count: int) -> int:
         done = current().checkpointed or 0
-        for step in range(done, count):
-            await clock.sleep(random.random() * 4)
-            await current().acheckpoint(step + 1)
+        with node.at_work(current().id):
+            for step in range(done, count):
+                await clock.sleep(random.random() * 4)
+                await current().acheckpoint(step + 1)
         return n + count
+
+    @node.task(name="stumbles", max_attempts=2, backoff=quick)
+    async def stumbles(n: int, seconds: float) -> int:
+        # the second attempt pushes the first one's last write out of the record's ops, and must not be taken for it
+        if current().attempt == 1:
+            raise ValueError(n)
+        with node.at_work(current().id):
+            for step in range(4):
+                await current().acheckpoint(step)
+            await clock.sleep(seconds)
+        return n
 
     @node.task(name="poison", queue="side", max_losses=POISON_LOSSES, backoff=quick)
     async def poison(n: int, kills: int) -> int:
@@ -77,7 +92,7 @@ def declare(node: Node) -> None:  # noqa: C901 - a task after another
             raise ValueError(n)
         return n * n
 
-    del echo, slow, plain, flaky, doomed, naps, steps, poison, item  # they are found by their names
+    del echo, slow, plain, flaky, doomed, naps, steps, stumbles, poison, item  # they are found by their names
 
 
 def draw(node: Node) -> tuple[str, tuple[Any, ...]]:
@@ -85,10 +100,13 @@ def draw(node: Node) -> tuple[str, tuple[Any, ...]]:
     random = node.world.random
     n = random.randrange(1000)
     name = random.choice(
-        ("echo", "echo", "slow", "slow", "slow", "plain", "flaky", "flaky", "doomed", "naps", "steps", "steps", "poison")
+        (
+            *("echo", "echo", "slow", "slow", "slow", "plain", "flaky", "flaky", "doomed", "naps", "steps", "steps"),
+            *("stumbles", "stumbles", "poison"),
+        )
     )
     match name:
-        case "slow":
+        case "slow" | "stumbles":
             return name, (n, round(random.random() * 3 * node.world.ttl, 3))
         case "plain":
             return name, (n,)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections import deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from buquet.app import App
@@ -18,7 +19,7 @@ from buquet.testing.simulation.wire import Bucket, Network, Wire
 from buquet.testing.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from buquet.worker.worker import Worker
 
@@ -108,6 +109,24 @@ class Node(App):
         self.world.tell(self.name, "the worker has ended")
         self.process.kill()
 
+    @contextmanager
+    def at_work(self, task: str) -> Generator[None]:
+        """Note that an attempt runs, and judge that no other does whose worker nobody has called dead."""
+        at_work = self.world.at_work
+        worker = self.worker_here
+        assert worker is not None
+        other = at_work.get(task)
+        if other is not None and other.alive and other.worker_here is not None:
+            session = self.world.watch.sessions.get(other.worker_here.id)
+            if session is not None and not session.get("reaped") and not other.worker_here.keeper.lost:
+                self.world.watch.say(f"I9: {self.name} and {other.name} both run {task}, and both sessions are alive")
+        at_work[task] = self
+        try:
+            yield
+        finally:
+            if at_work.get(task) is self:
+                del at_work[task]
+
     def stop_worker(self) -> None:
         """Ask its worker to end, as SIGTERM does."""
         if self.worker_here is not None:
@@ -167,6 +186,10 @@ class World:
         """Whether poison kills."""
         self.killed: dict[str, int] = {}
         """How many processes each poisonous task has killed."""
+        self.at_work: dict[str, Node] = {}
+        """Where an attempt of a task runs."""
+        self.ran: set[str] = set()
+        """Tasks of runs whose handlers came to their end, wherever."""
 
     def tell(self, who: str, what: str) -> None:
         """Add a line to the trace."""

@@ -1,0 +1,156 @@
+"""Bugs on purpose in section 9, runs of workflows. See planted.py."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+
+from msgspec.structs import replace
+
+from buquet import keys
+from buquet.worker import children
+from buquet.workflow import advance, committer, engine
+from buquet.workflow.committer import Known
+from buquet.workflow.records import RunRecord
+from buquet.workflow.values import Missing
+
+ORIGINAL = {
+    "told": children.Children.told,
+    "of_step": engine.of_step,
+    "_follow_up": engine.Engine._follow_up,
+    "_step": advance._Advance._step,
+    "_undo_of": advance._Advance._undo_of,
+    "_cancel": advance._Advance._cancel,
+}
+
+
+async def finish_first(self, run, ended):
+    run.telling = asyncio.ensure_future(ORIGINAL["told"](self, run, ended))
+    return ended
+
+
+def random_id(run, follow, plan, now):
+    task = ORIGINAL["of_step"](run, follow, plan, now)
+    if follow.what in {"timer", "no timer"}:
+        return task
+    return replace(task, id=hashlib.sha256(f"{task.id} {now} {run.rev}".encode()).hexdigest()[:32])
+
+
+async def not_awaited(self, known, event, helper):
+    self.following = asyncio.ensure_future(ORIGINAL["_follow_up"](self, known, event, helper))
+
+
+def undo_not_awaited(self, name):
+    ORIGINAL["_undo_of"](self, name)
+    return ""
+
+
+def unwinds_early(self):
+    if not self.run.unwinding:
+        self.run = replace(self.run, unwinding=True)
+        self._mark_all()
+    if self.run.undoing or self.run.state == "failing":
+        for name in sorted(self.run.steps, key=lambda name: -self.run.steps[name].order):
+            if self._undo_of(name) == "due":
+                return
+    state = "failed" if self.run.state == "failing" else "cancelled"
+    self.run = replace(self.run, state=state, finished=self.now, by=self.event.id, paused=False, inbox={})
+
+
+def entered_again(self):
+    record = self.run.step(self.event.step)
+    if record.gen == self.event.gen and record.state in {"done", "failed"} and self.run.state == "running":
+        self._put(self.event.step, replace(record, state="due"))
+    return ORIGINAL["_step"](self)
+
+
+async def race_not_run_again(self, run_id, queue, taken):
+    """Store what events make of a run, and take it for stored whoever was quicker."""
+    held = await self.read(run_id)
+    taken += queue
+    queue.clear()
+    if held is None or held.record.state == "pruned":
+        return None
+    plan = await self.plan(held.record)
+    while True:
+        try:
+            run = await self._after(held.record, plan, [event for event, _ in taken])
+            break
+        except Missing as missing:
+            await self.fetch(missing)
+    if run is not held.record:
+        await self.register.update(held, run)
+    return Known(run, plan)
+
+
+async def record_before_entry(self, task, event):
+    """Create a run's record, and then its entry."""
+    held = await self.committer.read(task.run)
+    if held is None or held.record.state == "pruned":
+        run = RunRecord(
+            id=task.run,
+            workflow=task.step,
+            queue=task.queue,
+            created=task.created,
+            key=task.key,
+            args=task.args,
+            args_at=task.args_at,
+            graph=task.graph,
+            graph_at=task.graph_at,
+        )
+        run = await self._begun(run, event)
+        write = await self.committer.create(run, held)
+        await self.register.reads.put(keys.open_run(run.id, 1), b"")
+        if write.landed and write.held is not None:
+            return Known(write.held.record, await self.committer.plan(run))
+    return await self.committer.commit(task.run, event)
+
+
+def steps_go_on(self):
+    """Cancel a run, and let what is due be taken for stopped."""
+    changed = ORIGINAL["_cancel"](self)
+    if changed is not None:
+        for name, record in self.run.steps.items():
+            if record.state == "due":
+                self._put(name, replace(record, state="stopped"))
+    return changed
+
+
+RUN_BUGS = {
+    "finish before the run's record": (
+        "a step's task ends before its run was told",
+        [(children.Children, "told", finish_first)],
+    ),
+    "follow-up with a random id": (
+        "who repeats a follow-up submits another task",
+        [(engine, "of_step", random_id)],
+    ),
+    "follow-ups not awaited": (
+        "a task of a run ends before what follows from it is submitted",
+        [(engine.Engine, "_follow_up", not_awaited)],
+    ),
+    "outcome entered again": (
+        "an outcome that is told twice counts twice",
+        [(advance._Advance, "_step", entered_again)],
+    ),
+    "run's lost race": (
+        "an event that lost the race for the run's record is taken for stored",
+        [(committer.Committer, "_write", race_not_run_again)],
+    ),
+    "run's record before its entry": (
+        "a run is there before its entry is",
+        [(engine.Engine, "_start", record_before_entry)],
+    ),
+    "undo not awaited": (
+        "a run is over before its undos are",
+        [(advance._Advance, "_undo_of", undo_not_awaited)],
+    ),
+    "unwinds early": (
+        "undoing begins while steps are still at work",
+        [(advance._Advance, "_unwind", unwinds_early)],
+    ),
+    "stopped unseen": (
+        "a cancelled run takes what is at work for stopped, and does not undo it",
+        [(advance._Advance, "_cancel", steps_go_on)],
+    ),
+}

@@ -126,6 +126,20 @@ async def drain_worker(board: Board, target: str, _: Mapping[str, str]) -> str:
     return "The worker was asked to claim nothing more, to finish what it runs, and to end."
 
 
+async def pause_worker(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Ask a worker to claim nothing for now."""
+    await board.app.apause_worker(target)
+    board.feed.changed("workers")
+    return "The worker was asked to claim nothing; what it runs goes on."
+
+
+async def resume_worker(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Ask a worker to claim again."""
+    await board.app.aresume_worker(target)
+    board.feed.changed("workers")
+    return "The worker was asked to go on."
+
+
 async def trigger_schedule(board: Board, target: str, _: Mapping[str, str]) -> str:
     """Submit a schedule's task now."""
     handle = await board.app.atrigger_schedule(target)
@@ -154,6 +168,8 @@ ACTIONS: dict[str, Action] = {
     "pause-queue": pause_queue,
     "resume-queue": resume_queue,
     "drain-worker": drain_worker,
+    "pause-worker": pause_worker,
+    "resume-worker": resume_worker,
     "trigger-schedule": trigger_schedule,
     "pause-schedule": pause_schedule,
     "resume-schedule": resume_schedule,

@@ -64,6 +64,10 @@ class WorkerView(msgspec.Struct, kw_only=True):
     """The schedules that it keeps."""
     draining: bool
     """It claims nothing more, and ends after what it runs."""
+    paused: bool = False
+    """It claims nothing for now."""
+    version: str = ""
+    """That of its buquet."""
 
 
 async def store_now(client: Client) -> float:
@@ -125,6 +129,8 @@ def worker_view(session: Session, age: float, *, alive: bool) -> WorkerView:
         rss=session.rss,
         schedules=session.schedules,
         draining=session.draining,
+        paused=session.paused,
+        version=session.version,
     )
 
 

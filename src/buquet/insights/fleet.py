@@ -9,6 +9,7 @@ import msgspec
 from buquet import keys
 from buquet.errors import StoreRefused
 from buquet.insights.scan import AT_ONCE, Scan
+from buquet.queue.parent import is_system
 from buquet.records import QueueSettings, Session
 from buquet.store.base import Listed, Stored
 
@@ -190,5 +191,5 @@ async def _queue(client: Client, queue: str, fleet: list[WorkerView], running: s
             view.ready += 1
             view.priorities[str(entry.priority)] = view.priorities.get(str(entry.priority), 0) + 1
     handled = {name for worker in fleet for name in worker.names}
-    view.unhandled = sorted(name for name in view.names if name not in handled)
+    view.unhandled = sorted(name for name in view.names if name not in handled and not (fleet and is_system(name)))
     return view

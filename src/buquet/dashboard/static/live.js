@@ -172,6 +172,8 @@
     }
   });
 
+  // on a phone the row of pages is longer than the screen
+  document.querySelector("header nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
   localTimes();
   follow();
 })();

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
+import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,10 +27,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parent.parent / "tests")]
 
+import msgspec  # noqa: E402
 from browser import run_browser  # noqa: E402 - found by the line above
+from msgspec import UNSET  # noqa: E402
 from scene import Decision, app, approved, import_rows, order, send_invoice, thumbnail, transcode  # noqa: E402
 
-from buquet import RunFailed  # noqa: E402 - after those, as the sorter has it
+from buquet import RunFailed, keys  # noqa: E402 - after those, as the sorter has it
+from buquet.records import ErrorInfo, Finished  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,11 +67,11 @@ class Scene(NamedTuple):
 
 
 @contextmanager
-def process(*words: str, url: str, json_out: bool = False) -> Iterator[dict[str, Any]]:
+def process(*words: str, folder: str, url: str, json_out: bool = False) -> Iterator[dict[str, Any]]:
     """Run a command until the end of the block; what it says first, with `json_out`."""
     environment = {**os.environ, "BUQUET_URL": url}
     output = subprocess.PIPE if json_out else subprocess.DEVNULL
-    running = subprocess.Popen([*BUQUET, *words], cwd=HERE, env=environment, stdout=output, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen([*BUQUET, *words], cwd=folder, env=environment, stdout=output, stderr=subprocess.DEVNULL)
     try:
         yield json.loads(running.stdout.readline()) if running.stdout else {}
     finally:
@@ -73,9 +79,37 @@ def process(*words: str, url: str, json_out: bool = False) -> Iterator[dict[str,
         running.wait(30)
 
 
+async def write_past() -> None:
+    """Write an hour that never was into the journal, as workers write theirs: nobody waits for it."""
+    client, chance = app.client, random.Random(7)
+    now = app.clock.now_ms()
+    for minute in range(58, 0, -1):
+        lines: list[bytes] = []
+        for _ in range(int(90 + 60 * math.sin(minute / 9) + chance.randrange(30))):
+            name, queue, middle = chance.choice(
+                [("thumbnail", "images", 120), ("send_invoice", "default", 45), ("report", "default", 400)]
+            )
+            at = now - minute * 60_000 + chance.randrange(60_000)
+            ran, delay = (
+                int(middle * chance.lognormvariate(0, 0.7)),
+                int(20 * chance.lognormvariate(0, 1) * (1 + 8 * (30 < minute < 36))),
+            )
+            failed = name == "send_invoice" and chance.random() < (0.2 if 12 < minute < 16 else 0.02)
+            error = ErrorInfo(type="ConnectionRefusedError", message="the mail server does not answer") if failed else UNSET
+            line = Finished(
+                kind="task", id=app.clock.new_id(), name=name, queue=queue, status="failed" if failed else "completed", at=at,
+                submitted=at - ran - delay, ready=at - ran - delay, started=at - ran, ran=ran, attempts=3 if failed else 1,
+                error=error, group="0123456789ab" if failed else "",
+            )  # fmt: skip
+            lines.append(msgspec.json.encode(line) + b"\n")
+        await client.reads.put(keys.journal(now - minute * 60_000, "0123abcd.0123456789abcdef", minute), b"".join(lines))
+
+
 async def fill() -> dict[str, str]:
     """Submit what the pictures show; return the pages of one task and one run."""
     async with app:
+        await app.client.open()
+        await write_past()
         await asyncio.gather(
             thumbnail.asubmit_many([(f"holiday/{n:04}.jpg",) for n in range(240)]),
             import_rows.asubmit_many([(f"stock-{n}.csv", n) for n in range(1, 26)]),
@@ -101,13 +135,19 @@ async def fill() -> dict[str, str]:
 
 @contextmanager
 def scene() -> Iterator[Scene]:
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="shop-") as folder, ExitStack() as stack:
+        # tracebacks name the file, and need not name this folder
+        shutil.copy(HERE / "scene.py", folder)
         url = os.environ["BUQUET_URL"] = f"sqlite:{folder}/shop.db"
         for queues in (("images", "default"), ("video",)):
             options = [word for queue in queues for word in ("--queue", queue)]
-            stack.enter_context(process("worker", "scene:app", "--concurrency", "6", "--grace", "1", *options, url=url))
-        served = stack.enter_context(process("ui", "--port", "0", "--json", url=url, json_out=True))
-        guarded = stack.enter_context(process("ui", "--port", "0", "--json", "--password", "x", url=url, json_out=True))
+            stack.enter_context(
+                process("worker", "scene:app", "--concurrency", "6", "--grace", "1", *options, folder=folder, url=url)
+            )
+        served = stack.enter_context(process("ui", "--port", "0", "--json", folder=folder, url=url, json_out=True))
+        guarded = stack.enter_context(
+            process("ui", "--port", "0", "--json", "--password", "x", folder=folder, url=url, json_out=True)
+        )
         pages = {name: f"/{name}" for name in ("tasks", "errors", "workers", "queues", "runs", "schedules", "login")}
         pages |= {"overview": "/"} | asyncio.run(fill())
         yield Scene(served["address"], guarded["address"], pages)
@@ -147,8 +187,10 @@ def main(words: list[str]) -> None:
     folder = Path(words[1]) if everything else HERE
     folder.mkdir(parents=True, exist_ok=True)
     wanted = dict.fromkeys(KEPT, ("light", "dark", "phone", "phone-dark")) if everything else KEPT
-    with scene() as made, run_browser() as browser:
-        time.sleep(25)  # the journal, heartbeats, and a chart that has two points
+    with scene() as made, run_browser() as browser:  # somebody looks, so that the chart of the backlog has some points
+        watching = browser.new_page()
+        watching.goto(made.address)
+        time.sleep(40)
         take(browser, made, folder, wanted)
 
 

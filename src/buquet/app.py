@@ -462,6 +462,22 @@ class App:
         """Do what `drain_worker` does, on the running event loop."""
         await control.drain_worker(self.client, worker_id)
 
+    def pause_worker(self, worker_id: str) -> None:
+        """Ask a worker to claim nothing until it is resumed; what it runs goes on. Raises WorkerNotFound."""
+        self.background.run(lambda: self.apause_worker(worker_id), "pause_worker")
+
+    async def apause_worker(self, worker_id: str) -> None:
+        """Do what `pause_worker` does, on the running event loop."""
+        await control.pause_worker(self.client, worker_id, paused=True)
+
+    def resume_worker(self, worker_id: str) -> None:
+        """Ask a worker to claim again. Raises WorkerNotFound."""
+        self.background.run(lambda: self.aresume_worker(worker_id), "resume_worker")
+
+    async def aresume_worker(self, worker_id: str) -> None:
+        """Do what `resume_worker` does, on the running event loop."""
+        await control.pause_worker(self.client, worker_id, paused=False)
+
     # ------------------------------------------------------------------ closing
 
     def close(self) -> None:

@@ -245,6 +245,10 @@ class Session(Record, frozen=True, kw_only=True, omit_defaults=True):
     """The schedules that it keeps."""
     draining: bool = False
     """It was asked by a note to end, and finishes what it runs."""
+    paused: bool = False
+    """It was asked by a note to claim nothing for now."""
+    version: str = ""
+    """That of its buquet."""
 
 
 class Note(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -254,6 +258,8 @@ class Note(Record, frozen=True, kw_only=True, omit_defaults=True):
     """Ids of tasks whose record the worker should read again."""
     drain: bool = False
     """Claim nothing more, finish what runs, and end."""
+    pause: bool | None = None
+    """Claim nothing (true), or go on (false); None: nobody has said."""
 
 
 class Bell(Record, frozen=True, kw_only=True, omit_defaults=True):

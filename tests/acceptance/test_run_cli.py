@@ -131,6 +131,12 @@ def test_a_run_from_its_start_to_its_end(shell):
         "id": run_id,
         "created": False,
     }
+    # the task that starts it carries the graph
+    command = [sys.executable, "-m", "buquet", "ls", "--json"]
+    tasks = json.loads(subprocess.run(command, cwd=shell.folder, env=shell.env, stdout=subprocess.PIPE, check=True).stdout)
+    assert [(task["name"], next(iter(task["graph"]["steps"])), task["result"]) for task in tasks] == [
+        ("buquet.start", "validate", None)
+    ]
     (listed,) = shell.json("ls", "--status", "pending")
     assert (listed["id"], listed["key"], listed["status"]) == (run_id, "o-1", "pending")
     assert "no live worker serves queue 'default'" in shell.run("get", run_id).stdout

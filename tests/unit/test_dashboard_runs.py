@@ -34,7 +34,7 @@ class World(NamedTuple):
         open_one = self.app.workflows[f"order {EVIL}"].options(key="for its buttons").start("")
         token = re.search(r'name="token" value="([0-9a-f]+)"', self.client.get(f"/runs/{open_one.id}").text)
         assert token, "it is the session's, for all pages"
-        form |= {"token": token[1], "back": f"/runs/{run.id}", "target": run.id}
+        form = {"target": run.id} | form | {"token": token[1], "back": f"/runs/{run.id}"}
         text = self.client.post("/act", data=form, headers={"origin": HERE}).text
         run_until_idle(self.app)
         self.forget(run)
@@ -174,3 +174,22 @@ def test_read_only_has_no_buttons_on_the_pages_of_runs(world: World) -> None:
     reader = TestClient(dashboard(world.app, read_only=True), base_url=HERE)
     for path in ("/runs", f"/runs/{run.id}"):
         assert 'method="post"' not in reader.get(path).text
+
+
+def test_an_error_group_of_steps_lets_their_runs_go_on(world: World) -> None:
+    runs = [world.start() for _ in range(2)]
+    for run in runs:
+        world.post(run, action="signal-run", name="go", value="false")
+        assert run.status() == "failed"
+    world.app.worker(max_time=0.5).run()  # its end writes the journal
+    failed = next(step.task_id for step in runs[0].steps() if step.name == "last")
+    page = world.client.get(f"/tasks/{failed}").text
+    assert "redrive-task" not in page, "a step is run again by its run"
+    (group,) = set(re.findall(r'name="target" value="([0-9a-f]{12})"', world.client.get("/errors").text))
+    assert "2 runs were asked to go on" in world.post(runs[0], action="redrive-group", target=group)
+    assert [run.steps()[-1].gen for run in runs] == [2, 2]
+
+
+def test_what_waits_for_every_worker_is_not_said_to_have_no_handler(world: World) -> None:
+    world.app.workflows[f"order {EVIL}"].start("x")
+    assert "no live worker handles" in world.client.get("/queues").text, "there is no worker at all"

@@ -152,7 +152,7 @@ def test_many_who_watch_one_task_cost_what_one_does() -> None:
         topic = f"task:{handle.id}"
         async with world.looking(topic, 30) as news:
             await world.clock.sleep(20)
-            before = world.sent
+            before, news[0] = world.sent, 0
             for _ in range(30):
                 await world.feed.task(handle.id)
             await world.clock.sleep(60)
@@ -199,6 +199,21 @@ def test_many_who_watch_a_run_and_the_list_cost_two_requests_a_second_and_one_wh
         await running
 
     in_world(work)
+
+
+def test_a_page_of_a_task_that_is_opened_first_follows_it_at_once() -> None:
+    """The first look at the journal takes a LIST an hour: at one request a second nothing else would be seen meanwhile."""
+
+    async def work(world: World) -> None:
+        handle = await world.good.options(delay=100).asubmit(1)
+        await world.feed.task(handle.id)
+        async with world.looking(f"task:{handle.id}", 1) as news:
+            await world.clock.sleep(2)
+            await handle.acancel()
+            await world.clock.sleep(5)
+            assert news == [2], "its first look, and the change"
+
+    in_world(work, can_wait=False)
 
 
 def test_ended_runs_are_told_by_the_journal_without_their_records() -> None:

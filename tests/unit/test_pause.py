@@ -41,6 +41,10 @@ class Works:
         def flow(name: str) -> None:
             note(name)
 
+        @app.workflow
+        def two(name: str) -> None:
+            note.options(after=[slow(20)])(name)
+
         return app, note, slow
 
     def start(self, **options):
@@ -285,3 +289,97 @@ async def test_draining_a_worker_that_is_not_there_says_so_and_leaves_nothing(wo
     with pytest.raises(WorkerNotFound):
         await draining
     assert await works.inner.list(keys.NOTES) == []
+
+
+@virtual
+async def test_a_worker_is_paused_and_goes_on_while_another_serves_the_queue(works):
+    held, other = works.start(), works.start()
+    await works.clock.sleep(5)
+    works.store.reset_counts()
+    await works.app.apause_worker(held.id)
+    await works.clock.sleep(1)
+    handles = [await works.slow.asubmit(1) for _ in range(30)]
+    await works.clock.sleep(40)
+    workers = {(await works.app.client.read(handle.id)).record.worker for handle in handles}
+    assert workers == {other.id}
+    views = {view.id: view for view in await fleet.workers(works.app.client)}
+    assert (views[held.id].paused, views[other.id].paused) == (True, False)
+    assert views[held.id].version
+    await works.app.adrain_worker(other.id)
+    await other.task
+    await works.note.asubmit("for the one that is paused")
+    await works.clock.sleep(100)
+    assert works.ran == []
+    works.store.reset_counts()
+    await works.clock.sleep(600)
+    looks = sum(works.store.count(op) for op in ("get", "get-304", "get-404"))
+    assert looks <= 600 / 2 + 600 / 20 + 20, "it looks at its notes every 2 s, and listens to no bell"
+    await works.app.aresume_worker(held.id)
+    await works.clock.sleep(3)
+    assert works.ran == ["for the one that is paused"]
+    await works.stop(held)
+
+
+@virtual
+async def test_a_worker_at_work_is_paused_though_the_ring_is_lost_and_finishes_what_it_runs(works):
+    worker = works.start(concurrency=1)
+    await works.clock.sleep(1)
+    handles = [await works.slow.asubmit(6) for _ in range(5)]
+    await works.clock.sleep(1)
+    deaf = works.store.inject("refuse", None, lambda key: key.startswith("bell/"), times=None)
+    await works.app.apause_worker(worker.id)
+    await works.clock.sleep(60)
+    deaf.stop()
+    assert sorted([await handle.astatus() for handle in handles]) == ["completed", *["pending"] * 4]
+    await works.app.adrain_worker(worker.id)
+    await worker.task
+
+
+@virtual
+async def test_a_paused_worker_begins_no_step_that_follows_from_what_it_finishes(works):
+    worker = works.start()
+    await works.clock.sleep(1)
+    run = await works.app.workflows["two"].astart("second")
+    await works.clock.sleep(10)
+    await works.app.apause_worker(worker.id)
+    await works.clock.sleep(60)
+    assert {step.name: step.status for step in await run.asteps()} == {"slow": "completed", "note": "running"}
+    assert works.ran == []
+    await works.app.aresume_worker(worker.id)
+    await run.aresult(timeout=30)
+    await works.stop(worker)
+
+
+@virtual
+async def test_a_worker_that_lost_its_session_stays_paused_and_a_cancel_does_not_resume_it(works):
+    worker = works.start()
+    handle = await works.slow.asubmit(1000)
+    await works.clock.sleep(10)
+    await works.app.apause_worker(worker.id)
+    await works.clock.sleep(12)
+    before = worker.id
+    await works.inner.delete(keys.session(before))  # by hand
+    await works.clock.sleep(30)
+    assert worker.id != before
+    assert (await works.app.client.read(handle.id)).record.worker == before, "its entry is back, and nobody claimed it"
+    await works.app.aresume_worker(worker.id)
+    await works.clock.sleep(10)
+    assert (await works.app.client.read(handle.id)).record.worker == worker.id
+    await works.app.apause_worker(worker.id)
+    await works.clock.sleep(5)
+    await handle.acancel()
+    await works.clock.sleep(5)
+    assert await handle.astatus() == "cancelled"
+    await works.note.asubmit("held")
+    await works.clock.sleep(60)
+    assert works.ran == []
+    (view,) = [view for view in await fleet.workers(works.app.client) if view.alive]
+    assert view.paused
+    await works.stop(worker)
+
+
+@virtual
+async def test_pausing_a_worker_that_is_not_there_says_so(works):
+    await works.app.client.open()
+    with pytest.raises(WorkerNotFound, match="buquet workers"):
+        await works.app.apause_worker("0" * 8 + "." + "0" * 16)

@@ -8,36 +8,64 @@ import typer
 
 from buquet.cli.base import Json, Url, cli, open_app, run
 from buquet.cli.output import print_json, print_table
-from buquet.errors import BuquetError
+from buquet.errors import BuquetError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from buquet.app import App
 
-Queues = Annotated[list[str], typer.Argument(metavar="QUEUE…", help="Names of queues.")]
+    One = Callable[[str], Awaitable[str]]
+
+Queues = Annotated[list[str] | None, typer.Argument(metavar="[QUEUE…]", help="Names of queues.")]
+Crew = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--worker", "-w", metavar="WORKER", help="A worker instead, by its id as `buquet workers` shows it; again for more."
+    ),
+]
 
 
 @cli.command()
-def pause(queues: Queues, url: Url = None, json: Json = False) -> None:
-    """Let workers claim nothing more of these queues. What runs goes on, and submits are stored."""
+def pause(queues: Queues = None, workers: Crew = None, url: Url = None, json: Json = False) -> None:
+    """Let workers claim nothing more of these queues, or these workers nothing at all. What runs goes on; submits are stored."""
     app = open_app(url)
 
-    async def one(queue: str) -> str:
-        return "paused" if await app.apause_queue(queue) else "was paused already"
+    async def queue(name: str) -> str:
+        return "paused" if await app.apause_queue(name) else "was paused already"
 
-    each_of(app, "queue", queues, one, json=json)
+    async def worker(name: str) -> str:
+        await app.apause_worker(name)
+        return "asked to pause"
+
+    _queues_or_workers(app, queues, queue, workers, worker, json=json)
 
 
 @cli.command()
-def resume(queues: Queues, url: Url = None, json: Json = False) -> None:
-    """Let workers claim from these queues again."""
+def resume(queues: Queues = None, workers: Crew = None, url: Url = None, json: Json = False) -> None:
+    """Let workers claim from these queues again, or these workers again."""
     app = open_app(url)
 
-    async def one(queue: str) -> str:
-        return "resumed" if await app.aresume_queue(queue) else "was not paused"
+    async def queue(name: str) -> str:
+        return "resumed" if await app.aresume_queue(name) else "was not paused"
 
-    each_of(app, "queue", queues, one, json=json)
+    async def worker(name: str) -> str:
+        await app.aresume_worker(name)
+        return "asked to go on"
+
+    _queues_or_workers(app, queues, queue, workers, worker, json=json)
+
+
+def _queues_or_workers(
+    app: App, queues: list[str] | None, queue: One, workers: list[str] | None, worker: One, *, json: bool
+) -> None:
+    if bool(queues) == bool(workers):
+        msg = "name queues, or workers with --worker; not both, and not neither"
+        raise UsageError(msg)
+    if queues:
+        each_of(app, "queue", queues, queue, json=json)
+    else:
+        each_of(app, "worker", workers or [], worker, json=json)
 
 
 @cli.command()
@@ -56,7 +84,7 @@ def drain(
     each_of(app, "worker", workers, one, json=json)
 
 
-def each_of(app: App, what: str, names: list[str], one: Callable[[str], Awaitable[str]], *, json: bool) -> None:
+def each_of(app: App, what: str, names: list[str], one: One, *, json: bool) -> None:
     """Do it to each, go on past those that refuse, print the outcomes; status 1 when any did."""
 
     async def work() -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ def workers(url: Url = None, json: Json = False) -> None:
         rows = [
             (
                 each.id,
-                "dead" if not each.alive else "draining" if each.draining else "alive",
+                _word(each),
                 each.host,
                 each.pid,
                 ", ".join(each.queues),
@@ -115,10 +115,30 @@ def workers(url: Url = None, json: Json = False) -> None:
                 each.abandoned or "",
                 duration(each.beat_age),
                 f"{each.rss / 2**20:.0f} MB",
+                each.version,
             )
             for each in crew
         ]
-        columns = ("worker", "", "host", "pid", "queues", "running", "completed", "failed", "abandoned", "last beat", "memory")
+        columns = (
+            "worker",
+            "",
+            "host",
+            "pid",
+            "queues",
+            "running",
+            "completed",
+            "failed",
+            "abandoned",
+            "last beat",
+            "memory",
+            "buquet",
+        )
         print_table(columns, rows, "no worker is running")
 
     run(app, work)
+
+
+def _word(worker: fleet.WorkerView) -> str:
+    if not worker.alive:
+        return "dead"
+    return "draining" if worker.draining else "paused" if worker.paused else "alive"

@@ -15,7 +15,7 @@ from buquet.insights.scan import Scan
 from buquet.insights.tasks import find
 from buquet.queue.client import Client
 from buquet.queue.handle import ending
-from buquet.records import Task
+from buquet.records import ABSENT, Task
 from buquet.sealing import HIDDEN
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="A task's id.")]
@@ -66,7 +66,9 @@ def submit(
         record = await app.client.wait(submitted.id, None)
         if record.state != "completed":
             if json:
-                print_json(submitted._asdict() | {"state": record.state, "error": msgspec.to_builtins(record.error)})
+                print_json(
+                    submitted._asdict() | {"state": record.state, "error": msgspec.json.decode(msgspec.json.encode(record.error))}
+                )
             raise ending(record)
         result = msgspec.json.decode(await app.client.value_of(record))
         print_json(submitted._asdict() | {"state": record.state, "result": result} if json else result)
@@ -114,12 +116,9 @@ async def _with_values(client: Client, task: Task) -> Task:
 
 def _plain(task: Task) -> dict[str, Any]:
     """Return a record as JSON values, with every field; a value that is not there is null."""
-    stored: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(task))
-    whole: dict[str, Any] = {}
-    for name in task.__struct_fields__:
-        value = getattr(task, name)
-        whole[name] = stored[name] if name in stored else None if isinstance(value, msgspec.Raw) else msgspec.to_builtins(value)
-    return whole
+    fields = {name: getattr(task, name) for name in task.__struct_fields__}
+    # by way of JSON: values lie in the record as JSON, also within its error
+    return msgspec.json.decode(msgspec.json.encode({name: None if value == ABSENT else value for name, value in fields.items()}))
 
 
 def _short(value: msgspec.Raw, at: str) -> str:

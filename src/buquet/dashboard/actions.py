@@ -73,32 +73,48 @@ async def redrive_task(board: Board, target: str, _: Mapping[str, str]) -> str:
 
 
 async def redrive_group(board: Board, target: str, _: Mapping[str, str]) -> str:
-    """Run all tasks of an error group again that are still failed."""
+    """Run all tasks of an error group again that are still failed; of those that are steps, the runs go on from there."""
     ids = list(dict.fromkeys(line.id for line in group_of(board.feed.journal.lines, target)))
     if not ids:
         return "Not done: nothing that failed so is known any more. Search the tasks that failed."
     lane = asyncio.Semaphore(AT_ONCE)
-    refused = 0
+    redriven = refused = 0
+    runs_met: set[str] = set()
 
     async def one(task_id: str) -> None:
-        nonlocal refused
+        nonlocal redriven, refused
         async with lane:
             try:
-                if (await board.app.client.read(task_id)).record.state != "failed":
+                record = (await board.app.client.read(task_id)).record
+                if record.state != "failed":
                     msg = "it is not failed any more"
                     raise Refused(msg)
-                await board.app.client.redrive(task_id)
+                if not record.run:
+                    await board.app.client.redrive(task_id)
+                    redriven += 1
+                elif record.run not in runs_met:
+                    runs_met.add(record.run)
+                    await board.app.run(record.run).aretry()
             except BuquetError:
                 refused += 1
 
     await asyncio.gather(*map(one, ids[:MOST]))
-    board.feed.changed("backlog")
-    text = f"{min(len(ids), MOST) - refused:,} tasks wait again."
+    board.feed.changed("backlog", "runs")
+    return _told(redriven, len(runs_met), refused, len(ids) - MOST)
+
+
+def _told(redriven: int, retried: int, refused: int, left: int) -> str:
+    """Say what came of a group that was run again."""
+    said: list[str] = []
+    if redriven or not retried:
+        said.append(f"{redriven:,} task{' waits' if redriven == 1 else 's wait'} again.")
+    if retried:
+        said.append(f"{retried:,} run{' was' if retried == 1 else 's were'} asked to go on from the failed steps.")
     if refused:
-        text += f" {refused:,} were left: they are not failed any more, or gone."
-    if len(ids) > MOST:
-        text += f" {len(ids) - MOST:,} more are to be done: press again."
-    return text
+        said.append(f"{refused:,} refused: not failed any more, or gone.")
+    if left > 0:
+        said.append(f"{left:,} more are to be done: press again.")
+    return " ".join(said)
 
 
 async def pause_queue(board: Board, target: str, _: Mapping[str, str]) -> str:
@@ -124,6 +140,20 @@ async def drain_worker(board: Board, target: str, _: Mapping[str, str]) -> str:
     await board.app.adrain_worker(target)
     board.feed.changed("workers")
     return "The worker was asked to claim nothing more, to finish what it runs, and to end."
+
+
+async def pause_worker(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Ask a worker to claim nothing for now."""
+    await board.app.apause_worker(target)
+    board.feed.changed("workers")
+    return "The worker was asked to claim nothing; what it runs goes on."
+
+
+async def resume_worker(board: Board, target: str, _: Mapping[str, str]) -> str:
+    """Ask a worker to claim again."""
+    await board.app.aresume_worker(target)
+    board.feed.changed("workers")
+    return "The worker was asked to go on."
 
 
 async def trigger_schedule(board: Board, target: str, _: Mapping[str, str]) -> str:
@@ -154,6 +184,8 @@ ACTIONS: dict[str, Action] = {
     "pause-queue": pause_queue,
     "resume-queue": resume_queue,
     "drain-worker": drain_worker,
+    "pause-worker": pause_worker,
+    "resume-worker": resume_worker,
     "trigger-schedule": trigger_schedule,
     "pause-schedule": pause_schedule,
     "resume-schedule": resume_schedule,

@@ -24,7 +24,7 @@ from buquet.queue.client import Client
 from buquet.records import QueueSettings, Schedule, Task
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 
     from buquet.insights.fleet import WorkerView
     from buquet.insights.runview import RunView
@@ -164,12 +164,16 @@ class Feed:
         stale = [name for name in self._needed(topic) if self._age(name) > STALE]
         if not stale:
             return
+        await self._catch_up(stale)
+
+    async def _catch_up(self, names: Iterable[str]) -> None:
+        """Look at what is stale, with what was saved up while nobody looked."""
         async with self._looking:
             if all(part.looked == -math.inf for part in self._parts.values()):
                 self.pace.give(FIRST)
             self.pace.spare(FIRST)
-            for name in stale:
-                if self._age(name) > STALE:
+            for name in names:
+                if name in self._parts and self._age(name) > STALE:
                     await self._look(name)
             self.pace.settle()
 
@@ -253,6 +257,8 @@ class Feed:
 
     async def _run(self) -> None:
         """Look at what is followed, the part that is due longest first, until nobody follows anything."""
+        # a page that reads its own record has not waited for the rest, such as a first look at the journal
+        await self._catch_up([name for topic in self._topics for name in self._needed(topic)])
         while self._topics:
             due, name = min((self._due(name), name) for topic in self._topics for name in self._needed(topic))
             wait = due - self.clock.monotonic()

@@ -9,6 +9,7 @@ import msgspec
 from buquet import keys
 from buquet.errors import StoreRefused
 from buquet.insights.scan import AT_ONCE, Scan
+from buquet.queue.parent import is_system
 from buquet.records import QueueSettings, Session
 from buquet.store.base import Listed, Stored
 
@@ -64,6 +65,10 @@ class WorkerView(msgspec.Struct, kw_only=True):
     """The schedules that it keeps."""
     draining: bool
     """It claims nothing more, and ends after what it runs."""
+    paused: bool = False
+    """It claims nothing for now."""
+    version: str = ""
+    """That of its buquet."""
 
 
 async def store_now(client: Client) -> float:
@@ -125,6 +130,8 @@ def worker_view(session: Session, age: float, *, alive: bool) -> WorkerView:
         rss=session.rss,
         schedules=session.schedules,
         draining=session.draining,
+        paused=session.paused,
+        version=session.version,
     )
 
 
@@ -184,5 +191,5 @@ async def _queue(client: Client, queue: str, fleet: list[WorkerView], running: s
             view.ready += 1
             view.priorities[str(entry.priority)] = view.priorities.get(str(entry.priority), 0) + 1
     handled = {name for worker in fleet for name in worker.names}
-    view.unhandled = sorted(name for name in view.names if name not in handled)
+    view.unhandled = sorted(name for name in view.names if name not in handled and not (fleet and is_system(name)))
     return view

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from buquet.insights.journal import MINUTE, ErrorGroup, Minute, Summary, spread
 from buquet.insights.schedules import ScheduleView, view_of
+from buquet.queue.parent import is_system
 
 if TYPE_CHECKING:
     from buquet.insights.feed import Feed
@@ -173,7 +174,9 @@ def _waits(state: QueueState, queued: Queued, handled: set[str]) -> None:
     state.ready, state.later, state.more = queued.ready, queued.later, queued.more
     state.next_due, state.oldest = queued.next_due, queued.oldest
     state.priorities = dict(sorted(queued.priorities.items()))
-    state.names = [(name, count, name in handled) for name, count in queued.names.most_common()]
+    state.names = [
+        (name, count, name in handled or (is_system(name) and bool(state.workers))) for name, count in queued.names.most_common()
+    ]
 
 
 def percentiles(times: list[tuple[int, int]], now: int) -> list[Percentiles]:

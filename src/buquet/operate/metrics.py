@@ -1,6 +1,7 @@
 """A worker's metrics for Prometheus, served over HTTP by the worker's own process. Needs the extra `metrics`.
 
-Labels are bounded: `name` and `queue` are those that the worker has handlers for and serves, all others are `other`.
+Labels are bounded: `name` and `queue` are those that the worker has handlers for and serves, and the few names of a run's own
+events; all others are `other`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from buquet import keys
 from buquet.errors import UsageError
 from buquet.worker.watch import Watcher
+from buquet.workflow.carriers import KINDS
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
@@ -79,7 +81,7 @@ class Metrics(Watcher):
     def _which(self, task: Task) -> tuple[str, str]:
         return (
             task.queue if task.queue in self.worker.queues else OTHER,
-            task.name if task.name in self.worker.tasks else OTHER,
+            task.name if task.name in self.worker.tasks or task.name in KINDS else OTHER,
         )
 
     def started(self, task: Task) -> None:

@@ -49,11 +49,21 @@ async def set_paused(client: Client, queue: str, *, paused: bool) -> bool:
 
 async def drain_worker(client: Client, worker: str) -> None:
     """Ask a worker to claim nothing more, finish what it runs and end. Raises WorkerNotFound."""
+    await _note(client, worker, drain=True)
+
+
+async def pause_worker(client: Client, worker: str, *, paused: bool) -> None:
+    """Ask a worker to claim nothing, or to go on. Raises WorkerNotFound."""
+    await _note(client, worker, pause=paused)
+
+
+async def _note(client: Client, worker: str, **asked: bool) -> None:
+    """Merge what is asked into a worker's notes, and ring."""
     session = await _session(client, worker)
     key = keys.notes(worker)
     held = await client.register.read(Note, key)
     while True:
-        note = replace(held.record if held else Note(), drain=True)
+        note = replace(held.record if held else Note(), **asked)
         write = await (client.register.update(held, note) if held else client.register.create(key, note))
         if write.landed:
             break

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("buquet.worker")
 
 EVERY = 2.0
-"""Seconds between two looks at the notes while tasks run."""
+"""Seconds between two looks at the notes while tasks run, or the worker is paused."""
 SETTINGS = 4.0
 """Seconds, at least, between two looks at the queues' settings while tasks run."""
 IDLE = 60.0
@@ -59,7 +59,7 @@ class Notes:
             await self.look()
 
     async def look(self) -> None:
-        """Read the notes unless they are as before: drain, and look again at the record of each task that they name."""
+        """Read the notes unless they are as before: pause or go on, drain, look again at the records that they name."""
         worker = self.worker
         self.rung = False
         self._looked = self.clock.monotonic()
@@ -71,6 +71,8 @@ class Notes:
             if held is None or held is before:
                 return
             self._held = held
+            if held.record.pause is not None:
+                worker.hold(paused=held.record.pause)
             if held.record.drain:
                 worker.drain_out()
             look = set(held.record.look)

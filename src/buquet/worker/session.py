@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import threading
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if sys.platform != "win32":
@@ -32,6 +33,7 @@ log = logging.getLogger("buquet.worker")
 BUSY_BEAT = 5.0
 IDLE_BEAT = 10.0
 TTL = 30.0
+VERSION = version("buquet")
 
 
 class Listing:
@@ -81,6 +83,7 @@ class SessionKeeper:
         self.abandoned = 0
         self.schedules: tuple[str, ...] = ()
         self.draining = False
+        self.paused = False
         self.lost = False
         self.on_lost: Callable[[], None] = lambda: None
         self.stored_at = 0.0
@@ -120,6 +123,8 @@ class SessionKeeper:
                 rss=resident(),
                 schedules=self.schedules,
                 draining=self.draining,
+                paused=self.paused,
+                version=VERSION,
             )
             sent = self.clock.monotonic()
             try:
@@ -201,6 +206,7 @@ class SessionKeeper:
             abandoned=self.abandoned,
             rss=resident(),
             draining=self.draining,
+            paused=self.paused,
         )
         try:
             async with asyncio.timeout(max(self.stored_at + self.ttl * 2 / 3 - sent, 0.001)):

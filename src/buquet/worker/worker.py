@@ -24,7 +24,7 @@ from buquet.worker.executor import Executor, Running
 from buquet.worker.finder import QueueFinder
 from buquet.worker.fleet import Fleet, Reaper
 from buquet.worker.journal import JournalWriter
-from buquet.worker.notes import Notes
+from buquet.worker.notes import EVERY, Notes
 from buquet.worker.racing import cancel_all, first_of
 from buquet.worker.retention import Retention
 from buquet.worker.scheduler import Scheduler
@@ -183,6 +183,15 @@ class Worker:
             self._stopping = self._patient = self.keeper.draining = True
             self._wake.set()
 
+    def hold(self, *, paused: bool) -> None:
+        """Claim nothing until told to go on; what runs goes on, and heartbeats, schedules and retention do too."""
+        if paused != self.keeper.paused:
+            log.info("worker %s was %s", self.keeper.id, "paused: it claims nothing" if paused else "told to go on")
+            self.keeper.paused = paused
+            for finder in self.finders:
+                finder.look_all_at = 0.0  # what came meanwhile was not listened to
+            self._wake.set()
+
     @property
     def is_busy(self) -> bool:
         """Whether tasks run or ran since this was last asked."""
@@ -298,6 +307,10 @@ class Worker:
                 await first_of(self._begin_anew(), self._stopped())
                 continue
             await self.notes.heard()
+            if self.keeper.paused:
+                await first_of(self._wake.wait(), self.clock.sleep(EVERY))
+                await self.notes.look()
+                continue
             room = min(self.concurrency - self._busy, (FINISHING + 1) * self.concurrency - len(self._pursuits))
             if room <= 0:
                 await self._wake.wait()
@@ -337,7 +350,7 @@ class Worker:
 
     def reserve(self, task: Task) -> bool:
         """Keep a slot for a task that this worker is about to submit under its own claim; False when it has none for it."""
-        if self._stopping or self.keeper.lost or task.name not in self.tasks:
+        if self._stopping or self.keeper.lost or self.keeper.paused or task.name not in self.tasks:
             return False
         if not any(finder.queue == task.queue and not finder.pause.paused for finder in self.finders):
             return False
@@ -451,7 +464,7 @@ class Worker:
             self.client.store, self.clock, self.queues, lost.names, self.concurrency, lost.ttl, lost.parent
         )
         self.keeper.completed, self.keeper.failed, self.keeper.abandoned = lost.completed, lost.failed, lost.abandoned
-        self.keeper.schedules, self.keeper.draining = lost.schedules, lost.draining
+        self.keeper.schedules, self.keeper.draining, self.keeper.paused = lost.schedules, lost.draining, lost.paused
         self.fleet.keeper = self.claimer.keeper = self.executor.keeper = self.keeper
         for finder in self.finders:
             finder.skip.clear()

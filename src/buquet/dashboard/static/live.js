@@ -29,15 +29,23 @@
       return;
     }
     if (old.nodeType !== Node.ELEMENT_NODE) return;
-    // what a person has typed, opened or scrolled stays
-    const own = old.matches("input, select, textarea") ? ["value", "checked"] : old.matches("details") ? ["open"] : [];
+    // what a person has typed, opened or scrolled stays; a hidden field is not theirs, but says what the button beside it does
+    const typed = old.matches("input:not([type=hidden]), select, textarea");
+    const own = typed ? ["value", "checked"] : old.matches("details") ? ["open"] : [];
     for (const { name, value } of [...fresh.attributes]) {
       if (!own.includes(name) && old.getAttribute(name) !== value) old.setAttribute(name, value);
     }
     for (const { name } of [...old.attributes]) {
       if (!own.includes(name) && !fresh.hasAttribute(name)) old.removeAttribute(name);
     }
-    if (old.matches("select, datalist, input, textarea")) return;
+    if (old.matches("datalist, input, textarea")) return;
+    if (old.matches("select")) {
+      if (old.innerHTML === fresh.innerHTML) return;
+      const chosen = old.value;
+      children(old, fresh);
+      if ([...old.options].some((each) => each.value === chosen)) old.value = chosen;
+      return;
+    }
     children(old, fresh);
   }
 
@@ -164,6 +172,8 @@
     }
   });
 
+  // on a phone the row of pages is longer than the screen
+  document.querySelector("header nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
   localTimes();
   follow();
 })();

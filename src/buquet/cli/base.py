@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import msgspec
 import typer
 
 from buquet.app import App
+from buquet.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -83,3 +85,12 @@ def load(target: str, url: str | None, *, quiet: bool = False) -> App:
     if not quiet:
         tell_default(app, url)
     return app
+
+
+def from_json(text: str, kind: Any, option: str, what: str) -> Any:
+    """Return what an option says as JSON. Raises UsageError."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.DecodeError as error:
+        msg = f"{option} takes a JSON {what}, and this is none: {text!r} ({error})"
+        raise UsageError(msg) from None

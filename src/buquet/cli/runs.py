@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 import msgspec
 import typer
 
-from buquet.cli.base import Json, Tag, Target, Url, cli, load, open_app, run
+from buquet.cli.base import Json, Tag, Target, Url, cli, from_json, load, open_app, run
 from buquet.cli.output import duration, moment, print_json, print_table, scan_progress, to_stderr
 from buquet.cli.selecting import tags_of
 from buquet.cli.watching import print_run, show, watch
@@ -44,7 +44,7 @@ def start(
     if workflow is None:
         msg = f"{target} has no workflow {name!r}; it has {', '.join(sorted(app.workflows)) or 'none'}"
         raise UsageError(msg)
-    positional, by_name = _json(args, list[Any], "--args", "array"), _json(kwargs, dict[str, Any], "--kwargs", "object")
+    positional, by_name = from_json(args, list[Any], "--args", "array"), from_json(kwargs, dict[str, Any], "--kwargs", "object")
     try:
         # the workflow is traced with its declared types, as where it is started in Python
         signature = workflow.signature
@@ -148,7 +148,7 @@ def signal(
     json: Json = False,
 ) -> None:
     """Send a signal to a run: the next wait of this name takes it."""
-    body = msgspec.json.encode(_json(value, Any, "--value", "value"))
+    body = msgspec.json.encode(from_json(value, Any, "--value", "value"))
     app = open_app(url)
 
     async def work() -> None:
@@ -259,11 +259,3 @@ async def _read(client: Any, run_id: str) -> RunView:
     for problem in scan.unreadable:
         to_stderr(f"unreadable: {problem}")
     return view
-
-
-def _json(text: str, kind: Any, option: str, what: str) -> Any:
-    try:
-        return msgspec.json.decode(text, type=kind)
-    except msgspec.DecodeError as error:
-        msg = f"{option} takes a JSON {what}, and this is none: {text!r} ({error})"
-        raise UsageError(msg) from None

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
-from buquet.cli.base import Json, Name, Queue, Status, Tag, Target, Url, cli, load, open_app, run
+from buquet.cli.base import Json, Name, Queue, Status, Tag, Target, Url, cli, from_json, load, open_app, run
 from buquet.cli.output import duration, moment, print_json, print_table, printable, scan_progress, to_stderr
 from buquet.cli.selecting import selection, tags_of
 from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord, UsageError
@@ -46,7 +46,7 @@ def submit(
     if function is None:
         msg = f"{target} has no task {name!r}; it has {', '.join(sorted(app.tasks)) or 'none'}"
         raise UsageError(msg)
-    positional, by_name = _parse(args, list[Any], "--args", "array"), _parse(kwargs, dict[str, Any], "--kwargs", "object")
+    positional, by_name = from_json(args, list[Any], "--args", "array"), from_json(kwargs, dict[str, Any], "--kwargs", "object")
     task = function.options(key=key, delay=delay, priority=priority, expires=expires, tags=tags_of(tag))
 
     async def work() -> None:
@@ -74,14 +74,6 @@ def submit(
         print_json(submitted._asdict() | {"state": record.state, "result": result} if json else result)
 
     run(app, work)
-
-
-def _parse(text: str, kind: type[Any], option: str, what: str) -> Any:
-    try:
-        return msgspec.json.decode(text, type=kind)
-    except msgspec.DecodeError as error:
-        msg = f"{option} takes a JSON {what}, and this is none: {text!r} ({error})"
-        raise UsageError(msg) from None
 
 
 @cli.command()

@@ -61,7 +61,7 @@ class Maker:
         self.shapes = {}
         """What each step comes to: an int, a bool, a list of ints, or an object of the three."""
         self.conditions = []
-        self.last_wait = {}
+        self.waits = {}
         self.odd = rng.random() < 0.15
         """Whether some expressions may have no value."""
         self.nodes = []
@@ -88,9 +88,8 @@ class Maker:
             node.channel = rng.choice(["a", "b", name, name])
             node.timeout = rng.random() < 0.6
             node.default = self.int() if node.timeout and rng.random() < 0.7 else None
-            if node.channel in self.last_wait:  # which of two that wait side by side comes first is not laid down
-                node.after.append(self.last_wait[node.channel])
-            self.last_wait[node.channel] = name
+            node.after += self.waits.get(node.channel, [])  # which of two that wait side by side comes first is not laid down
+            self.waits.setdefault(node.channel, []).append(name)
         else:
             node.seconds = ("value", rng.randint(0, 9)) if not self.odd else self.int()
             shape = "none"

@@ -20,6 +20,8 @@ class Clock:
 
     def __init__(self, seed: int | bytes | None = None) -> None:
         self.random = random.Random(os.urandom(16) if seed is None else seed)
+        self._last_id = (0, 0)
+        """Milliseconds and the other bits of the last id."""
 
     def now(self) -> float:
         """Seconds since 1970, by the local wall clock, which may be wrong or jump."""
@@ -50,7 +52,14 @@ class Clock:
         return f"{self.random.getrandbits(64):016x}"
 
     def new_id(self) -> str:
-        """Return a UUIDv7 in hex: 48 bits of milliseconds, version, variant, 74 random bits."""
-        high = (self.now_ms() << 16) | 0x7000 | self.random.getrandbits(12)
-        low = (0b10 << 62) | self.random.getrandbits(62)
+        """Return a UUIDv7 in hex: 48 bits of milliseconds, version, variant, 74 bits, at first random.
+
+        Those of one millisecond go up: what one caller sends later has the greater id.
+        """
+        now, (last, bits) = self.now_ms(), self._last_id
+        # half of the room is left to count in; threads that meet here add different numbers
+        bits = bits + 1 + self.random.getrandbits(32) if now == last else self.random.getrandbits(73)
+        self._last_id = (now, bits)
+        high = (now << 16) | 0x7000 | bits >> 62
+        low = (0b10 << 62) | bits & ((1 << 62) - 1)
         return f"{(high << 64) | low:032x}"

@@ -306,7 +306,8 @@ class Meaning:
         bad = {name for name, fact in self.facts.items() if fact.outcome != "done"} | set(self.undone)
 
         def reopened(name):
-            return name in bad or (self.state(name) != "idle" and any(reopened(need) for need in self.nodes[name].needs()))
+            begun = self.state(name) != "idle" or name in self.items
+            return name in bad or (begun and any(reopened(need) for need in self.nodes[name].needs()))
 
         again = {name for name in self.nodes if reopened(name)}
         for name in sorted((name for name in again if name in self.taken), key=self.ended.index, reverse=True):

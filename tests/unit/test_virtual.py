@@ -1,6 +1,7 @@
 """Virtual time: a year costs nothing, its order is that of real time, and a test that would hang fails."""
 
 import asyncio
+import uuid
 
 import pytest
 
@@ -102,3 +103,14 @@ def test_block_moves_the_time_on():
         return clock.monotonic()
 
     assert run_virtual(main) == 5
+
+
+def test_ids_of_one_millisecond_go_up_and_are_uuids():
+    async def main(clock):
+        return [clock.new_id() for _ in range(1000)]
+
+    for seed in range(20):
+        ids = run_virtual(main, seed)
+        assert ids == sorted(set(ids))
+        assert all(uuid.UUID(each).version == 7 and uuid.UUID(each).variant == uuid.RFC_4122 for each in ids)
+        assert len({each[:12] for each in ids}) == 1

@@ -41,7 +41,9 @@ def run_until_idle(app: App, *, virtual: bool = False) -> None:
     loop = VirtualLoop()
     with _virtual(app, store, loop):
         try:
-            loop.run_until_complete(app.worker(drain=True, heartbeat_thread=False).arun())
+            worker = app.worker(drain=True, heartbeat_thread=False)
+            worker.longest_drain_wait = 3600.0  # it has no others, and is woken when something is due
+            loop.run_until_complete(worker.arun())
             loop.run_until_complete(app.client.ringer.flush())
         finally:
             loop.close()

@@ -57,6 +57,9 @@ class Worker:
     >>> app.worker(concurrency=8, drain=True).run()  # doctest: +SKIP
     """
 
+    longest_drain_wait = 2.0
+    """Seconds after which a worker that drains looks again whether the others are done."""
+
     def __init__(
         self,
         client: Client,
@@ -400,7 +403,7 @@ class Worker:
         rests: list[Coroutine[Any, Any, object]] = [finder.rest() for finder in self.finders]
         if self.drain:
             rests.append(self.clock.sleep(self._drain_wait))
-            self._drain_wait = min(self._drain_wait * 2, 2.0)
+            self._drain_wait = min(self._drain_wait * 2, self.longest_drain_wait)
         await first_of(self._wake.wait(), *rests)
 
     async def _pursue(self, finder: QueueFinder, found: Found) -> None:

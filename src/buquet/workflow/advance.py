@@ -190,7 +190,9 @@ class _Advance:
         again = {name for name, record in run.steps.items() if record.state not in {"idle", "done", "skipped"} or record.undo}
         own = set(again)
         for name in self.graph.steps:  # in order: each comes after what it needs
-            if run.step(name).state != "idle" and not again.isdisjoint(self.plan.needs[name]):
+            # one that has not begun again since the last retry may keep items of an older list
+            begun = run.step(name).state != "idle" or run.step(name).fan is not None
+            if begun and not again.isdisjoint(self.plan.needs[name]):
                 again.add(name)
         self.run = replace(
             self.run, state="running", gen=run.gen + 1, unwinding=False, paused=False, error=None, finished=0, by=event.id

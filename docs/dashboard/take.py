@@ -45,7 +45,7 @@ DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 KEPT = {
     "overview": ("light", "dark", "phone"),
     "tasks": ("light", "phone"),
-    "task": ("light", "phone"),
+    "task": ("light",),
     "versions": ("light",),
     "errors": ("light",),
     "workers": ("light",),

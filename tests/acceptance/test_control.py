@@ -110,12 +110,17 @@ def test_pauses_and_a_drain_from_the_command_line(shell):
             (ready,) = until(lambda: asyncio.run(fleet.workers(app.client)), len)
             shell.run("pause", "slow")
             assert [queue["paused"] for queue in shell.json("stats")["queues"] if queue["queue"] == "slow"] == [True]
-            held = shell.json("submit", "tasks:app", "slow", "--args", "[8]")["id"]
+            held = shell.json("submit", "tasks:app", "slow", "--args", "[30]")["id"]
             drained = shell.run("worker", "tasks:app", "--queue", "slow", "--drain")
             assert "queue slow is paused, tasks left there: 1" in drained.stderr
             assert app.get(held).status() == "pending"
             shell.run("resume", "slow")
             until(app.get(held).status, lambda state: state == "running")
+            assert shell.json("pause", "--worker", ready.id) == [{"worker": ready.id, "ok": True, "outcome": "asked to pause"}]
+            until(lambda: shell.json("workers")[0]["paused"], bool)
+            assert "paused" in shell.run("workers").stdout
+            shell.run("resume", "--worker", ready.id)
+            assert "--worker" in shell.run("pause", status=2).stderr
             shell.run("drain", ready.id)
             assert worker.wait(60) == 0
             assert app.get(held).status() == "completed", "what ran was finished first"

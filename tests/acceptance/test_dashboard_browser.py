@@ -309,7 +309,7 @@ def test_a_run_is_found_followed_signalled_and_completes(world: World) -> None:
     graph.locator("a", has_text="again").first.click()
     page.wait_for_url("**/tasks/*")
     shows(page, "completed")
-    page.locator(f"a[href='/runs/{run.id}']").click()
+    page.get_by_role("link", name="Its run").click()
     page.wait_for_url(f"**/runs/{run.id}")
     expect(listed.locator("tr", has=listed.locator(f"a[href='/runs/{run.id}']"))).to_contain_text("completed", timeout=SOON)
     listed.get_by_role("searchbox").fill(run.id)

@@ -159,7 +159,7 @@ def test_foreign_names_do_not_make_labels():
             metrics.moved(transitions.cancel(task, 2))
         assert events(scrape(metrics), "other", "other") == {"cancelled": 100}
         metrics.moved(replace(transitions.cancel(transitions.submit(prepared, 1), 2), name="buquet.signal"))
-        assert events(scrape(metrics), "default", "buquet.signal") == {"cancelled": 1}
+        assert events(scrape(metrics), "buquet.signal") == {"cancelled": 1}
         assert not any('"n' in name for name in scrape(metrics))
 
     run_virtual(main)

@@ -40,5 +40,8 @@ def test_each_fire_of_a_workflow_is_one_run():
         assert 3 <= len(fires) == len(set(fires)) <= 4
         assert [await app.run(task.id).aresult() for task in starts] == [12] * len(fires)
         assert {task.run for task in starts} == {task.id for task in starts}
+        (shown,) = await app.aschedules()
+        assert (shown.task, shown.workflow) == ("nightly", True)
+        assert shown.last_task in {task.run for task in starts}
 
     run_virtual(main)

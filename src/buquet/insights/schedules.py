@@ -13,6 +13,7 @@ from buquet.insights.fleet import store_now, workers
 from buquet.insights.scan import AT_ONCE, Scan
 from buquet.queue.schedules import rule_in
 from buquet.records import Schedule
+from buquet.workflow.carriers import START
 
 if TYPE_CHECKING:
     from buquet.queue.client import Client
@@ -30,6 +31,7 @@ class ScheduleView(msgspec.Struct, kw_only=True):
     """The cron expression, or `every N s`."""
     tz: str
     task: str
+    """The name of the task, or of the workflow."""
     queue: str
     catch_up: str
     paused: bool
@@ -43,6 +45,8 @@ class ScheduleView(msgspec.Struct, kw_only=True):
     """Missed fires that were not caught up, in all."""
     keepers: int
     """Live workers that keep it."""
+    workflow: bool = False
+    """Whether each fire starts a run; `last_task` is its id, too."""
     problem: str = ""
     """Why its rule is not understood here."""
 
@@ -63,6 +67,7 @@ async def list_schedules(client: Client, scan: Scan | None = None) -> list[Sched
 
 def view_of(schedule: Schedule, now: int, keepers: int) -> ScheduleView:
     """Return a schedule as it is shown at `now` (milliseconds), with the number of live workers that keep it."""
+    starts = schedule.template.name == START
     ahead: list[int] = []
     problem = ""
     try:
@@ -76,7 +81,8 @@ def view_of(schedule: Schedule, now: int, keepers: int) -> ScheduleView:
         name=schedule.name,
         rule=shown,
         tz=schedule.tz,
-        task=schedule.template.name,
+        task=schedule.template.step if starts else schedule.template.name,
+        workflow=starts,
         queue=schedule.template.queue,
         catch_up=schedule.catch_up,
         paused=schedule.paused,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 KEPT_RUNS = 200
 """Runs whose graph and last known record are kept."""
 KEPT_BYTES = 64 << 20
+OF_A_STEP = {"step", "undo", "timer"}
 FAN_INLINE = 64 << 10
 """The most bytes of an `each`'s results that the run's record holds itself."""
 
@@ -180,6 +181,7 @@ class Committer:
             taken += queue
             queue.clear()
             plan = await self.plan(held.record)
+            _need_fit(held.record, plan, [event for event, _ in taken])
             try:
                 run = await self._after(held.record, plan, [event for event, _ in taken])
             except Missing as missing:
@@ -243,3 +245,16 @@ class Committer:
         for writer in list(self._writers):
             writer.cancel()
         await asyncio.gather(*self._writers, return_exceptions=True)
+
+
+def _need_fit(run: RunRecord, plan: Plan, events: list[Event]) -> None:
+    """Raise UnreadableRecord where a run's record and its graph are not of one piece: something else has written one of them."""
+    steps = plan.graph.steps
+    strange = [name for name in run.steps if name not in steps]
+    strange += [event.step for event in events if event.kind in OF_A_STEP and event.step not in steps]
+    strange += [
+        name for name, record in run.steps.items() if name in steps and (record.fan is not None) > (steps[name].kind == "each")
+    ]
+    if strange:
+        msg = f"run {run.id} speaks of a step {strange[0][:80]!r} that its graph does not have so"
+        raise UnreadableRecord(msg)

@@ -98,6 +98,17 @@ class Committer:
             self._plans[run.id] = plan
         return plan
 
+    async def _plan_for(self, run: RunRecord, events: list[Event]) -> Plan:
+        """Return a run's graph, as `plan` does, after it was seen to be of one piece with the record and the events."""
+        plan = await self.plan(run)
+        strange = _strange(run, plan, events)
+        if strange:
+            self._plans.pop(run.id, None)  # something else has written one of them, and may mend it
+            self._held.pop(run.id, None)
+            msg = f"run {run.id} speaks of a step {strange[:80]!r} that its graph does not have so"
+            raise UnreadableRecord(msg)
+        return plan
+
     def values(self, run_id: str, plan: Plan) -> Values:
         """Return what looks up the values of a run's steps; those in payloads as far as they were fetched."""
         hidden = bool(self.at_rest.sealer.key_id)
@@ -180,8 +191,7 @@ class Committer:
                 return None
             taken += queue
             queue.clear()
-            plan = await self.plan(held.record)
-            _need_fit(held.record, plan, [event for event, _ in taken])
+            plan = await self._plan_for(held.record, [event for event, _ in taken])
             try:
                 run = await self._after(held.record, plan, [event for event, _ in taken])
             except Missing as missing:
@@ -247,14 +257,9 @@ class Committer:
         await asyncio.gather(*self._writers, return_exceptions=True)
 
 
-def _need_fit(run: RunRecord, plan: Plan, events: list[Event]) -> None:
-    """Raise UnreadableRecord where a run's record and its graph are not of one piece: something else has written one of them."""
+def _strange(run: RunRecord, plan: Plan, events: list[Event]) -> str:
+    """Return a step that a record, or an event, has otherwise than the graph."""
     steps = plan.graph.steps
-    strange = [name for name in run.steps if name not in steps]
-    strange += [event.step for event in events if event.kind in OF_A_STEP and event.step not in steps]
-    strange += [
-        name for name, record in run.steps.items() if name in steps and (record.fan is not None) > (steps[name].kind == "each")
-    ]
-    if strange:
-        msg = f"run {run.id} speaks of a step {strange[0][:80]!r} that its graph does not have so"
-        raise UnreadableRecord(msg)
+    names = [*run.steps, *(event.step for event in events if event.kind in OF_A_STEP)]
+    fans = {name for name, record in run.steps.items() if record.fan is not None}
+    return next((name for name in names if name not in steps or (name in fans and steps[name].kind != "each")), "")

@@ -14,10 +14,11 @@ format:
 	ruff format
 	ruff check --fix
 
-# Half an hour and more: figures for docs/proof-chaos.md go to build/. As root, BUQUET_STORM_NAMESPACES=1 pulls a real cable.
+# Half an hour and more, on a machine that does nothing else: figures for docs/proof-chaos.md go to build/. As root, BUQUET_STORM_NAMESPACES=1 pulls a real cable.
 chaos:
 	mkdir -p build
-	BUQUET_STORM_TASKS=$${BUQUET_STORM_TASKS:-50000} BUQUET_STORM_SECONDS=$${BUQUET_STORM_SECONDS:-600} \
+	BUQUET_STORM_TASKS=$${BUQUET_STORM_TASKS:-50000} BUQUET_STORM_RUNS=$${BUQUET_STORM_RUNS:-500} \
+	BUQUET_STORM_SECONDS=$${BUQUET_STORM_SECONDS:-600} \
 	BUQUET_STORM_CONCURRENCY=$${BUQUET_STORM_CONCURRENCY:-32} BUQUET_STORM_REPORT=$(CURDIR)/build/storm \
 	python -m pytest tests/chaos -s
 

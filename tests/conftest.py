@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # as where a shell runs the tests in its background: commands that they start, and interrupt, would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from servers import DISTURBING, ENVIRONMENT, S3Server, run_moto, run_seaweed
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import math
 import os
 import threading
 import weakref
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
@@ -103,7 +105,7 @@ class App:
             msg = f"an App takes the URL of its store, a string such as 'sqlite:path.db', not {url!r}"
             raise UsageError(msg)
         seconds = retention.total_seconds() if isinstance(retention, timedelta) else retention
-        if seconds is not None and not HOUR <= seconds < YEARS:
+        if seconds is not None and not (isinstance(cast("object", seconds), Real) and HOUR <= seconds < YEARS):
             msg = f"retention is a timedelta or seconds, an hour at least, not {retention!r}: results may still be wanted"
             raise UsageError(msg)
         self.retention = seconds
@@ -333,6 +335,12 @@ class App:
         `ttl`: seconds without a heartbeat after which others take over.
         `parent` and `heartbeat_thread` are for process managers and simulations.
         """
+        numbers: tuple[object, ...] = (grace, ttl, max_time or 0)
+        counted = isinstance(cast("object", concurrency), int) and not isinstance(concurrency, bool)
+        if not counted or not all(isinstance(each, Real) and each >= -math.inf for each in numbers):  # NaN is not
+            given = f"{concurrency!r}, {grace!r}, {ttl!r}, {max_time!r}"
+            msg = f"a worker takes a whole number as concurrency, and grace, ttl and max_time as numbers of seconds, not {given}"
+            raise UsageError(msg)
         if isinstance(queues, str):  # else each letter would be one
             msg = f"queues are a list of names: [{queues!r}], not {queues!r}"
             raise UsageError(msg)

@@ -86,6 +86,10 @@ def _pydantic(kind: Any) -> Any:
 def _encode_other(value: Any) -> Any:
     if _pydantic(type(value)):  # pyright: ignore[reportUnknownArgumentType]
         return value.model_dump(mode="json")
+    if inspect.iscoroutine(value):
+        value.close()
+        msg = "a coroutine is no JSON value, and nobody awaited it. Is an async function hidden by a decorator that is none?"
+        raise TypeError(msg)
     msg = f"{type(value).__module__}.{type(value).__qualname__} is no JSON value"
     raise TypeError(msg)
 

@@ -110,6 +110,18 @@ def test_what_is_no_function_of_a_task_is_refused_with_a_hint(app):
         App(Path("a.db"))
     with pytest.raises(UsageError, match=r"\['default'\]"):
         app.worker("default")
+    for wrong in (
+        {"concurrency": 1.5},
+        {"concurrency": "4"},
+        {"ttl": float("nan")},
+        {"grace": "5"},
+        {"max_time": float("nan")},
+        {"concurrency": True},
+    ):
+        with pytest.raises(UsageError, match="whole number"):
+            app.worker(**wrong)
+    with pytest.raises(UsageError, match="retention"):
+        App("memory:", retention="7d")
 
 
 def test_the_least_deadline_is_one_and_the_earliest_time_is_now(app):
@@ -257,6 +269,24 @@ def test_values_over_64_mib_are_refused_and_say_what_to_do(app):
         error = handle.record().error
         assert error.type == f"buquet.errors.{kind}"
         assert "Store it in an object of yours" in error.message
+
+
+def test_an_async_function_behind_a_plain_decorator_is_told(app):
+    def plain(function):
+        @functools.wraps(function)
+        def wrapped(n):
+            return function(n)
+
+        return wrapped
+
+    @app.task(max_attempts=1)
+    @plain
+    async def works(n: int) -> int:
+        return n
+
+    handle = works.submit(1)
+    run_until_idle(app)
+    assert "hidden by a decorator" in handle.record().error.message
 
 
 # ---------------------------------------------------------------------- Apps and files

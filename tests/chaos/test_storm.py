@@ -4,7 +4,7 @@ twice.
 Workers are killed, stopped for longer than their time-to-live and woken again, and cut off from the store; requests are delayed,
 cut, throttled or lose their answer; the store is killed and started again. `make chaos` runs it long, and writes the figures of
 docs/proof-chaos.md. BUQUET_STORM_TASKS, BUQUET_STORM_RUNS, BUQUET_STORM_SECONDS (for how long there are faults) and
-BUQUET_STORM_SEED set it.
+BUQUET_STORM_SEED set it, and BUQUET_STORM_TTL.
 """
 
 import asyncio
@@ -40,7 +40,8 @@ CONCURRENCY = int(os.environ.get("BUQUET_STORM_CONCURRENCY", "8"))
 REPORT = os.environ.get("BUQUET_STORM_REPORT", "")
 RATE = 0.01
 """The share of requests that the proxies disturb."""
-TTL = 6
+TTL = float(os.environ.get("BUQUET_STORM_TTL", "6"))
+"""The workers' time-to-live, seconds; on a machine that is busy with other things a heartbeat may take longer than 4 s."""
 LONGER_THAN_TTL = 1.4 * TTL
 KILLED = (0, 1)
 STOPPED = (2,)

@@ -13,6 +13,7 @@ import multiprocessing
 import re
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -401,13 +402,12 @@ def main():
     options = parser.parse_args()
     results = {}
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        jobs = {name: pool.apply_async(hunt, (name, options.most)) for name in options.only}
-        for name, job in jobs.items():
-            results[name] = job.get()
-            print(json.dumps(results[name]), flush=True)
+        for result in pool.imap_unordered(partial(hunt, most=options.most), options.only):
+            results[result["bug"]] = result
+            print(json.dumps(result), flush=True)
             if options.out:
                 with Path(options.out).open("a") as file:
-                    file.write(json.dumps(results[name]) + "\n")
+                    file.write(json.dumps(result) + "\n")
     if set(results) == set(BUGS):
         write(results)
 

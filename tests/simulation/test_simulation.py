@@ -14,15 +14,7 @@ from buquet.testing.simulation import simulate
 from buquet.testing.simulation.cli import many
 
 SEEDS = 300
-QUICK = (
-    "earlydrop",
-    "entry before record",
-    "finish before the run's record",
-    "no fence",
-    "no write id",
-    "take=text",
-    "unwinds early",
-)
+QUICK = ("earlydrop", "finish before the run's record", "gap trusted", "hbdel=lookup", "mbx=text", "no write id", "nofence")
 """Bugs that take few seeds."""
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 KEPT_RUNS = 200
 """Runs whose graph and last known record are kept."""
 KEPT_BYTES = 64 << 20
+OF_A_STEP = {"step", "undo", "timer"}
 FAN_INLINE = 64 << 10
 """The most bytes of an `each`'s results that the run's record holds itself."""
 
@@ -95,6 +96,17 @@ class Committer:
                 msg = f"the graph of run {run.id} cannot be read by this buquet: {error}"
                 raise UnreadableRecord(msg) from None
             self._plans[run.id] = plan
+        return plan
+
+    async def _plan_for(self, run: RunRecord, events: list[Event]) -> Plan:
+        """Return a run's graph, as `plan` does, after it was seen to be of one piece with the record and the events."""
+        plan = await self.plan(run)
+        strange = _strange(run, plan, events)
+        if strange:
+            self._plans.pop(run.id, None)  # something else has written one of them, and may mend it
+            self._held.pop(run.id, None)
+            msg = f"run {run.id} speaks of a step {strange[:80]!r} that its graph does not have so"
+            raise UnreadableRecord(msg)
         return plan
 
     def values(self, run_id: str, plan: Plan) -> Values:
@@ -179,7 +191,7 @@ class Committer:
                 return None
             taken += queue
             queue.clear()
-            plan = await self.plan(held.record)
+            plan = await self._plan_for(held.record, [event for event, _ in taken])
             try:
                 run = await self._after(held.record, plan, [event for event, _ in taken])
             except Missing as missing:
@@ -243,3 +255,11 @@ class Committer:
         for writer in list(self._writers):
             writer.cancel()
         await asyncio.gather(*self._writers, return_exceptions=True)
+
+
+def _strange(run: RunRecord, plan: Plan, events: list[Event]) -> str:
+    """Return a step that a record, or an event, has otherwise than the graph."""
+    steps = plan.graph.steps
+    names = [*run.steps, *(event.step for event in events if event.kind in OF_A_STEP)]
+    fans = {name for name, record in run.steps.items() if record.fan is not None}
+    return next((name for name in names if name not in steps or (name in fans and steps[name].kind != "each")), "")

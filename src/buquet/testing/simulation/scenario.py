@@ -212,7 +212,7 @@ class Play:
         for _ in range(random.randrange(8)):
             await self.pause(random.random() * 8)
             node = self.some("c")
-            call = random.choice((callers.submit, callers.submit, callers.prune, callers.redrive))
+            call = random.choice((callers.submit, callers.submit, callers.prune, callers.prune, callers.redrive))
             callers.start(node, call)
         await self.pause(250)
 

@@ -176,7 +176,7 @@ class Network:
         future: asyncio.Future[Any] = self.loop.create_future()
         fate = self.fate(op)
         there, back = self.delay(), self.delay()
-        if fate == "lose" and self.random.random() < 0.5:
+        if fate == "lose" and self.random.random() < 0.7:
             back += self.random.random() * self.weather.slowest  # that no answer comes is known when the wait for it is over
         what = f"{op} {key}"
         if fate in {"refuse", "never", "full"}:

@@ -102,7 +102,7 @@ def draw(node: Node) -> tuple[str, tuple[Any, ...]]:
     name = random.choice(
         (
             *("echo", "echo", "slow", "slow", "slow", "plain", "flaky", "flaky", "doomed", "naps", "steps", "steps"),
-            *("stumbles", "stumbles", "poison"),
+            *("stumbles", "stumbles", "stumbles", "poison"),
         )
     )
     match name:

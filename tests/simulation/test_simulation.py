@@ -14,7 +14,15 @@ from buquet.testing.simulation import simulate
 from buquet.testing.simulation.cli import many
 
 SEEDS = 300
-QUICK = ("earlydrop", "finish before the run's record", "gap trusted", "hbdel=lookup", "mbx=text", "no write id", "nofence")
+QUICK = (
+    "earlydrop",
+    "finish before the run's record",
+    "gap trusted",
+    "hbdel=lookup",
+    "no write id",
+    "nofence",
+    "undo not awaited",
+)
 """Bugs that take few seeds."""
 
 

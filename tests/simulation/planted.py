@@ -184,7 +184,7 @@ async def nofence(self, who, still_dead=None):
     if held is None or (still_dead is not None and not still_dead(held)):
         return False
     for each in held.record.claims:
-        await self._put_back(each)
+        await self.put_back(each)
     await self.register.reads.delete(keys.session(who))
     return True
 
@@ -230,7 +230,7 @@ async def session_deleted_first(self, who, still_dead=None):
         return False
     await self.register.reads.delete(keys.session(who))
     for each in held.record.claims:
-        await self._put_back(each)
+        await self.put_back(each)
     return True
 
 
@@ -306,7 +306,7 @@ BUGS = {
     ),
     "rerev=reuse": (
         "a lost race is run again under the same entry",
-        [(client.Client, "redrive", rerev_reuse), (fleet.Reaper, "_put_back", rerev_reuse_reaper)],
+        [(client.Client, "redrive", rerev_reuse), (fleet.Reaper, "put_back", rerev_reuse_reaper)],
     ),
     "selfrun=leave, giveup": (
         "a claim of unknown outcome is given up on, and not adopted when it is met",

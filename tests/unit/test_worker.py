@@ -700,3 +700,30 @@ async def test_a_worker_is_stopped_also_while_the_store_is_away(rig):
         assert rig.clock.monotonic() - begun < 60
         rule.stop()
         await rig.clock.sleep(40)
+
+
+@virtual
+async def test_a_defect_while_an_outcome_is_stored_does_not_leave_the_task_running(rig):
+    @rig.app.task
+    async def double(n: int) -> int:
+        return 2 * n
+
+    handle = await double.asubmit(4)
+    worker = rig.worker()
+    move, broken = worker.executor.move, []
+
+    async def breaks_once(run, make):
+        if not broken:
+            await rig.clock.sleep(20)  # heartbeats have listed the claim and deleted its entry: the session alone names it
+            broken.append(run.token)
+            raise ZeroDivisionError("as planned")
+        return await move(run, make)
+
+    worker.executor.move = breaks_once
+    working = asyncio.ensure_future(worker.arun())
+    assert await handle.aresult(timeout=60) == 8
+    assert (await handle.arecord()).losses == 1
+    assert worker.keeper.claims == {}
+    worker.stop()
+    await working
+    await rig.audit()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from buquet.clock import Clock
     from buquet.records import Claim
     from buquet.store.register import Held, Register
-    from buquet.worker.session import SessionKeeper
+    from buquet.worker.session import Listing, SessionKeeper
 
 log = logging.getLogger("buquet.worker")
 
@@ -59,7 +59,7 @@ class Reaper:
         whole = True
         for claim in held.record.claims:
             try:
-                await self._put_back(claim)
+                await self.put_back(claim)
             except UnreadableRecord as error:
                 whole = False
                 if claim.task not in self._grieved:
@@ -75,7 +75,8 @@ class Reaper:
             self.added(queue, key)
         return True
 
-    async def _put_back(self, claim: Claim) -> None:
+    async def put_back(self, claim: Claim | Listing) -> None:
+        """Make the task of a claim pending again, one loss more, or end it when it is out of losses."""
         held = await self.register.read(Task, keys.task(claim.task))
         while held is not None and held.record.state == "running" and held.record.token == claim.token:
             task = transitions.lose(held.record, claim.token, self.clock.now_ms())

@@ -386,7 +386,7 @@ class Worker:
     def _pursued(self, pursuit: asyncio.Task[None]) -> None:
         self._pursuits.pop(pursuit, None)
         if not pursuit.cancelled() and (error := pursuit.exception()):
-            log.error("a defect of buquet: a task was left to be taken over", exc_info=error)
+            log.error("a defect of buquet: what this worker had in hand is left until its session ends", exc_info=error)
         self._wake.set()
 
     def _broke(self, aside: asyncio.Task[None]) -> None:
@@ -435,14 +435,19 @@ class Worker:
                 task = await self.executor.move(run, move)
                 tell(task)
             await self._finish(finder, run, task)
+        except Exception:
+            log.exception("a defect of buquet: task %s is put back, and this attempt counts as lost", run.listing.task)
+            # nobody else would take it over while this worker lives and lists it; with the session lost, others do
+            if not run.keeper.lost:
+                await self.reaper.put_back(run.listing)
+                self._let_go(run)
         finally:
             if not freed:
                 self._busy -= 1
 
     async def _finish(self, finder: QueueFinder | None, run: Running, task: Task | None) -> None:
         """Let go of a claim after the record was stored as no longer under it, or was seen to be under another."""
-        self.running.pop(run.token, None)
-        run.keeper.claims.pop(run.token, None)
+        self._let_go(run)
         if task is None:
             return
         if finder is not None:
@@ -452,6 +457,10 @@ class Worker:
         self.telling.moved(task)
         if run.listing.entry:
             await self.register.reads.delete(run.listing.entry)
+
+    def _let_go(self, run: Running) -> None:
+        self.running.pop(run.token, None)
+        run.keeper.claims.pop(run.token, None)
 
     # ------------------------------------------------------------------ losing the session
 

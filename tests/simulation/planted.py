@@ -265,7 +265,7 @@ async def payload_not_buried(self, listed):
     """Prune payloads without a record as they are met."""
     from buquet.operate.sweep import owner_of_payload
 
-    needed, _ = await self._needed(owner_of_payload(listed.key) or "")
+    needed, _ = await self.pruner.needed(owner_of_payload(listed.key) or "")
     if not needed:
         await self.reads.delete(listed.key)
 

@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from buquet import App, Backoff, Fail, Refused, Snooze, TaskCancelled, TaskExpired, TaskFailed, current, keys
+from buquet.operate.fsck import fsck
 from buquet.queue.background import Background
 from buquet.records import Session, Task
 from buquet.store.memory import MemoryStore
@@ -727,3 +728,24 @@ async def test_a_defect_while_an_outcome_is_stored_does_not_leave_the_task_runni
     worker.stop()
     await working
     await rig.audit()
+
+
+def test_a_record_whose_name_is_not_that_of_its_entry_is_told_and_left(caplog):
+    run_virtual(lambda clock: _damaged_name(Rig(clock), caplog))
+
+
+async def _damaged_name(rig, caplog):
+    @rig.app.task
+    async def double(n: int) -> int:
+        return 2 * n
+
+    handle, fine = await double.asubmit(4), await double.asubmit(5)
+    stored = await rig.store.get(keys.task(handle.id))
+    damaged = stored.body.replace(b'"name":"double"', b'"name":"treble"')
+    await rig.store.put(keys.task(handle.id), damaged)
+    await rig.worker(max_time=100).arun()
+    assert await fine.aresult() == 10
+    assert (await rig.store.get(keys.task(handle.id))).body == damaged
+    assert caplog.text.count("is of task 'treble', and its entry says 'double'") == 1
+    assert "defect" not in caplog.text
+    assert [(each.kind, each.key) for each in (await fsck(rig.client)).findings] == [("unreadable record", keys.task(handle.id))]

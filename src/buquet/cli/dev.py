@@ -72,6 +72,7 @@ class _Dev:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.stopping.set)
         changes = self._changes()
+        await anext(changes, None)
         url = self.url or await self._probe(changes)
         if url is None:
             return
@@ -95,11 +96,23 @@ class _Dev:
                 await asyncio.gather(serving, working, return_exceptions=True)
 
     async def _changes(self) -> AsyncIterator[set[Any]]:
+        """Yield what changed; first nothing, once it watches: a change right after the module was read must not be missed."""
         from watchfiles import PythonFilter, awatch  # noqa: PLC0415 - needs the extra `ui`  # pyright: ignore[reportUnknownVariableType]
 
         watch: Callable[..., AsyncIterator[set[Any]]] = awatch  # pyright: ignore[reportUnknownVariableType]
-        async for change in watch(Path.cwd(), watch_filter=PythonFilter(), stop_event=self.stopping, debounce=300, step=50):
-            yield change
+        watches = False
+        async for change in watch(
+            Path.cwd(),
+            watch_filter=PythonFilter(),
+            stop_event=self.stopping,
+            debounce=300,
+            step=50,
+            rust_timeout=200,
+            yield_on_timeout=True,
+        ):
+            if change or not watches:
+                watches = True
+                yield change
 
     async def _probe(self, changes: AsyncIterator[set[Any]]) -> str | None:
         """Return the URL of the user's App, once its module imports; None when stopped before."""

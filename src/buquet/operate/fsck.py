@@ -41,6 +41,7 @@ from buquet.operate.sweep import (
     side_by_side,
 )
 from buquet.queue import transitions
+from buquet.queue.parent import may_stand_for
 from buquet.records import TERMINAL, Session, Task
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ class _Checker:
     async def _pending(self, held: Held[Task]) -> None:
         task = held.record
         entry = keys.parse_entry(task.entry)
-        if entry is None or entry.task != task.id or entry.rev > task.rev:
+        if entry is None or entry.task != task.id or entry.rev > task.rev or not may_stand_for(entry.name, task.name):
             self._find("unreadable record", held.key, f"it is pending and names {task.entry[:120]!r}, which is no entry of it")
             return
         if not await self._entry_there(task.entry) and await self._unchanged(held):

@@ -24,6 +24,11 @@ def is_system(name: str) -> bool:
     return name.startswith(SYSTEM)
 
 
+def may_stand_for(entry: str, task: str) -> bool:
+    """Tell whether an entry of this name can be that of a task of that name: the same, or the system's in its place."""
+    return entry == task or is_system(entry)
+
+
 class Later(Exception):
     """A task cannot be dealt with before so many seconds have passed."""
 

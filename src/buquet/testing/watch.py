@@ -61,6 +61,8 @@ class Watch:
     """Tasks for which a cancel was sent."""
     found: list[str] = field(default_factory=list[str])
     """Everything that is wrong, in words."""
+    working: set[str] = field(default_factory=set[str])
+    """Tokens of the claims under which handlers are at work now, as the handlers themselves say."""
     _ops: set[str] = field(default_factory=set[str])
 
     def say(self, what: str) -> None:
@@ -147,7 +149,7 @@ class Watch:
         if before is not None and (now.get("rev", 0) != before.get("rev", 0) + 1 or ops[:-1] != before.get("ops", [])[-3:]):
             self.say(f"{task}: rev {now.get('rev', 0)} does not follow rev {before.get('rev', 0)}")
 
-    def _move(self, who: str, task: str, before: Json, now: Json) -> None:  # noqa: C901 - a rule after another
+    def _move(self, who: str, task: str, before: Json, now: Json) -> None:  # noqa: C901, PLR0912 - a rule after another
         """I7 and I9: who may make this move, and with what it may go along."""
         was, state = before["state"], now["state"]
         if was in OVER:
@@ -168,6 +170,8 @@ class Watch:
             self._loss(who, task, before, now)
         elif who != self.claimed.get(before["token"]):
             self.say(f"I9: {task} was claimed by {self.claimed.get(before['token'])}, and {event['why']} by {who}")
+        elif before["token"] in self.working:
+            self.say(f"I9: {task} is {state} ({event['why']}) while the attempt under its claim is still at work")
         if state == "cancelled" and not before.get("cancel_requested") and not now.get("run"):
             self.say(f"{task} is cancelled, and nobody asked for it in this life of it")
         if now.get("run"):

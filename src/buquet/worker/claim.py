@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from buquet import keys
 from buquet.errors import UnreadableRecord
 from buquet.queue import transitions
+from buquet.queue.parent import may_stand_for
 from buquet.records import TERMINAL, Task
 
 if TYPE_CHECKING:
@@ -91,6 +92,9 @@ class Claimer:
         if task.state in TERMINAL or task.entry != entry.key:
             await self._delete(finder, entry.key)
             return None
+        if not may_stand_for(entry.name, task.name):
+            msg = f"{held.key} is of task {task.name[:80]!r}, and its entry says {entry.name!r}: it is damaged, and left as it is"
+            raise UnreadableRecord(msg)
         if task.state == "pending":
             return await self._claim(finder, found, held)
         if task.worker == self.keeper.id:

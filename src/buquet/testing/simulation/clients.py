@@ -8,6 +8,7 @@ from buquet.errors import BuquetError, KeyConflict, Refused, StoreError, SubmitI
 from buquet.operate.fsck import fsck
 from buquet.operate.prune import prune
 from buquet.testing.simulation.workload import draw
+from buquet.worker.fleet import Reaper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -127,6 +128,12 @@ class Callers:
     async def prune(self, node: Node) -> None:
         """Prune what ended an hour ago."""
         await prune(node.client, 3600)
+
+    async def reap(self, node: Node) -> None:
+        """Take a worker for dead that may well live, as a parent does that has lost sight of it: any session may be reaped."""
+        if self.watch.sessions:
+            worker = self.random.choice(sorted(self.watch.sessions))
+            await Reaper(node.client.register, node.client.clock, node.client.added, lambda _: None).reap(worker)
 
     async def mend(self, node: Node) -> None:
         """Let fsck mend what it finds, and find nothing afterwards but payloads, which prune removes."""

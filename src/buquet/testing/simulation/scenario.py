@@ -183,6 +183,8 @@ class Play:
         elif kind < 0.95 and not self.lag:  # fsck needs a LIST that is true
             node = self.some("c")
             callers.start(node, callers.fsck)
+        elif kind >= 0.95:
+            callers.start(self.some("c"), callers.reap)
 
     def sleepers_wake(self) -> None:
         """Take back the traps that did not spring yet."""
@@ -201,6 +203,11 @@ class Play:
             callers.start(node, call)
             seconds = HOUR + random.uniform(-20, 200)
             node.after_requests(random.randrange(1, 6), lambda node=node, seconds=seconds: node.stall(seconds))
+        if random.random() < 0.5:
+            # one stands still after it stored its arguments, until prune has come by
+            late = self.node("c")
+            callers.start(late, callers.submit)
+            late.after_requests(random.randrange(2, 4), lambda: late.stall(HOUR + random.uniform(60, 200)))
         await self.pause(5)
         self.sleepers_wake()
         for node in self.those("w"):

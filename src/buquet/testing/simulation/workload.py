@@ -26,7 +26,7 @@ def declare(node: Node) -> None:  # noqa: C901 - a task after another
 
     @node.task(name="slow", queue="side", backoff=quick)
     async def slow(n: int, seconds: float) -> int:
-        with node.at_work(current().id):
+        with node.at_work(current()):
             await clock.sleep(seconds)
         return n
 
@@ -49,7 +49,7 @@ def declare(node: Node) -> None:  # noqa: C901 - a task after another
     @node.task(name="naps", backoff=quick)
     async def naps(n: int, times: int) -> int:
         slept = current().checkpointed or 0
-        with node.at_work(current().id):
+        with node.at_work(current()):
             if slept < times:
                 await current().acheckpoint(slept + 1)
                 raise Snooze(random.random() * 3)
@@ -59,7 +59,7 @@ def declare(node: Node) -> None:  # noqa: C901 - a task after another
     @node.task(name="steps", max_attempts=4, backoff=quick)
     async def steps(n: int, count: int) -> int:
         done = current().checkpointed or 0
-        with node.at_work(current().id):
+        with node.at_work(current()):
             for step in range(done, count):
                 await clock.sleep(random.random() * 4)
                 await current().acheckpoint(step + 1)
@@ -70,7 +70,7 @@ def declare(node: Node) -> None:  # noqa: C901 - a task after another
         # the second attempt pushes the first one's last write out of the record's ops, and must not be taken for it
         if current().attempt == 1:
             raise ValueError(n)
-        with node.at_work(current().id):
+        with node.at_work(current()):
             for step in range(4):
                 await current().acheckpoint(step)
             await clock.sleep(seconds)

@@ -21,6 +21,7 @@ from buquet.testing.watch import Watch
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from buquet.queue.attempt import Attempt
     from buquet.worker.worker import Worker
 
 KEPT_LINES = 60
@@ -110,20 +111,23 @@ class Node(App):
         self.process.kill()
 
     @contextmanager
-    def at_work(self, task: str) -> Generator[None]:
+    def at_work(self, attempt: Attempt) -> Generator[None]:
         """Note that an attempt runs, and judge that no other does whose worker nobody has called dead."""
-        at_work = self.world.at_work
+        at_work, working, task = self.world.at_work, self.world.watch.working, attempt.id
         worker = self.worker_here
         assert worker is not None
+        claims = {token for token, run in worker.running.items() if run.attempt is attempt}
         other = at_work.get(task)
         if other is not None and other.alive and other.worker_here is not None:
             session = self.world.watch.sessions.get(other.worker_here.id)
             if session is not None and not session.get("reaped") and not other.worker_here.keeper.lost:
                 self.world.watch.say(f"I9: {self.name} and {other.name} both run {task}, and both sessions are alive")
         at_work[task] = self
+        working |= claims
         try:
             yield
         finally:
+            working -= claims
             if at_work.get(task) is self:
                 del at_work[task]
 

@@ -131,8 +131,13 @@ class Callers:
 
     async def reap(self, node: Node) -> None:
         """Take a worker for dead that may well live, as a parent does that has lost sight of it: any session may be reaped."""
-        if self.watch.sessions:
-            worker = self.random.choice(sorted(self.watch.sessions))
+        sessions = self.watch.sessions
+        there = sorted(worker for worker, session in sessions.items() if session.get("claims")) or sorted(sessions)
+        if there:
+            worker = self.random.choice(there)
+            beat = sessions[worker]["beat"]
+            while sessions.get(worker, {}).get("beat") == beat:  # right after one: it is long until it hears of it
+                await node.clock.sleep(0.03)
             await Reaper(node.client.register, node.client.clock, node.client.added, lambda _: None).reap(worker)
 
     async def mend(self, node: Node) -> None:

@@ -250,7 +250,7 @@ class Play:
     async def until_done(self, who: str) -> None:
         """Wait until every task has ended; what is due may not take longer than it must."""
         since = self.world.bucket.clock.now()
-        running = 0.0
+        running, patience = 0.0, PATIENCE
         while not self.watch.found:
             left = [now for now in self.watch.tasks.values() if now["state"] not in OVER]
             if not left and all(task in self.watch.tasks or task in self.watch.lives for task in self.watch.submitted):
@@ -258,7 +258,8 @@ class Play:
             self.resume_runs()
             since = max([since, *(now.get("due", 0) / 1000 for now in left)])
             # one slot may have to do all of it, one after another
-            patience = PATIENCE + LEARNT * any(_unusual(now) for now in left)
+            if any(_unusual(now) for now in left):
+                patience = PATIENCE + LEARNT  # also for what comes of it
             running = max(
                 running, sum(3 * self.world.ttl if now["name"] in {"slow", "steps", "stumbles", "add"} else 5.0 for now in left)
             )

@@ -118,10 +118,8 @@ class Node(App):
         assert worker is not None
         claims = {token for token, run in worker.running.items() if run.attempt is attempt}
         other = at_work.get(task)
-        if other is not None and other.alive and other.worker_here is not None:
-            session = self.world.watch.sessions.get(other.worker_here.id)
-            if session is not None and not session.get("reaped") and not other.worker_here.keeper.lost:
-                self.world.watch.say(f"I9: {self.name} and {other.name} both run {task}, and both sessions are alive")
+        if other is not None and other.holds_its_session() and self.holds_its_session():
+            self.world.watch.say(f"I9: {self.name} and {other.name} both run {task}, and both sessions are alive")
         at_work[task] = self
         working |= claims
         try:
@@ -130,6 +128,13 @@ class Node(App):
             working -= claims
             if at_work.get(task) is self:
                 del at_work[task]
+
+    def holds_its_session(self) -> bool:
+        """Tell whether its worker is alive, and so by its stored session."""
+        if not self.alive or self.worker_here is None or self.worker_here.keeper.lost:
+            return False
+        session = self.world.watch.sessions.get(self.worker_here.id)
+        return session is not None and not session.get("reaped")
 
     def stop_worker(self) -> None:
         """Ask its worker to end, as SIGTERM does."""

@@ -131,6 +131,21 @@ async def test_process_wakes_who_waits_in_another(store: SqliteStore, path: Path
     assert await asyncio.to_thread(writer.wait) == 0
 
 
+async def test_only_what_others_write_makes_a_wait_look_often(store: SqliteStore, path: Path) -> None:
+    await write_all(store, {"a/1": b"1"})
+    store.look_elsewhere()
+    other = SqliteStore(path, Clock())
+    await other.put("a/2", b"2")
+    before = store.clock.monotonic()
+    store.look_elsewhere()
+    assert store.changed_elsewhere_at >= before
+    seen = store.changed_elsewhere_at
+    await store.put("a/3", b"3")
+    store.look_elsewhere()
+    assert store.changed_elsewhere_at == seen, "its own write is no other's"
+    await other.close()
+
+
 async def test_what_was_answered_survives_a_kill(store: SqliteStore, path: Path) -> None:
     program = """
     async def write(lane):

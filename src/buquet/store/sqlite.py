@@ -7,6 +7,7 @@ Reads happen in the calling thread: in WAL mode they wait for nobody and take mi
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sqlite3
 import threading
@@ -112,6 +113,10 @@ class SqliteStore:
         self._waiting = threading.Event()
         self._closing = False
         self._watches: dict[asyncio.AbstractEventLoop, _Watch] = {}  # replaced, never changed: the writer goes through it
+        self._written = 0
+        """The highest number of a write that is known here, of this process or another."""
+        self.changed_elsewhere_at = -math.inf
+        """When, by the monotonic clock, it was last seen that another process had written."""
 
     # ------------------------------------------------------------------ writes, in the writer's thread
 
@@ -167,6 +172,7 @@ class SqliteStore:
         try:
             self._begin(connection)
             (last,) = connection.execute("UPDATE writes SET n = n + ? RETURNING n", (len(batch),)).fetchone()
+            self._written = last  # before it can be read: else it would look like another's
             now = self.clock.now()
             first = last - len(batch) + 1
             results = [write.apply(connection, write, first + index, now) for index, write in enumerate(batch)]
@@ -239,6 +245,13 @@ class SqliteStore:
     def data_version(self) -> int:
         """Return a number that changes when another connection, of this process or any, has committed."""
         return self._read("PRAGMA data_version", ())[0][0]
+
+    def look_elsewhere(self) -> None:
+        """Note it when another process has written since the last look or write of this one."""
+        ((number,),) = self._read("SELECT n FROM writes", ())
+        if number > self._written:
+            self._written = number
+            self.changed_elsewhere_at = self.clock.monotonic()
 
     def _read(self, sql: str, values: tuple[object, ...]) -> list[Any]:
         self._open()
@@ -401,18 +414,20 @@ class _Watch:
     async def _poll(self) -> None:
         clock = self.store.clock
         seen = -1  # at first look in any case: something may have changed before the poller began
-        changed_at = clock.monotonic()
         took = 0.0
         while self.keys:
             with suppress(StoreUnavailable):  # the next poll is soon
                 version = self.store.data_version()
                 if version != seen:
-                    changed_at = clock.monotonic()
+                    begun = clock.monotonic()
+                    self.store.look_elsewhere()
                     self.look()
                     seen = version
-                    took = clock.monotonic() - changed_at
-            # while the file is busy another change is likely soon; with many waits a look costs, and shall not fill the loop
-            await clock.sleep(max(0.0005 if clock.monotonic() - changed_at < 1 else 0.005, took * 4))
+                    took = clock.monotonic() - begun
+            # while others write another change is likely soon (the own writer tells of its writes by itself); with many waits a
+            # look costs, and shall not fill the loop
+            busy = clock.monotonic() - self.store.changed_elsewhere_at < 1
+            await clock.sleep(max(0.0005 if busy else 0.005, took * 4))
 
 
 def _settle(settled: list[tuple[asyncio.Future[Any], Receipt | StoreError]]) -> None:

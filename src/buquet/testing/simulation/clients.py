@@ -136,7 +136,9 @@ class Callers:
         if there:
             worker = self.random.choice(there)
             beat = sessions[worker]["beat"]
-            while sessions.get(worker, {}).get("beat") == beat:  # right after one: it is long until it hears of it
+            for _ in range(100):  # right after one: it is long until it hears of it. A dead one has no other
+                if sessions.get(worker, {}).get("beat") != beat:
+                    break
                 await node.clock.sleep(0.03)
             await Reaper(node.client.register, node.client.clock, node.client.added, lambda _: None).reap(worker)
 

@@ -199,7 +199,9 @@ def test_what_comes_behind_a_page_while_the_bell_rings_blindly_is_met_at_once(mo
 async def behind_a_page(rig):
     now = int(rig.clock.now() * 1000)
     written = [keys.entry("default", 5, now + n, 0, f"{abs(n):032x}", 0, "echo") for n in (-4000, 10, 20, 30)]
-    finder = rig.app().worker(heartbeat_thread=False).finders[0]
+    worker = rig.app().worker(heartbeat_thread=False)
+    worker.fleet.knows_time = True
+    finder = worker.finders[0]
     for entry in written[1:]:
         await rig.bucket.put(entry, b"")
     met = [found.entry.key for found in await finder.take(9)]
@@ -208,3 +210,48 @@ async def behind_a_page(rig):
     await rig.bucket.put(keys.bell("default"), b'{"v":1,"rev":7,"op":"o"}')
     await finder.hear()
     assert [found.entry.key for found in await finder.take(9)] == written[:1]
+
+
+class Ahead:
+    """A clock that is minutes ahead of everybody else's."""
+
+    def __init__(self, clock):
+        self._clock = clock
+
+    def __getattr__(self, name):
+        return getattr(self._clock, name)
+
+    def now(self):
+        return self._clock.now() + 200
+
+    def now_ms(self):
+        return self._clock.now_ms() + 200_000
+
+
+@virtual
+async def test_before_it_knows_the_stores_time_a_worker_calls_nobody_dead_and_passes_over_nothing(rig):
+    other = rig.app().worker(heartbeat_thread=False)
+    working = asyncio.ensure_future(other.arun())
+    await rig.clock.sleep(1)
+    app = App(store=FaultyStore(rig.bucket, rig.clock), clock=Ahead(rig.clock))
+    app.background = Background(rig.clock.loop)
+
+    @app.task
+    async def echo(text: str) -> str:
+        return text
+
+    late = app.worker(heartbeat_thread=False)
+    await late.client.open()
+    await late.keeper.create()
+    # as a LIST shows it that is older than the last heartbeat, or lags: its own session tells it nothing then
+    await rig.bucket.put(keys.session(late.id), (await rig.bucket.get(keys.session(late.id))).body)
+    await late.fleet.look()
+    assert not (await rig.register.read(Session, keys.session(other.id))).record.reaped
+    finder = late.finders[0]
+    assert await finder.take(9) == []
+    entry = keys.entry("default", 5, int(rig.clock.now() * 1000), 0, "0" * 31 + "1", 0, "echo")
+    await rig.bucket.put(entry, b"")
+    finder.lane(5).rung()
+    assert [found.entry.key for found in await finder.take(9)] == [entry]
+    other.stop()
+    await working

@@ -107,7 +107,7 @@ class Claimer:
         return None
 
     def _orphaned(self, found: Found) -> bool:
-        return self.fleet.store_now() - found.modified > ORPHAN
+        return self.fleet.knows_time and self.fleet.store_now() - found.modified > ORPHAN
 
     async def _delete(self, finder: QueueFinder, entry: str) -> None:
         await self.register.reads.delete(entry)

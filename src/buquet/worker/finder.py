@@ -150,7 +150,8 @@ class QueueFinder:
 
     def _passed(self, lane: Lane) -> None:
         """Move the cursor past a page that was dealt with, but not past what may still come or come back."""
-        lane.passed(keys.lane_at(lane.prefix, int((self.fleet.store_now() - TRAIL) * 1000)))
+        known = self.fleet.knows_time  # by a clock that is ahead the cursor would go past what is still to come
+        lane.passed(keys.lane_at(lane.prefix, int((self.fleet.store_now() - TRAIL) * 1000)) if known else lane.prefix)
 
     # ------------------------------------------------------------------ listing
 

@@ -106,6 +106,8 @@ class Fleet:
         """The live workers that serve the same queues, myself among them."""
         self.offset = 0.0
         """Seconds by which the store's clock is ahead of the local wall clock."""
+        self.knows_time = False
+        """Whether that was ever learned: before, by a clock that may be wrong, nobody is called dead and no entry old."""
         self._grieved: set[str] = set()
 
     def store_now(self) -> float:
@@ -119,7 +121,7 @@ class Fleet:
     def lives(self, worker: str) -> bool:
         """Tell whether the last LIST showed this worker's session, young enough."""
         listed = self.sessions.get(worker)
-        return listed is not None and self.store_now() - listed.modified <= self.keeper.ttl
+        return listed is not None and self._young(listed, self.store_now())
 
     async def look(self) -> None:
         """LIST the sessions, learn the store's time from my own, and reap the dead."""
@@ -133,18 +135,22 @@ class Fleet:
         self.mates = sorted(
             worker
             for worker, each in found.items()
-            if worker.startswith(mine) and (now - each.modified <= self.keeper.ttl or worker == self.keeper.id)
+            if worker.startswith(mine) and (self._young(each, now) or worker == self.keeper.id)
         )
         # a list of its own: whoever meets a running task meanwhile adds to or takes from the sessions that are known
-        old = [worker for worker, each in found.items() if worker != self.keeper.id and now - each.modified > self.keeper.ttl]
+        old = [worker for worker, each in found.items() if worker != self.keeper.id and not self._young(each, now)]
         for worker in old:
             await self.bury(worker)
+
+    def _young(self, session: Listed, now: float) -> bool:
+        return not self.knows_time or now - session.modified <= self.keeper.ttl
 
     def _learn_time(self) -> None:
         held = self.keeper.held
         mine = self.sessions.get(self.keeper.id)
         if held is not None and mine is not None and mine.etag == held.etag:
             self.offset = mine.modified + (self.clock.monotonic() - self.keeper.stored_at) - self.clock.now()
+            self.knows_time = True
 
     async def bury(self, worker: str) -> None:
         """Reap a session that looks dead; an unreadable one is reported, once, and left."""
@@ -160,7 +166,7 @@ class Fleet:
         """Judge a session by its own time-to-live, which may be longer than mine, and by its last LIST."""
         listed = self.sessions.get(held.record.id)
         unchanged = listed is not None and listed.etag == held.etag
-        return listed is not None and unchanged and self.store_now() - listed.modified > held.record.ttl
+        return self.knows_time and listed is not None and unchanged and self.store_now() - listed.modified > held.record.ttl
 
     async def missing(self, worker: str) -> bool:
         """Tell, by a direct read, that a worker has no session. One that is stored but dead is reaped on the way (False)."""

@@ -15,6 +15,7 @@ from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
 from buquet.worker import finder as finding
 from buquet.worker.lane import Found
+from buquet.worker.permits import Permits
 
 
 class Rig:
@@ -255,3 +256,15 @@ async def test_before_it_knows_the_stores_time_a_worker_calls_nobody_dead_and_pa
     assert [found.entry.key for found in await finder.take(9)] == [entry]
     other.stop()
     await working
+
+
+async def test_who_is_cancelled_while_a_permit_is_given_is_cancelled_and_nothing_else():
+    permits = Permits(1)
+    await permits.take()
+    waiting = asyncio.ensure_future(permits.take())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    permits.give()  # before the one who waited has come to know of it
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert permits.free == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 
 
 class Permits:
@@ -31,7 +32,8 @@ class Permits:
             if turn.done() and not turn.cancelled():
                 self.give()
             else:
-                queue.remove(turn)
+                with suppress(ValueError):  # whoever gave a permit in between has taken it out already
+                    queue.remove(turn)
             raise
 
     def give(self) -> None:

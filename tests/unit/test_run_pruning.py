@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from buquet import App, RunFailed, TaskNotFound, each
+from buquet import App, RunFailed, TaskNotFound, each, keys
 from buquet.operate.fsck import fsck
 from buquet.operate.prune import prune
 from buquet.queue.background import Background
@@ -151,3 +151,48 @@ async def test_a_key_is_started_anew_after_its_run_was_pruned(app, store, clock)
     assert [step.status for step in await second.asteps()] == ["completed", "completed", "failed"]
     await prune(app.client, DAY)
     assert (await second.astatus()) == "failed"
+
+
+@virtual
+async def test_what_a_late_write_left_of_a_pruned_run_is_found_and_deleted_and_a_new_life_keeps_its_entry(app, store, clock):
+    flow = declare(app)
+    run = await finished(app, flow, key="k")
+    entry = keys.open_run(run.id, 1)
+    await clock.sleep(2 * DAY)
+    for _ in range(4):
+        await prune(app.client, DAY)
+        await clock.sleep(DAY)
+    assert await keys_left(store) == [keys.task(run.id)]
+    await store.put(entry, b"")  # as the PUT of a stalled worker lands
+    assert [(found.kind, found.key) for found in (await fsck(app.client, repair=True)).findings] == [("stale entry", entry)]
+    assert await keys_left(store) == [keys.task(run.id)]
+
+    await store.put(entry, b"")
+    delete = store.delete
+
+    async def late(key):
+        """Let the key be started anew just before the entry is deleted."""
+        if key == entry:
+            store.delete = delete
+            await flow.options(key="k").astart(3)
+            working.append(asyncio.create_task(app.worker(heartbeat_thread=False).arun()))
+            while await run.astatus() == "pending":
+                await clock.sleep(0.01)
+            await run.apause()
+        await delete(key)
+
+    working: list[asyncio.Task[None]] = []
+    store.delete = late
+    await fsck(app.client, repair=True)
+    assert [each.key for each in await store.list("open/")] == [entry]
+    assert (await fsck(app.client)).findings == []
+    working[0].cancel()
+    await asyncio.wait(working)
+
+
+@virtual
+async def test_the_entry_of_a_run_whose_start_is_under_way_is_left(app, store, clock):
+    run = await declare(app).astart(3)
+    await store.put(keys.open_run(run.id, 1), b"")  # the run's record comes next
+    assert (await fsck(app.client, repair=True)).findings == []
+    assert [each.key for each in await store.list("open/")] == [keys.open_run(run.id, 1)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from buquet import keys
 from buquet.errors import UnreadableRecord
 from buquet.operate.sweep import each_key, side_by_side
+from buquet.records import TERMINAL, Task
 from buquet.workflow.records import OVER, RunRecord
 
 if TYPE_CHECKING:
@@ -50,14 +51,25 @@ async def _check_entry(register: Register, listed: Listed, find: _Find, repair: 
         find("foreign object", listed.key, "this is no key of a run's entry; look at it and move it away")
         return
     run_id, gen = parsed
-    try:
-        held = await register.read(RunRecord, keys.run(run_id))
-    except UnreadableRecord:
-        return  # reported with the record
-    # a generation that is over stays over: a PUT that landed late has left this. A later one may be about to open
-    if held is None or not (gen < held.record.gen or (gen == held.record.gen and held.record.state in OVER)):
+    if not await _is_over(register, run_id, gen):
         return
-    finding = find("stale entry", listed.key, f"generation {gen} of this run is over; the run is {held.record.state}")
+    finding = find("stale entry", listed.key, f"generation {gen} of this run is over: a PUT that landed late has left this")
     if repair:
         await register.reads.delete(listed.key)
         finding.repaired = True
+        # the key of a pruned run may have been started anew meanwhile, which counts from generation 1 again
+        if not await _is_over(register, run_id, gen):
+            await register.reads.put(listed.key, b"")
+
+
+async def _is_over(register: Register, run_id: str, gen: int) -> bool:
+    """Tell whether a generation of a run is over, or its run was pruned; one that may be about to open is not."""
+    try:
+        # the start's task first: it ends after the run's record is there
+        start = await register.read(Task, keys.task(run_id))
+        held = await register.read(RunRecord, keys.run(run_id))
+    except UnreadableRecord:
+        return False  # reported with the record
+    if held is not None:
+        return gen < held.record.gen or (gen == held.record.gen and held.record.state in OVER)
+    return start is None or start.record.state in TERMINAL

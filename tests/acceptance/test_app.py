@@ -194,6 +194,64 @@ def test_a_handler_in_a_thread_sees_that_it_was_cancelled(app):
     working.join(20)
 
 
+def test_a_worker_in_a_thread_shares_the_loop_of_blocking_calls_and_keeps_the_app_open(app):
+    loops = []
+    begun, go = threading.Event(), threading.Event()
+
+    @app.task
+    async def where() -> str:
+        loops.append(asyncio.get_running_loop())
+        return "here"
+
+    @app.task
+    def waits() -> str:
+        begun.set()
+        assert go.wait(60)
+        return where.submit().result(timeout=60)
+
+    worker = app.worker()
+    working = threading.Thread(target=worker.run)
+    working.start()
+    handle = waits.submit()
+    assert begun.wait(60)
+    assert handle.status() == "running"
+    app.close()  # of no effect while the worker is there
+    go.set()
+    assert handle.result(timeout=60) == "here"
+    assert loops == [app.background.loop]
+    worker.stop()
+    app.close()  # nor while it ends
+    working.join(60)
+    assert not working.is_alive()
+    assert handle.status() == "completed"
+
+
+def test_who_waits_is_told_that_the_app_was_closed(app):
+    @app.task
+    def never() -> None: ...
+
+    handle = never.submit()
+    asked = threading.Event()
+    said = []
+
+    async def forever():
+        asked.set()
+        return await handle.aresult()
+
+    def wait():
+        try:
+            app.background.run(forever, "result")
+        except UsageError as error:
+            said.append(str(error))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    assert asked.wait(60)
+    app.close()
+    waiting.join(60)
+    assert said == ["the App was closed while result() was at it"]
+
+
 def test_a_layout_of_a_newer_format_is_refused(app):
     asyncio.run(app.client.store.put("buquet.json", b'{"format": 99, "created": 1}'))
 

@@ -97,7 +97,7 @@ def test_a_chain_on_s3_costs_the_same_by_the_servers_own_meter(seaweed):
         assert await finish(app, run) == 10
         after = seaweed.request_counts() - before
         puts = sum(number for (kind, _), number in after.items() if kind == "PUT")
-        assert puts - writes(store, "workers", "journal") <= 47, store.counts
+        assert puts - writes(store, "workers", "journal") <= 47, f"{store.counts} {after}"
         await app.aclose()
 
     asyncio.run(main())

@@ -30,9 +30,10 @@ from buquet.errors import (
     StoreUnfit,
     UsageError,
 )
-from buquet.store import sqlite
+from buquet.store import sqlite, sqlitewriter
 from buquet.store.base import Receipt, Stored
 from buquet.store.sqlite import SqliteStore
+from buquet.store.sqlitewriter import Write, Writer
 from buquet.testing.contract import read, write_all
 
 BEGIN = """if True:
@@ -138,11 +139,15 @@ async def test_only_what_others_write_makes_a_wait_look_often(store: SqliteStore
     await other.put("a/2", b"2")
     before = store.clock.monotonic()
     store.look_elsewhere()
-    assert store.changed_elsewhere_at >= before
-    seen = store.changed_elsewhere_at
+    assert store.elsewhere.at >= before
+    seen = store.elsewhere.at
     await store.put("a/3", b"3")
     store.look_elsewhere()
-    assert store.changed_elsewhere_at == seen, "its own write is no other's"
+    assert store.elsewhere.at == seen, "its own write is no other's"
+    times = store.look_elsewhere()
+    await other.put("a/4", b"4")
+    await store.put("a/5", b"5")
+    assert store.look_elsewhere() != times, "another's write is seen though an own one came after it"
     await other.close()
 
 
@@ -197,8 +202,15 @@ async def test_forked_child_is_told(store: SqliteStore) -> None:
 async def test_what_fails_does_not_fail_its_neighbours(store: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = await store.create("tasks/00/a.json", b"1")
     sizes: list[int] = []
-    commit = store._commit
-    monkeypatch.setattr(store, "_commit", lambda connection, batch: (sizes.append(len(batch)), commit(connection, batch))[1])
+    apply = Writer._apply
+
+    def count(writer: Writer, batch: list[Write], *, wait: bool) -> Any:
+        results = apply(writer, batch, wait=wait)
+        if results is not None:
+            sizes.append(len(batch))
+        return results
+
+    monkeypatch.setattr(Writer, "_apply", count)
     with locked(path):
         answers = asyncio.gather(
             store.put("bell/1", b""),
@@ -217,6 +229,90 @@ async def test_what_fails_does_not_fail_its_neighbours(store: SqliteStore, path:
     assert [one.key for one in await store.list("bell/")] == ["bell/1", "bell/2"]
     assert sum(sizes) == 7
     assert len(sizes) <= 2, "what waits is committed together"
+
+
+async def test_the_loop_goes_on_while_another_process_is_at_the_file(store: SqliteStore, path: Path) -> None:
+    await store.put("bell/q", b"")
+    with locked(path):
+        answer = asyncio.create_task(store.put("bell/q", b"2"))
+        for _ in range(10):  # a commit in this thread would wait for a lock that this very thread holds
+            await asyncio.sleep(0.001)
+        assert not answer.done()
+    await answer
+
+
+class Watched:
+    """A connection that tells in which thread each commit is, and makes one take long by the clock."""
+
+    def __init__(self, inner: sqlite3.Connection, clock: Ahead) -> None:
+        self.inner = inner
+        self.close = inner.close
+        self.clock = clock
+        self.threads: list[str] = []
+        self.slow = 0
+
+    def execute(self, sql: str, values: Any = ()) -> Any:
+        if sql == "COMMIT":
+            self.threads.append(threading.current_thread().name)
+            self.clock.ahead += self.slow
+            self.slow = 0
+        return self.inner.execute(sql, values)
+
+
+class Ahead(Clock):
+    """A clock that can be put forward."""
+
+    ahead = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.ahead
+
+
+async def test_after_a_slow_commit_the_next_is_made_beside_the_loop(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Ahead()
+    store = SqliteStore(path, clock)
+    monkeypatch.setattr(sqlitewriter, "QUICK", 5.0)  # whatever this machine does meanwhile
+    connect = store._connect
+    made: list[Watched] = []
+
+    def watched(wait: float = 5) -> Any:
+        if wait:
+            return connect(wait)
+        made.append(Watched(connect(wait), clock))
+        return made[0]
+
+    monkeypatch.setattr(store, "_connect", watched)
+    await store.put("bell/1", b"")
+    made[0].slow = 60
+    for n in (2, 3):
+        await store.put(f"bell/{n}", b"")
+    here = threading.current_thread().name
+    assert made[0].threads == [here, here, "buquet-sqlite"]
+    while made[0].threads[-1] != here:  # soon: the other thread may have the connection for a moment yet
+        await store.put("bell/4", b"")
+    await store.close()
+
+
+async def test_a_record_comes_with_its_entry_and_goes_with_it(store: SqliteStore) -> None:
+    async def there() -> list[str]:
+        return [each.key for prefix in ("ready/", "tasks/") for each in await store.list(prefix)]
+
+    first = await store.write("tasks/00/a.json", b"1", None, entry="ready/1")
+    assert await there() == ["ready/1", "tasks/00/a.json"]
+    with pytest.raises(AlreadyExists):
+        await store.write("tasks/00/a.json", b"2", None, entry="ready/2", drop="ready/1")
+    with pytest.raises(Changed):
+        await store.write("tasks/00/a.json", b"2", "0", drop="ready/1")
+    assert await there() == ["ready/1", "ready/2", "tasks/00/a.json"]
+    waiting = [
+        asyncio.create_task(store.wait_changed(key, etag, 60)) for key, etag in (("ready/1", first.etag), ("ready/3", None))
+    ]
+    await asyncio.sleep(0)
+    second = await store.write("tasks/00/a.json", b"2", first.etag, entry="ready/3", drop="ready/1")
+    assert await there() == ["ready/2", "ready/3", "tasks/00/a.json"]
+    assert await asyncio.gather(*waiting) == [True, True]
+    assert (await read(store, "tasks/00/a.json", version=first.version)).body == b"1"
+    assert (await read(store, "tasks/00/a.json")).etag == second.etag
 
 
 async def test_cancelled_caller_leaves_the_others_alone(store: SqliteStore, path: Path) -> None:
@@ -271,6 +367,11 @@ async def test_failed_transaction_is_unknown_to_all_of_it(
     assert len(set(map(id, failed))) == len(failed), "each caller has an error of its own"
     written = [f"bell/{n}" for n, answer in enumerate(answers) if isinstance(answer, Receipt)]
     assert [one.key for one in await store.list("bell/")] == written
+    before = store.look_elsewhere()
+    other = SqliteStore(store.path, store.clock)
+    await other.put("bell/other", b"")  # under a number of those that were rolled back
+    await other.close()
+    assert store.look_elsewhere() != before
     await store.put("bell/again", b"")
 
 
@@ -477,7 +578,7 @@ async def test_no_rights(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_locked_for_too_long(store: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await store.put("bell/q", b"1")
     with locked(path):
-        monkeypatch.setattr(sqlite, "BUSY", 0.05)
+        monkeypatch.setattr(sqlitewriter, "BUSY", 0.05)
         with pytest.raises(StoreUnavailable, match="locked"):
             await store.put("bell/q", b"2")
         assert (await read(store, "bell/q")).body == b"1", "readers wait for nobody"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from buquet.errors import UsageError, WrongLoop
@@ -70,6 +71,9 @@ class Background:
         future = asyncio.run_coroutine_threadsafe(work(), self.loop)
         try:
             return future.result()
+        except CancelledError:
+            msg = f"the App was closed while {blocking}() was at it"
+            raise UsageError(msg) from None
         except BaseException:
             future.cancel()
             raise
@@ -86,12 +90,20 @@ class Background:
         task.add_done_callback(self._running.discard)
 
     def stop(self) -> None:
-        """End the thread, if one was started."""
+        """End the thread, if one was started, and cancel what other threads still wait for."""
         with self._lock:
             loop, thread = self._loop, self._thread
             if loop is None or thread is None:
                 return
             self._loop = self._thread = None
+        asyncio.run_coroutine_threadsafe(_cancel_others(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+async def _cancel_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)

@@ -62,6 +62,7 @@ class Client:
         self.reads = self.register.reads
         self.sealer = sealer or Plain()
         self.values = Values(self.reads, self.sealer)
+        self.background = background
         self.ringer = Ringer(store, clock, background)
         self.listeners: list[Callable[[str, str], None]] = []
         """Called with queue and entry when this process added one: its own workers need no bell."""
@@ -105,11 +106,12 @@ class Client:
             task = await self._with_graph(task)
         task = replace(task, args=value, args_at=at, key_id=self.sealer.key_id)
         task = transitions.submit(task, self.clock.now_ms())
-        await self.reads.put(task.entry, b"")
+        if self.register.grouping is None:
+            await self.reads.put(task.entry, b"")
         if not task.key:
             # nobody else can have this id, so the bell may ring while the record is written: a quicker worker looks again soon
             self.ringer.added(task.queue, task.entry)
-        write = await self.register.create(keys.task(task.id), task)
+        write = await self.register.create(keys.task(task.id), task, entry=task.entry if self.register.grouping else "")
         entry = task.entry if write.landed else await self._meet(task, write.held, args)
         if entry:
             self._tell_own(task.queue, entry)
@@ -125,9 +127,8 @@ class Client:
         value, at = await self.values.put(task.id, "args", args)
         now = self.clock.now_ms()
         pending = transitions.submit(replace(task, args=value, args_at=at, key_id=self.sealer.key_id), now)
-        await self.reads.put(pending.entry, b"")
         fresh = transitions.claim(pending, worker, token, now) if token else pending
-        write = await self.register.create(keys.task(task.id), fresh, op=token)
+        write = await self.register.create(keys.task(task.id), fresh, op=token, entry=pending.entry)
         if write.landed:
             if not token:
                 self.added(task.queue, fresh.entry)

@@ -104,3 +104,15 @@ class Store(Protocol):
     async def close(self) -> None:
         """Release connections. Nothing may be called afterwards."""
         ...
+
+
+@runtime_checkable
+class Grouping(Protocol):
+    """A store that makes several writes at once: all or none of them, whatever happens."""
+
+    async def write(self, key: str, body: bytes, etag: str | None, *, entry: str = "", drop: str = "") -> Receipt:
+        """PUT the empty object `entry`, then create (`etag` None) or update an object, then DELETE `drop`.
+
+        Raises AlreadyExists or Changed: `entry` is there then all the same, and so is `drop`.
+        """
+        ...

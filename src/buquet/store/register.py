@@ -13,7 +13,7 @@ import msgspec
 from buquet.codec import decode_record, encode_record
 from buquet.errors import AlreadyExists, Changed, StoreUnavailable
 from buquet.records import Record
-from buquet.store.base import NOT_MODIFIED, Stored
+from buquet.store.base import NOT_MODIFIED, Grouping, Receipt, Stored
 from buquet.store.retrying import Retrying, pause
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Register:
         self.clock = clock
         self.patience = patience
         self.reads = Retrying(store, clock, patience)
+        self.grouping = store if isinstance(store, Grouping) else None
 
     async def read(self, kind: type[R], key: str) -> Held[R] | None:
         """GET a record; None when missing. Raises UnreadableRecord."""
@@ -70,10 +71,10 @@ class Register:
         stored = await self.reads.get(key, version=version)
         return _held(kind, key, stored) if isinstance(stored, Stored) else None
 
-    async def create(self, key: str, record: R, *, op: str = "", rev: int = 0) -> Write[R]:
-        """Write a record where there is none. Conflicts are returned, with what is there, not raised."""
+    async def create(self, key: str, record: R, *, op: str = "", rev: int = 0, entry: str = "") -> Write[R]:
+        """Write a record where there is none, and its entry before it. Conflicts are returned, with what is there, not raised."""
         op = op or self.clock.new_op()
-        return await self._write(key, msgspec.structs.replace(record, rev=rev, op=op, ops=(op,), prev=None), None)
+        return await self._write(key, msgspec.structs.replace(record, rev=rev, op=op, ops=(op,), prev=None), None, entry)
 
     async def create_once(self, key: str, record: R) -> Held[R]:
         """Create without ever sending it twice; raises AlreadyExists, and StoreUnavailable when the outcome is unknown."""
@@ -82,21 +83,26 @@ class Register:
         receipt = await self.store.create(key, encode_record(fresh))
         return Held(key, fresh, receipt.etag, receipt.version)
 
-    async def update(self, held: Held[R], record: R, *, op: str = "") -> Write[R]:
-        """Replace exactly the version held. Conflicts are returned, with what is there, not raised."""
+    async def update(self, held: Held[R], record: R, *, op: str = "", entry: str = "", drop: str = "") -> Write[R]:
+        """Replace exactly the version held, and write its new entry before that. Conflicts are returned, not raised.
+
+        `drop` is an entry to be deleted once that has landed, on a `grouping` store only.
+        """
         op = op or self.clock.new_op()
         base = held.record
         ops = (*base.ops[1 - KEPT_OPS :], op)
         fresh = msgspec.structs.replace(record, rev=base.rev + 1, op=op, ops=ops, prev=held.version)
-        return await self._write(held.key, fresh, held)
+        return await self._write(held.key, fresh, held, entry, drop)
 
-    async def _write(self, key: str, record: R, base: Held[R] | None) -> Write[R]:
+    async def _write(self, key: str, record: R, base: Held[R] | None, entry: str = "", drop: str = "") -> Write[R]:
         body = encode_record(record)
+        if entry and self.grouping is None:
+            await self.reads.put(entry, b"")
         tries = 0
         begun = self.clock.monotonic()
         while True:
             try:
-                receipt = await (self.store.create(key, body) if base is None else self.store.update(key, body, base.etag))
+                receipt = await self._send(key, body, base and base.etag, entry, drop)
                 return Write(True, Held(key, record, receipt.etag, receipt.version))  # noqa: FBT003 - the field's name is above
             except (AlreadyExists, Changed):
                 doubt = None
@@ -113,6 +119,11 @@ class Register:
                 raise doubt
             await pause(self.clock, tries)
             tries += 1
+
+    async def _send(self, key: str, body: bytes, etag: str | None, entry: str, drop: str) -> Receipt:
+        if self.grouping is not None and (entry or drop):
+            return await self.grouping.write(key, body, etag, entry=entry, drop=drop)
+        return await (self.store.create(key, body) if etag is None else self.store.update(key, body, etag))
 
 
 def _held(kind: type[R], key: str, stored: Stored) -> Held[R]:

@@ -1,28 +1,24 @@
 """A bucket in one SQLite file: one machine, any number of processes.
 
-Writes of all callers go to one thread, which commits whatever waits in one transaction: an fsync is shared by all of them.
-Reads happen in the calling thread: in WAL mode they wait for nobody and take microseconds.
+Writes go through one connection, which commits whatever waits in one transaction (sqlitewriter.py). Reads happen in the calling
+thread: in WAL mode they wait for nobody and take microseconds.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import sqlite3
 import threading
-from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from buquet import keys
 from buquet.codec import Oversized
 from buquet.errors import (
     AccessDenied,
-    AlreadyExists,
     BucketMissing,
-    Changed,
     StoreError,
     StoreFull,
     StoreUnavailable,
@@ -31,22 +27,27 @@ from buquet.errors import (
 )
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Stored
 from buquet.store.fileurl import url_of
+from buquet.store.sqlitewriter import (
+    BUSY,
+    KEPT,
+    Elsewhere,
+    Write,
+    Writer,
+    create,
+    create_kept,
+    delete,
+    forget,
+    put,
+    update,
+    update_kept,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from buquet.clock import Clock
+    from buquet.store.sqlitewriter import Apply, Results
 
 APPLICATION = 1651863924
 """Marks a file as ours, in the pragma application_id: "buqt"."""
-KEPT = ("tasks/", "runs/", "schedules/")
-"""Keys whose earlier versions are kept, as in a versioned bucket; of sessions, bells and entries nobody reads them."""
-MOST = 1000
-"""Operations in one transaction."""
-AT_REST = 1.0
-"""Seconds without a write after which the log is written back and emptied, so that a file at rest is small."""
-BUSY = 30.0
-"""Seconds to wait for another process's transaction."""
 DIGITS = 18
 """The longest ETag: SQLite's integers have no more in any case."""
 
@@ -86,15 +87,6 @@ _GET = "SELECT CASE WHEN length(body) > ? THEN length(body) ELSE body END, etag,
 _GET_VERSION = _GET.replace("objects WHERE", "versions WHERE etag = ? AND")
 
 
-class _Write(NamedTuple):
-    apply: Callable[[sqlite3.Connection, _Write, int, float], Receipt | StoreError]
-    key: str
-    body: bytes
-    etag: int
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Any]
-
-
 class SqliteStore:
     """Objects in a SQLite file, in WAL mode with synchronous=FULL. Its folder is made at first use."""
 
@@ -108,109 +100,60 @@ class SqliteStore:
         self._lock = threading.Lock()
         self._reading = threading.Lock()
         self._reader: sqlite3.Connection | None = None
-        self._writer: threading.Thread | None = None
-        self._queue: deque[_Write] = deque()
-        self._waiting = threading.Event()
+        self._writer: Writer | None = None
         self._closing = False
         self._watches: dict[asyncio.AbstractEventLoop, _Watch] = {}  # replaced, never changed: the writer goes through it
-        self._written = 0
-        """The highest number of a write that is known here, of this process or another."""
-        self.changed_elsewhere_at = -math.inf
-        """When, by the monotonic clock, it was last seen that another process had written."""
+        self.elsewhere = Elsewhere(clock)
 
-    # ------------------------------------------------------------------ writes, in the writer's thread
+    # ------------------------------------------------------------------ writes
 
     async def create(self, key: str, body: bytes) -> Receipt:
         """See Store."""
-        return await self._enqueue(_create_kept if key.startswith(KEPT) else _create, key, body)
+        return await self.write(key, body, None)
 
     async def update(self, key: str, body: bytes, etag: str) -> Receipt:
         """See Store."""
-        return await self._enqueue(_update_kept if key.startswith(KEPT) else _update, key, body, _number(etag))
+        return await self.write(key, body, etag)
 
     async def put(self, key: str, body: bytes) -> Receipt:
         """See Store."""
-        return await self._enqueue(_put, key, body)
+        return await self._write(put, key, body)
 
     async def delete(self, key: str) -> None:
         """See Store."""
-        await self._enqueue(_delete, key)
+        await self._write(delete, key)
 
     async def forget_versions(self, key: str) -> None:
         """See Store."""
-        await self._enqueue(_forget, key)
+        await self._write(forget, key)
 
-    async def _enqueue(self, apply: Callable[..., Receipt | StoreError], key: str, body: bytes = b"", etag: int = 0) -> Receipt:
-        self._open()
+    async def write(self, key: str, body: bytes, etag: str | None, *, entry: str = "", drop: str = "") -> Receipt:
+        """See Grouping."""
+        kept = key.startswith(KEPT)
+        if etag is None:
+            return await self._write(create_kept if kept else create, key, body, entry=entry, drop=drop)
+        return await self._write(update_kept if kept else update, key, body, _number(etag), entry=entry, drop=drop)
+
+    async def _write(
+        self, apply: Apply, key: str, body: bytes = b"", etag: int = 0, *, entry: str = "", drop: str = ""
+    ) -> Receipt:
+        writer = self._open()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        self._queue.append(_Write(apply, key, body, etag, loop, future))
-        if not self._waiting.is_set():
-            self._waiting.set()
+        writer.add(Write(apply, key, body, etag, loop, future, entry, drop))
         return await future
 
-    def _write_forever(self, connection: sqlite3.Connection) -> None:
-        written = False
-        while True:
-            if not self._waiting.wait(AT_REST if written else None):
-                written = False
-                # all is in the file again and the log beside it empty; while others read or write it stays as it is
-                with suppress(sqlite3.Error):
-                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    def _wrote(self, done: Results, here: asyncio.AbstractEventLoop | None) -> None:
+        """Tell those who wait for a key that was written."""
+        for loop, watch in self._watches.items():
+            changed = {key: etag for key, etag in done.changed() if key in watch.keys}
+            if not changed:
                 continue
-            self._waiting.clear()
-            written = True
-            while self._queue:
-                batch = [self._queue.popleft() for _ in range(min(len(self._queue), MOST))]
-                self._deliver(batch, self._commit(connection, batch))
-            if self._closing:
-                connection.close()
-                return
-
-    def _commit(self, connection: sqlite3.Connection, batch: list[_Write]) -> list[Receipt | StoreError]:
-        """Apply a batch in one transaction; what fails alone does not fail the others."""
-        try:
-            self._begin(connection)
-            (last,) = connection.execute("UPDATE writes SET n = n + ? RETURNING n", (len(batch),)).fetchone()
-            self._written = last  # before it can be read: else it would look like another's
-            now = self.clock.now()
-            first = last - len(batch) + 1
-            results = [write.apply(connection, write, first + index, now) for index, write in enumerate(batch)]
-            connection.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for ever
-            with suppress(sqlite3.Error):
-                connection.execute("ROLLBACK")
-            return [self._explain(error) for _ in batch]
-        return results
-
-    def _begin(self, connection: sqlite3.Connection) -> None:
-        """Take the write lock; SQLite's own wait would sleep up to 0.1 s at a time while other processes take turns."""
-        begun = self.clock.monotonic()
-        while True:
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or self.clock.monotonic() - begun > BUSY:
-                    raise
-                self.clock.block(0.0005 + 0.001 * self.clock.random.random())
+            if loop is here:
+                watch.tell(changed)
             else:
-                return
-
-    def _deliver(self, batch: list[_Write], results: list[Receipt | StoreError]) -> None:
-        """Hand results over with one call a loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], Receipt | StoreError]]] = {}
-        for write, result in zip(batch, results, strict=True):
-            by_loop.setdefault(write.loop, []).append((write.future, result))
-        for loop, settled in by_loop.items():
-            with suppress(RuntimeError):  # that loop was closed: nobody waits there any more
-                loop.call_soon_threadsafe(_settle, settled)
-        watches = self._watches
-        if watches:
-            written = {write.key for write in batch}
-            for loop, watch in watches.items():
-                if not written.isdisjoint(watch.keys):
-                    with suppress(RuntimeError):
-                        loop.call_soon_threadsafe(watch.look)
+                with suppress(RuntimeError):  # that loop was closed
+                    loop.call_soon_threadsafe(watch.tell, changed)
 
     # ------------------------------------------------------------------ reads, in the calling thread
 
@@ -242,16 +185,11 @@ class SqliteStore:
         row = self._read("SELECT etag FROM objects WHERE key = ?", (key,))
         return str(row[0][0]) if row else None
 
-    def data_version(self) -> int:
-        """Return a number that changes when another connection, of this process or any, has committed."""
-        return self._read("PRAGMA data_version", ())[0][0]
-
-    def look_elsewhere(self) -> None:
-        """Note it when another process has written since the last look or write of this one."""
+    def look_elsewhere(self) -> int:
+        """Return a number that is another one when another process has written since the last call."""
         ((number,),) = self._read("SELECT n FROM writes", ())
-        if number > self._written:
-            self._written = number
-            self.changed_elsewhere_at = self.clock.monotonic()
+        self.elsewhere.seen(number)
+        return self.elsewhere.times
 
     def _read(self, sql: str, values: tuple[object, ...]) -> list[Any]:
         self._open()
@@ -278,24 +216,23 @@ class SqliteStore:
 
     # ------------------------------------------------------------------ opening and closing
 
-    def _open(self) -> None:
-        if self._writer is not None and self._pid == os.getpid():
-            return
+    def _open(self) -> Writer:
+        writer = self._writer
+        if writer is not None and self._pid == os.getpid():
+            return writer
         if self._pid != os.getpid():
             msg = f"{self.url} was opened before this process forked, which SQLite does not survive. Make the App in the child"
             raise UsageError(msg)
         with self._lock:
             if self._writer is not None:
-                return
+                return self._writer
             if self._closing:
                 msg = f"{self.url} was closed"
                 raise UsageError(msg)
             self._prepare()
             self._reader = self._connect()
-            mine = (self._connect(wait=0),)
-            writer = threading.Thread(target=self._write_forever, args=mine, name="buquet-sqlite", daemon=True)
-            writer.start()
-            self._writer = writer
+            self._writer = Writer(self._connect(wait=0), self.clock, self.elsewhere, self._explain, self._wrote)
+            return self._writer
 
     def _prepare(self) -> None:
         try:
@@ -366,10 +303,7 @@ class SqliteStore:
             writer, self._writer = self._writer, None
             self._closing = True
         if writer is not None:
-            self._waiting.set()
-            await asyncio.get_running_loop().run_in_executor(None, writer.join)
-            late = list(self._queue)  # from other threads, which began before the close
-            self._deliver(late, [StoreUnavailable(f"{self.url} was closed") for _ in late])
+            await asyncio.get_running_loop().run_in_executor(None, writer.close)
         with self._reading:
             if self._reader is not None:
                 self._reader.close()
@@ -403,11 +337,10 @@ class _Watch:
             if not waiters:
                 del self.keys[key]
 
-    def look(self) -> None:
-        """Wake those whose key has changed."""
-        for key, waiters in self.keys.items():
-            now = self.store.etag_of(key)
-            for etag, future in waiters:
+    def tell(self, etags: dict[str, str | None]) -> None:
+        """Wake those who wait for one of these keys with another ETag."""
+        for key, now in etags.items():
+            for etag, future in self.keys.get(key, ()):
                 if etag != now and not future.done():
                     future.set_result(None)
 
@@ -417,98 +350,18 @@ class _Watch:
         took = 0.0
         while self.keys:
             with suppress(StoreUnavailable):  # the next poll is soon
-                version = self.store.data_version()
-                if version != seen:
+                elsewhere = self.store.look_elsewhere()
+                if elsewhere != seen:
                     begun = clock.monotonic()
-                    self.store.look_elsewhere()
-                    self.look()
-                    seen = version
+                    self.tell({key: self.store.etag_of(key) for key in self.keys})
+                    seen = elsewhere
                     took = clock.monotonic() - begun
             # while others write another change is likely soon (the own writer tells of its writes by itself); with many waits a
             # look costs, and shall not fill the loop
-            busy = clock.monotonic() - self.store.changed_elsewhere_at < 1
+            busy = clock.monotonic() - self.store.elsewhere.at < 1
             await clock.sleep(max(0.0005 if busy else 0.005, took * 4))
-
-
-def _settle(settled: list[tuple[asyncio.Future[Any], Receipt | StoreError]]) -> None:
-    for future, result in settled:
-        if future.done():  # cancelled meanwhile: the write stands, and its outcome was not wanted
-            continue
-        if isinstance(result, StoreError):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
 
 
 def _number(etag: str) -> int:
     """Return the number that an ETag of ours is; -1 for any other text."""
     return int(etag) if etag.isascii() and etag.isdigit() and len(etag) <= DIGITS else -1
-
-
-def _receipt(write: _Write, number: int) -> Receipt:
-    return Receipt(str(number), str(number) if write.key.startswith(KEPT) else None)
-
-
-def _create(connection: sqlite3.Connection, write: _Write, number: int, now: float) -> Receipt | StoreError:
-    values = (write.key, number, now, write.body)
-    done = connection.execute("INSERT INTO objects(key, etag, modified, body) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", values)
-    return _receipt(write, number) if done.rowcount else AlreadyExists(f"{write.key} exists")
-
-
-def _create_kept(connection: sqlite3.Connection, write: _Write, number: int, now: float) -> Receipt | StoreError:
-    values = (write.key, number, now, write.key, write.body)
-    done = connection.execute(
-        "INSERT INTO objects(key, etag, modified, prev, body) VALUES (?, ?, ?, (SELECT etag FROM deleted WHERE key = ?), ?) "
-        "ON CONFLICT DO NOTHING",
-        values,
-    )
-    return _receipt(write, number) if done.rowcount else AlreadyExists(f"{write.key} exists")
-
-
-def _update(connection: sqlite3.Connection, write: _Write, number: int, now: float) -> Receipt | StoreError:
-    values = (number, now, write.body, write.key, write.etag)
-    done = connection.execute(
-        "UPDATE objects SET etag = ?, modified = ?, prev = etag, body = ? WHERE key = ? AND etag = ?", values
-    )
-    return _receipt(write, number) if done.rowcount else Changed(f"{write.key} is no longer the version read")
-
-
-def _update_kept(connection: sqlite3.Connection, write: _Write, number: int, now: float) -> Receipt | StoreError:
-    connection.execute(_KEEP + " AND etag = ?", (write.key, write.etag))
-    return _update(connection, write, number, now)
-
-
-_KEEP = "INSERT INTO versions SELECT etag, key, modified, prev, body FROM objects WHERE key = ?"
-
-
-def _put(connection: sqlite3.Connection, write: _Write, number: int, now: float) -> Receipt:
-    if write.key.startswith(KEPT):
-        connection.execute(_KEEP, (write.key,))
-    connection.execute(
-        "INSERT INTO objects(key, etag, modified, prev, body) VALUES (?, ?, ?, (SELECT etag FROM deleted WHERE key = ?), ?) "
-        "ON CONFLICT(key) DO UPDATE SET prev = etag, etag = excluded.etag, modified = excluded.modified, body = excluded.body",
-        (write.key, number, now, write.key, write.body),
-    )
-    return _receipt(write, number)
-
-
-def _delete(connection: sqlite3.Connection, write: _Write, number: int, now: float) -> Receipt:  # noqa: ARG001 - one shape for all
-    if write.key.startswith(KEPT):
-        connection.execute(_KEEP, (write.key,))
-        connection.execute("INSERT OR REPLACE INTO deleted SELECT key, etag FROM objects WHERE key = ?", (write.key,))
-    connection.execute("DELETE FROM objects WHERE key = ?", (write.key,))
-    return _receipt(write, number)
-
-
-_FORGET = """
-WITH RECURSIVE chain(n) AS (
-    SELECT prev FROM objects WHERE key = :key UNION SELECT etag FROM deleted WHERE key = :key
-    UNION SELECT prev FROM versions JOIN chain ON etag = n WHERE prev IS NOT NULL
-) DELETE FROM versions WHERE etag IN (SELECT n FROM chain)
-"""
-
-
-def _forget(connection: sqlite3.Connection, write: _Write, number: int, now: float) -> Receipt:  # noqa: ARG001 - one shape for all
-    connection.execute(_FORGET, {"key": write.key})
-    connection.execute("DELETE FROM deleted WHERE key = ?", (write.key,))
-    return _receipt(write, number)

@@ -71,6 +71,8 @@ class Running:
         self.in_handler = False
         self.is_async = True
         self.attempt: Attempt | None = None
+        self.dropped = False
+        """Whether the entry of the claim went together with the write that ended it."""
         self.ending: Ending | None = None
         """How the task is to end, once its run has been told."""
 
@@ -146,9 +148,9 @@ class Executor:
                 task = make(held.record)
                 if task.run and task.state in TERMINAL and self.children is not None:
                     task = await self.children.told(run, task)
-                if task.entry != held.record.entry:
-                    await self.register.reads.put(task.entry, b"")
-                write = await self.register.update(held, task)
+                entry = task.entry if task.entry != held.record.entry else ""
+                drop = run.listing.entry if self.register.grouping and task.state != "running" else ""
+                write = await self.register.update(held, task, entry=entry, drop=drop)
             except Refused as reason:
                 log.warning("task %s: this worker's outcome is not recorded: %s", run.listing.task, reason)
                 return None
@@ -159,6 +161,7 @@ class Executor:
                 continue
             if write.landed:
                 run.held = write.held or held
+                run.dropped = bool(drop)
                 return task
             if write.held is None:
                 log.warning("task %s: its record is gone", run.listing.task)

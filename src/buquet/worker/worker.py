@@ -51,6 +51,14 @@ FINISHING = 4
 """Tasks whose outcome is being stored, for each that may run: a handler need not wait for the write of the one before."""
 
 
+def _check(queues: Sequence[str], concurrency: int, grace: float, ttl: float, max_time: float | None) -> None:
+    if concurrency < 1 or grace < 0 or ttl < 1 or (max_time is not None and max_time <= 0):
+        msg = f"concurrency >= 1, grace >= 0, ttl >= 1, max_time > 0 are needed, not {concurrency}, {grace}, {ttl}, {max_time}"
+        raise UsageError(msg)
+    for queue in queues:
+        keys.quoted(queue, "queue")
+
+
 class Worker:
     """Claims and runs the tasks of some queues until it is stopped. `App.worker` makes one.
 
@@ -81,13 +89,7 @@ class Worker:
         if not served:
             msg = "this worker has no queue to serve: the App has no tasks. Declare one with @app.task, or name a queue"
             raise UsageError(msg)
-        if concurrency < 1 or grace < 0 or ttl < 1 or (max_time is not None and max_time <= 0):
-            msg = (
-                f"concurrency >= 1, grace >= 0, ttl >= 1, max_time > 0 are needed, not {concurrency}, {grace}, {ttl}, {max_time}"
-            )
-            raise UsageError(msg)
-        for queue in served:
-            keys.quoted(queue, "queue")
+        _check(served, concurrency, grace, ttl, max_time)
         self.client = client
         self.clock = client.clock
         self.tasks = tasks
@@ -133,6 +135,8 @@ class Worker:
         self._taken = False
         """Whether something was taken since it was last asked whether this worker is busy."""
         self._wake = asyncio.Event()
+        self._resting = False
+        """Whether it waits for new work with room to spare: that something ended is no news to it then."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_wait = 0.1
 
@@ -152,19 +156,26 @@ class Worker:
     # ------------------------------------------------------------------ starting and stopping
 
     def run(self) -> None:
-        """Block and run until stopped; in the main thread, SIGINT and SIGTERM stop it, and a second one stops it at once."""
+        """Block and run until stopped. In the main thread SIGINT and SIGTERM stop it, and a second one stops it at once.
+
+        In another thread it runs on the event loop that carries out the App's blocking calls: an async handler that does not
+        give way keeps these waiting, too.
+        """
         if running_loop():
             msg = "run() blocks, and an event loop is running here: use `await worker.arun()` instead"
             raise UsageError(msg)
-        with asyncio.Runner(loop_factory=new_loop) as runner:
-            runner.run(self._run_with_signals())
+        if threading.current_thread() is threading.main_thread():
+            with asyncio.Runner(loop_factory=new_loop) as runner:
+                runner.run(self._run_with_signals())
+        else:
+            # two loops would hand the interpreter's lock to and fro with every look at a SQLite file
+            self.client.background.run(self.arun, "run")
 
     async def _run_with_signals(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            loop = asyncio.get_running_loop()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                with suppress(NotImplementedError):  # Windows has no such handlers
-                    loop.add_signal_handler(number, self.stop)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(NotImplementedError):  # Windows has no such handlers
+                loop.add_signal_handler(number, self.stop)
         await self.arun()
 
     def stop(self) -> None:
@@ -204,13 +215,19 @@ class Worker:
     async def arun(self) -> None:
         """Run until stopped, on the running event loop."""
         self._loop = asyncio.get_running_loop()
+        self.client.listeners.append(self._told)
+        try:
+            await self._run(self._loop)
+        finally:
+            self.client.listeners.remove(self._told)
+
+    async def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         await self.client.open()
         await self._begin()
         if self.drain:  # what is due now is work that is left to do
             await self.scheduler.begin()
         log.info("worker %s serves %s with %d slots", self.keeper.id, ", ".join(self.queues), self.concurrency)
-        self.client.listeners.append(self._told)
-        timer = self._loop.call_later(self.max_time, self.stop) if self.max_time else None
+        timer = loop.call_later(self.max_time, self.stop) if self.max_time else None
         aside = [asyncio.create_task(self._look_at_fleet()), asyncio.create_task(self.notes.keep())]
         aside.append(asyncio.create_task(self.journal.keep()))
         if self.retention:
@@ -222,7 +239,6 @@ class Worker:
             await self._work()
             await self._wind_down()
         finally:
-            self.client.listeners.remove(self._told)
             if timer:
                 timer.cancel()
             await cancel_all([*aside, *self._pursuits])
@@ -369,7 +385,11 @@ class Worker:
     def vacate(self) -> None:
         """Give a slot back."""
         self._busy -= 1
-        self._wake.set()
+        self._made_room()
+
+    def _made_room(self) -> None:
+        if not self._resting:
+            self._wake.set()
 
     def carry(self, held: Held[Task]) -> None:
         """Go on with a task that is under a claim of this worker; its slot is taken already."""
@@ -387,7 +407,7 @@ class Worker:
         self._pursuits.pop(pursuit, None)
         if not pursuit.cancelled() and (error := pursuit.exception()):
             log.error("a defect of buquet: what this worker had in hand is left until its session ends", exc_info=error)
-        self._wake.set()
+        self._made_room()
 
     def _broke(self, aside: asyncio.Task[None]) -> None:
         if not aside.cancelled() and (error := aside.exception()):
@@ -404,7 +424,11 @@ class Worker:
         if self.drain:
             rests.append(self.clock.sleep(self._drain_wait))
             self._drain_wait = min(self._drain_wait * 2, self.longest_drain_wait)
-        await first_of(self._wake.wait(), *rests)
+        self._resting = not self.drain
+        try:
+            await first_of(self._wake.wait(), *rests)
+        finally:
+            self._resting = False
 
     async def _pursue(self, finder: QueueFinder, found: Found) -> None:
         """Take one entry as far as it goes: claim, run, store the outcome."""
@@ -418,6 +442,7 @@ class Worker:
         finally:
             if held is None:
                 self._busy -= 1
+                self._wake.set()  # it may have to look again soon
         if held is not None:
             await self._carry(finder, self._register(held, found.entry.key))
 
@@ -431,7 +456,7 @@ class Worker:
                 move = await self.executor.execute(run)
                 self._busy -= 1
                 freed = True
-                self._wake.set()
+                self._made_room()
                 task = await self.executor.move(run, move)
                 tell(task)
             await self._finish(finder, run, task)
@@ -455,7 +480,7 @@ class Worker:
         if task.state == "pending":
             self.client.added(task.queue, task.entry)
         self.telling.moved(task)
-        if run.listing.entry:
+        if run.listing.entry and not run.dropped:
             await self.register.reads.delete(run.listing.entry)
 
     def _let_go(self, run: Running) -> None:

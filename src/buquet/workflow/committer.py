@@ -131,8 +131,11 @@ class Committer:
     # ------------------------------------------------------------------ writing
 
     async def create(self, run: RunRecord, stub: Held[RunRecord] | None) -> Write[RunRecord]:
-        """Write the record of a run that was started just now; over the stub of a pruned one of the same key."""
-        write = await (self.register.update(stub, run) if stub else self.register.create(keys.run(run.id), run))
+        """Write the record of a run that was started just now, its entry first; over the stub of a pruned one of the same key."""
+        entry = keys.open_run(run.id, 1)
+        write = await (
+            self.register.update(stub, run, entry=entry) if stub else self.register.create(keys.run(run.id), run, entry=entry)
+        )
         self._keep(write.held)
         return write
 

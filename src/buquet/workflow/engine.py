@@ -180,7 +180,6 @@ class Engine:
                 graph_at=task.graph_at,
             )
             run = await self._begun(run, event)
-            await self.register.reads.put(keys.open_run(run.id, 1), b"")
             write = await self.committer.create(run, held)
             if write.landed and write.held is not None:
                 return Known(write.held.record, await self.committer.plan(run))

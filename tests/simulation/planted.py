@@ -146,7 +146,7 @@ async def mbx_text(_self, run):
     run.request_stop("cancel")
 
 
-async def giveup(self, held, task, *, op=""):
+async def giveup(self, held, task, *, op="", entry="", drop=""):
     """Give up on a claim after one try, and do not adopt it either."""
     if isinstance(task, Task) and task.state == "running" and held.record.state == "pending":
         fresh = replace(task, rev=held.record.rev + 1, op=op, ops=(*held.record.ops[-3:], op), prev=held.version)
@@ -157,7 +157,7 @@ async def giveup(self, held, task, *, op=""):
         except (Changed, StoreUnavailable):
             return Write(landed=False, held=held)
         return Write(landed=True, held=held._replace(record=fresh, etag=receipt.etag, version=receipt.version))
-    return await ORIGINAL["Register.update"](self, held, task, op=op)
+    return await ORIGINAL["Register.update"](self, held, task, op=op, entry=entry, drop=drop)
 
 
 async def selfrun_leave(self, seeks, found, held):
@@ -192,15 +192,17 @@ async def nofence(self, who, still_dead=None):
 # ---------------------------------------------------------------------- others
 
 
-async def no_write_id(self, key, record, base):
+async def no_write_id(self, key, record, base, entry="", drop=""):
     """Take whatever is read back after a conflict or a lost answer for the own write."""
     from buquet.codec import encode_record
     from buquet.store.register import Held
 
     body = encode_record(record)
+    if entry and self.grouping is None:
+        await self.reads.put(entry, b"")
     while True:
         try:
-            receipt = await (self.store.create(key, body) if base is None else self.store.update(key, body, base.etag))
+            receipt = await self._send(key, body, base and base.etag, entry, drop)
             return Write(landed=True, held=Held(key, record, receipt.etag, receipt.version))
         except (AlreadyExists, Changed, StoreUnavailable):
             now = await self.read(type(record), key)

@@ -99,7 +99,7 @@ async def record_before_entry(self, task, event):
             graph_at=task.graph_at,
         )
         run = await self._begun(run, event)
-        write = await self.committer.create(run, held)
+        write = await (self.register.update(held, run) if held else self.register.create(keys.run(run.id), run))
         await self.register.reads.put(keys.open_run(run.id, 1), b"")
         if write.landed and write.held is not None:
             return Known(write.held.record, await self.committer.plan(run))

@@ -17,9 +17,9 @@ from buquet.testing.virtual import run_virtual
 class Works:
     """A store that is polled as S3 is, with a worker in one process and callers in another."""
 
-    def __init__(self, clock):
+    def __init__(self, clock, *, can_wait=False):
         self.clock = clock
-        self.inner = MemoryStore(clock, can_wait=False)
+        self.inner = MemoryStore(clock, can_wait=can_wait)
         self.store = FaultyStore(self.inner, clock)
         self.ran = []
         self.app, self.note, self.slow = self.process()
@@ -117,6 +117,20 @@ async def test_a_working_worker_learns_of_it_though_the_ring_is_lost_and_what_ru
     await works.clock.sleep(60)
     assert [await handle.astatus() for handle in handles] == [state.replace("running", "completed") for state in states]
     assert states.count("pending") > 10
+    await works.stop(worker)
+
+
+@virtual
+async def test_a_worker_that_waits_for_the_bell_with_room_to_spare_learns_of_it_too(works):
+    works = Works(works.clock, can_wait=True)
+    worker = works.start()
+    await works.slow.asubmit(60)
+    await works.clock.sleep(1)
+    deaf = works.store.inject("refuse", None, lambda key: key.startswith("bell/"), times=None)
+    await works.app.apause_queue("default")
+    await works.clock.sleep(6)
+    assert worker.finders[0].pause.paused  # so that it takes no step that follows from what it finishes, either
+    deaf.stop()
     await works.stop(worker)
 
 

@@ -48,6 +48,7 @@ class Notes:
                 self._settled = now
                 for finder in self.worker.finders:
                     finder.pause.due = True
+                self.worker.wake()
             long_ago = self.worker.fleet.due_now_ms() - EVERY * 1000
             runs = any(run.listing.since < long_ago for run in self.worker.running.values())
             if runs or idle:

@@ -206,6 +206,10 @@ class Worker:
                 finder.look_all_at = 0.0  # what came meanwhile was not listened to
             self._wake.set()
 
+    def wake(self) -> None:
+        """Look for work now, and for what is said of the queues. To be called on the worker's loop."""
+        self._wake.set()
+
     @property
     def is_busy(self) -> bool:
         """Whether tasks run or ran since this was last asked."""

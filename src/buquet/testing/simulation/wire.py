@@ -61,8 +61,9 @@ class Change(NamedTuple):
 class Bucket(MemoryStore):
     """A bucket whose ETags are hashes of the bodies, as on S3, and that tells of each write."""
 
-    def __init__(self, clock: Clock, *, versioned: bool, can_wait: bool, whole_seconds: bool) -> None:
+    def __init__(self, clock: Clock, *, versioned: bool, can_wait: bool, grouping: bool, whole_seconds: bool) -> None:
         super().__init__(clock, versioned=versioned, can_wait=can_wait)
+        self.grouping = grouping
         self.url = "simulation:"
         self.whole_seconds = whole_seconds
         self.landed: Callable[[str, str, bytes | None], None] = lambda _who, _key, _body: None
@@ -306,6 +307,23 @@ class Wire:
 
     async def close(self) -> None:
         """See Store."""
+
+
+class GroupingWire(Wire):
+    """A way to a bucket that makes several writes at once, as SQLite does."""
+
+    async def write(self, key: str, body: bytes, etag: str | None, *, entry: str = "", drop: str = "") -> Receipt:
+        """See Grouping."""
+
+        async def apply() -> Receipt:
+            if entry:
+                await self.bucket.put(entry, b"")
+            receipt = await (self.bucket.create(key, body) if etag is None else self.bucket.update(key, body, etag))
+            if drop:
+                await self.bucket.delete(drop)
+            return receipt
+
+        return await self._ask("create" if etag is None else "update", key, apply)
 
 
 def at_once(work: Coroutine[Any, Any, T]) -> T:

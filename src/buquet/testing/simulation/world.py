@@ -15,7 +15,7 @@ from buquet.errors import StoreFull
 from buquet.queue.background import Background
 from buquet.queue.client import Client
 from buquet.testing.simulation.loop import Process, SimClock, SimLoop
-from buquet.testing.simulation.wire import Bucket, Network, Wire
+from buquet.testing.simulation.wire import Bucket, GroupingWire, Network, Wire
 from buquet.testing.watch import Watch
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ class Node(App):
         self.process = Process(world.loop, name)
         seed = f"{world.seed}/{name}".encode()
         self.sim_clock = SimClock(world.loop, seed, skew, base=world.random.random() * 1e6)
-        self.wire = Wire(world.network, name, self._sent)
+        way = GroupingWire if world.bucket.grouping else Wire
+        self.wire = way(world.network, name, self._sent)
         super().__init__(store=self.wire, clock=self.sim_clock)
         self.background = Background(world.loop)
         self.worker_here: Worker | None = None
@@ -182,6 +183,7 @@ class World:
             store_clock,
             versioned=random.random() < 0.5,
             can_wait=random.random() < 0.7,
+            grouping=random.random() < 0.3,
             whole_seconds=random.random() < 0.5,
         )
         self.network = Network(self.loop, self.bucket, Clock(f"network {seed}".encode()))

@@ -216,6 +216,8 @@ def test_a_worker_in_a_thread_shares_the_loop_of_blocking_calls_and_keeps_the_ap
     assert begun.wait(60)
     assert handle.status() == "running"
     app.close()  # of no effect while the worker is there
+    with pytest.raises(UsageError, match="runs already"):
+        asyncio.run(worker.arun())
     go.set()
     assert handle.result(timeout=60) == "here"
     assert loops == [app.background.loop]

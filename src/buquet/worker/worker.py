@@ -217,7 +217,10 @@ class Worker:
         return busy
 
     async def arun(self) -> None:
-        """Run until stopped, on the running event loop."""
+        """Run until stopped, on the running event loop. Raises UsageError while it runs already."""
+        if self._told in self.client.listeners:
+            msg = "this worker runs already. `app.worker()` makes another one"
+            raise UsageError(msg)
         self._loop = asyncio.get_running_loop()
         self.client.listeners.append(self._told)
         try:

@@ -276,6 +276,10 @@ class Play:
                 return
             await self.pause(2)
 
+    def of_paused_run(self, task: dict[str, object]) -> bool:
+        """Tell whether a task belongs to a run that somebody paused."""
+        return bool(self.watch.runs.get(str(task.get("run")), {}).get("paused"))
+
     def resume_runs(self) -> None:
         """Resume what somebody paused: it would wait for ever, as it should."""
         for run_id, run in self.watch.runs.items():
@@ -321,6 +325,8 @@ class Play:
         began = self.world.loop.elapsed
         while node.alive and not self.watch.found:
             await self.pause(2)
+            if any(now["state"] not in OVER and self.of_paused_run(now) for now in self.watch.tasks.values()):
+                self.resume_runs()  # a step that somebody's late write has added after all was quiet
             if self.world.loop.elapsed - began > LIMIT:
                 self.watch.say(f"stuck: a fresh worker is not done after {LIMIT:g} s")
 

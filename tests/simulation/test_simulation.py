@@ -1,5 +1,6 @@
 """Some hundred seeds of the simulation, and that a seed decides everything."""
 
+import asyncio
 import inspect
 import json
 import os
@@ -12,6 +13,7 @@ from tests.simulation import planted
 
 from buquet.testing.simulation import simulate
 from buquet.testing.simulation.cli import many
+from buquet.testing.simulation.loop import SimLoop
 
 SEEDS = 300
 QUICK = (
@@ -100,3 +102,12 @@ def test_a_planted_bug_is_found(bug):
     """The whole table is by `make planted`; these are found by their first seeds."""
     outcome = planted.hunt(bug, most=40)
     assert outcome["found"], f"not found in {outcome['tried']} seeds"
+
+
+def test_what_goes_round_without_end_is_told():
+    async def round_and_round():
+        while True:
+            await asyncio.sleep(0)
+
+    with pytest.raises(RuntimeError, match="no time has passed"):
+        SimLoop().run_until_complete(round_and_round())

@@ -268,3 +268,25 @@ async def test_who_is_cancelled_while_a_permit_is_given_is_cancelled_and_nothing
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert permits.free == 1
+
+
+@virtual
+async def test_a_pack_whose_session_was_lost_does_not_go_round_and_round(rig):
+    app = rig.app()
+    began = asyncio.Event()
+
+    @app.task
+    async def item(n: int) -> int:
+        worker.keeper.lost = True  # as a heartbeat of just now finds out; the worker itself is still busy with a request
+        began.set()
+        return n
+
+    worker = app.worker(heartbeat_thread=False, concurrency=2)
+    await item.abatch(range(3), pack=3)
+    working = asyncio.ensure_future(worker.arun())
+    await began.wait()
+    for _ in range(200):
+        await asyncio.sleep(0)  # steps in which no time passes
+    assert worker.running == {}
+    working.cancel()
+    await asyncio.wait([working])

@@ -123,7 +123,7 @@ class PackRunner:
         ready = self.ledger.ready
         most = self.executor.keeper.concurrency
         more = 1
-        while ready and len(self.lanes) < most and not self.claim.stop:
+        while ready and len(self.lanes) < most and not (self.claim.stop or self.claim.keeper.lost):
             for _ in range(min(more, len(ready), most - len(self.lanes))):
                 lane = AsyncLane(self) if self.function.is_async else ThreadLane(self)
                 self.lanes[asyncio.create_task(lane.run())] = lane

@@ -96,12 +96,18 @@ class Timer(asyncio.TimerHandle):
         self.process = inside.get(_process)
 
 
+STILL = 100_000
+"""Steps in which no time may pass; what goes round and round without waiting for anything takes more."""
+
+
 class SimLoop(VirtualLoop):
     """A virtual loop whose callbacks belong to processes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.steps = 0
+        self._moved = 0
+        """The step at which the time moved on last."""
         self._soon: deque[Step | Timer] = deque()
         self._timers: list[tuple[float, int, Timer]] = []
         self._asked = 0
@@ -155,6 +161,7 @@ class SimLoop(VirtualLoop):
             when, _, timer = heapq.heappop(self._timers)
             if not timer.cancelled():
                 self.elapsed = max(self.elapsed, when)
+                self._moved = self.steps
                 self._soon.append(timer)
         handle = self._soon.popleft()
         if handle.cancelled():
@@ -164,6 +171,9 @@ class SimLoop(VirtualLoop):
             process.defer(handle)
             return
         self.steps += 1
+        if self.steps - self._moved > STILL:
+            msg = f"{STILL} steps and no time has passed, at {handle.call!r}: this would go on for ever"
+            raise RuntimeError(msg)
         try:
             handle.inside.run(handle.call, *handle.given)
         except (SystemExit, KeyboardInterrupt):

@@ -43,7 +43,7 @@ def simulate(seed: int, *, keep: bool = False) -> Outcome:
         try:
             world.loop.run_until_complete(play.run())
         except RuntimeError as error:
-            if "wait for ever" not in str(error):
+            if "for ever" not in str(error):
                 raise
             world.watch.say(f"stuck: {error}")
         finally:

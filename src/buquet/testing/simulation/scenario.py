@@ -263,6 +263,8 @@ class Play:
             if not left and all(task in self.watch.tasks or task in self.watch.lives for task in self.watch.submitted):
                 return
             self.resume_runs()
+            if not self.those("w"):
+                self.worker()  # the last one's very first request was refused, before the weather had cleared
             since = max([since, *(_due(now) / 1000 for now in left)])
             # one slot may have to do all of it, one after another
             if any(_unusual(now) for now in left):

@@ -312,7 +312,14 @@ class Worker:
 
     def _lost(self) -> None:
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._wake.set)
+            self._loop.call_soon_threadsafe(self._fence)
+
+    def _fence(self) -> None:
+        """Stop what runs under the session that was lost: at once, since the loop may wait for a store that is away."""
+        if self.keeper.lost:
+            for pursuit in self._pursuits:
+                pursuit.cancel()
+            self._wake.set()
 
     def _handled(self, entry: keys.Entry) -> bool:
         if entry.name in self.tasks or (is_system(entry.name) and self.children is not None):

@@ -290,3 +290,13 @@ async def test_a_pack_whose_session_was_lost_does_not_go_round_and_round(rig):
     assert worker.running == {}
     working.cancel()
     await asyncio.wait([working])
+
+
+@virtual
+async def test_the_age_of_an_entry_is_not_forgotten_by_a_look_that_a_hint_had_begun(rig):
+    worker = rig.app().worker(heartbeat_thread=False)
+    finder, now = worker.finders[0], worker.fleet.store_now()
+    entry = keys.parse_entry(keys.entry("default", 5, int(now * 1000), 0, "0" * 31 + "1", 0, "echo"))
+    finder.leave(Found(entry, now - 4000), again=True)  # as a LIST showed it, while a look that goes back to a hint was under way
+    finder.leave(Found(entry, now))
+    assert [found.modified for found, _, _ in finder.left.values()] == [now - 4000]

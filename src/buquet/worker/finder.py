@@ -311,10 +311,11 @@ class QueueFinder:
         """Note that an entry cannot be dealt with yet. It is met again while it is young; with `again` also when it is old."""
         now = self.clock.monotonic()
         entry = found.entry
-        written = self.aged.pop(entry.key, found.modified)
+        before, waited, _ = self.left.pop(entry.key, (found, REVISIT / 4, 0))
+        # a LIST may have told of its age while it was being looked at, and may have had it looked at once more meanwhile
+        written = min(before.modified, self.aged.pop(entry.key, found.modified))
         if written < found.modified:  # only a hint told of it: it may be so old that something must be done
             found, again = Found(entry, written), True
-        _, waited, _ = self.left.pop(entry.key, (found, REVISIT / 4, 0))
         wait = min(waited * 4, 1.0)
         self.skip[entry.key] = now + wait
         if again or self.fleet.store_now() - found.modified < TRAIL:

@@ -242,25 +242,12 @@ async def entry_before_record(self, run, make):
     return await ORIGINAL["Executor.move"](self, run, make)
 
 
-async def record_before_entry(self, run, make):
+async def record_before_entry(self, held, record, *, op="", entry="", drop=""):
     """Put a task back with its record first and its entry second."""
-    while True:
-        held = run.held
-        if run.keeper.lost:
-            return None
-        try:
-            task = make(held.record)
-        except Refused:
-            return None
-        write = await self.register.update(held, task)
-        if write.landed:
-            run.held = write.held
-            if task.entry != held.record.entry:
-                await self.register.reads.put(task.entry, b"")
-            return task
-        if write.held is None:
-            return None
-        run.held = write.held
+    write = await ORIGINAL["Register.update"](self, held, record, op=op, drop=drop)
+    if entry and write.landed:
+        await self.reads.put(entry, b"")
+    return write
 
 
 async def payload_not_buried(self, listed):
@@ -332,7 +319,7 @@ BUGS = {
         "an entry is deleted before the outcome is stored",
         [(executor.Executor, "move", entry_before_record)],
     ),
-    "record before entry": ("a retry stores the record before its entry", [(executor.Executor, "move", record_before_entry)]),
+    "record before entry": ("a retry stores the record before its entry", [(Register, "update", record_before_entry)]),
     "payload not buried": (
         "prune deletes a payload without a record and leaves no tombstone",
         [(_sweep(), "_payload", payload_not_buried)],

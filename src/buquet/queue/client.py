@@ -150,8 +150,7 @@ class Client:
         while there is not None and there.record.state == "pending" and there.record.due:
             before = there.record.entry
             task = transitions.wake(there.record, self.clock.now_ms())
-            await self.reads.put(task.entry, b"")
-            write = await self.register.update(there, task)
+            write = await self.register.update(there, task, entry=task.entry)
             there = write.held
             if write.landed:
                 await self.reads.delete(before)
@@ -192,17 +191,15 @@ class Client:
         while held is None or held.record.state in {"tombstone", "pruned"}:
             now = self.clock.now_ms()
             if held is None:  # removed since: begin again
-                await self.reads.put(fresh.entry, b"")
                 revived = fresh
-                write = await self.register.create(keys.task(fresh.id), fresh)
+                write = await self.register.create(keys.task(fresh.id), fresh, entry=fresh.entry)
             else:
                 revived = transitions.revive(held.record, fresh, now)
                 if revived.args_at:
                     # under a key of this life's own: who prunes the life before may still be about to delete that one's
                     revived = replace(revived, args_at=f"{fresh.args_at}.{held.record.rev + 1}")
                     await self.reads.put(revived.args_at, self.sealer.seal(args, context(fresh.id, "args")))
-                await self.reads.put(revived.entry, b"")
-                write = await self.register.update(held, revived)
+                write = await self.register.update(held, revived, entry=revived.entry)
             if write.landed:
                 return revived.entry
             held = write.held
@@ -289,9 +286,7 @@ class Client:
                     await self.note(task.worker, task_id)
                 return "requested"
             asked = transitions.cancel(task, self.clock.now_ms())
-            if asked.entry != task.entry:
-                await self.reads.put(asked.entry, b"")
-            write = await self.register.update(held, asked)
+            write = await self.register.update(held, asked, entry=asked.entry if asked.entry != task.entry else "")
             held = write.held
             if write.landed and task.state == "pending":
                 await self.reads.delete(task.entry)
@@ -321,8 +316,7 @@ class Client:
         held: Held[Task] | None = await self.read(task_id)
         while held is not None:
             task = transitions.redrive(held.record, self.clock.now_ms())
-            await self.reads.put(task.entry, b"")
-            write = await self.register.update(held, task)
+            write = await self.register.update(held, task, entry=task.entry)
             if write.landed:
                 self.added(task.queue, task.entry)
                 return

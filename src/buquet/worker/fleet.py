@@ -80,9 +80,7 @@ class Reaper:
         held = await self.register.read(Task, keys.task(claim.task))
         while held is not None and held.record.state == "running" and held.record.token == claim.token:
             task = transitions.lose(held.record, claim.token, self.clock.now_ms())
-            if task.state == "pending":
-                await self.register.reads.put(task.entry, b"")
-            write = await self.register.update(held, task)
+            write = await self.register.update(held, task, entry=task.entry if task.state == "pending" else "")
             if write.landed:
                 if task.state == "pending":
                     self.added(task.queue, task.entry)

@@ -1,4 +1,4 @@
-"""`make proof`: a bounded search of all three models, with their rules as they are and with one taken away.
+"""`make proof`: a bounded search of all models, with their rules as they are and with one taken away.
 
 Prints a line a search and exits 1 when a rule taken away shows nothing, or the rules as they are show something.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 
+import cursors
 import finding
 import run_runs
 import run_tasks
@@ -90,7 +91,7 @@ def main():
         found.pop("(state limit)", None)
         say(f"runs {name} with {rule}", states, seconds, f"shows: {min(found)}" if found else "NOTHING")
         wrong += not found
-    wrong += finding.main()
+    wrong += finding.main() + cursors.main()
     print("all as it should be" if not wrong else f"{wrong} searches are not as they should be")
     return bool(wrong)
 

@@ -1,4 +1,4 @@
-"""What the simulation found in our own code, each as small as it can be."""
+"""What the simulation and the models found in our own code, each as small as it can be."""
 
 import asyncio
 
@@ -208,6 +208,28 @@ async def behind_a_page(rig):
     met = [found.entry.key for found in await finder.take(9)]
     assert sorted(met) == written[1:]
     await rig.bucket.put(written[0], b"")  # by a clock that is four seconds behind
+    await rig.bucket.put(keys.bell("default"), b'{"v":1,"rev":7,"op":"o"}')
+    await finder.hear()
+    assert [found.entry.key for found in await finder.take(9)] == written[:1]
+
+
+def test_what_comes_behind_a_page_whose_end_is_young_is_met_though_the_next_page_is_read_much_later(monkeypatch):
+    monkeypatch.setattr(finding, "PAGE", 3)
+    run_virtual(lambda clock: behind_a_young_page(Rig(clock)))
+
+
+async def behind_a_young_page(rig):
+    now = int(rig.clock.now() * 1000)
+    written = [keys.entry("default", 5, now + n, 0, f"{abs(n):032x}", 0, "echo") for n in (-4000, -30, -20, -10)]
+    worker = rig.app().worker(heartbeat_thread=False)
+    worker.fleet.knows_time = True
+    finder = worker.finders[0]
+    for entry in written[1:]:
+        await rig.bucket.put(entry, b"")
+    assert len(await finder.take(9)) == 3
+    await rig.bucket.put(written[0], b"")
+    await rig.clock.sleep(12)  # every slot is taken: a worker looks for nothing meanwhile
+    assert [found.entry.key for found in await finder.take(9)] == []
     await rig.bucket.put(keys.bell("default"), b'{"v":1,"rev":7,"op":"o"}')
     await finder.hear()
     assert [found.entry.key for found in await finder.take(9)] == written[:1]

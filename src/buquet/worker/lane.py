@@ -34,6 +34,8 @@ class Lane:
         """The last key of the page in hand."""
         self.full = False
         """Whether that page was full, so that more follows."""
+        self.behind = ""
+        """Where to look again after the full pages that are under way: one of them ended where more may still come."""
         self.dirty = True
         """Whether there may be something new after the cursor."""
         self.again = False
@@ -46,9 +48,9 @@ class Lane:
 
     def restart(self, cursor: str) -> None:
         """Look again from a cursor on, or from where it is if that is earlier."""
-        self.cursor = min(self.cursor, cursor)
+        self.cursor = min(self.cursor, cursor, self.behind or cursor)
         self.hand = []
-        self.last = ""
+        self.last = self.behind = ""
         self.dirty = True
 
     def rung(self) -> None:
@@ -58,13 +60,16 @@ class Lane:
 
     def passed(self, trail: str) -> None:
         """Move the cursor past a page that was dealt with; after the last one back to `trail`, for what may still come."""
+        if self.last > trail:
+            self.behind = min(self.behind or trail, trail)
         self.cursor = self.last
         self.last = ""
         if self.full:
             self.dirty = True
             return
-        if self.priority is not None or self.cursor > trail:
-            self.cursor = trail
+        if self.behind or self.priority is not None:
+            self.cursor = self.behind or trail
+        self.behind = ""
         if self.again:
             self.dirty = True
             self.again = False

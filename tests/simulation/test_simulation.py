@@ -4,13 +4,16 @@ import asyncio
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tests.simulation import planted
 
+import buquet
 from buquet.testing.simulation import simulate
 from buquet.testing.simulation.cli import many
 from buquet.testing.simulation.loop import SimLoop
@@ -44,19 +47,21 @@ def test_the_same_seed_gives_the_same_trace():
     assert simulate(5).hash != simulate(6).hash
 
 
-def test_the_same_seed_gives_the_same_trace_in_other_processes_whatever_their_hash_seed():
-    code = "import json; from buquet.testing.simulation import simulate as s; print(json.dumps([s(n).hash for n in range(9)]))"
+def test_the_same_seed_gives_the_same_trace_in_other_processes_whatever_their_hash_seed_and_wherever_the_code_lies(tmp_path):
+    elsewhere = tmp_path / "in-a-folder-of-another-name"
+    shutil.copytree(Path(buquet.__file__).parent, elsewhere / "buquet", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import json; from buquet.testing.simulation import simulate as s; print(json.dumps([s(n).hash for n in range(15)]))"
     hashes = [
         json.loads(
             subprocess.run(
                 [sys.executable, "-c", code],
-                env={**os.environ, "PYTHONHASHSEED": seed},
+                env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path},
                 capture_output=True,
                 check=True,
                 text=True,
             ).stdout
         )
-        for seed in ("1", "2")
+        for seed, path in (("1", os.environ.get("PYTHONPATH", "")), ("2", str(elsewhere)))
     ]
     assert hashes[0] == hashes[1]
 

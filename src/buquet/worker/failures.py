@@ -40,16 +40,18 @@ def exit_of(error: BaseException) -> HandlerExit:
 
 def describe(error: BaseException, *, trace: bool) -> ErrorInfo:
     """Return an error as a record keeps it: type, text, and the traceback from the handler on."""
-    text = ""
-    if trace:
-        lines = traceback.format_exception(type(error), error, _from_handler(error.__traceback__))
-        text = "".join(lines)[-LONGEST_TRACE:]
     name = (
         type(error).__name__
         if type(error).__module__ in {"builtins", __name__}
         else f"{type(error).__module__}.{type(error).__name__}"
     )
-    return ErrorInfo(type=name, message=_clean(_text(error))[:2000], traceback=_clean(text))
+    return ErrorInfo(type=name, message=_clean(_text(error))[:2000], traceback=_clean(trace_of(error)) if trace else "")
+
+
+def trace_of(error: BaseException) -> str:
+    """Return the traceback from the handler on, as text."""
+    lines = traceback.format_exception(type(error), error, _from_handler(error.__traceback__))
+    return "".join(lines)[-LONGEST_TRACE:]
 
 
 def _text(error: BaseException) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from buquet.queue import bell, payloads
 from buquet.testing.simulation.scenario import Play
 from buquet.testing.simulation.world import Defects, World
-from buquet.worker import finder
+from buquet.worker import failures, finder
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -62,15 +62,16 @@ def simulate(seed: int, *, keep: bool = False) -> Outcome:
 
 @contextmanager
 def _tuned(world: World) -> Generator[None]:
-    """Make some sizes small, so that what happens past them happens often."""
+    """Make some sizes small, so that what happens past them happens often; and nothing depend on where the code lies."""
     random = world.random
-    sizes = (
+    changed: tuple[tuple[Any, str, Any], ...] = (
         (bell, "HINTS", random.choice((64, 8, 2))),
         (finder, "PAGE", random.choice((1000, 1000, 3))),
         (payloads, "INLINE", random.choice((64 << 10, 64 << 10, 8))),
+        (failures, "trace_of", repr),
     )
-    before = [(module, name, getattr(module, name)) for module, name, _ in sizes]
-    for module, name, value in sizes:
+    before = [(module, name, getattr(module, name)) for module, name, _ in changed]
+    for module, name, value in changed:
         setattr(module, name, value)
     try:
         yield

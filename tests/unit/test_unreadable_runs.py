@@ -76,3 +76,44 @@ def test_what_is_damaged_waits_until_it_is_mended(what, caplog):
     run_virtual(main)
     assert "a defect of buquet" not in caplog.text
     assert "waits, since its run cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize("body", [b"", b"\x00junk", b"[" * 100_000, b'"\xff"', b"9" * 9000])
+def test_a_damaged_payload_of_a_result_is_named_and_waited_for(body, caplog):
+    async def main(clock):
+        app = App(store=MemoryStore(clock), clock=clock)
+        app.background = Background(clock.loop)
+
+        @app.task
+        async def large(n: int) -> str:
+            return "x" * n
+
+        @app.task
+        async def size(text: str) -> int:
+            return len(text)
+
+        @app.workflow
+        async def flow(n: int) -> int:
+            text = await large(n)
+            return await size.options(after=[GO.wait(after=[text])])(text)
+
+        run = await flow.astart(100_000)
+        await app.worker(heartbeat_thread=False, max_time=2).arun()
+        (payload,) = [each.key for each in await app.client.store.list("payloads/")]
+        good = (await app.client.store.get(payload)).body
+        await app.client.store.put(payload, body)
+        await GO.asend(run, 1, app=app)
+        worker = app.worker(heartbeat_thread=False)
+        working = asyncio.ensure_future(worker.arun())
+        await clock.sleep(30)
+        assert await run.astatus() == "running"
+        assert payload in caplog.text
+        await app.client.store.put(payload, good)
+        await clock.sleep(100)
+        assert await run.aresult(timeout=1) == 100_000
+        worker.stop()
+        await working
+
+    run_virtual(main)
+    assert "a defect of buquet" not in caplog.text
+    assert len(caplog.records) < 10

@@ -30,11 +30,15 @@ def may_stand_for(entry: str, task: str) -> bool:
 
 
 class Later(Exception):
-    """A task cannot be dealt with before so many seconds have passed."""
+    """A task cannot be dealt with before so many seconds have passed.
 
-    def __init__(self, seconds: float, why: str) -> None:
+    `shelved`: nor before somebody has done something. A worker that drains does not wait for that.
+    """
+
+    def __init__(self, seconds: float, why: str, *, shelved: bool = False) -> None:
         super().__init__(why)
         self.seconds = seconds
+        self.shelved = shelved
 
 
 class Ending(NamedTuple):

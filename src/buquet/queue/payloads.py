@@ -117,9 +117,9 @@ async def get_stored(store: Retrying, value: Raw, key: str) -> bytes | Raw:
         return value
     stored = await store.get(key)
     if not isinstance(stored, Stored):
-        msg = f"the payload {key} is missing: something other than buquet removed it. Submit the task anew"
+        msg = f"the payload {key} is missing: something other than buquet removed it. Restore it, or submit the task anew"
         raise UnreadableRecord(msg)
     if isinstance(stored.body, Oversized):
-        msg = f"the payload {key} has {stored.body.size} bytes, more than any of buquet's. Look at it, and submit the task anew"
+        msg = f"the payload {key} has {stored.body.size} bytes, more than any of buquet's. Restore it, or submit the task anew"
         raise UnreadableRecord(msg)
     return stored.body

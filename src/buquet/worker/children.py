@@ -44,6 +44,7 @@ class Children:
             except Later as later:
                 due = self._now() + int(later.seconds * 1000)
                 log.info("task %s comes back in %g s: %s", run.listing.task, later.seconds, later)
+                run.shelved = later.shelved
                 return lambda task: transitions.snooze(task, run.token, due, self._now())
             except StoreError as error:  # a lasting no; the claim is still ours, so it goes on
                 log.error("run %s cannot be told yet: %s", run.held.record.run, error)  # noqa: TRY400 - the text says all

@@ -73,6 +73,8 @@ class Running:
         self.attempt: Attempt | None = None
         self.dropped = False
         """Whether the entry of the claim went together with the write that ended it."""
+        self.shelved = False
+        """Whether it is put off until somebody has done something."""
         self.ending: Ending | None = None
         """How the task is to end, once its run has been told."""
 

@@ -47,6 +47,8 @@ log = logging.getLogger("buquet.worker")
 LOOK_AT_FLEET = 20.0
 LOOKS = 5.0
 """Seconds for which looking for work waits for a store that is away, before the worker sees whether it is to stop."""
+AFTER_A_DEFECT = 1.0
+"""Seconds until a task that met a defect is put back: it may meet it again, and must not go round and round."""
 FINISHING = 4
 """Tasks whose outcome is being stored, for each that may run: a handler need not wait for the write of the one before."""
 
@@ -476,6 +478,7 @@ class Worker:
             await self._finish(finder, run, task)
         except Exception:
             log.exception("a defect of buquet: task %s is put back, and this attempt counts as lost", run.listing.task)
+            await self.clock.sleep(AFTER_A_DEFECT)
             # nobody else would take it over while this worker lives and lists it; with the session lost, others do
             if not run.keeper.lost:
                 await self.reaper.put_back(run.listing)
@@ -493,6 +496,8 @@ class Worker:
             finder.done(run.listing.entry)
         if task.state == "pending":
             self.client.added(task.queue, task.entry)
+            if finder is not None and run.shelved:
+                finder.stale.add(task.entry)
         self.telling.moved(task)
         if run.listing.entry and not run.dropped:
             await self.register.reads.delete(run.listing.entry)

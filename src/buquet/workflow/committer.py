@@ -12,8 +12,9 @@ from msgspec.structs import replace
 from buquet import keys
 from buquet.errors import UnreadableRecord
 from buquet.queue.payloads import Values as ValuesAtRest
+from buquet.queue.payloads import get_stored
+from buquet.records import ABSENT
 from buquet.sealing import key_id_of
-from buquet.store.base import Stored
 from buquet.workflow.advance import advance
 from buquet.workflow.graph import Graph
 from buquet.workflow.outcome import INLINE
@@ -98,13 +99,16 @@ class Committer:
             self._plans[run.id] = plan
         return plan
 
-    async def _plan_for(self, run: RunRecord, events: list[Event]) -> Plan:
-        """Return a run's graph, as `plan` does, after it was seen to be of one piece with the record and the events."""
+    async def plan_for(self, run: RunRecord, events: list[Event]) -> Plan:
+        """Return a run's graph, as `plan` does, after it was seen to be of one piece with the record and the events.
+
+        Of a run that is over, for events that it knows, an empty one: nothing is due, and its graph may be what it failed by.
+        """
+        if run.state in OVER and all(event.id in run.applied for event in events):
+            return Plan(Graph())
         plan = await self.plan(run)
         strange = _strange(run, plan, events)
         if strange:
-            self._plans.pop(run.id, None)  # something else has written one of them, and may mend it
-            self._held.pop(run.id, None)
             msg = f"run {run.id} speaks of a step {strange[:80]!r} that its graph does not have so"
             raise UnreadableRecord(msg)
         return plan
@@ -122,11 +126,13 @@ class Committer:
             self._payloads[key] = body
 
     async def _payload(self, key: str) -> bytes:
-        stored = await self.register.reads.get(key)
-        if not isinstance(stored, Stored):
-            msg = f"the payload {key} is missing: something other than buquet removed it. Retry the run's steps that made it"
-            raise UnreadableRecord(msg)
-        return stored.body
+        return bytes(await get_stored(self.register.reads, ABSENT, key))
+
+    def forget(self, run_id: str) -> None:
+        """Read everything of a run anew: something else has written what cannot be read, and may mend it."""
+        self._plans.pop(run_id, None)
+        self._held.pop(run_id, None)
+        self._payloads.clear()
 
     # ------------------------------------------------------------------ writing
 
@@ -194,7 +200,7 @@ class Committer:
                 return None
             taken += queue
             queue.clear()
-            plan = await self._plan_for(held.record, [event for event, _ in taken])
+            plan = await self.plan_for(held.record, [event for event, _ in taken])
             try:
                 run = await self._after(held.record, plan, [event for event, _ in taken])
             except Missing as missing:

@@ -7,7 +7,6 @@ import logging
 from typing import TYPE_CHECKING
 
 import msgspec
-from msgspec import Raw
 
 from buquet import keys
 from buquet.errors import EncryptionKeyMissing, UnreadableRecord
@@ -15,7 +14,7 @@ from buquet.queue.parent import Ending, Later
 from buquet.records import TERMINAL, ErrorInfo, Task
 from buquet.workflow import ranges
 from buquet.workflow.advance import advance
-from buquet.workflow.carriers import KINDS, RETRY, START, arguments, of_step
+from buquet.workflow.carriers import KINDS, RETRY, SIGNAL, START, TIMER, arguments, of_step
 from buquet.workflow.committer import Committer, Known
 from buquet.workflow.follow import follows, verdict
 from buquet.workflow.outcome import event_of, first_claim, left_nothing
@@ -42,7 +41,6 @@ AT_ONCE = 32
 """Follow-ups of one event that are submitted side by side."""
 WHILE_PAUSED = 60.0
 """Seconds until a step of a paused run is looked at again; resume wakes it."""
-BEFORE_START = 1.0
 ALMOST = 0.2
 """Seconds until a task that waits for the write of another's end is looked at again."""
 UNREADABLE = 60.0
@@ -81,7 +79,7 @@ class Engine:
             held = await self.committer.read(task.run)
         except (UnreadableRecord, EncryptionKeyMissing) as error:
             log.error("task %s waits, since its run cannot be read: %s", task.id, error)  # noqa: TRY400 - the text says all
-            raise Later(UNREADABLE, "its run cannot be read") from None
+            raise Later(UNREADABLE, "its run cannot be read", shelved=True) from None
         run = held.record if held else None
         if run is None or run.state in OVER:
             return False
@@ -94,7 +92,7 @@ class Engine:
         elif record.state != "due" or run.unwinding or (record.fan is not None and ranges.has(record.fan.ended, task.index)):
             return False
         if run.paused:
-            raise Later(WHILE_PAUSED, "its run is paused")
+            raise Later(WHILE_PAUSED, "its run is paused", shelved=True)
         before = [await self._over(each) for each in self._must_be_over(task)]
         return not (task.undoes and before[0] and left_nothing(before[0]))
 
@@ -125,16 +123,18 @@ class Engine:
             return await self._deliver(task, ended, helper)
         except (UnreadableRecord, EncryptionKeyMissing) as error:
             log.error("task %s waits, since its run cannot be read: %s", task.id, error)  # noqa: TRY400 - the text says all
-            raise Later(UNREADABLE, "its run cannot be read") from None
+            self.committer.forget(task.run)
+            raise Later(UNREADABLE, "its run cannot be read", shelved=True) from None
 
     async def _deliver(self, task: Task, ended: Task | None, helper: Helper) -> Ending:
         holds = ended is None and first_claim(task) and await helper.holds(task)
         event = await event_of(task, ended, self.committer.at_rest, holds=holds)
+        if task.name == TIMER and await self._signal_comes(task):
+            raise Later(ALMOST, "a signal was sent before the time was up, and comes first")
         known = await self._commit(task, event)
         if known is None and task.name in KINDS:
-            if await self._starts_yet(task.run):
-                raise Later(BEFORE_START, "its run has not started yet")
-            known = await self.committer.commit(task.run, event)  # it may have started just before that was asked
+            await self._begin(task.run)
+            known = await self.committer.commit(task.run, event)
         if known is None:
             return CANCELLED
         await self._follow_up(known, event, helper)
@@ -159,9 +159,35 @@ class Engine:
             await self.register.reads.delete(keys.open_run(task.run, opens))
         return known
 
-    async def _starts_yet(self, run_id: str) -> bool:
+    async def _begin(self, run_id: str) -> None:
+        """Create the record of a run whose start is still to come: what was sent to a run before it began is met at its begin.
+
+        The start's own carrier finds the record then, and submits the first steps: they are marked with its event.
+        """
         held = await self.register.read(Task, keys.task(run_id))
-        return held is not None and held.record.state not in TERMINAL
+        if held is not None and held.record.state not in TERMINAL:
+            await self._start(held.record, await event_of(held.record, None, self.committer.at_rest, holds=False))
+
+    async def _signal_comes(self, timer: Task) -> bool:
+        """Tell whether a signal for the wait of a timer was sent and is not recorded yet: all workers may have been away."""
+        held = await self.committer.read(timer.run)
+        if held is None or held.record.state != "running":
+            return False
+        record, step = held.record.step(timer.step), (await self.committer.plan(held.record)).graph.steps.get(timer.step)
+        if step is None or step.kind != "wait" or (record.state, record.gen) != ("due", timer.gen):
+            return False
+        async for page in self.register.reads.pages(keys.ready_lane(timer.queue, 0)):
+            for each in page:
+                entry = keys.parse_entry(each.key)
+                if entry is not None and entry.name == SIGNAL and await self._is_for(entry.task, timer.run, step.signal):
+                    return True
+        return False
+
+    async def _is_for(self, task_id: str, run_id: str, signal: str) -> bool:
+        held = await self.register.read(Task, keys.task(task_id))
+        if held is None or held.record.run != run_id or held.record.state in TERMINAL:
+            return False
+        return (await event_of(held.record, None, self.committer.at_rest, holds=False)).signal == signal
 
     async def _start(self, task: Task, event: Event) -> Known | None:
         """Create the run's record, its first steps due; or find that this was done."""
@@ -182,7 +208,7 @@ class Engine:
             run = await self._begun(run, event)
             write = await self.committer.create(run, held)
             if write.landed and write.held is not None:
-                return Known(write.held.record, await self.committer.plan(run))
+                return Known(write.held.record, await self.committer.plan_for(write.held.record, [event]))
         return await self.committer.commit(task.run, event)
 
     async def _begun(self, run: RunRecord, event: Event) -> RunRecord:
@@ -199,8 +225,6 @@ class Engine:
                 finished=self.now(),
                 by=event.id,
                 applied=(event.id,),
-                graph=Raw(b"{}"),
-                graph_at="",
             )
         return advance(run, plan, event, self.now(), self.committer.values(run.id, plan))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import Raw
 
+from buquet.errors import UnreadableRecord
 from buquet.records import ABSENT
 from buquet.workflow.expression import PENDING, SKIPPED, evaluate
 
@@ -39,7 +40,10 @@ def plain(body: bytes | Raw) -> bytes | Raw:
 
 
 class Values:
-    """Looks steps up in a run's record; the bodies of payloads are given to it. Raises Missing for those that are not."""
+    """Looks steps up in a run's record; the bodies of payloads are given to it. Raises Missing for those that are not.
+
+    Raises UnreadableRecord for what is damaged, and EncryptionKeyMissing.
+    """
 
     def __init__(
         self,
@@ -84,7 +88,7 @@ class Values:
             parts = [part["results"] if part else [None] * size for part, size in zip(each, sizes, strict=True)]
             return [item for part in parts for item in part]
         body = self._body(record.result_at) if record.result_at else record.result
-        return msgspec.json.decode(self.opened(body))
+        return _read(self.opened(body), record.result_at or f"what step {name!r} came to")
 
     def results(self, fan: Fan) -> dict[int, Any]:
         """Return what the tasks of an `each` came to, by their index; those without a result are not in it."""
@@ -93,16 +97,25 @@ class Values:
             raise Missing(absent)
         found: dict[int, _Entry] = {}
         for key in fan.chunks:
-            found |= msgspec.json.decode(self.payloads[key], type=dict[int, _Entry])
-        found |= {index: msgspec.json.decode(raw, type=_Entry) for index, raw in fan.results.items()}
+            found |= _read(self.payloads[key], key, dict[int, _Entry])
+        found |= {index: _read(raw, f"item {index}", _Entry) for index, raw in fan.results.items()}
         absent = {each.at for each in found.values() if each.at and each.at not in self.payloads}
         if absent:
             raise Missing(absent)
         bodies = {index: self.payloads[each.at] if each.at else each.v for index, each in found.items()}
-        return {index: msgspec.json.decode(self.opened(body)) for index, body in bodies.items()}
+        return {index: _read(self.opened(body), found[index].at or f"item {index}") for index, body in bodies.items()}
 
     def _body(self, key: str) -> bytes:
         body = self.payloads.get(key)
         if body is None:
             raise Missing({key})
         return body
+
+
+def _read(body: bytes | Raw, what: str, kind: Any = Any) -> Any:
+    """Read a stored value. Raises UnreadableRecord, naming what it is."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        msg = f"{what} cannot be read: {error}. Something other than buquet changed it: restore it, or cancel the run"
+        raise UnreadableRecord(msg) from None

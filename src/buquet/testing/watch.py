@@ -213,7 +213,8 @@ class Watch:
         if before is None:
             return
         was, state = before["state"], now["state"]
-        if now.get("gen", 1) not in {before.get("gen", 1), before.get("gen", 1) + 1}:
+        begun_anew = was == "pruned" and now.get("gen", 1) == 1
+        if not begun_anew and now.get("gen", 1) not in {before.get("gen", 1), before.get("gen", 1) + 1}:
             self.say(f"the run {run} went from generation {before.get('gen', 1)} to {now.get('gen', 1)}")
         if was in RUN_OVER and state not in {was, "pruned"} and now.get("gen", 1) == before.get("gen", 1) and was != "pruned":
             self.say(f"the run {run} had ended as {was}, and became {state} without a retry")

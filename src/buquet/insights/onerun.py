@@ -15,6 +15,7 @@ from buquet.insights.runview import RunView
 from buquet.insights.scan import AT_ONCE
 from buquet.records import TERMINAL, Task
 from buquet.workflow.graph import Graph, Step
+from buquet.workflow.hiding import shown
 from buquet.workflow.records import OVER, RunRecord
 from buquet.workflow.sending import find_run
 
@@ -154,7 +155,7 @@ class OneRun:
 async def read_graph(client: Client, source: RunRecord | Task) -> Graph | None:
     """Return the graph of a run, or of a start that is to be carried out; None without the key of an encrypted one."""
     try:
-        body = await client.values.get_of_run(source.id, source.graph, source.graph_at)
+        body = await client.values.get_of_run(source.id, "graph", source.graph, source.graph_at)
     except EncryptionKeyMissing:
         return None
     try:
@@ -173,6 +174,7 @@ def view_of(
     client: Client, run: RunRecord, graph: Graph, tasks: Mapping[str, Task], crew: Sequence[WorkerView] | None
 ) -> RunView:
     """Return a run as it is shown, with those of its steps' tasks that were read, by id."""
+    run = shown(run, client.values)
     now = client.clock.now_ms()
     status: RunStatus = run.state if run.state != "pruned" else "completed"
     return RunView(

@@ -11,6 +11,10 @@ import msgspec
 from buquet.errors import EncryptionKeyMissing, UnreadableRecord
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from msgspec import Raw
+
     from buquet.queue.client import Client
     from buquet.records import Task
     from buquet.store.register import Held
@@ -58,23 +62,25 @@ async def values(client: Client, task: Task) -> dict[str, Value]:
     ):
         if not there:
             continue
-        try:
-            found[name] = _value(bytes(await get(task)))
-        except (UnreadableRecord, EncryptionKeyMissing) as error:
-            found[name] = Value("", 0, str(error))
+        found[name] = await _read(get(task))
     return found
 
 
 async def run_values(client: Client, run: RunRecord) -> dict[str, Value]:
     """Return a run's arguments and result, those that it has. One GET for each that lies outside of the record."""
     found: dict[str, Value] = {}
-    for name, value, at in (("arguments", run.args, run.args_at), ("result", run.output, run.output_at)):
-        if at or bytes(value):
-            try:
-                found[name] = _value(bytes(await client.values.get_of_run(run.id, value, at)))
-            except (UnreadableRecord, EncryptionKeyMissing) as error:
-                found[name] = Value("", 0, str(error))
+    if run.args_at or bytes(run.args):
+        found["arguments"] = await _read(client.values.get(run.id, "args", run.args, run.args_at))
+    if run.output_at or bytes(run.output):
+        found["result"] = await _read(client.values.get_of_run(run.id, "result", run.output, run.output_at))
     return found
+
+
+async def _read(value: Awaitable[bytes | Raw]) -> Value:
+    try:
+        return _value(bytes(await value))
+    except (UnreadableRecord, EncryptionKeyMissing) as error:
+        return Value("", 0, str(error))
 
 
 def _value(body: bytes) -> Value:

@@ -178,7 +178,7 @@ class Client:
 
     async def _with_graph(self, task: Task) -> Task:
         """Return the task that starts a run with its graph as it is stored."""
-        graph = self.sealer.seal(bytes(task.graph), run_context(task.id))
+        graph = self.sealer.seal(bytes(task.graph), run_context(task.id, "graph"))
         if len(graph) <= INLINE:
             return replace(task, graph=Raw(graph))
         # under a name of its own: a pruned run of the same key may be about to lose its payloads

@@ -64,41 +64,54 @@ class Values:
         """Return a task's last checkpoint as JSON, empty when there is none; see `get`."""
         return await self.get(task.id, "checkpoint", task.checkpoint, task.checkpoint_at)
 
-    async def put_of_run(self, run_id: str, owner: str, body: bytes, inline: int) -> tuple[Raw, str]:
+    async def put_of_run(self, run_id: str, what: str, body: bytes, inline: int, owner: str = "") -> tuple[Raw, str]:
         """Do what `put` does for what a run's record holds itself up to `inline` bytes; the payload is with the task `owner`."""
-        body = self.sealer.seal(body, run_context(run_id))
+        body = self.sealer.seal(body, run_context(run_id, what))
         if len(body) <= inline:
             return Raw(body), ""
-        key = keys.payload(owner, body)
+        key = keys.payload(owner or run_id, body)
         await self.store.put(key, body)
         return ABSENT, key
 
-    def open_of_run(self, run_id: str, body: bytes | Raw) -> bytes | Raw:
+    def open_of_run(self, run_id: str, what: str, body: bytes | Raw) -> bytes | Raw:
         """Return the JSON of a value in a run's record. Raises EncryptionKeyMissing, UnreadableRecord."""
-        return self.sealer.open(body, run_context(run_id))
+        return self.sealer.open(body, run_context(run_id, what))
 
-    async def get_of_run(self, run_id: str, value: Raw, key: str) -> bytes | Raw:
+    async def get_of_run(self, run_id: str, what: str, value: Raw, key: str) -> bytes | Raw:
         """Return the JSON of a value in a run's record, or of the payload that it names; see `get`."""
-        return self.open_of_run(run_id, await get_stored(self.store, value, key))
+        return self.open_of_run(run_id, what, await get_stored(self.store, value, key))
 
     def hide(self, task_id: str, error: ErrorInfo) -> ErrorInfo:
         """Return an error as it may be stored: with keys, its text is sealed and only its type can be read."""
-        if not self.sealer.key_id:
+        return self._hide(error, context(task_id, "error"))
+
+    def hide_of_run(self, run_id: str, error: ErrorInfo) -> ErrorInfo:
+        """Do what `hide` does, for a run's record."""
+        return self._hide(error, run_context(run_id, "error"))
+
+    def _hide(self, error: ErrorInfo, bound_to: str) -> ErrorInfo:
+        if not self.sealer.key_id or bytes(error.sealed):
             return error
         body = msgspec.json.encode([error.message, error.traceback])
-        return ErrorInfo(type=error.type, message=HIDDEN, sealed=Raw(self.sealer.seal(body, context(task_id, "error"))))
+        return ErrorInfo(type=error.type, message=HIDDEN, sealed=Raw(self.sealer.seal(body, bound_to)))
 
     def shown(self, task: Task) -> Task:
         """Return a task with its error's text, where that is sealed and a key for it is here."""
         error = task.error
-        if error is None or not bytes(error.sealed):
-            return task
+        return task if error is None else replace(task, error=self._shown(error, context(task.id, "error")))
+
+    def shown_of_run(self, run_id: str, error: ErrorInfo) -> ErrorInfo:
+        """Return an error of a run's record with its text, where that is sealed and a key for it is here."""
+        return self._shown(error, run_context(run_id, "error"))
+
+    def _shown(self, error: ErrorInfo, bound_to: str) -> ErrorInfo:
+        if not bytes(error.sealed):
+            return error
         try:
-            body = self.sealer.open(error.sealed, context(task.id, "error"))
-            message, traceback = msgspec.json.decode(body, type=tuple[str, str])
+            message, traceback = msgspec.json.decode(self.sealer.open(error.sealed, bound_to), type=tuple[str, str])
         except (EncryptionKeyMissing, UnreadableRecord, msgspec.DecodeError):
-            return task
-        return replace(task, error=ErrorInfo(type=error.type, message=message, traceback=traceback))
+            return error
+        return ErrorInfo(type=error.type, message=message, traceback=traceback)
 
 
 def context(task_id: str, what: What) -> str:
@@ -106,9 +119,9 @@ def context(task_id: str, what: What) -> str:
     return f"{what} of task {task_id}"
 
 
-def run_context(run_id: str) -> str:
-    """Return what the encrypted values of a run are bound to."""
-    return f"value of run {run_id}"
+def run_context(run_id: str, what: str) -> str:
+    """Return what the encrypted values of a run are bound to: `what` is its graph or result, an error, a step's or a signal's."""
+    return f"{what} of run {run_id}"
 
 
 async def get_stored(store: Retrying, value: Raw, key: str) -> bytes | Raw:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from dataclasses import replace as replace_plan
 from typing import TYPE_CHECKING, Any, Protocol, get_args, runtime_checkable
 
 from msgspec import Raw
@@ -24,6 +25,7 @@ from buquet.records import ABSENT, CatchUp, Schedule, Task
 if TYPE_CHECKING:
     from buquet.queue.client import Client, Submitted
     from buquet.queue.task import Prepared
+    from buquet.sealing import Sealer
     from buquet.store.register import Held
 
 log = logging.getLogger("buquet.schedule")
@@ -56,6 +58,14 @@ class Plan:
     rule: Rule
     catch_up: CatchUp
     template: Task
+
+    def sealed(self, sealer: Sealer) -> Plan:
+        """Return it as it may be stored: with keys, its arguments and the constants of its graph are encrypted."""
+        template, bound_to = self.template, context(self.name)
+        args, graph = (
+            Raw(sealer.seal(bytes(each), bound_to)) if bytes(each) else each for each in (template.args, template.graph)
+        )
+        return replace_plan(self, template=replace(template, args=args, graph=graph, key_id=sealer.key_id))
 
     def record(self, now: int) -> Schedule:
         """Make the record of a schedule that is declared for the first time."""
@@ -130,8 +140,22 @@ async def _submit(client: Client, schedule: Schedule, task_id: str, fire: int) -
     tags = {**template.tags, "schedule": schedule.name, "fire": iso(fire)}
     # a run that is started so has its start's id
     run = task_id if template.run else ""
-    task = replace(template, id=task_id, run=run, created=client.clock.now_ms(), tags=tags, args=ABSENT)
-    return await client.submit(task, bytes(template.args))
+    args, graph = opened(client, schedule)
+    task = replace(template, id=task_id, run=run, created=client.clock.now_ms(), tags=tags, args=ABSENT, key_id="")
+    if run:
+        task = replace(task, graph=Raw(graph))
+    return await client.submit(task, bytes(args))
+
+
+def opened(client: Client, schedule: Schedule) -> tuple[bytes | Raw, bytes | Raw]:
+    """Return the arguments and the graph of a schedule's template. Raises EncryptionKeyMissing, UnreadableRecord."""
+    template, bound_to = schedule.template, context(schedule.name)
+    return client.sealer.open(template.args, bound_to), client.sealer.open(template.graph, bound_to)
+
+
+def context(schedule: str) -> str:
+    """Return what the encrypted values of a schedule's template are bound to."""
+    return f"template of schedule {schedule}"
 
 
 async def read(client: Client, name: str) -> Held[Schedule]:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from msgspec.structs import replace
 
 from buquet import keys
-from buquet.errors import StoreError, UnreadableRecord, UsageError
+from buquet.errors import EncryptionKeyMissing, StoreError, UnreadableRecord, UsageError
 from buquet.queue.rule import iso
-from buquet.queue.schedules import rule_in, same_spec, submit_fire
+from buquet.queue.schedules import opened, rule_in, same_spec, submit_fire
 from buquet.records import Schedule
 from buquet.store.register import Register
 
@@ -76,7 +76,7 @@ class Scheduler:
         self.client = client
         self.clock = client.clock
         self.fleet = fleet
-        self.plans = plans
+        self.plans = {name: plan.sealed(client.sealer) for name, plan in plans.items()}
         self.register = Register(client.store, self.clock, patience=5)
         self._look_at = dict.fromkeys(plans, 0)
         """When to look at each schedule next, milliseconds by the store's clock."""
@@ -103,7 +103,7 @@ class Scheduler:
         """Look at one schedule; whatever is wrong with it is reported, once, and looked at again later."""
         try:
             following = await self._turn(self.plans[name])
-        except (StoreError, UnreadableRecord, UsageError) as error:
+        except (StoreError, UnreadableRecord, UsageError, EncryptionKeyMissing) as error:
             if self._grieved.get(name) != str(error):
                 self._grieved[name] = str(error)
                 log.error("schedule %s cannot be kept now: %s", name, error)  # noqa: TRY400 - the text says all
@@ -125,6 +125,7 @@ class Scheduler:
                 held = (await self.register.create(keys.schedule(plan.name), plan.record(now))).held
                 continue
             schedule = held.record
+            opened(self.client, schedule)  # without its key nothing here may take its place
             todo = self._due(schedule, now)
             if todo.fires or todo.dropped:
                 held = await self._fire(held, todo, now)

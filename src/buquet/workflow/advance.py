@@ -14,7 +14,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from buquet.records import ErrorInfo
-from buquet.sealing import HIDDEN
+from buquet.sealing import key_id_of
 from buquet.workflow import ranges
 from buquet.workflow.expression import PENDING, SKIPPED, Fault, is_mark, no_condition, show, strongest
 from buquet.workflow.records import OVER, Fan, ItemError, RunRecord, Sent, StepRecord
@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 LONGEST_WAIT = 10 * 366 * 86_400
 KEPT_ERRORS = 100
-"""Items of an `each` that failed and are told of one by one."""
+"""Items of an `each` that failed and are told of one by one, in a graph with up to ten of them; in all a thousand."""
+MOST_KEPT = 1000
+"""Signals of one name that wait in a run for a step to take them."""
+MOST_APPLIED = 10_000
+"""Signals, and other events of its own, that a run takes in its life: it remembers each, so that none counts twice."""
+LOOKS_SEALED = "has the one field that marks encrypted values. Name the field otherwise"
 CANCELLED = ErrorInfo(type="TaskCancelled", message="its task was cancelled")
 
 
@@ -91,7 +96,9 @@ class _Advance:
             return set()
         if not fan.stopped and (step.allow_failures or not fan.failed):
             return self._end(event.step, "done")
-        return self._end(event.step, "failed" if fan.failed else "maybe", error=_first(fan.errors) if fan.failed else None)
+        return self._end(
+            event.step, "failed" if fan.failed else "maybe", error=_first(self.values, fan.errors) if fan.failed else None
+        )
 
     def _shortfall(self, event: Event, step: Step, fan: Fan) -> Fan:
         """Enter that a task of an `each` did not end well."""
@@ -104,8 +111,9 @@ class _Advance:
         base = event.item * (step.pack or 1)
         told = tuple(replace(each, index=base + each.index) for each in told)
         if not step.allow_failures:
-            self._fail(event.step, _first(told))
-        errors = (*fan.errors, *told)[:KEPT_ERRORS]
+            self._fail(event.step, _first(self.values, told))
+        fans = sum(each.kind == "each" for each in self.graph.steps.values())
+        errors = (*fan.errors, *told)[: min(KEPT_ERRORS, max(3, 10 * KEPT_ERRORS // fans))]
         return replace(fan, failed=ranges.add(fan.failed, event.item), errors=errors)
 
     def _undo(self) -> set[str] | None:
@@ -140,13 +148,15 @@ class _Advance:
         event = self.event
         if event.id in self.run.applied or self.run.state in {"completed", "pruned"}:
             return None
-        self._apply()
         sent = Sent(event=event.id, value=event.result, value_at=event.result_at)
         waiting = [
             (record.due, place, name)
             for place, (name, step) in enumerate(self.graph.steps.items())
             if step.kind == "wait" and step.signal == event.signal and (record := self.run.step(name)).state == "due"
         ]
+        if takes_no_more(self.run, event.signal):
+            return None
+        self._apply()
         if waiting and self.run.state == "running":
             return self._take(min(waiting)[2], sent)
         # kept for a wait that is still to come; of a run that fails, or was cancelled, for its retry
@@ -296,10 +306,15 @@ class _Advance:
     def _come_to(self, name: str, value: Any) -> set[str]:
         if isinstance(value, Fault):
             return self._fault(name, value)
-        return self._end(name, "done", result=Raw(msgspec.json.encode(value)))
+        result = Raw(msgspec.json.encode(value))
+        return (
+            self._fault(name, Fault(f"the default {LOOKS_SEALED}"))
+            if key_id_of(result)
+            else self._end(name, "done", result=result)
+        )
 
     def _fault(self, name: str, fault: Fault) -> set[str]:
-        error = ErrorInfo(type="InvalidPayload", message=HIDDEN if self.values.hidden else fault.reason)
+        error = ErrorInfo(type="InvalidPayload", message=fault.reason)
         self._fail(name, error)
         return self._end(name, "failed", error=error, untried=True)
 
@@ -319,14 +334,18 @@ class _Advance:
     def _complete(self) -> None:
         value = self.values.of(self.run, self.graph.output)
         if isinstance(value, Fault):
-            reason = HIDDEN if self.values.hidden else value.reason
-            error = ErrorInfo(type="InvalidResult", message=f"the run's result has no value: {reason}")
-            self.run = replace(self.run, state="failing", error=error)
+            self._fail_whole(f"the run's result has no value: {value.reason}")
             return
         output = Raw(msgspec.json.encode(None if is_mark(value) else value))
+        if key_id_of(output):
+            self._fail_whole(f"the run's result {LOOKS_SEALED}")
+            return
         self.run = replace(
             self.run, state="completed", output=output, finished=self.now, by=self.event.id, paused=False, inbox={}
         )
+
+    def _fail_whole(self, message: str) -> None:
+        self.run = replace(self.run, state="failing", error=ErrorInfo(type="InvalidResult", message=message))
 
     # ------------------------------------------------------------------ unwinding
 
@@ -373,9 +392,18 @@ class _Advance:
         self.run = replace(self.run, steps={**self.run.steps, name: record})
 
 
-def _first(errors: tuple[ItemError, ...]) -> ErrorInfo:
+def takes_no_more(run: RunRecord, signal: str) -> str:
+    """Tell why a run takes no more signals of this name, if so: its record would grow without end."""
+    if len(run.applied) >= MOST_APPLIED:
+        return f"it has taken {MOST_APPLIED:,} signals, and takes no more"
+    if len(run.inbox.get(signal, ())) >= MOST_KEPT:
+        return f"{MOST_KEPT:,} of them are there that no step has taken yet"
+    return ""
+
+
+def _first(values: Values, errors: tuple[ItemError, ...]) -> ErrorInfo:
     """Return what is told of an `each` as a whole: its first item that failed."""
-    return ErrorInfo(type=errors[0].type, message=f"item {errors[0].index}: {errors[0].message}")
+    return ErrorInfo(type=errors[0].type, message=f"item {errors[0].index}: {values.text(errors[0])}")
 
 
 def _kept(event: Event) -> Raw:

@@ -106,7 +106,7 @@ def _undo_arguments(run: RunRecord, follow: Follow, step: Step, args: dict[str, 
     if record.fan is None:
         result = values.step(run, follow.step) if record.state == "done" else None
         return {undo.result: result, **{name: args[name] for name in undo.args if name in args}}
-    result = values.results(record.fan).get(follow.item)
+    result = values.results(follow.step, record.fan).get(follow.item)
     if step.pack:
         size = _pack_size(step, record, follow.item)
         return {"items": result["results"] if result else [None] * size}

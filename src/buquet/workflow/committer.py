@@ -6,21 +6,21 @@ import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-from msgspec import Raw
 from msgspec.structs import replace
 
 from buquet import keys
-from buquet.errors import UnreadableRecord
+from buquet.codec import encode_record
+from buquet.errors import StoreRefused, UnreadableRecord
 from buquet.queue.payloads import Values as ValuesAtRest
 from buquet.queue.payloads import get_stored
 from buquet.records import ABSENT
-from buquet.sealing import key_id_of
 from buquet.workflow.advance import advance
 from buquet.workflow.graph import Graph
+from buquet.workflow.hiding import hidden
 from buquet.workflow.outcome import INLINE
 from buquet.workflow.plan import Plan
 from buquet.workflow.records import OVER, RunRecord
-from buquet.workflow.values import Missing, Values
+from buquet.workflow.values import Missing, Values, of_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from buquet.sealing import Sealer
     from buquet.store.register import Held, Register, Write
     from buquet.workflow.event import Event
+    from buquet.workflow.records import Fan, Sent, StepRecord
 
 KEPT_RUNS = 200
 """Runs whose graph and last known record are kept."""
@@ -36,6 +37,11 @@ KEPT_BYTES = 64 << 20
 OF_A_STEP = {"step", "undo", "timer"}
 FAN_INLINE = 64 << 10
 """The most bytes of an `each`'s results that the run's record holds itself."""
+ROOM = 512 << 10
+"""Bytes of a run's record above which only small values stay in it."""
+SMALL = 200
+MOST = keys.MAX_RECORD - (1 << 20)
+"""The most bytes of the record of a run that goes on. The rest is for its end, also by a cancel."""
 
 
 class Known(NamedTuple):
@@ -90,7 +96,7 @@ class Committer:
         """Return a run's graph. Raises UnreadableRecord for one that this buquet cannot read."""
         plan = self._plans.get(run.id)
         if plan is None:
-            body = await self.at_rest.get_of_run(run.id, run.graph, run.graph_at)
+            body = await self.at_rest.get_of_run(run.id, "graph", run.graph, run.graph_at)
             try:
                 plan = Plan(msgspec.json.decode(body, type=Graph))
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError) as error:
@@ -115,8 +121,7 @@ class Committer:
 
     def values(self, run_id: str, plan: Plan) -> Values:
         """Return what looks up the values of a run's steps; those in payloads as far as they were fetched."""
-        hidden = bool(self.at_rest.sealer.key_id)
-        return Values(plan.graph, self._payloads, lambda body: self.at_rest.open_of_run(run_id, body), hidden=hidden)
+        return Values(plan.graph, self._payloads, lambda what, body: self.at_rest.open_of_run(run_id, what, body))
 
     async def fetch(self, missing: Missing) -> None:
         """Fetch payloads, so that what needs them can be computed again. Raises UnreadableRecord when one is gone."""
@@ -138,6 +143,7 @@ class Committer:
 
     async def create(self, run: RunRecord, stub: Held[RunRecord] | None) -> Write[RunRecord]:
         """Write the record of a run that was started just now, its entry first; over the stub of a pruned one of the same key."""
+        run = await self._stored(replace(run, steps={}, output=ABSENT, error=None), run, [])
         entry = keys.open_run(run.id, 1)
         write = await (
             self.register.update(stub, run, entry=entry) if stub else self.register.create(keys.run(run.id), run, entry=entry)
@@ -228,29 +234,62 @@ class Committer:
         after = run
         for event in events:
             after = advance(after, plan, event, now, values)
-        return after if after is run else await self._spill(after)
+        return after if after is run else await self._stored(run, after, events)
 
-    async def _spill(self, run: RunRecord) -> RunRecord:
-        """Move what is too large for the record to payloads, before the record points at them; seal what is plain yet."""
+    async def _stored(self, before: RunRecord, run: RunRecord, events: list[Event]) -> RunRecord:
+        """Return a run as it is to be stored: encrypted, with payloads for what is large. Raises StoreRefused."""
+        given = {id(event.result) for event in events}
+        steps = dict(run.steps)
         for name, record in run.steps.items():
-            fan = record.fan
-            if fan is not None and sum(len(bytes(each)) for each in fan.results.values()) > FAN_INLINE:
-                key = await self._put(run.id, msgspec.json.encode(fan.results))
-                fan = replace(fan, results={}, chunks=(*fan.chunks, key))
-                run = replace(run, steps={**run.steps, name: replace(record, fan=fan)})
-            elif self._is_loose(record.result):
-                value, at = await self.at_rest.put_of_run(run.id, run.id, bytes(record.result), INLINE)
-                run = replace(run, steps={**run.steps, name: replace(record, result=value, result_at=at)})
-        if self._is_loose(run.output):
-            value, at = await self.at_rest.put_of_run(run.id, run.id, bytes(run.output), INLINE)
+            was = before.step(name)
+            if record is not was:
+                own = bool(bytes(record.result)) and record.result is not was.result and id(record.result) not in given
+                steps[name] = await self._step_stored(run.id, name, record, own=own and not record.signal)
+        run = hidden(replace(run, steps=steps), self.at_rest)
+        if bytes(run.output) and run.output is not before.output:
+            value, at = await self.at_rest.put_of_run(run.id, "result", bytes(run.output), INLINE)
             run = replace(run, output=value, output_at=at)
+        size = len(encode_record(run))
+        if size > ROOM:
+            run = await self._thinned(run)
+            size = len(encode_record(run))
+        if size > MOST and run.state == "running":
+            msg = (
+                f"the record of run {run.id} would have {size:,} bytes, and the most is {MOST:,}: too many steps or items end or "
+                f"fail apart. Cancel it; give `each` a pack, or parts of the list to runs of their own"
+            )
+            raise StoreRefused(msg)
         return run
 
-    def _is_loose(self, value: Raw) -> bool:
-        """Tell whether a value that `advance` made itself is not yet as it is to be stored."""
-        body = bytes(value)
-        sealed = key_id_of(body) if self.at_rest.sealer.key_id else ""
-        return not sealed and (len(body) > INLINE or (bool(body) and bool(self.at_rest.sealer.key_id)))
+    async def _step_stored(self, run_id: str, name: str, record: StepRecord, *, own: bool) -> StepRecord:
+        fan = record.fan
+        if fan is not None and _size(fan) > FAN_INLINE:
+            return await self._chunked(run_id, record, fan)
+        if own:  # `advance` made its result
+            value, at = await self.at_rest.put_of_run(run_id, of_step(name, 0), bytes(record.result), INLINE)
+            return replace(record, result=value, result_at=at)
+        return record
+
+    async def _chunked(self, run_id: str, record: StepRecord, fan: Fan) -> StepRecord:
+        key = await self._put(run_id, msgspec.json.encode(fan.results))
+        return replace(record, fan=replace(fan, results={}, chunks=(*fan.chunks, key)))
+
+    async def _thinned(self, run: RunRecord) -> RunRecord:
+        """Move all values but small ones to payloads: the steps, the lists or the signals of this run are many."""
+        fans = sum(record.fan is not None for record in run.steps.values())
+        steps = dict(run.steps)
+        for name, record in run.steps.items():
+            if record.fan is not None and _size(record.fan) > max(SMALL, ROOM // 2 // fans):
+                steps[name] = await self._chunked(run.id, record, record.fan)
+            elif len(bytes(record.result)) > SMALL:
+                steps[name] = replace(record, result=ABSENT, result_at=await self._put(run.id, bytes(record.result)))
+        inbox = {name: tuple([await self._posted(run.id, sent) for sent in there]) for name, there in run.inbox.items()}
+        return replace(run, steps=steps, inbox=inbox)
+
+    async def _posted(self, run_id: str, sent: Sent) -> Sent:
+        if len(bytes(sent.value)) <= SMALL:
+            return sent
+        return replace(sent, value=ABSENT, value_at=await self._put(run_id, bytes(sent.value)))
 
     async def _put(self, run_id: str, body: bytes) -> str:
         key = keys.payload(run_id, body)
@@ -264,6 +303,10 @@ class Committer:
         for writer in list(self._writers):
             writer.cancel()
         await asyncio.gather(*self._writers, return_exceptions=True)
+
+
+def _size(fan: Fan) -> int:
+    return sum(len(bytes(each)) for each in fan.results.values())
 
 
 def _strange(run: RunRecord, plan: Plan, events: list[Event]) -> str:

@@ -13,7 +13,7 @@ from buquet.errors import EncryptionKeyMissing, UnreadableRecord
 from buquet.queue.parent import Ending, Later
 from buquet.records import TERMINAL, ErrorInfo, Task
 from buquet.workflow import ranges
-from buquet.workflow.advance import advance
+from buquet.workflow.advance import advance, takes_no_more
 from buquet.workflow.carriers import KINDS, RETRY, SIGNAL, START, TIMER, arguments, of_step
 from buquet.workflow.committer import Committer, Known
 from buquet.workflow.follow import follows, verdict
@@ -140,6 +140,9 @@ class Engine:
         await self._follow_up(known, event, helper)
         if known.run.state in OVER and known.run.by == event.id:
             self.ended(known.run)
+        if task.name == SIGNAL and event.id not in known.run.applied and (why := takes_no_more(known.run, event.signal)):
+            message = f"signal {event.signal!r} was not taken by run {task.run}: {why}"
+            return Ending("failed", error=ErrorInfo(type="Refused", message=message))
         if task.name in KINDS:
             return CARRIED
         return verdict(known.run, event)

@@ -13,6 +13,7 @@ from buquet.errors import RunCancelled, RunFailed, TaskNotFound
 from buquet.queue.attempt import inside_handler
 from buquet.workflow import ranges, sending
 from buquet.workflow.graph import Graph
+from buquet.workflow.hiding import shown
 from buquet.workflow.records import OVER, RunRecord
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class Run(Generic[R_co]):
 
         Raises RunNotFound, UnreadableRecord.
         """
-        return await sending.read_run(self.home.client, self.id)
+        run = await sending.read_run(self.home.client, self.id)
+        return run and shown(run, self.home.client.values)
 
     async def astatus(self) -> Status:
         """Return the run's state: pending, running, paused, failing, cancelling, completed, failed, cancelled or pruned."""
@@ -98,7 +100,7 @@ class Run(Generic[R_co]):
         client = self.home.client
         run = await self.arecord()
         source = run if run is not None else (await client.read(self.id)).record
-        return msgspec.json.decode(await client.values.get_of_run(self.id, source.graph, source.graph_at), type=Graph)
+        return msgspec.json.decode(await client.values.get_of_run(self.id, "graph", source.graph, source.graph_at), type=Graph)
 
     async def asteps(self) -> list[StepInfo]:
         """Return the run's steps as they are now, each after what it needs."""
@@ -146,8 +148,8 @@ class Run(Generic[R_co]):
         )
         run = held.record
         if run.state != "completed":
-            raise run_ending(run)
-        body = await client.values.get_of_run(self.id, run.output, run.output_at)
+            raise run_ending(shown(run, client.values))
+        body = await client.values.get_of_run(self.id, "result", run.output, run.output_at)
         return cast("R_co", self._signature.decode_result(body) if self._signature else decode_any(body))
 
     def record(self) -> RunRecord | None:

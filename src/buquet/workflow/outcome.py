@@ -9,11 +9,11 @@ from msgspec import Raw
 
 from buquet.errors import UnreadableRecord
 from buquet.records import ErrorInfo, PackState, Task
-from buquet.sealing import HIDDEN
 from buquet.workflow.advance import KEPT_ERRORS
 from buquet.workflow.carriers import KINDS, Orders
 from buquet.workflow.event import Event
 from buquet.workflow.records import ItemError
+from buquet.workflow.values import of_signal, of_step
 
 if TYPE_CHECKING:
     from buquet.queue.payloads import Values
@@ -34,7 +34,7 @@ async def event_of(task: Task, ended: Task | None, values: Values, *, holds: boo
     if kind is not None:
         body = await values.args(task) if kind != "start" else b""
         orders = _orders_of(task, body) if bytes(body) else Orders()
-        value, at = await values.put_of_run(task.run, task.run, bytes(orders.value), INLINE)
+        value, at = await values.put_of_run(task.run, of_signal(orders.signal), bytes(orders.value), INLINE)
         return Event(
             id=task.id,
             kind=kind,
@@ -56,9 +56,11 @@ async def event_of(task: Task, ended: Task | None, values: Values, *, holds: boo
     if ended.state == "completed":
         if ended.result_at and not values.sealer.key_id:
             return event._replace(outcome="done", result_at=ended.result_at)
-        value, at = await values.put_of_run(task.run, task.id, bytes(await values.result(ended)), INLINE)
+        value, at = await values.put_of_run(
+            task.run, of_step(task.step, task.index), bytes(await values.result(ended)), INLINE, task.id
+        )
         return event._replace(outcome="done", result=value, result_at=at)
-    error = ended.error or ErrorInfo(type="TaskExpired", message="it was not started before its deadline")
+    error = values.shown(ended).error or ErrorInfo(type="TaskExpired", message="it was not started before its deadline")
     brief = ErrorInfo(type=error.type, message=error.message[:2000])
     # it may have been taken over by now, and who has it may be at work: see left_nothing
     event = event._replace(outcome="failed", error=brief)
@@ -99,9 +101,7 @@ async def _of_pack(event: Event, task: Task, ended: Task, values: Values) -> Eve
     places = (at for start, end in state.done for at in range(start, end))
     for at, result in zip(places, state.results, strict=True):
         results[at] = result
-    value, at_key = await values.put_of_run(task.run, task.id, msgspec.json.encode({"results": results}), INLINE)
-    errors = tuple(
-        ItemError(index=each.index, type=each.type, message=HIDDEN if values.sealer.key_id else each.message)
-        for each in state.failed[:KEPT_ERRORS]
-    )
+    body = msgspec.json.encode({"results": results})
+    value, at_key = await values.put_of_run(task.run, of_step(task.step, task.index), body, INLINE, task.id)
+    errors = tuple(ItemError(index=each.index, type=each.type, message=each.message) for each in state.failed[:KEPT_ERRORS])
     return event._replace(result=value, result_at=at_key, errors=errors)

@@ -23,6 +23,8 @@ class ItemError(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Its place in the list."""
     type: str
     message: str
+    sealed: Raw = ABSENT
+    """The message, encrypted; `message` only says so then."""
 
 
 class Fan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

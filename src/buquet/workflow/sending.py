@@ -9,6 +9,7 @@ import msgspec
 from buquet import keys
 from buquet.errors import Refused, RunNotFound
 from buquet.records import TERMINAL, Raw, Task
+from buquet.workflow.advance import takes_no_more
 from buquet.workflow.carriers import CANCEL, PAUSE, RESUME, RETRY, SIGNAL, START, Orders
 from buquet.workflow.records import OVER, RunRecord
 
@@ -44,12 +45,18 @@ async def find_run(client: Client, run_id: str) -> Held[RunRecord] | Task:
 
 
 async def send_signal(client: Client, run_id: str, name: str, value: bytes, key: str | None) -> None:
-    """Send a signal to a run. Raises RunNotFound, Refused when the run is over, KeyConflict for a key sent with another value."""
+    """Send a signal to a run.
+
+    Raises RunNotFound, Refused when the run is over or takes no more of them, KeyConflict for a key sent with another value.
+    """
     run = await read_run(client, run_id)
     if run is not None and run.state != "running":
         msg = f"run {run_id} is {run.state}: signal {name!r} was not sent"
         raise Refused(msg)
     task_id = client.clock.new_id() if key is None else keys.follow_up(run_id, f"signal {key}", name, 0, 0)
+    if run is not None and task_id not in run.applied and (why := takes_no_more(run, name)):
+        msg = f"signal {name!r} was not sent to run {run_id}: {why}"
+        raise Refused(msg)
     await _send(client, run_id, run, SIGNAL, task_id, Orders(signal=name, value=Raw(value)), key or "")
 
 

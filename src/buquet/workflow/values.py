@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from buquet.workflow.expression import Expr
     from buquet.workflow.graph import Graph
-    from buquet.workflow.records import Fan, RunRecord, StepRecord
+    from buquet.workflow.records import Fan, ItemError, RunRecord, StepRecord
 
 
 class Missing(Exception):
@@ -34,7 +34,17 @@ class _Entry(msgspec.Struct):
     at: str = ""
 
 
-def plain(body: bytes | Raw) -> bytes | Raw:
+def of_step(name: str, item: int) -> str:
+    """Return what the result of a step's task is bound to where it is encrypted."""
+    return f"item {item} of step {name}"
+
+
+def of_signal(name: str) -> str:
+    """Return what a signal's value is bound to where it is encrypted."""
+    return f"signal {name}"
+
+
+def plain(_what: str, body: bytes | Raw) -> bytes | Raw:
     """Return a value that is not encrypted."""
     return body
 
@@ -49,16 +59,12 @@ class Values:
         self,
         graph: Graph,
         payloads: Mapping[str, bytes],
-        opened: Callable[[bytes | Raw], bytes | Raw] = plain,
-        *,
-        hidden: bool = False,
+        opened: Callable[[str, bytes | Raw], bytes | Raw] = plain,
     ) -> None:
         self.graph = graph
         self.payloads = payloads
         self.opened = opened
-        """Decrypts what is encrypted."""
-        self.hidden = hidden
-        """Whether values may not be shown in errors' texts."""
+        """Decrypts what is encrypted; it is told what a value is bound to."""
         self._known: dict[str, tuple[StepRecord, Any]] = {}
 
     def of(self, run: RunRecord, expr: Expr) -> Any:
@@ -80,7 +86,7 @@ class Values:
     def _value(self, name: str, record: StepRecord) -> Any:
         if record.fan is not None:
             pack = self.graph.steps[name].pack
-            results = self.results(record.fan)
+            results = self.results(name, record.fan)
             each = [results.get(index) for index in range(record.fan.tasks)]
             if not pack:
                 return each
@@ -88,22 +94,30 @@ class Values:
             parts = [part["results"] if part else [None] * size for part, size in zip(each, sizes, strict=True)]
             return [item for part in parts for item in part]
         body = self._body(record.result_at) if record.result_at else record.result
-        return _read(self.opened(body), record.result_at or f"what step {name!r} came to")
+        what = of_signal(self.graph.steps[name].signal) if record.signal else of_step(name, 0)
+        return _read(self.opened(what, body), record.result_at or f"what step {name!r} came to")
 
-    def results(self, fan: Fan) -> dict[int, Any]:
-        """Return what the tasks of an `each` came to, by their index; those without a result are not in it."""
+    def results(self, name: str, fan: Fan) -> dict[int, Any]:
+        """Return what the tasks of a step that is an `each` came to, by their index; those without a result are not in it."""
         absent = {key for key in fan.chunks if key not in self.payloads}
         if absent:
             raise Missing(absent)
         found: dict[int, _Entry] = {}
         for key in fan.chunks:
             found |= _read(self.payloads[key], key, dict[int, _Entry])
-        found |= {index: _read(raw, f"item {index}", _Entry) for index, raw in fan.results.items()}
+        found |= {index: _read(raw, f"item {index} of step {name!r}", _Entry) for index, raw in fan.results.items()}
         absent = {each.at for each in found.values() if each.at and each.at not in self.payloads}
         if absent:
             raise Missing(absent)
         bodies = {index: self.payloads[each.at] if each.at else each.v for index, each in found.items()}
-        return {index: _read(self.opened(body), found[index].at or f"item {index}") for index, body in bodies.items()}
+        opened = {index: self.opened(of_step(name, index), body) for index, body in bodies.items()}
+        return {index: _read(body, found[index].at or f"item {index} of step {name!r}") for index, body in opened.items()}
+
+    def text(self, error: ItemError) -> str:
+        """Return what an item's error says, decrypted."""
+        if not bytes(error.sealed):
+            return error.message
+        return _read(self.opened("error", error.sealed), f"the error of item {error.index}", tuple[str, str])[0]
 
     def _body(self, key: str) -> bytes:
         body = self.payloads.get(key)

@@ -53,10 +53,11 @@ def carrier(run: RunRecord, name: str, task_id: str, now: int, **more: Any) -> T
 
 def of_step(run: RunRecord, follow: Follow, plan: Plan, now: int) -> Task:
     """Make the task of a step, of one item or pack of it, of its undo, or its timer."""
-    step, record = plan.graph.steps[follow.step], run.step(follow.step)
+    record = run.step(follow.step)
     if follow.what in {"timer", "no timer"}:
         task_id = keys.follow_up(run.id, "timer", follow.step, 0, follow.gen)
         return carrier(run, TIMER, task_id, now, step=follow.step, gen=follow.gen, due=record.until)
+    step = plan.graph.steps[follow.step]
     undo = follow.what == "undo"
     call = step.undo.call if undo and step.undo else step.call
     assert call is not None  # noqa: S101 - waits and sleeps were dealt with above

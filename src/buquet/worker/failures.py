@@ -45,7 +45,7 @@ def describe(error: BaseException, *, trace: bool) -> ErrorInfo:
         if type(error).__module__ in {"builtins", __name__}
         else f"{type(error).__module__}.{type(error).__name__}"
     )
-    return ErrorInfo(type=name, message=_clean(_text(error))[:2000], traceback=_clean(trace_of(error)) if trace else "")
+    return ErrorInfo(type=name[:200], message=_clean(_text(error))[:2000], traceback=_clean(trace_of(error)) if trace else "")
 
 
 def trace_of(error: BaseException) -> str:

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from buquet.clock import Clock
 from buquet.queue import bell, payloads
 from buquet.testing.simulation.scenario import Play
 from buquet.testing.simulation.world import Defects, World
 from buquet.worker import failures, finder
+from buquet.workflow import committer
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -64,10 +66,13 @@ def simulate(seed: int, *, keep: bool = False) -> Outcome:
 def _tuned(world: World) -> Generator[None]:
     """Make some sizes small, so that what happens past them happens often; and nothing depend on where the code lies."""
     random = world.random
+    tight = Clock(f"sizes of {world.seed}".encode()).random.random() < 0.2  # noqa: PLR2004 - drawn apart from what the play draws
     changed: tuple[tuple[Any, str, Any], ...] = (
         (bell, "HINTS", random.choice((64, 8, 2))),
         (finder, "PAGE", random.choice((1000, 1000, 3))),
         (payloads, "INLINE", random.choice((64 << 10, 64 << 10, 8))),
+        (committer, "ROOM", 1000 if tight else committer.ROOM),
+        (committer, "SMALL", 8 if tight else committer.SMALL),
         (failures, "trace_of", repr),
     )
     before = [(module, name, getattr(module, name)) for module, name, _ in changed]

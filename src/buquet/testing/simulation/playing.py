@@ -66,7 +66,7 @@ def simulate(seed: int, *, keep: bool = False) -> Outcome:
 def _tuned(world: World) -> Generator[None]:
     """Make some sizes small, so that what happens past them happens often; and nothing depend on where the code lies."""
     random = world.random
-    tight = Clock(f"sizes of {world.seed}".encode()).random.random() < 0.2  # noqa: PLR2004 - drawn apart from what the play draws
+    tight = Clock(f"sizes of {world.seed}".encode()).random.random() < 0.2  # drawn apart from what the play draws
     changed: tuple[tuple[Any, str, Any], ...] = (
         (bell, "HINTS", random.choice((64, 8, 2))),
         (finder, "PAGE", random.choice((1000, 1000, 3))),

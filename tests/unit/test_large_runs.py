@@ -8,7 +8,7 @@ from buquet import App, Refused, RunCancelled, Signal, each, keys
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
-from buquet.workflow import advance, committer
+from buquet.workflow import committer, limits
 from buquet.workflow.records import RunRecord
 
 GO, SAY = Signal("go", str), Signal("say", str)
@@ -67,7 +67,7 @@ def test_many_steps_results_go_to_payloads():
 
 
 def test_signals_that_nobody_takes_are_refused_after_a_thousand(monkeypatch):
-    monkeypatch.setattr(advance, "MOST_KEPT", 300)
+    monkeypatch.setattr(limits, "MOST_KEPT", 300)
 
     async def main(clock):
         app = an_app(clock)

@@ -17,6 +17,7 @@ from buquet.records import ErrorInfo
 from buquet.sealing import key_id_of
 from buquet.workflow import ranges
 from buquet.workflow.expression import PENDING, SKIPPED, Fault, is_mark, no_condition, show, strongest
+from buquet.workflow.limits import kept_errors, takes_no_more
 from buquet.workflow.records import OVER, Fan, ItemError, RunRecord, Sent, StepRecord
 
 if TYPE_CHECKING:
@@ -26,12 +27,6 @@ if TYPE_CHECKING:
     from buquet.workflow.values import Values
 
 LONGEST_WAIT = 10 * 366 * 86_400
-KEPT_ERRORS = 100
-"""Items of an `each` that failed and are told of one by one, in a graph with up to ten of them; in all a thousand."""
-MOST_KEPT = 1000
-"""Signals of one name that wait in a run for a step to take them."""
-MOST_APPLIED = 10_000
-"""Signals, and other events of its own, that a run takes in its life: it remembers each, so that none counts twice."""
 LOOKS_SEALED = "has the one field that marks encrypted values. Name the field otherwise"
 CANCELLED = ErrorInfo(type="TaskCancelled", message="its task was cancelled")
 
@@ -112,8 +107,7 @@ class _Advance:
         told = tuple(replace(each, index=base + each.index) for each in told)
         if not step.allow_failures:
             self._fail(event.step, _first(self.values, told))
-        fans = sum(each.kind == "each" for each in self.graph.steps.values())
-        errors = (*fan.errors, *told)[: min(KEPT_ERRORS, max(3, 10 * KEPT_ERRORS // fans))]
+        errors = (*fan.errors, *told)[: kept_errors(self.graph)]
         return replace(fan, failed=ranges.add(fan.failed, event.item), errors=errors)
 
     def _undo(self) -> set[str] | None:
@@ -390,15 +384,6 @@ class _Advance:
 
     def _put(self, name: str, record: StepRecord) -> None:
         self.run = replace(self.run, steps={**self.run.steps, name: record})
-
-
-def takes_no_more(run: RunRecord, signal: str) -> str:
-    """Tell why a run takes no more signals of this name, if so: its record would grow without end."""
-    if len(run.applied) >= MOST_APPLIED:
-        return f"it has taken {MOST_APPLIED:,} signals, and takes no more"
-    if len(run.inbox.get(signal, ())) >= MOST_KEPT:
-        return f"{MOST_KEPT:,} of them are there that no step has taken yet"
-    return ""
 
 
 def _first(values: Values, errors: tuple[ItemError, ...]) -> ErrorInfo:

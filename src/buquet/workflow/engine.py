@@ -13,10 +13,11 @@ from buquet.errors import EncryptionKeyMissing, UnreadableRecord
 from buquet.queue.parent import Ending, Later
 from buquet.records import TERMINAL, ErrorInfo, Task
 from buquet.workflow import ranges
-from buquet.workflow.advance import advance, takes_no_more
+from buquet.workflow.advance import advance
 from buquet.workflow.carriers import KINDS, RETRY, SIGNAL, START, TIMER, arguments, of_step
 from buquet.workflow.committer import Committer, Known
 from buquet.workflow.follow import follows, verdict
+from buquet.workflow.limits import takes_no_more
 from buquet.workflow.outcome import event_of, first_claim, left_nothing
 from buquet.workflow.pruning import prune_run
 from buquet.workflow.records import OVER, RunRecord

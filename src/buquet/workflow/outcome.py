@@ -9,9 +9,9 @@ from msgspec import Raw
 
 from buquet.errors import UnreadableRecord
 from buquet.records import ErrorInfo, PackState, Task
-from buquet.workflow.advance import KEPT_ERRORS
 from buquet.workflow.carriers import KINDS, Orders
 from buquet.workflow.event import Event
+from buquet.workflow.limits import KEPT_ERRORS
 from buquet.workflow.records import ItemError
 from buquet.workflow.values import of_signal, of_step
 

@@ -9,8 +9,8 @@ import msgspec
 from buquet import keys
 from buquet.errors import Refused, RunNotFound
 from buquet.records import TERMINAL, Raw, Task
-from buquet.workflow.advance import takes_no_more
 from buquet.workflow.carriers import CANCEL, PAUSE, RESUME, RETRY, SIGNAL, START, Orders
+from buquet.workflow.limits import takes_no_more
 from buquet.workflow.records import OVER, RunRecord
 
 if TYPE_CHECKING:

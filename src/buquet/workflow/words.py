@@ -22,8 +22,9 @@ from buquet.queue.packing import MOST_ITEMS
 from buquet.workflow.advance import LONGEST_WAIT
 from buquet.workflow.graph import Step
 from buquet.workflow.handle import Run, homes
+from buquet.workflow.placeholder import Value, to_expr
 from buquet.workflow.sending import send_signal
-from buquet.workflow.tracing import Value, after_of, check_task, choose, current_trace, fan_out, is_async, to_expr
+from buquet.workflow.tracing import after_of, check_task, choose, current_trace, fan_out, is_async
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator

@@ -3,7 +3,10 @@
 import asyncio
 import math
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from enum import Enum, IntEnum, StrEnum
+from uuid import UUID
 
 import pytest
 
@@ -145,6 +148,18 @@ USE = {
 }
 
 
+class Plain(Enum):
+    ONE = 1
+
+
+class Number(IntEnum):
+    ONE = 1
+
+
+class Text(StrEnum):
+    ONE = "one"
+
+
 async def traced_in_a_loop():
     return trace(awaits_time)
 
@@ -154,6 +169,37 @@ def test_what_cannot_be_said_is_told_with_what_can(name):
     body, said = USE[name]
     with pytest.raises(UsageError, match=said):
         trace(body)
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [
+        Decimal(10),
+        datetime(2030, 1, 1, tzinfo=UTC),
+        date(2030, 1, 1),
+        timedelta(hours=1),
+        UUID(int=1),
+        Plain.ONE,
+        b"bytes",
+        Order(1, []),
+        {1, 2},
+        [Decimal(10)],
+        {"price": Decimal(10)},
+        {Text.ONE: (1, Decimal(10))},
+        {1: 2},
+    ],
+    ids=repr,
+)
+def test_a_constant_that_is_other_in_json_is_no_part_of_an_expression(constant):
+    uses = [lambda: inc(1) == constant, lambda: constant == inc(1), lambda: inc(1) > constant, lambda: inc(1) + constant]
+    for use in uses:
+        with pytest.raises(UsageError, match=r"`(==|>|\+)` with .* compare and compute with it in a task of its own"):
+            trace(lambda use=use: inc(use()))
+
+
+def test_a_constant_that_is_the_same_in_json_may_be_part_of_one():
+    for constant in ("one", 1, 1.5, True, None, Number.ONE, Text.ONE, [], [1, "b"], (1, 2), {"a": [None]}):
+        assert trace(lambda constant=constant: inc(inc(1) == constant)).steps["inc_2"].needs == ("inc",)
 
 
 def test_the_limits_themselves_are_within():

@@ -180,7 +180,24 @@ def expr_of(value: Value) -> Expr:
 
 
 def _apply(op: str, *args: object) -> Value:
+    for each in args:
+        if not (_same_in_json(each) or inspect.iscoroutine(each)):
+            msg = (
+                f"`{op}` with {repr(each)[:80]} would be worked out on the JSON of it, so it cannot be part of a graph: "
+                "compare and compute with it in a task of its own"
+            )
+            raise UsageError(msg)
     return Value(Apply(op, tuple(to_expr(each, f"`{op}`") for each in args)))
+
+
+def _same_in_json(value: object) -> bool:
+    """Tell whether a constant compares and computes as its JSON does. A Decimal, a datetime or a plain Enum's member does not."""
+    if isinstance(value, list | tuple):
+        return all(_same_in_json(each) for each in cast("list[object]", value))
+    if isinstance(value, dict):
+        fields = cast("dict[object, object]", value)
+        return all(isinstance(name, str) for name in fields) and all(_same_in_json(each) for each in fields.values())
+    return value is None or isinstance(value, Value | str | int | float)
 
 
 def to_expr(value: Any, what: str) -> Expr:

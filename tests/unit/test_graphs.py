@@ -11,7 +11,9 @@ from uuid import UUID
 import pytest
 
 from buquet import App, InvalidArgument, Signal, UsageError, each, sleep, when
+from buquet.workflow.expression import depth_of
 from buquet.workflow.graph import DEEPEST, MOST_STEPS
+from buquet.workflow.placeholder import MOST_NODES
 
 app = App("memory:")
 
@@ -202,7 +204,51 @@ def test_a_constant_that_is_the_same_in_json_may_be_part_of_one():
         assert trace(lambda constant=constant: inc(inc(1) == constant)).steps["inc_2"].needs == ("inc",)
 
 
+def least():
+    value = start = inc(1)
+    for _ in range(90):
+        value = when(start > value, then=lambda: start, otherwise=lambda value=value: value)
+    return value
+
+
+def doubled(rounds, double):
+    value = inc(1)
+    for _ in range(rounds):
+        value = double(value)
+    return inc(value)
+
+
+DOUBLES = {
+    "sum": lambda value: value + value,
+    "field": lambda value: (value + value).total,
+    "item": lambda value: value[0] + value[1],
+    "negation": lambda value: -(value * value),
+    "condition": lambda value: when(value == 1, then=lambda: value),
+    "list": lambda value: [value, value],
+    "dict": lambda value: {"a": value, "b": value},
+}
+
+
+@pytest.mark.parametrize("name", DOUBLES)
+def test_a_value_that_doubles_in_a_loop_is_refused_at_once(name):
+    workflow = app.workflow(name=f"doubles {name}")(lambda: doubled(90, DOUBLES[name]))
+    with pytest.raises(UsageError, match=f"workflow doubles {name} has more than 10,000 parts: .* Give the value a step"):
+        workflow.trace()
+
+
+def test_as_is_one_that_is_used_twice_by_a_when():
+    with pytest.raises(UsageError, match="has more than 10,000 parts"):
+        trace(least)
+
+
+def test_a_value_that_has_a_step_of_its_own_may_double_in_a_loop():
+    assert len(trace(lambda: doubled(50, lambda value: inc(value + value))).steps) == 52
+
+
 def test_the_limits_themselves_are_within():
+    assert trace(lambda: doubled(12, DOUBLES["sum"])).steps["inc_2"].args.size == 1 + 2**13 - 1 < MOST_NODES
+    assert depth_of(trace(lambda: doubled(12, DOUBLES["sum"])).steps["inc_2"].args) == 14
+    assert trace(lambda: inc([inc(1), *range(MOST_NODES)])).steps["inc_2"].args.size == 3, "constants do not count"
     assert len(trace(lambda: chain(MOST_STEPS)).steps) == MOST_STEPS
     assert len(trace(lambda: deep(DEEPEST - 2)).steps) == 2
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, Union, cast
 
 import msgspec
@@ -36,45 +37,57 @@ class Fault(NamedTuple):
     reason: str
 
 
-class Const(msgspec.Struct, frozen=True, array_like=True, tag="const"):
+class Part(msgspec.Struct, frozen=True, array_like=True, dict=True):
+    """A node of an expression."""
+
+    @cached_property
+    def size(self) -> int:
+        """How many nodes it comes to once it is written, where what is used twice stands twice. Constants do not count.
+
+        It is kept, so that a node that is made of others need not look through them.
+        """
+        return 0 if isinstance(self, Const) else 1 + sum(each.size for each in _parts(cast("Expr", self)))
+
+
+class Const(Part, frozen=True, tag="const"):
     """A JSON value."""
 
     value: Raw
 
 
-class Ref(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+class Ref(Part, frozen=True, tag="step"):
     """What a step came to."""
 
     step: str
 
 
-class Get(msgspec.Struct, frozen=True, array_like=True, tag="get"):
+class Get(Part, frozen=True, tag="get"):
     """A field or an item of a value."""
 
     of: Expr
     key: str | int
 
 
-class Apply(msgspec.Struct, frozen=True, array_like=True, tag="apply"):
+class Apply(Part, frozen=True, tag="apply"):
     """A comparison, a piece of arithmetic or of logic."""
 
     op: str
     args: tuple[Expr, ...]
 
 
-class Items(msgspec.Struct, frozen=True, array_like=True, tag="list"):
+class Items(Part, frozen=True, tag="list"):
     """A list of values."""
 
     items: tuple[Expr, ...]
 
 
-class Fields(msgspec.Struct, frozen=True, array_like=True, tag="dict"):
+class Fields(Part, frozen=True, tag="dict"):
     """An object of values."""
 
     fields: dict[str, Expr]
 
 
-class Choose(msgspec.Struct, frozen=True, array_like=True, tag="when"):
+class Choose(Part, frozen=True, tag="when"):
     """The value of the branch that was taken."""
 
     condition: Expr
@@ -162,14 +175,17 @@ def strongest(values: Any) -> Any:
 
 
 def steps_of(expr: Expr) -> Iterator[str]:
-    """Yield the steps that an expression may need."""
-    if isinstance(expr, Ref):
-        yield expr.step
-    elif isinstance(expr, Get):
-        yield from steps_of(expr.of)
-    else:
-        for each in _parts(expr):
-            yield from steps_of(each)
+    """Yield the steps that an expression may need; what is used twice is looked through once."""
+    seen: set[int] = set()
+    left = [expr]
+    while left:
+        each = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, Ref):
+            yield each.step
+        left += reversed(_parts(each))
 
 
 def depth_of(expr: Expr) -> int:
@@ -177,11 +193,13 @@ def depth_of(expr: Expr) -> int:
     depth, level = 0, [expr]
     while level:
         depth += 1
-        level = [part for each in level for part in ((each.of,) if isinstance(each, Get) else _parts(each))]
+        level = list({id(part): part for each in level for part in _parts(each)}.values())
     return depth
 
 
 def _parts(expr: Expr) -> tuple[Expr, ...]:
+    if isinstance(expr, Get):
+        return (expr.of,)
     if isinstance(expr, Items):
         return expr.items
     if isinstance(expr, Fields):

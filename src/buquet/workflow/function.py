@@ -88,7 +88,7 @@ class WorkflowFunction(Generic[P, R]):
         Raises TypeError for wrong arguments, UsageError for what a graph cannot hold.
         """
         self.signature.bind(args, kwargs)
-        return trace_of(self.function, args, kwargs)
+        return trace_of(self.name, self.function, args, kwargs)
 
     @overload
     def start(self, *args: P.args, **kwargs: P.kwargs) -> Run[R]: ...
@@ -119,7 +119,7 @@ class WorkflowFunction(Generic[P, R]):
         """Make the record of the task that starts a run. No I/O. Raises what `start` raises for wrong arguments."""
         options = self.start_options
         body = self.signature.encode(self.signature.bind(args, kwargs))
-        graph = msgspec.json.encode(trace_of(self.function, args, kwargs))
+        graph = msgspec.json.encode(trace_of(self.name, self.function, args, kwargs))
         check_size(graph, f"the graph of {self.name}")
         clock = self._home.clock
         key = options.key

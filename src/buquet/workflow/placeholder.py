@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from buquet.codec import encode_value
 from buquet.errors import InvalidArgument, UsageError
@@ -13,6 +14,14 @@ from buquet.workflow.expression import Apply, Const, Expr, Fields, Get, Items, t
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    E = TypeVar("E", bound=Expr)
+
+MOST_NODES = 10_000
+"""How large an expression may be: at every event of its run it may be worked out again."""
+
+traced: ContextVar[str] = ContextVar("buquet_traced", default="")
+"""The name of the workflow that is traced here."""
+
 
 class Value:
     """What a step will come to, while its workflow is traced: fields, items, comparisons and arithmetic become data."""
@@ -20,7 +29,7 @@ class Value:
     __slots__ = ("_buquet_expr",)
 
     def __init__(self, expr: Expr) -> None:
-        object.__setattr__(self, "_buquet_expr", expr)
+        object.__setattr__(self, "_buquet_expr", _bounded(expr))
 
     def __getattr__(self, name: str) -> Value:
         if name.startswith("__"):
@@ -174,6 +183,17 @@ def _refuse(what: str, instead: str) -> NoReturn:
     raise UsageError(msg)
 
 
+def _bounded(expr: E) -> E:
+    """Return an expression. Raises UsageError when it is too large: used twice in each round of a loop, a value doubles."""
+    if expr.size > MOST_NODES:
+        msg = (
+            f"an expression of workflow {traced.get()} has more than {MOST_NODES:,} parts: it is data, and what is used twice "
+            "stands in it twice. Give the value a step of its own, a task that returns it, and go on with that"
+        )
+        raise UsageError(msg)
+    return expr
+
+
 def expr_of(value: Value) -> Expr:
     """Return the expression that a value stands for."""
     return cast("Expr", object.__getattribute__(value, "_buquet_expr"))
@@ -207,11 +227,11 @@ def to_expr(value: Any, what: str) -> Expr:
     if isinstance(value, list | tuple):
         items = tuple(to_expr(each, what) for each in cast("list[object]", value))
         if not all(isinstance(each, Const) for each in items):
-            return Items(items)
+            return _bounded(Items(items))
     if isinstance(value, dict):
         fields = {name: to_expr(each, what) for name, each in cast("dict[str, object]", value).items()}
         if not all(isinstance(each, Const) for each in fields.values()):
-            return Fields(fields)
+            return _bounded(Fields(fields))
     if inspect.iscoroutine(value):  # pyright: ignore[reportUnknownArgumentType]
         value.close()
         msg = f"{what} is a coroutine: `await` it, in an `async def` workflow"

@@ -11,7 +11,7 @@ from buquet.queue.parent import tracing
 from buquet.queue.task import AsyncTaskFunction, BaseTask
 from buquet.workflow.expression import NULL, Choose, Expr, Fields, Ref
 from buquet.workflow.graph import Call, Graph, Step, Undo
-from buquet.workflow.placeholder import Value, expr_of, to_expr
+from buquet.workflow.placeholder import Value, expr_of, to_expr, traced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping
@@ -134,15 +134,16 @@ def undo_of(undo: BaseTask[..., Any] | None, task: BaseTask[..., Any], *, batch:
     return Undo(call=call_of(undo), result=names[0], args=shared)
 
 
-def trace_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
+def trace_of(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
     """Call a workflow's function once, and return the graph that its calls make."""
     trace = Trace()
-    token = tracing.set(trace)
+    token, named = tracing.set(trace), traced.set(name)
     try:
         output = function(*args, **kwargs)
         return trace.graph(_driven(output, function.__name__))
     finally:
         tracing.reset(token)
+        traced.reset(named)
 
 
 def _driven(output: object, name: str) -> object:

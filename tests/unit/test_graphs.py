@@ -245,6 +245,43 @@ def test_a_value_that_has_a_step_of_its_own_may_double_in_a_loop():
     assert len(trace(lambda: doubled(50, lambda value: inc(value + value))).steps) == 52
 
 
+@app.workflow
+def endless(n: int) -> int:
+    return when(inc(n) == 0, then=lambda: 0, otherwise=lambda: endless(n - 1))
+
+
+@app.workflow
+async def endless_async(n: int) -> int:
+    return await endless_async(await later(n))
+
+
+@app.workflow
+def ping(n: int) -> int:
+    return pong(n)
+
+
+@app.workflow
+def pong(n: int) -> int:
+    return ping(n)
+
+
+@app.workflow
+def product(n: int) -> int:
+    return inc(product(n - 1)) if n else inc(0)
+
+
+@pytest.mark.parametrize("workflow", [endless, endless_async, ping], ids=lambda each: each.name)
+def test_a_workflow_that_calls_itself_without_end_is_refused(workflow):
+    with pytest.raises(UsageError, match=r"calls itself.*: a graph has no recursion.* Use each\(task, items\), or start a run"):
+        workflow.trace(1)
+
+
+def test_one_that_comes_to_an_end_by_its_own_arguments_is_unrolled():
+    assert len(product.trace(DEEPEST).steps) == DEEPEST + 1
+    with pytest.raises(UsageError, match="more than 100 deep"):
+        product.trace(DEEPEST + 1)
+
+
 def test_the_limits_themselves_are_within():
     assert trace(lambda: doubled(12, DOUBLES["sum"])).steps["inc_2"].args.size == 1 + 2**13 - 1 < MOST_NODES
     assert depth_of(trace(lambda: doubled(12, DOUBLES["sum"])).steps["inc_2"].args) == 14

@@ -16,13 +16,14 @@ from buquet.queue.task import Prepared
 from buquet.records import Raw, Task
 from buquet.workflow.carriers import START
 from buquet.workflow.handle import Run
-from buquet.workflow.tracing import trace_of
+from buquet.workflow.tracing import current_trace, trace_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
     from buquet.queue.handle import Home
     from buquet.workflow.graph import Graph
+    from buquet.workflow.tracing import Trace
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,7 +75,11 @@ class WorkflowFunction(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function itself: its tasks run here and now, as plain Python. In another workflow it becomes part of that."""
-        return cast("R", self.function(*args, **kwargs))
+        trace = current_trace()
+        if trace is None:
+            return cast("R", self.function(*args, **kwargs))
+        with trace.inner(self.name):
+            return cast("R", self.function(*args, **kwargs))
 
     def options(self, *, key: str | None = None, tags: Mapping[str, str] | None = None) -> Self:
         """Return the same workflow with other options for its starts. `key`: one run a key. `tags` are those of its tasks too."""
@@ -150,4 +155,11 @@ class AsyncWorkflowFunction(WorkflowFunction[P, R]):
     # its runs and their results are as those of any workflow; only a call of it is to be awaited
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Call the function itself; the result is to be awaited, in another workflow too."""
-        return cast("Coroutine[Any, Any, R]", self.function(*args, **kwargs))
+        trace = current_trace()
+        if trace is None:
+            return cast("Coroutine[Any, Any, R]", self.function(*args, **kwargs))
+        return self._inner(trace, args, kwargs)
+
+    async def _inner(self, trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        with trace.inner(self.name):
+            return await self.function(*args, **kwargs)

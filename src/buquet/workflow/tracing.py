@@ -10,7 +10,7 @@ from buquet.errors import UsageError
 from buquet.queue.parent import tracing
 from buquet.queue.task import AsyncTaskFunction, BaseTask
 from buquet.workflow.expression import NULL, Choose, Expr, Fields, Ref
-from buquet.workflow.graph import Call, Graph, Step, Undo
+from buquet.workflow.graph import DEEPEST, Call, Graph, Step, Undo
 from buquet.workflow.placeholder import Value, expr_of, to_expr, traced
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class Trace:
     def __init__(self) -> None:
         self.steps: dict[str, Step] = {}
         self.guards: tuple[tuple[Expr, bool], ...] = ()
+        self._inner = 0
 
     def add(self, wanted: str, name: str, step: Step) -> Value:
         """Add a step under the name that was asked for, or under its task's name and a number."""
@@ -64,6 +65,22 @@ class Trace:
             yield
         finally:
             self.guards = before
+
+    @contextmanager
+    def inner(self, name: str) -> Generator[None]:
+        """Trace a workflow that is called in this one. Raises UsageError where such calls find no end, before Python does."""
+        if self._inner >= DEEPEST:
+            msg = (
+                f"workflow {name} calls itself, or workflows call each other, more than {DEEPEST} deep: a graph has no "
+                "recursion, since it is traced before it runs, with both branches of a `when`. Use each(task, items), or start a "
+                "run of its own in a task"
+            )
+            raise UsageError(msg)
+        self._inner += 1
+        try:
+            yield
+        finally:
+            self._inner -= 1
 
     def graph(self, output: object) -> Graph:
         """Return the whole graph. Raises UsageError when it is not one."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum, IntEnum, StrEnum
+from pathlib import Path
 from uuid import UUID
 
 import pytest
@@ -87,6 +88,25 @@ def change_field():
     order(1).total = 2
 
 
+def with_equals():
+    step = inc(1)
+    return inc(f"{step=}")
+
+
+def with_step():
+    with inc(1):
+        pass
+
+
+async def async_with_step():
+    async with later(1):
+        pass
+
+
+async def async_for_step():
+    return [item async for item in later(1)]
+
+
 async def awaits_time():
     await asyncio.sleep(0)
 
@@ -105,6 +125,24 @@ USE = {
     "unpacking": (lambda: pair(*order(1)), "use each"),
     "str": (lambda: str(inc(1)), "make the text in a task"),
     "f-string": (lambda: f"{inc(1)}", "make the text in a task"),
+    "repr in an f-string": (lambda: inc(f"{inc(1)!r}"), "a step's repr in argument 'n' of inc, .* make the text in a task"),
+    "f-string for debugging": (with_equals, "make the text in a task"),
+    "repr by %": (lambda: inc("%r" % inc(1)), "make the text in a task"),  # noqa: UP031 - what a user may write
+    "str of a list": (lambda: inc([str([inc(1)])]), "make the text in a task"),
+    "str of a dict": (lambda: inc({"a": [inc(1), str({"b": inc(1).total})]}), "make the text in a task"),
+    "repr as a key": (lambda: inc({repr(inc(1)): inc(1)}), "make the text in a task"),
+    "repr as a field": (lambda: inc(1)[repr(inc(1))], "make the text in a task"),
+    "repr as an output": (lambda: repr(inc(1) + 1), "a step's repr in what the workflow returns"),
+    "repr as a default": (lambda: signal.wait(default=repr(inc(1))), "a step's repr in the default of a wait"),
+    "repr as an operand": (lambda: inc(1) == repr(inc(1)), "make the text in a task"),
+    "repr as an item": (lambda: each(inc, [1, repr(inc(1))]), "a step's repr in the items of inc"),
+    "repr as a name": (lambda: inc.options(step=repr(inc(1)))(1), "a step's repr in a step's name"),
+    "repr as a tag": (lambda: inc.options(tags={"a": repr(inc(1))})(1), "a step's repr in the tags of inc"),
+    "next": (lambda: next(order(1).items), r"pick an item by its number, step\[0\]"),
+    "with": (with_step, "open and close things in a task"),
+    "async with": (async_with_step, "open and close things in a task"),
+    "async for": (async_for_step, "use each"),
+    "path": (lambda: Path("a") / inc(1), "join paths in a task"),
     "int": (lambda: int(inc(1)), "convert in a task"),
     "float": (lambda: math.floor(inc(1)), "convert in a task"),
     "index": (lambda: [1, 2][inc(0)], "pick or count in a task"),

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 MOST_NODES = 10_000
 """How large an expression may be: at every event of its run it may be worked out again."""
 
+_MARK = "buquet step without a value yet: "
+"""How a repr begins: a text that was made of one is known by it, wherever it turns up. JSON writes it as it is."""
+
 traced: ContextVar[str] = ContextVar("buquet_traced", default="")
 """The name of the workflow that is traced here."""
 
@@ -52,6 +55,7 @@ class Value:
         if isinstance(key, bool) or not isinstance(key, str | int):
             what = "a slice" if isinstance(key, slice) else f"[{key!r}]"
             _refuse(what, "use a field's name or an item's number, or do it in a task")
+        check_text(key, "a field's name")
         return Value(Get(expr_of(self), key))
 
     def __await__(self) -> Generator[Any, Any, Value]:
@@ -173,9 +177,23 @@ class Value:
         """Refuse: methods run in tasks."""
         _refuse("a method call", "call it in a task")
 
+    def __next__(self) -> NoReturn:
+        _refuse("next()", "pick an item by its number, step[0], or do it in a task")
+
+    def _no_block(self, *_args: object) -> NoReturn:
+        _refuse("with", "open and close things in a task")
+
+    __enter__ = __exit__ = __aenter__ = __aexit__ = _no_block
+
+    def __aiter__(self) -> NoReturn:
+        _refuse("iteration", "use each(task, items), or pass the whole value to a task")
+
+    def __fspath__(self) -> NoReturn:
+        _refuse("os.fspath()", "open and join paths in a task")
+
     def __repr__(self) -> str:
         """Show that this is no value yet."""
-        return f"<what {text_of(expr_of(self))} will come to>"
+        return f"<{_MARK}{text_of(expr_of(self))[:80]}>"
 
 
 def _refuse(what: str, instead: str) -> NoReturn:
@@ -192,6 +210,16 @@ def _bounded(expr: E) -> E:
         )
         raise UsageError(msg)
     return expr
+
+
+def check_text(text: object, what: str) -> None:
+    """Raise UsageError for a text, or a JSON's bytes, that was made of a step's repr: a run would take it for the value."""
+    if (isinstance(text, str) and _MARK in text) or (isinstance(text, bytes) and _MARK.encode() in text):
+        msg = (
+            f"there is a step's repr in {what}, as by {{step!r}} in an f-string or str() of a list of steps, and a step has no "
+            "value yet while its workflow is being started: make the text in a task"
+        )
+        raise UsageError(msg)
 
 
 def expr_of(value: Value) -> Expr:
@@ -230,6 +258,8 @@ def to_expr(value: Any, what: str) -> Expr:
             return _bounded(Items(items))
     if isinstance(value, dict):
         fields = {name: to_expr(each, what) for name, each in cast("dict[str, object]", value).items()}
+        for name in fields:
+            check_text(name, what)
         if not all(isinstance(each, Const) for each in fields.values()):
             return _bounded(Fields(fields))
     if inspect.iscoroutine(value):  # pyright: ignore[reportUnknownArgumentType]
@@ -237,7 +267,9 @@ def to_expr(value: Any, what: str) -> Expr:
         msg = f"{what} is a coroutine: `await` it, in an `async def` workflow"
         raise InvalidArgument(msg)
     try:
-        return Const(Raw(encode_value(value, what)))
+        body = encode_value(value, what)
     except UsageError as error:
         msg = f"{error}. A step's value may stand in a list, a tuple or a dict of arguments, nowhere else"
         raise InvalidArgument(msg) from None
+    check_text(body, what)
+    return Const(Raw(body))

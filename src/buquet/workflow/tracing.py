@@ -11,7 +11,7 @@ from buquet.queue.parent import tracing
 from buquet.queue.task import AsyncTaskFunction, BaseTask
 from buquet.workflow.expression import NULL, Choose, Expr, Fields, Ref
 from buquet.workflow.graph import DEEPEST, Call, Graph, Step, Undo
-from buquet.workflow.placeholder import Value, expr_of, to_expr, traced
+from buquet.workflow.placeholder import Value, check_text, expr_of, to_expr, traced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping
@@ -26,7 +26,8 @@ class Trace:
         self._inner = 0
 
     def add(self, wanted: str, name: str, step: Step) -> Value:
-        """Add a step under the name that was asked for, or under its task's name and a number."""
+        """Add a step under the name that was asked for, or under its task's name and a number. Raises UsageError."""
+        check_text(wanted, "a step's name")
         if wanted and wanted in self.steps:
             msg = f"two steps of this workflow are named {wanted!r}: give one of them another name with .options(step=...)"
             raise UsageError(msg)
@@ -96,6 +97,7 @@ def call_of(task: BaseTask[..., Any]) -> Call:
             "Use sleep(seconds) and options(after=[...]) to wait"
         )
         raise UsageError(msg)
+    check_text(repr(options.tags), f"the tags of {task.name}")
     return Call(
         task=task.name,
         queue=task.queue,

@@ -163,9 +163,16 @@ USE = {
     "allow_failures": (lambda: inc.options(allow_failures=True)(1), "allow_failures is for each"),
     "unknown step": (lambda: inc.options(after=["nope"])(1), "there is no step of that name: inc"),
     "after a string": (lambda: inc.options(after="nope")(1), r"after=\['nope'\]"),
-    "after a value": (lambda: inc.options(after=inc(1))(1), "`after` takes a list"),
+    "after a value": (lambda: inc.options(after=inc(1))(1), r"`after` takes a list, after=\[step\]"),
     "after a number": (lambda: inc.options(after=[3])(1), "`after` takes steps of this workflow"),
-    "sleep after a value": (lambda: sleep(1, after=inc(1)), "`after` takes a list"),
+    "sleep after a value": (lambda: sleep(1, after=inc(1)), r"`after` takes a list of .*: write after=\[step\]"),
+    "sleep after a number": (lambda: sleep(1, after=5), r"`after` takes a list of .*, not 5: write after=\[step\]"),
+    "wait after a text": (lambda: signal.wait(after="inc"), r"`after` takes a list of .*, not 'inc'"),
+    "name of a number": (lambda: inc.options(step=5)(1), "the name of a step is a string of printable characters, not 5"),
+    "name of two lines": (lambda: inc.options(step="a\nb")(1), r"printable characters, not 'a\\nb'"),
+    "name of half a character": (lambda: inc.options(step="\ud800")(1), "printable characters"),
+    "name of a wait": (lambda: signal.wait(step=5), "printable characters, not 5"),
+    "allow_failures of a number": (lambda: each(inc.options(allow_failures=1), [1]), "allow_failures is True or False, not 1"),
     "circle": (circle, "wait for each other in a circle: first -> second -> first"),
     "two of a name": (lambda: [inc.options(step="s")(1), inc.options(step="s")(1)], "two steps of this workflow are named 's'"),
     "a step too many": (lambda: chain(MOST_STEPS + 1), "1,001 steps, and a graph has at most 1,000. Use each"),
@@ -176,6 +183,10 @@ USE = {
     "each with no task": (lambda: each(len, [1]), "each takes a task"),
     "each of pairs": (lambda: each(pair, [1]), "Give the others defaults"),
     "pack": (lambda: each(inc, [1], pack=-1), "1 to 10,000"),
+    "pack of a half": (lambda: each(inc, [1], pack=1.5), "1 to 10,000, .* not 1.5"),
+    "pack of a text": (lambda: each(inc, [1], pack="3"), "1 to 10,000, .* not '3'"),
+    "pack of a bool": (lambda: each(inc, [1], pack=True), "1 to 10,000, .* not True"),
+    "pack of a step": (lambda: each(inc, [1], pack=inc(1)), "1 to 10,000, .* not <buquet step without a value yet: inc>"),
     "sleep before now": (lambda: sleep(-1), "a number of seconds from 0 to ten years"),
     "timeout of a text": (lambda: signal.wait(timeout="soon"), "a number of seconds from 0 to ten years"),
     "undo with no task": (lambda: inc.options(undo=len)(1), "undo= takes a task"),
@@ -348,3 +359,11 @@ def test_names_of_steps_are_stable():
 def test_a_send_of_the_wrong_type_is_refused_before_anything_is_read():
     with pytest.raises(InvalidArgument, match="the value of signal 'signal' is not of its type"):
         signal.send("0" * 32, "text", app=app)
+
+
+async def test_a_send_to_what_is_no_run_is_refused():
+    for run in (None, 5, Order(1, [])):
+        with pytest.raises(UsageError, match="a signal is sent to a run, or to its id, not to"):
+            signal.send(run, 1)
+        with pytest.raises(UsageError, match="a signal is sent to a run, or to its id, not to"):
+            await signal.asend(run, 1, app=app)

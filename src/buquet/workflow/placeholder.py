@@ -144,7 +144,7 @@ class Value:
         _refuse("if, and, or, not", "use when(condition, then=lambda: ..., otherwise=lambda: ...), and &, | and ~ on comparisons")
 
     def __iter__(self) -> NoReturn:
-        _refuse("iteration", "use each(task, items), or pass the whole value to a task; `after` takes a list of steps")
+        _refuse("iteration", "use each(task, items), or pass the whole value to a task; `after` takes a list, after=[step]")
 
     def __len__(self) -> NoReturn:  # noqa: PLE0303 - the same
         _refuse("len()", "count in a task, and return the number")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +15,7 @@ from buquet.workflow.graph import DEEPEST, Call, Graph, Step, Undo
 from buquet.workflow.placeholder import Value, check_text, expr_of, to_expr, traced
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
 
 class Trace:
@@ -27,6 +28,9 @@ class Trace:
 
     def add(self, wanted: str, name: str, step: Step) -> Value:
         """Add a step under the name that was asked for, or under its task's name and a number. Raises UsageError."""
+        if not isinstance(cast("object", wanted), str) or not wanted.isprintable():
+            msg = f"the name of a step is a string of printable characters, not {repr(wanted)[:80]}"
+            raise UsageError(msg)
         check_text(wanted, "a step's name")
         if wanted and wanted in self.steps:
             msg = f"two steps of this workflow are named {wanted!r}: give one of them another name with .options(step=...)"
@@ -111,8 +115,9 @@ def call_of(task: BaseTask[..., Any]) -> Call:
 
 def after_of(after: Iterable[Any]) -> tuple[Expr, ...]:
     """Return what a step comes after: steps, or names of steps."""
-    if isinstance(after, str | Value):
-        msg = "`after` takes a list of steps, or of their names: after=[...]"
+    if isinstance(after, str | Value) or not isinstance(cast("object", after), Iterable):
+        shown = "one by itself" if isinstance(after, Value) else repr(after)
+        msg = f"`after` takes a list of steps, or of their names, not {shown}: write after=[step]"
         raise UsageError(msg)
     found: list[Expr] = []
     for each in after:
@@ -198,6 +203,9 @@ def fan_out(trace: Trace, task: BaseTask[..., Any], items: object, pack: int) ->
     """Note an `each`."""
     task.signature.check_batch()
     options = task.step_options
+    if not isinstance(cast("object", options.allow_failures), bool):
+        msg = f"allow_failures is True or False, not {options.allow_failures!r}"
+        raise UsageError(msg)
     step = Step(
         kind="each",
         call=call_of(task),

@@ -53,7 +53,7 @@ def each(task: BaseTask[..., Any], items: Any, pack: int = 0) -> Any:
 
     >>> labels = each(label, order.items, pack=50)  # doctest: +SKIP
     """
-    if isinstance(pack, bool) or not 0 <= pack <= MOST_ITEMS:
+    if isinstance(pack, bool) or not isinstance(cast("object", pack), int) or not 0 <= pack <= MOST_ITEMS:
         msg = f"pack is the number of items in a task, 1 to {MOST_ITEMS:,}, or 0 for a task an item, not {pack!r}"
         raise UsageError(msg)
     check_task(task, "each")
@@ -227,13 +227,17 @@ class Signal(Generic[T]):
 
     async def asend(self, run: Run[Any] | str, value: T = None, *, key: str | None = None, app: Home | None = None) -> None:
         """Do what `send` does, on the running event loop."""
+        home = _home(run, app)
         run_id = run if isinstance(run, str) else run.id
-        await send_signal(_home(run, app).client, run_id, self.name, self.encode(value), key)
+        await send_signal(home.client, run_id, self.name, self.encode(value), key)
 
 
 def _home(run: Run[Any] | str, app: Home | None) -> Home:
     if isinstance(run, Run):
         return run.home
+    if not isinstance(cast("object", run), str):
+        msg = f"a signal is sent to a run, or to its id, not to {run!r}: send(run, value)"
+        raise UsageError(msg)
     if app is not None:
         return app
     apps = list(homes)

@@ -367,3 +367,7 @@ async def test_a_send_to_what_is_no_run_is_refused():
             signal.send(run, 1)
         with pytest.raises(UsageError, match="a signal is sent to a run, or to its id, not to"):
             await signal.asend(run, 1, app=app)
+
+
+def test_a_step_that_is_to_start_at_once_is_not_one_that_may_start_at_any_time():
+    assert trace(lambda: inc.options(expires=0.0001)(1)).steps["inc"].call.expires_ms == 1

@@ -108,7 +108,7 @@ def call_of(task: BaseTask[..., Any]) -> Call:
         priority=options.priority,
         max_attempts=task.policy.max_attempts,
         max_losses=task.policy.max_losses,
-        expires_ms=int(options.expires * 1000) if options.expires else 0,
+        expires_ms=options.expires_ms,
         tags=dict(options.tags),
     )
 

@@ -194,6 +194,7 @@ USE = {
     "awaits something": (lambda: asyncio.run(traced_in_a_loop()), "awaits something other than a step"),
     "not awaited": (lambda: inc(part(1)), "`await` it, in an `async def` workflow"),
     "in an object": (lambda: inc(Order(inc(1), [])), "in a list, a tuple or a dict of arguments"),
+    "a pair as a key": (lambda: inc({(1, 2): inc(1)}), "argument 'n' of inc cannot be stored as JSON"),
     "NaN": (lambda: inc(math.nan), "cannot be stored as JSON"),
     "returns an object": (lambda: object(), "what the workflow returns cannot be stored as JSON"),  # noqa: PLW0108 - not called
 }

@@ -258,14 +258,17 @@ def to_expr(value: Any, what: str) -> Expr:
             return _bounded(Items(items))
     if isinstance(value, dict):
         fields = {name: to_expr(each, what) for name, each in cast("dict[str, object]", value).items()}
-        for name in fields:
-            check_text(name, what)
         if not all(isinstance(each, Const) for each in fields.values()):
+            _const(dict.fromkeys(fields), what)  # names are checked as those of any object
             return _bounded(Fields(fields))
     if inspect.iscoroutine(value):  # pyright: ignore[reportUnknownArgumentType]
         value.close()
         msg = f"{what} is a coroutine: `await` it, in an `async def` workflow"
         raise InvalidArgument(msg)
+    return _const(cast("object", value), what)
+
+
+def _const(value: object, what: str) -> Const:
     try:
         body = encode_value(value, what)
     except UsageError as error:

@@ -100,7 +100,7 @@ class BaseTask(Generic[P, R]):
         given = {"key": key, "delay": delay, "run_at": run_at, "priority": priority, "expires": expires, "tags": tags}
         changed = replace(self.submit_options, **{name: value for name, value in given.items() if value is not None})
         other = type(self)(self._home, self.function, self.name, self.queue, self.policy, changed)
-        if isinstance(after, str):
+        if isinstance(after, str) or not isinstance(cast("object", after), Iterable | None):
             msg = f"`after` takes a list of steps, or of their names: after=[{after!r}]"
             raise UsageError(msg)
         steps = {"after": None if after is None else tuple(after), "step": step, "undo": undo, "allow_failures": allow_failures}

@@ -25,6 +25,8 @@ QUEUES = "queues/"
 SCHEDULES = "schedules/"
 PRIORITIES = range(10)
 MAX_NAME = 100
+MOST_DIGITS = 19
+"""A count in a key has fewer."""
 MAX_RECORD = 4 << 20
 """A record larger than this many bytes is not read: nothing of ours comes near it."""
 LARGEST = 64 << 20
@@ -35,7 +37,7 @@ MAX_VALUE = 96 << 20
 _ID = re.compile(r"[0-9a-f]{32}")
 _JOURNAL = re.compile(r"journal/[0-9]{4}-[0-9]{2}-[0-9]{2}/[0-9]{2}/([0-9]{13})-(.+)-([0-9]+)\.ndjson")
 _WORKER = re.compile(r"[0-9a-f]{8}\.[0-9a-f]{16}")
-_ENTRY = re.compile(r"(?:ready/([^/]+)/([0-9])|later/([^/]+))/([0-9]{13})-([0-9a-f]{32})\.([0-9]+)~([^/]+)")
+_ENTRY = re.compile(r"(?:ready/([^/]+)/([0-9])|later/([^/]+))/([0-9]{13})-([0-9a-f]{32})\.([0-9]{1,18})~([^/]+)")
 
 
 def most_bytes(key: str) -> int:
@@ -61,6 +63,19 @@ def quoted(name: str, what: str) -> str:
         msg = f"the name of a {what} must have 1 to {MAX_NAME} bytes (percent-encoded), and this has {len(text)}: {name[:120]!r}"
         raise UsageError(msg)
     return text
+
+
+def is_name(text: str) -> bool:
+    """Tell whether keys can be built with this name of a queue or a task: in what was read it may be anything.
+
+    >>> is_name("images"), is_name("x" * 101), is_name("")
+    (True, False, False)
+    """
+    try:
+        quoted(text, "queue")
+    except UsageError:
+        return False
+    return True
 
 
 def unquoted(text: str) -> str:
@@ -140,7 +155,9 @@ def parse_open(key: str) -> tuple[str, int] | None:
     ('00000000000000000000000000000000', 2)
     """
     run_id, dot, gen = key.removeprefix(OPEN).partition(".")
-    if not (dot and is_id(run_id) and gen.isdecimal() and gen.isascii()) or key != open_run(run_id, int(gen)):
+    if not (dot and is_id(run_id) and gen.isdecimal() and gen.isascii() and len(gen) < MOST_DIGITS) or key != open_run(
+        run_id, int(gen)
+    ):
         return None
     return run_id, int(gen)
 
@@ -183,6 +200,18 @@ def parse_entry(key: str) -> Entry | None:
     return Entry(
         key, unquote(ready or later), None if priority is None else int(priority), int(at), task_id, int(rev), unquote(name)
     )
+
+
+def is_own(found: Entry) -> bool:
+    """Tell whether its parts give an entry's key again: no other key was written by buquet, nor can every store take it.
+
+    >>> [is_own(parse_entry(f"ready/{queue}/5/1800000000000-{'0' * 32}.0~resize")) for queue in ("a%2Fb", "a b", "..")]
+    [True, False, False]
+    """
+    if not (is_name(found.queue) and is_name(found.name)):
+        return False
+    at, due = (found.at, 0) if found.priority is not None else (-1, found.at)
+    return found.key == entry(found.queue, found.priority or 0, at, due, found.task, found.rev, found.name)
 
 
 def ready_lane(queue: str, priority: int) -> str:

@@ -19,6 +19,9 @@ ENDED: frozenset[State] = frozenset({"completed", "failed", "cancelled", "expire
 """How a task can end. `pruned` is what retention makes of an ended one."""
 TERMINAL: frozenset[State] = frozenset({*ENDED, "pruned", "tombstone"})
 
+LATEST = 253_402_300_800_000
+"""The end of the year 9999: what was read may name any time, and no calendar here goes on."""
+
 ABSENT = Raw(b"")
 """An optional JSON value that is not there (JSON's own `null` is there)."""
 

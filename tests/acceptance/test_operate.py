@@ -1,6 +1,7 @@
 """doctor, fsck, prune and init, on every store."""
 
 import asyncio
+import json
 from contextlib import suppress
 
 import pytest
@@ -9,6 +10,8 @@ from msgspec.structs import replace
 from buquet import App, UsageError, keys
 from buquet.clock import Clock
 from buquet.errors import BucketMissing, UnreadableRecord
+from buquet.insights.fleet import waiting, workers
+from buquet.insights.scan import Scan
 from buquet.operate import doctor
 from buquet.operate.doctor import examine
 from buquet.operate.fsck import fsck
@@ -298,6 +301,83 @@ async def test_what_cannot_be_read_or_is_missing_is_told_and_left(rig):
         "foreign object": "tasks/00/notes.txt",
     }
     assert (await rig.store.get(keys.task(broken.id))).body == b"{"
+
+
+async def damaged(rig, key, **fields):
+    """Give a record other fields, as a hand or another program may."""
+    body = json.loads((await rig.store.get(key)).body)
+    await rig.store.put(key, json.dumps({**body, **fields}).encode())
+
+
+@virtual
+async def test_one_strange_record_is_named_and_the_others_are_checked(rig):
+    strange = [
+        {"queue": "q" * 101},
+        {"name": "n" * 101},
+        {"entry": "workers/../x"},
+        {"entry": f"ready/../5/1800000000000-{'0' * 32}.0~work"},
+        {"entry": f"ready/default/5/1800000000000-{'0' * 32}.{'9' * 5000}~work"},
+        {"created": 10**15},
+        {"due": 10**30},
+        {"deadline": -1},
+        {"events": [{"at": 10**300, "state": "pending", "why": "submitted"}]},
+    ]
+    broken = [keys.task((await rig.work.asubmit()).id) for _ in strange]
+    for key, fields in zip(broken, strange, strict=True):
+        await damaged(rig, key, **fields)
+    ours = await rig.work.asubmit()
+    await rig.store.delete((await ours.arecord()).entry)
+    await rig.store.put(f"bell/{'b' * 101}", b"{}")
+    report = await fsck(rig.client, repair=True)
+    unreadable = [("unreadable record", key, False) for key in sorted(broken)]
+    assert [(each.kind, each.key, each.repaired) for each in report.findings] == [
+        ("entry missing", keys.task(ours.id), True),
+        ("foreign object", f"bell/{'b' * 101}", False),
+        *unreadable,
+    ]
+    said = {each.key: each.detail for each in report.findings}
+    assert "which no queue is called" in said[broken[0]]
+    assert f"it names the time {10**15}" in said[broken[5]]
+    await rig.clock.sleep(2 * DAY)  # now their entries are old
+    assert [each.key for each in (await fsck(rig.client)).findings if each.kind == "unreadable record"] == sorted(broken)
+
+
+@virtual
+async def test_a_running_task_under_what_is_no_worker_is_taken_over(rig):
+    handle = await rig.work.asubmit("again")
+    held = await rig.client.read(handle.id)
+    token = rig.clock.new_op()
+    claimed = transitions.claim(held.record, "../tasks/\n", token, rig.clock.now_ms())
+    await rig.client.register.update(held, claimed, op=token)
+    await rig.store.delete(held.record.entry)
+    await rig.repaired("claim missing", keys.task(handle.id))
+
+
+@virtual
+async def test_a_strange_session_is_named_and_hides_no_queue(rig):
+    working = asyncio.create_task(rig.worker().arun())
+    await rig.clock.sleep(5)
+    (key,) = await rig.keys("workers/")
+    body = (await rig.store.get(key)).body
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    await rig.store.put(key, body)  # as of one that was killed
+    await damaged(rig, key, queues=["q" * 101, "default"])
+    await rig.work.asubmit()
+    assert await rig.check() == [("unreadable record", key, False)]
+    assert [each.queue for each in await waiting(rig.client, await workers(rig.client), Scan(rig.client))] == ["default"]
+
+
+@virtual
+async def test_one_strange_run_is_named_and_opens_nothing(rig):
+    now = rig.clock.now_ms()
+    broken = [rig.clock.new_id() for _ in range(3)]
+    for run_id, fields in zip(broken, ({"id": "../x"}, {"gen": 10**300}, {"created": 10**15}), strict=True):
+        record = {"id": run_id, "workflow": "w", "queue": "default", "created": now, **fields}
+        await rig.store.put(keys.run(run_id), json.dumps(record).encode())
+    expected = [("unreadable record", key, False) for key in sorted(map(keys.run, broken))]
+    assert await rig.check(repair=True) == expected
+    assert await rig.keys("open/") == []
 
 
 @virtual

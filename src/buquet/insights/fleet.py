@@ -138,7 +138,8 @@ def worker_view(session: Session, age: float, *, alive: bool) -> WorkerView:
 async def known_queues(client: Client, fleet: Iterable[WorkerView | Session]) -> list[str]:
     """Return the queues that have a bell or a worker."""
     names = {each.key.partition("/")[2] async for page in client.reads.pages(keys.BELLS) for each in page}
-    return sorted({keys.unquoted(name) for name in names} | {queue for worker in fleet for queue in worker.queues})
+    found = {keys.unquoted(name) for name in names} | {queue for worker in fleet for queue in worker.queues}
+    return sorted(filter(keys.is_name, found))
 
 
 async def waiting(
@@ -154,7 +155,7 @@ async def waiting(
     alive = [worker for worker in fleet if worker.alive]
     return [
         await _queue(client, queue, [worker for worker in alive if queue in worker.queues], running.get(queue, set()), scan)
-        for queue in sorted({*await known_queues(client, fleet), *running})
+        for queue in sorted({*await known_queues(client, fleet), *filter(keys.is_name, running)})
     ]
 
 

@@ -110,7 +110,7 @@ class Backlog:
             if len(page) < PAGE:
                 _take(entries, page)
                 continue
-            for queue in sorted(known | await self._with_bells()):
+            for queue in sorted(filter(keys.is_name, known | await self._with_bells())):
                 lane = keys.ready_prefix(queue) if top == keys.READY else keys.later_lane(queue)
                 if not await self._lane(entries, lane):
                     more.add(queue)

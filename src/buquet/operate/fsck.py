@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from buquet import keys
 from buquet.errors import StoreRefused, UnreadableRecord
 from buquet.operate.ages import store_ahead
-from buquet.operate.fsckruns import check_runs
+from buquet.operate.fsckruns import LEFT, check_runs, strange_time
 from buquet.operate.sweep import (
     DAY,
     HOUR,
@@ -96,6 +96,16 @@ async def fsck(client: Client, *, repair: bool = False, progress: Callable[[floa
     return await _Checker(client, repair, progress or (lambda _fraction, _what: None)).run()
 
 
+def _wrong(task: Task) -> str:
+    """Return what in a record, as it was read, no key can be built of or nobody can show, or an empty text."""
+    # a tombstone that prune made of a payload knows of no queue and no task
+    for what, name in (("queue", task.queue), ("task", task.name)):
+        if name and not keys.is_name(name):
+            return f"it names {name[:120]!r}, which no {what} is called"
+    at = (task.created, task.due, task.deadline, task.started, task.finished, *(event.at for event in task.events))
+    return strange_time(at)
+
+
 class _Checker:
     def __init__(self, client: Client, repair: bool, progress: Callable[[float, str], None]) -> None:
         self.client = client
@@ -146,15 +156,23 @@ class _Checker:
     async def _discover_queues(self) -> None:
         """Learn queues from bells and sessions; the records told of theirs. `ready/` is not listed as a whole, see each_entry."""
         async for each in each_key(self.reads, keys.BELLS):
-            self.queues.add(queue_of_bell(each.key))
+            queue = queue_of_bell(each.key)
+            if keys.is_name(queue) and each.key == keys.bell(queue):
+                self.queues.add(queue)
+            else:
+                self._find("foreign object", each.key, "this is no key of a queue's bell; look at it and move it away")
         async for each in each_key(self.reads, keys.WORKERS):
             try:
                 held = await self.register.read(Session, each.key)
             except UnreadableRecord as error:
                 self._find("unreadable record", each.key, str(error))
                 continue
-            if held is not None:
-                self.queues.update(held.record.queues)
+            if held is None:
+                continue
+            wrong = next((queue for queue in held.record.queues if not keys.is_name(queue)), None)
+            if wrong is not None:
+                self._find("unreadable record", each.key, f"it serves {wrong[:120]!r}, which no queue is called; {LEFT}")
+            self.queues.update(filter(keys.is_name, held.record.queues))
 
     async def _old_entries(self) -> AsyncIterator[Listed]:
         for queue in sorted(self.queues):
@@ -184,6 +202,10 @@ class _Checker:
         if key != keys.task(task.id):
             self._find("unreadable record", key, f"it says that it is task {task.id[:80]!r}; it is left as it is")
             return
+        wrong = _wrong(task)
+        if wrong:
+            self._find("unreadable record", key, f"{wrong}; {LEFT}")
+            return
         if task.queue:  # a tombstone that prune made of a payload knows of no queue
             self.queues.add(task.queue)
         if task.state == "pending":
@@ -209,7 +231,13 @@ class _Checker:
     async def _pending(self, held: Held[Task]) -> None:
         task = held.record
         entry = keys.parse_entry(task.entry)
-        if entry is None or entry.task != task.id or entry.rev > task.rev or not may_stand_for(entry.name, task.name):
+        if (
+            entry is None
+            or not keys.is_own(entry)
+            or entry.task != task.id
+            or entry.rev > task.rev
+            or not may_stand_for(entry.name, task.name)
+        ):
             self._find("unreadable record", held.key, f"it is pending and names {task.entry[:120]!r}, which is no entry of it")
             return
         if not await self._entry_there(task.entry) and await self._unchanged(held):
@@ -243,13 +271,15 @@ class _Checker:
 
     async def _running(self, held: Held[Task]) -> None:
         task = held.record
-        if keys.parse_entry(task.entry) is None:
+        entry = keys.parse_entry(task.entry)
+        if entry is None or not keys.is_own(entry):
             self._find("unreadable record", held.key, f"it is running and names {task.entry[:120]!r}, which is no entry")
             return
         if await self._entry_there(task.entry):
             return
         try:
-            session = await self.register.read(Session, keys.session(task.worker))
+            # what is no worker's id is the name of no session, and perhaps of no key
+            session = await self.register.read(Session, keys.session(task.worker)) if keys.is_worker(task.worker) else None
         except UnreadableRecord as error:
             self._find("unreadable record", keys.session(task.worker), str(error))
             return
@@ -258,7 +288,7 @@ class _Checker:
         if await self._unchanged(held):
             where = "has no session" if session is None else "does not list it"
             finding = self._find(
-                "claim missing", held.key, f"it runs under {task.worker}, which {where}, and its entry is not there"
+                "claim missing", held.key, f"it runs under {task.worker[:120]!r}, which {where}, and its entry is not there"
             )
             await self._put_back(finding, task)
 
@@ -272,7 +302,8 @@ class _Checker:
         there = {each.key async for each in each_key(self.reads, keys.payloads(task.id))}
         missing = [key for key in named if key not in there]
         if missing and await self._unchanged(held):
-            text = f"it names {', '.join(missing)}, which is not there. Restore it from a backup, or submit the task anew"
+            names = ", ".join(each[:200] for each in missing)
+            text = f"it names {names}, which is not there. Restore it from a backup, or submit the task anew"
             self._find("payload missing", held.key, text)
 
     async def _payloads(self) -> None:
@@ -305,6 +336,8 @@ class _Checker:
             held = await self.register.read(Task, keys.task(entry.task))
         except UnreadableRecord:
             return  # reported with the record
+        if held is not None and _wrong(held.record):
+            return  # so is this
         very_old = self.now - listed.modified > DAY
         if held is None:
             if very_old:

@@ -4,6 +4,7 @@ import asyncio
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -417,9 +418,13 @@ async def test_a_line_that_cannot_be_read_is_counted_and_the_others_stand(rig):
     await put_lines(rig, now, [line(1, now)])
     await rig.memory.put(keys.journal(now, "zz.zz", 1), b'{"v": 99, "id": "x"}\nnot json\n\xff\n' + b'{"v":1}\n')
     await rig.memory.put("journal/README", b"somebody was here")
+    deep = b'{"v":1,"x":' + b"[" * 100_000 + b"\n"
+    strange = [line(2, now, ran=10**300), line(3, -1), line(4, now, id="../x")]
+    await rig.memory.put(keys.journal(now, "zz.zz", 2), deep + b"\n".join(map(msgspec.json.encode, strange)))
     journal = Journal(rig.client)
     assert len(await journal.refresh()) == 1
-    assert journal.unreadable == 4
+    assert journal.unreadable == 8
+    assert journal.summary().count == 1
 
 
 @virtual

@@ -91,6 +91,6 @@ def from_json(text: str, kind: Any, option: str, what: str) -> Any:
     """Return what an option says as JSON. Raises UsageError."""
     try:
         return msgspec.json.decode(text, type=kind)
-    except msgspec.DecodeError as error:
-        msg = f"{option} takes a JSON {what}, and this is none: {text!r} ({error})"
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        msg = f"{option} takes a JSON {what}, and this is none: {text[:200]!r} ({error})"
         raise UsageError(msg) from None

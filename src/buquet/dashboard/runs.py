@@ -135,7 +135,7 @@ async def signal(board: Board, target: str, form: Mapping[str, str]) -> str:
     name, value = form.get("name", "").strip(), form.get("value", "").strip() or "null"
     try:
         msgspec.json.decode(value)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         msg = f"the value of signal {name!r} is no JSON ({error}): a text needs quotes"
         raise UsageError(msg) from None
     # the page names the step that waits, since two may wait for one signal

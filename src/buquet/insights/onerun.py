@@ -160,7 +160,7 @@ async def read_graph(client: Client, source: RunRecord | Task) -> Graph | None:
         return None
     try:
         return msgspec.json.decode(body, type=Graph)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         msg = f"the graph of run {source.id} cannot be read: {error}"
         raise UnreadableRecord(msg) from None
 

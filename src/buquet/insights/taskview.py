@@ -86,7 +86,7 @@ async def _read(value: Awaitable[bytes | Raw]) -> Value:
 def _value(body: bytes) -> Value:
     try:
         text = msgspec.json.format(body, indent=2).decode()
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         text = body.decode(errors="replace")
     return Value(text[:SHOWN], len(body))
 

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
+
+ANY: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
+"""Reads any value as plain builtins."""
+AGAIN = "Restore it from a backup, or submit the task anew"
+"""How to get over a value of a task that was damaged."""
 
 
 class Oversized(bytes):
@@ -277,6 +283,15 @@ def decoder_for(kind: Any, what: str) -> msgspec.json.Decoder[Any]:
     except TypeError as error:
         msg = f"{what} cannot be declared so: {error}"
         raise UsageError(msg) from None
+
+
+def decode_stored(decoder: msgspec.json.Decoder[T], body: bytes | msgspec.Raw, what: str, remedy: str) -> T:
+    """Read what buquet itself has stored beside a record. Raises UnreadableRecord, which says `what` it is, and the remedy."""
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        msg = f"{what} cannot be read: {error}. {remedy}"
+        raise UnreadableRecord(msg) from None
 
 
 def decode_any(body: bytes | msgspec.Raw) -> Any:

@@ -158,6 +158,8 @@ def test_a_run_from_its_start_to_its_end(shell):
     assert "restock: skipped" in watched
     assert shell.json("ls", "--status", "running") == []
     assert [each["status"] for each in shell.json("ls")] == ["completed"]
+    assert shell.json("get", run_id)["result"] == "paid for o-1: 30"
+    assert shell.run("get", run_id).stdout.splitlines()[-1] == 'result: "paid for o-1: 30"'
     again = shell.run("start", "flows:app", "order", "--args", json.dumps([ORDER]), "--key", "o-1", "--wait")
     assert json.loads(again.stdout) == "paid for o-1: 30"
 

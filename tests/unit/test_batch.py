@@ -5,6 +5,7 @@ import logging
 import threading
 
 import pytest
+from msgspec.structs import replace
 
 from buquet import (
     App,
@@ -16,6 +17,7 @@ from buquet import (
     Snooze,
     SubmitInterrupted,
     TaskNotFound,
+    UnreadableRecord,
     UsageError,
     current,
     keys,
@@ -23,7 +25,7 @@ from buquet import (
 from buquet.errors import InvalidArgument
 from buquet.queue import packing
 from buquet.queue.background import Background
-from buquet.records import Task
+from buquet.records import ABSENT, Task
 from buquet.store.memory import MemoryStore
 from buquet.testing.auditor import Auditor, read_bucket
 from buquet.testing.faulty import FaultyStore
@@ -880,3 +882,33 @@ async def test_a_pack_costs_four_writes_whatever_it_holds(rig):
     await app.worker(heartbeat_thread=False, drain=True).arun()
     assert await batch.aresults() == list(range(1000))
     assert sum(store.count(op, at) for op in ("put", "create", "update") for at in ("tasks", "ready", "payloads")) == 4 * 10
+
+
+@virtual
+async def test_damaged_values_of_a_pack_are_told_with_the_pack_and_what_to_do(rig):
+    @rig.app.task(max_attempts=1)
+    async def picky(n: int) -> str:
+        if n > 1:
+            raise Fail("too much")
+        return "x" * 100_000
+
+    good, bad = await picky.abatch([0, 1]), await picky.abatch([2, 3])
+    await rig.drain()
+    for body in (b"[" * 100_000, b"\xff", b"["):
+        (pack,) = await rig.records(good)
+        await rig.store.put(pack.result_at, body)
+        with pytest.raises(UnreadableRecord, match=rf"results of task {pack.id}, a pack of batch {good.id}, .*Restore it"):
+            await good.aresults(timeout=1)
+        with pytest.raises(UnreadableRecord, match=rf"the result of task {pack.id} \(picky\) .*Restore it"):
+            await rig.app.get(pack.id).aresult(timeout=1)
+        (pack,) = await rig.records(bad)
+        payload = keys.payload(pack.id, body)
+        await rig.store.put(payload, body)
+        held = await rig.app.client.read(pack.id)
+        await rig.app.client.register.update(held, replace(held.record, args=ABSENT, args_at=payload))
+        with pytest.raises(UnreadableRecord, match=rf"items of task {pack.id}, a pack of batch {bad.id}, .*Restore it"):
+            await bad.afailed()
+        held = await rig.app.client.read(pack.id)
+        await rig.app.client.register.update(held, replace(held.record, checkpoint=ABSENT, checkpoint_at=payload))
+        with pytest.raises(UnreadableRecord, match=rf"items of task {pack.id}, a pack of batch {bad.id}, .*Restore it"):
+            await bad.aprogress()

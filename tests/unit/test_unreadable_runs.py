@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from buquet import App, Signal, keys
+from buquet import App, Signal, UnreadableRecord, keys
+from buquet.errors import InvalidPayload
+from buquet.insights import runs
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
@@ -31,9 +33,10 @@ def an_app(clock):
 
 
 async def damage(app, key, **fields):
-    """Give a record other fields; return what it was."""
+    """Give a record other fields, or none in place of those that are None; return what it was."""
     body = (await app.client.store.get(key)).body
-    await app.client.store.put(key, json.dumps({**json.loads(body), **fields}).encode())
+    changed = {**json.loads(body), **fields}
+    await app.client.store.put(key, json.dumps({name: value for name, value in changed.items() if value is not None}).encode())
     return body
 
 
@@ -117,3 +120,49 @@ def test_a_damaged_payload_of_a_result_is_named_and_waited_for(body, caplog):
     run_virtual(main)
     assert "a defect of buquet" not in caplog.text
     assert len(caplog.records) < 10
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        b"[" * 100_000,
+        b"\xff",
+        b'{"steps": {',
+        b'{"steps": {"a": {"kind": "task", "after": [["step", "nobody"]]}}}',
+        b'{"output": ' + b'["get", ' * 150 + b'["const", 1]' + b', "x"]' * 150 + b"}",
+    ],
+    ids=["deep", "bytes", "cut", "not of one piece", "a deep expression"],
+)
+def test_a_damaged_graph_is_told_with_its_run_and_what_to_do(graph):
+    async def main(clock):
+        app = an_app(clock)
+        run = await app.flow.astart(1)
+        await app.worker(heartbeat_thread=False, drain=True).arun()
+        payload = keys.payload(run.id, graph)
+        await app.client.store.put(payload, graph)
+        await damage(app, keys.run(run.id), graph=None, graph_at=payload)
+        for look in (run.agraph, run.asteps, lambda: runs.read(app.client, run.id)):
+            with pytest.raises(UnreadableRecord, match=rf"graph of run {run.id} cannot be read.*Restore it from a backup"):
+                await look()
+
+    run_virtual(main)
+
+
+def test_a_result_of_another_type_is_told_with_its_run_and_where_to_see_it():
+    async def main(clock):
+        app = an_app(clock)
+        run = await app.flow.astart(1)
+        await GO.asend(run, 21, app=app)
+        await app.worker(heartbeat_thread=False, drain=True).arun()
+        assert await run.aresult(timeout=1) == 42
+        await damage(app, keys.run(run.id), output="a text")
+        with pytest.raises(InvalidPayload, match=rf"^run {run.id} \(flow\) completed, .*str.*`buquet run get {run.id}` shows"):
+            await run.aresult(timeout=1)
+        assert await app.run(run.id).aresult(timeout=1) == "a text"
+        payload = keys.payload(run.id, b"[")
+        await app.client.store.put(payload, b"[")
+        await damage(app, keys.run(run.id), output=None, output_at=payload)
+        with pytest.raises(UnreadableRecord, match=rf"result of run {run.id} \(flow\) cannot be read"):
+            await app.run(run.id).aresult(timeout=1)
+
+    run_virtual(main)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import msgspec
 import typer
@@ -11,14 +11,19 @@ import typer
 from buquet.cli.base import Json, Tag, Target, Url, cli, from_json, load, open_app, run
 from buquet.cli.output import duration, moment, print_json, print_table, scan_progress, to_stderr
 from buquet.cli.selecting import tags_of
+from buquet.cli.tasks import short
 from buquet.cli.watching import print_run, show, watch
-from buquet.errors import InvalidPayload, UsageError
+from buquet.codec import ANY, decode_stored
+from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord, UsageError
 from buquet.insights import runs
 from buquet.insights.drawing import as_gantt, as_mermaid, as_svg
 from buquet.insights.runview import RunStatus, RunView
 from buquet.insights.scan import Scan
 from buquet.workflow import sending
-from buquet.workflow.handle import Run
+from buquet.workflow.handle import RESTORE, Run
+
+if TYPE_CHECKING:
+    from buquet.queue.client import Client
 
 group = typer.Typer(name="run", help="Workflow runs: start, look at, steer.", no_args_is_help=True)
 cli.add_typer(group)
@@ -82,9 +87,29 @@ def get_run(
             await watch(app.client, run_id, json)
             return
         view = await _read(app.client, run_id)
-        print_json(view) if json else print_run(view, app.client.clock.now_ms())
+        result = await _result_of(app.client, view)
+        if json:
+            print_json(msgspec.to_builtins(view) | ({} if result is None else {"result": msgspec.Raw(result)}))
+            return
+        print_run(view, app.client.clock.now_ms())
+        if result is not None:
+            print(f"result: {short(result)}")
 
     run(app, work)
+
+
+async def _result_of(client: Client, view: RunView) -> bytes | None:
+    """Return what a run came to, as JSON; None where it is not completed, or that cannot be read, which is then said."""
+    record = await sending.read_run(client, view.id) if view.status == "completed" else None
+    if record is None:
+        return None
+    try:
+        body = bytes(await client.values.get_of_run(record.id, "result", record.output, record.output_at))
+        decode_stored(ANY, body, f"the result of run {record.id}", RESTORE)
+    except (EncryptionKeyMissing, UnreadableRecord) as error:
+        to_stderr(str(error))
+        return None
+    return body
 
 
 @group.command("ls")
@@ -253,7 +278,7 @@ def graph(
     run(app, work)
 
 
-async def _read(client: Any, run_id: str) -> RunView:
+async def _read(client: Client, run_id: str) -> RunView:
     scan = Scan(client)
     view = await runs.read(client, run_id, scan)
     for problem in scan.unreadable:

@@ -10,6 +10,7 @@ import typer
 from buquet.cli.base import Json, Name, Queue, Status, Tag, Target, Url, cli, from_json, load, open_app, run
 from buquet.cli.output import duration, moment, print_json, print_table, printable, scan_progress, to_stderr
 from buquet.cli.selecting import selection, tags_of
+from buquet.codec import AGAIN, ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord, UsageError
 from buquet.insights.scan import Scan
 from buquet.insights.tasks import find
@@ -70,7 +71,7 @@ def submit(
                     submitted._asdict() | {"state": record.state, "error": msgspec.json.decode(msgspec.json.encode(record.error))}
                 )
             raise ending(record)
-        result = msgspec.json.decode(await app.client.value_of(record))
+        result = decode_stored(ANY, await app.client.value_of(record), f"the result of task {record.id}", AGAIN)
         print_json(submitted._asdict() | {"state": record.state, "result": result} if json else result)
 
     run(app, work)
@@ -98,10 +99,12 @@ async def _with_values(client: Client, task: Task) -> Task:
     for name, read in (("args", client.values.args), ("checkpoint", client.values.checkpoint), ("result", client.values.result)):
         try:
             if body := bytes(await read(task)):  # what is not there stays the default, which encoders leave out
+                decode_stored(ANY, body, f"the {name} of task {task.id}", AGAIN)
                 values[name] = msgspec.Raw(body)
         except EncryptionKeyMissing:
             values[name] = msgspec.Raw(msgspec.json.encode(HIDDEN))
         except UnreadableRecord as error:
+            values[name] = ABSENT
             to_stderr(str(error))
     return msgspec.structs.replace(task, **values)
 
@@ -113,7 +116,8 @@ def _plain(task: Task) -> dict[str, Any]:
     return msgspec.json.decode(msgspec.json.encode({name: None if value == ABSENT else value for name, value in fields.items()}))
 
 
-def _short(value: msgspec.Raw, at: str) -> str:
+def short(value: bytes | msgspec.Raw, at: str = "") -> str:
+    """Return a value as people are shown it: its beginning, or else where it is."""
     text = bytes(value).decode()
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters; --json shows all)" if text else at
 
@@ -138,9 +142,9 @@ def _show(task: Task) -> None:
         ("finished", moment(task.finished)),
         ("worker", task.worker if task.state == "running" else ""),
         ("cancel", "requested" if task.cancel_requested and task.state == "running" else ""),
-        ("arguments", _short(task.args, task.args_at)),
-        ("checkpoint", _short(task.checkpoint, task.checkpoint_at)),
-        ("result", _short(task.result, task.result_at)),
+        ("arguments", short(task.args, task.args_at)),
+        ("checkpoint", short(task.checkpoint, task.checkpoint_at)),
+        ("result", short(task.result, task.result_at)),
         ("error", f"{task.error.type}: {task.error.message}" if task.error else ""),
     ]
     print_table(("field", "value"), [*rows, *(row for row in optional if row[1])])

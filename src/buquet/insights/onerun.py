@@ -14,6 +14,7 @@ from buquet.insights.runsteps import step_view, task_of
 from buquet.insights.runview import RunView
 from buquet.insights.scan import AT_ONCE
 from buquet.records import TERMINAL, Task
+from buquet.workflow import handle
 from buquet.workflow.graph import Graph, Step
 from buquet.workflow.hiding import shown
 from buquet.workflow.records import OVER, RunRecord
@@ -155,14 +156,9 @@ class OneRun:
 async def read_graph(client: Client, source: RunRecord | Task) -> Graph | None:
     """Return the graph of a run, or of a start that is to be carried out; None without the key of an encrypted one."""
     try:
-        body = await client.values.get_of_run(source.id, "graph", source.graph, source.graph_at)
+        return await handle.read_graph(client, source)
     except EncryptionKeyMissing:
         return None
-    try:
-        return msgspec.json.decode(body, type=Graph)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        msg = f"the graph of run {source.id} cannot be read: {error}"
-        raise UnreadableRecord(msg) from None
 
 
 def graph_of_begun(source: RunRecord | Task) -> Graph:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 import msgspec
 
 from buquet import keys
-from buquet.codec import decode_any
+from buquet.codec import AGAIN, decode_any, decode_stored
 from buquet.errors import BatchFailed, FailedItem, Refused, UnreadableRecord, UsageError
 from buquet.queue.attempt import inside_handler
 from buquet.queue.handle import ending
@@ -103,7 +103,8 @@ class Batch(Generic[R_co]):
             if task.state != "completed":
                 return await self._unwell(task)
             body = await self._home.client.value_of(task)
-            return [self._signature.decode_result(each) for each in _results.decode(body).results]
+            results = decode_stored(_results, body, f"the results of {self._pack(task)}", AGAIN).results
+            return [self._signature.decode_result(each) for each in results]
 
         outcomes = await self._each(outcome)
         failed = _located(outcomes)
@@ -190,6 +191,9 @@ class Batch(Generic[R_co]):
 
     # ------------------------------------------------------------------ packs
 
+    def _pack(self, task: Task) -> str:
+        return f"task {task.id}, a pack of batch {self.id},"
+
     async def _each(self, work: Callable[[int], Awaitable[T]]) -> list[T]:
         """Do something for each pack, a few side by side; the answers come in their order."""
         answers: dict[int, T] = {}
@@ -221,10 +225,11 @@ class Batch(Generic[R_co]):
             if not bytes(task.checkpoint) and not task.checkpoint_at:
                 return PackState(started=task.started)
             try:
-                state = _state.decode(await self._home.client.values.checkpoint(task))
+                body = await self._home.client.values.checkpoint(task)
             except UnreadableRecord:  # the pack has stored a later one, and removed this
                 task = (await self._home.client.read(task.id)).record
                 continue
+            state = decode_stored(_state, body, f"what became of the items of {self._pack(task)}", AGAIN)
             return state if state.started == task.started else PackState(started=task.started, done=state.done)
         return PackState(started=task.started)
 
@@ -237,7 +242,9 @@ class Batch(Generic[R_co]):
         stored = {each.index: each for each in state.failed}
         items: list[msgspec.Raw] = []
         if stored or task.state in TERMINAL:
-            items = _items.decode(await self._home.client.values.args(task)).items
+            items = decode_stored(
+                _items, await self._home.client.values.args(task), f"the items of {self._pack(task)}", AGAIN
+            ).items
         failed = [
             FailedItem(at, decode_any(items[at]), f"{each.type}: {each.message}", each.traceback, each.attempts, task.id)
             for at, each in stored.items()

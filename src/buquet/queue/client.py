@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from msgspec.structs import replace
 
 from buquet import keys
-from buquet.codec import decode_any
+from buquet.codec import AGAIN, ANY, decode_any, decode_stored
 from buquet.errors import KeyConflict, SubmitInterrupted, TaskNotFound, UnreadableRecord
 from buquet.queue import transitions
 from buquet.queue.bell import Ringer
@@ -222,7 +222,8 @@ class Client:
         if there.key_id == fresh.key_id and (there.args_at or fresh.args_at):
             return False  # the hashes differ
         # another way to write the same JSON, or sealed under another key
-        return decode_any(await self.values.args(there)) == decode_any(args)
+        before = decode_stored(ANY, await self.values.args(there), f"the arguments of task {there.id} ({there.name})", AGAIN)
+        return before == decode_any(args)
 
     async def submit_chunk(self, tasks: Sequence[tuple[Task, bytes]]) -> list[Submitted]:
         """Submit many side by side. Raises SubmitInterrupted, with what was submitted, when one of them cannot be."""

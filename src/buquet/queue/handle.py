@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
 
-from buquet.codec import Signature, decode_any
+from buquet.codec import AGAIN, ANY, Signature, decode_stored
 from buquet.errors import TaskCancelled, TaskExpired, TaskFailed, TaskNotFound
 from buquet.queue.attempt import inside_handler
 
@@ -96,7 +96,9 @@ class Handle(Generic[R_co]):
         if task.state != "completed":
             raise ending(client.values.shown(task))
         body = await client.value_of(task)
-        return cast("R_co", self._signature.decode_result(body) if self._signature else decode_any(body))
+        if self._signature is not None:
+            return cast("R_co", self._signature.decode_result(body))
+        return cast("R_co", decode_stored(ANY, body, f"the result of task {self.id} ({task.name})", AGAIN))
 
     def record(self) -> Task:
         """Block and do what `arecord` does."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, cas
 import msgspec
 
 from buquet import keys
-from buquet.codec import decode_any
-from buquet.errors import RunCancelled, RunFailed, TaskNotFound
+from buquet.codec import ANY, decode_stored
+from buquet.errors import InvalidPayload, RunCancelled, RunFailed, TaskNotFound, UnreadableRecord, UsageError
 from buquet.queue.attempt import inside_handler
 from buquet.workflow import ranges, sending
 from buquet.workflow.graph import Graph
@@ -18,13 +18,18 @@ from buquet.workflow.records import OVER, RunRecord
 
 if TYPE_CHECKING:
     from buquet.codec import Signature
+    from buquet.queue.client import Client
     from buquet.queue.handle import Home
+    from buquet.records import Task
     from buquet.workflow.graph import Kind
     from buquet.workflow.records import ItemError, StepRecord
 
 R_co = TypeVar("R_co", covariant=True)
 
 Status: TypeAlias = Literal["pending", "running", "paused", "failing", "cancelling", "completed", "failed", "cancelled", "pruned"]
+RESTORE = "Restore it from a backup, or start the workflow anew under another key"
+"""How to get over a value of a run that was damaged."""
+_graph = msgspec.json.Decoder(Graph)
 homes: weakref.WeakSet[Home] = weakref.WeakSet()
 """The Apps of this process that have workflows."""
 
@@ -96,11 +101,13 @@ class Run(Generic[R_co]):
         return "paused" if run.paused and run.state == "running" else run.state
 
     async def agraph(self) -> Graph:
-        """Return the graph that the run keeps to its end: its steps by name, each after what it needs."""
-        client = self.home.client
+        """Return the graph that the run keeps to its end: its steps by name, each after what it needs.
+
+        Raises RunNotFound, UnreadableRecord, EncryptionKeyMissing.
+        """
         run = await self.arecord()
-        source = run if run is not None else (await client.read(self.id)).record
-        return msgspec.json.decode(await client.values.get_of_run(self.id, "graph", source.graph, source.graph_at), type=Graph)
+        source = run if run is not None else (await self.home.client.read(self.id)).record
+        return await read_graph(self.home.client, source)
 
     async def asteps(self) -> list[StepInfo]:
         """Return the run's steps as they are now, each after what it needs."""
@@ -132,7 +139,8 @@ class Run(Generic[R_co]):
     async def aresult(self, timeout: float | None = None) -> R_co:  # noqa: ASYNC109 - part of the public meaning
         """Wait until the run is over and return what the workflow returned, as the declared type where this process knows it.
 
-        `timeout` is in seconds. Raises RunFailed, RunCancelled, or TimeoutError (the run then goes on).
+        `timeout` is in seconds. Raises RunFailed, RunCancelled, or TimeoutError (the run then goes on). InvalidPayload says that
+        the run completed, and that what it came to is of another type than the workflow declares in this process.
         """
         attempt = inside_handler()
         if attempt:
@@ -150,7 +158,13 @@ class Run(Generic[R_co]):
         if run.state != "completed":
             raise run_ending(shown(run, client.values))
         body = await client.values.get_of_run(self.id, "result", run.output, run.output_at)
-        return cast("R_co", self._signature.decode_result(body) if self._signature else decode_any(body))
+        if self._signature is None:
+            return cast("R_co", decode_stored(ANY, body, f"the result of run {self.id} ({run.workflow})", RESTORE))
+        try:
+            return cast("R_co", self._signature.decode_result(body))
+        except InvalidPayload as error:
+            msg = f"run {self.id} ({run.workflow}) completed, but {error}. `buquet run get {self.id}` shows the value"
+            raise InvalidPayload(msg) from None
 
     def record(self) -> RunRecord | None:
         """Block and do what `arecord` does."""
@@ -187,6 +201,18 @@ class Run(Generic[R_co]):
     def result(self, timeout: float | None = None) -> R_co:
         """Block and do what `aresult` does."""
         return self.home.background.run(lambda: self.aresult(timeout), "result")
+
+
+async def read_graph(client: Client, source: RunRecord | Task) -> Graph:
+    """Return the graph of a run, or of a start that is to be carried out. Raises UnreadableRecord, EncryptionKeyMissing."""
+    body = await client.values.get_of_run(source.id, "graph", source.graph, source.graph_at)
+    what = f"the graph of run {source.id}"
+    try:
+        # what is not of one piece can be neither walked through nor drawn
+        return decode_stored(_graph, body, what, RESTORE).ordered()
+    except UsageError as error:
+        msg = f"{what} cannot be read: {error}. {RESTORE}"
+        raise UnreadableRecord(msg) from None
 
 
 def run_ending(run: RunRecord) -> Exception:

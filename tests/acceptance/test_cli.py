@@ -139,6 +139,42 @@ def test_what_cannot_be_read_is_named_and_left_out(shell):
     assert "is no task record" in shell.run("get", bad, status=1).stderr
 
 
+def damage(shell, task_id, **fields):
+    key = f"tasks/{task_id[-2:]}/{task_id}.json"
+    with sqlite3.connect(shell.folder / ".buquet" / "buquet.db") as file:
+        ((body,),) = file.execute("SELECT body FROM objects WHERE key = ?", (key,)).fetchall()
+        body = json.dumps({**json.loads(body), **fields}).encode()
+        file.execute("UPDATE objects SET body = ? WHERE key = ?", (body, key))
+    file.close()
+
+
+@pytest.mark.parametrize("at", [10**15, 10**17, 10**400, -(10**17)], ids=["a little", "more", "far", "before"])
+def test_a_time_that_none_can_be_is_shown_as_it_is_and_hides_nothing(shell, at):
+    good, bad = (shell.json("submit", "tasks:app", "greet", "--args", '["x"]')["id"] for _ in range(2))
+    events = [{"at": each, "state": "pending", "why": "submitted"} for each in (1, at)]
+    damage(shell, bad, created=at, due=at, deadline=at, started=at, finished=at, events=events)
+    listed = shell.run("ls").stdout
+    assert good in listed
+    shown = str(at) if at < 10**20 else "?"
+    assert f"due {shown}" in listed
+    assert shown in shell.run("get", bad).stdout
+    assert len(shell.run("history", bad).stdout.splitlines()) == 3
+    assert {each["id"]: each["created"] for each in shell.json("ls")}[bad] == at
+    shell.run("stats", "--scan")
+    assert f"tasks/{bad[-2:]}/{bad}.json" in shell.run("fsck", status=1).stdout
+
+
+def test_a_damaged_value_is_told_and_the_rest_is_shown(shell):
+    bad = shell.json("submit", "tasks:app", "greet", "--args", json.dumps(["x" * 100_000]))["id"]
+    with sqlite3.connect(shell.folder / ".buquet" / "buquet.db") as file:
+        file.execute("UPDATE objects SET body = ? WHERE key LIKE 'payloads/%'", (b"[" * 100_000,))
+    file.close()
+    for words in (["get", bad], ["get", bad, "--json"]):
+        told = shell.run(*words)
+        assert "greet" in told.stdout
+        assert f"the args of task {bad} cannot be read" in told.stderr
+
+
 def test_the_log_for_programs(shell):
     shell.run("submit", "tasks:app", "breaks")
     lines = [json.loads(line) for line in shell.run("worker", "tasks:app", "--drain", "--json").stdout.splitlines()]

@@ -451,6 +451,16 @@ def replace_counts(done, **counts):
 
 
 @virtual
+async def test_one_strange_time_stops_no_prune(rig):
+    strange, old = await rig.work.asubmit("a"), await rig.work.asubmit("b")
+    await rig.drain()
+    await damaged(rig, keys.task(strange.id), finished=10**400)
+    await rig.clock.sleep(3 * DAY)
+    assert (await prune(rig.client, DAY)).pruned == 1
+    assert [await each.astatus() for each in (strange, old)] == ["completed", "pruned"]
+
+
+@virtual
 async def test_younger_than_an_hour_is_refused(rig):
     for age in (0, 3599, float("nan")):
         with pytest.raises(UsageError, match="an hour at least"):

@@ -1,5 +1,6 @@
 """`buquet run` as its users meet it: real processes, a real file."""
 
+import asyncio
 import json
 import os
 import pty
@@ -10,6 +11,8 @@ import time
 import xml.etree.ElementTree as ET
 
 import pytest
+
+from buquet import App, keys
 
 FLOWS = """
 from dataclasses import dataclass
@@ -204,6 +207,27 @@ def test_a_cancelled_run_is_undone_unless_told_otherwise(shell):
         assert (shell.folder / "refunded").exists() is undone
         assert steps["ship"]["state"] == "cancelled"
         (shell.folder / "refunded").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("at", [10**15, 10**30, 10**400], ids=["a little", "much", "far"])
+def test_a_time_that_none_can_be_is_shown_as_it_is_and_hides_nothing(shell, at):
+    good, bad = shell.start_run("order"), "0" * 32
+    steps = {name: {"state": "due", "due": due, "until": at} for name, due in (("one", at), ("two", 1))}
+    graph = {"steps": {name: {"kind": "wait", "signal": "go"} for name in steps}}
+    record = {"id": bad, "workflow": "w", "queue": "default", "created": at, "graph": graph, "steps": steps}
+
+    async def put():
+        async with App(shell.env["BUQUET_URL"]) as app:
+            await app.client.store.put(keys.run(bad), json.dumps(record).encode())
+
+    asyncio.run(put())
+    listed = shell.run("ls").stdout
+    assert good in listed
+    assert (str(at) if at < 10**20 else "?") in next(line for line in listed.splitlines() if bad in line)
+    assert shell.json("get", bad)["created"] == at
+    assert "waits for 'go'" in shell.run("get", bad).stdout
+    for drawing in ("text", "mermaid", "svg", "gantt"):
+        shell.run("graph", bad, "--format", drawing)
 
 
 def test_following_ends_cleanly_on_ctrl_c(shell):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,13 @@ import pytest
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from buquet import App
+from buquet import App, keys
 from buquet.cli.main import cli
 from buquet.dashboard.app import GET, dashboard
 from buquet.dashboard.sessions import CROWD, Sessions
 from buquet.errors import StoreUnavailable, UsageError
 from buquet.operate.counting import CountingStore
+from buquet.store.base import Stored
 from buquet.store.memory import MemoryStore
 from buquet.testing.fixture import run_until_idle
 
@@ -115,6 +117,35 @@ def test_what_comes_from_a_task_is_escaped_on_every_page(app: App) -> None:
         assert "alert('1')" not in text, path
         shown += "&lt;script&gt;" in text
     assert shown >= 6, "it is shown"
+
+
+@pytest.mark.parametrize("at", [10**15, 10**400, -(10**17)], ids=["a little", "far", "before"])
+def test_a_time_that_none_can_be_hides_no_page(app: App, at: int) -> None:
+    task_id = waiting(app)
+    key = keys.task(task_id)
+    store, loop = app.client.store, app.background
+
+    async def damage() -> None:
+        stored = await store.get(key)
+        assert isinstance(stored, Stored)
+        event = {"at": at, "state": "running", "why": "claimed"}
+        times = dict.fromkeys(("created", "due", "deadline", "started", "finished"), at)
+        record = {**json.loads(stored.body), **times, "state": "failed", "events": [{**event, "at": 1}, event]}
+        await store.put(key, json.dumps(record).encode())
+        run = {"id": task_id, "workflow": "flow", "queue": "default", "created": at, "finished": 1, "graph": {"steps": {}}}
+        steps = {name: {"state": "due", "due": moment, "until": at} for name, moment in (("one", at), ("two", 1))}
+        graph = {"steps": {name: {"kind": "wait", "signal": "go"} for name in steps}}
+        await store.put(keys.run(task_id), json.dumps({**run, "graph": graph, "steps": steps}).encode())
+        await store.put(keys.open_run(task_id, 1), b"")
+
+    loop.run(damage, "damage")
+    browser = Browser(app)
+    shown = str(at) if abs(at) < 10**18 else "?"
+    for path in ("/tasks?all=1", f"/tasks/{task_id}", "/runs", "/runs?all=1", f"/runs/{task_id}", "/", "/workers"):
+        answer = browser.get(path)
+        assert answer.status_code == 200, path
+        if task_id in path:
+            assert shown in answer.text, path
 
 
 def test_a_page_here_can_do_what_its_button_says(app: App) -> None:

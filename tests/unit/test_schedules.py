@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from buquet import App, ScheduleNotFound, UsageError, current, keys
+from buquet.insights.schedules import view_of
 from buquet.queue.background import Background
 from buquet.queue.rule import Rule, rule_of
 from buquet.queue.schedules import submit_fire
@@ -481,3 +482,12 @@ async def test_an_idle_worker_reads_a_nightly_schedule_no_more_than_once_an_hour
     await plant.until(5 * HOUR)
     assert 4 <= sum(store.count(op, "schedules") for op in ("get", "get-304")) <= 6
     await plant.stop()
+
+
+def test_a_schedule_that_is_dealt_with_up_to_no_time_says_so():
+    task = Task(id="", queue="q", name="n", state="pending", created=0)
+    schedule = Schedule(name="s", cron="0 7 * * *", tz="UTC", handled=10**17, template=task)
+    for handled in (10**17, 10**400):
+        shown = view_of(replace(schedule, handled=handled), START, 0)
+        assert shown.problem
+        assert (shown.rule, shown.next) == ("0 7 * * *", [])

@@ -10,12 +10,15 @@ from unicodedata import category
 import msgspec
 
 from buquet.insights.duration import duration as duration
+from buquet.insights.duration import in_seconds as in_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 CONTROLS = {"Cc", "Cs", "Zl", "Zp"}
 """Unicode's categories of what moves the cursor, breaks the line, or is no character."""
+LARGEST = 10**20
+"""From here on a number would only fill the line."""
 LONG = 500
 """From so many records on it is shown how far a scan is."""
 COLOURS = {
@@ -70,10 +73,13 @@ def printable(text: str) -> str:
 
 
 def moment(ms: int) -> str:
-    """Return milliseconds since 1970 as a local time, to the millisecond."""
+    """Return milliseconds since 1970 as a local time, to the millisecond; what is no time as the number that it is, or as `?`."""
     if not ms:
         return ""
-    return datetime.fromtimestamp(ms / 1000, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    try:
+        return datetime.fromtimestamp(ms / 1000, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+    except (ValueError, OverflowError, OSError):  # a record may hold any number
+        return str(ms) if abs(ms) < LARGEST else "?"
 
 
 def to_stderr(text: str) -> None:

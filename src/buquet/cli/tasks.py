@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from buquet.cli.base import Json, Name, Queue, Status, Tag, Target, Url, cli, from_json, load, open_app, run
-from buquet.cli.output import duration, moment, print_json, print_table, printable, scan_progress, to_stderr
+from buquet.cli.output import duration, in_seconds, moment, print_json, print_table, printable, scan_progress, to_stderr
 from buquet.cli.selecting import selection, tags_of
 from buquet.codec import AGAIN, ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord, UsageError
@@ -177,7 +177,7 @@ def history(
             return
         since = task.events[0].at if task.events else 0
         rows = [
-            (moment(at.at), f"+{duration((at.at - since) / 1000)}", at.state, at.why, at.attempt or "", at.worker, at.detail)
+            (moment(at.at), f"+{duration(in_seconds(at.at - since))}", at.state, at.why, at.attempt or "", at.worker, at.detail)
             for at in task.events
         ]
         print_table(("when", "after", "state", "why", "attempt", "worker", "detail"), rows)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
+from buquet.insights.duration import MOST, in_seconds
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -39,9 +41,9 @@ def lasts(milliseconds: float) -> str:
     >>> lasts(12), lasts(1500), lasts(200_000), lasts(8_000_000)
     ('12 ms', '1.50 s', '3 min 20 s', '2 h 13 min')
     """
-    seconds = milliseconds / 1000
+    seconds = in_seconds(milliseconds)
     if seconds < 1:
-        return f"{milliseconds:.0f} ms"
+        return f"{seconds * 1000:.0f} ms"
     if seconds < EXACT:
         return f"{seconds:#.3g} s"
     for size, unit, smaller, name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
@@ -75,10 +77,16 @@ def size(count: int) -> str:
 
 
 def moment(milliseconds: int, now: int = 0) -> Markup:
-    """Return a time as an element: how long ago with `now`, else the date and time; the script shows it in local time."""
+    """Return a time as an element: how long ago with `now`, else the date and time; the script shows it in local time.
+
+    What is no time is shown as the number that it is, or as `?`.
+    """
     if not milliseconds:
         return Markup("")
-    at = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    try:
+        at = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    except (ValueError, OverflowError, OSError):  # a record may hold any number
+        return escape(milliseconds if abs(milliseconds) < MOST else "?")
     whole = at.strftime("%Y-%m-%d %H:%M:%S.") + f"{milliseconds % 1000:03d}"
     if not now:
         return Markup('<time datetime="{}Z" data-show="whole">{} UTC</time>').format(whole.replace(" ", "T"), whole)

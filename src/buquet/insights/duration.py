@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+MOST = 10**18
+
+
+def in_seconds(ms: float) -> float:
+    """Return milliseconds as seconds. They come of records, which may hold a number too large to be divided: so much is enough.
+
+    >>> in_seconds(1500), in_seconds(10**400)
+    (1.5, 1000000000000000.0)
+    """
+    return min(max(ms, -MOST), MOST) / 1000
+
 
 def duration(seconds: float) -> str:
     """Return a length of time as people say it.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from buquet import keys
 from buquet.errors import RunNotFound, UnreadableRecord
+from buquet.insights.duration import in_seconds
 from buquet.insights.onerun import OneRun
 from buquet.insights.runview import ENDED
 from buquet.store.base import PAGE
@@ -47,7 +48,7 @@ class RunRow:
 
     def seconds(self, now: int) -> float | None:
         """Return for how long it ran, or has run at `now` (milliseconds); None before its start."""
-        return max((self.ended or now) - self.started, 0) / 1000 if self.started else None
+        return in_seconds(max((self.ended or now) - self.started, 0)) if self.started else None
 
 
 class OpenRuns:

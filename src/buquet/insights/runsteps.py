@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from buquet import keys
-from buquet.insights.duration import duration
+from buquet.insights.duration import duration, in_seconds
 from buquet.insights.runview import StepView
 from buquet.workflow import ranges
 from buquet.workflow.records import OVER
@@ -111,12 +111,12 @@ def _reason(
     if state not in {"ready", "running"}:
         return ""
     if step.kind in {"wait", "sleep"}:
-        left = f"{duration(max(record.until - now, 0) / 1000)} left" if record.until else ""
+        left = f"{duration(in_seconds(max(record.until - now, 0)))} left" if record.until else ""
         return ", ".join(each for each in (f"waits for {step.signal!r}" if step.signal else "", left) if each)
     if state != "ready" or task is None or step.call is None:
         return ""
     if task.due > now:
-        return f"runs again in {duration((task.due - now) / 1000)}"
+        return f"runs again in {duration(in_seconds(task.due - now))}"
     if crew is not None and not any(each.alive and task.queue in each.queues and task.name in each.names for each in crew):
         return f"no live worker has a handler for {task.name!r}"
     return ""

@@ -6,6 +6,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from buquet.insights.duration import in_seconds
+
 RunStatus: TypeAlias = Literal["pending", "running", "failing", "cancelling", "completed", "failed", "cancelled"]
 StepKind: TypeAlias = Literal["task", "each", "wait", "sleep"]
 StepState: TypeAlias = Literal["waiting", "ready", "running", "completed", "failed", "skipped", "stopped", "cancelled"]
@@ -90,4 +92,4 @@ class RunView(msgspec.Struct, kw_only=True, frozen=True):
 
 
 def _seconds(started: int, ended: int, now: int) -> float | None:
-    return max((ended or now) - started, 0) / 1000 if started else None
+    return in_seconds(max((ended or now) - started, 0)) if started else None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from buquet import keys
+from buquet.insights.duration import in_seconds
 from buquet.insights.fleet import known_queues, sessions
 from buquet.insights.scan import Scan, newest, records
 from buquet.store.base import Listed
@@ -93,7 +94,7 @@ async def _unfinished(client: Client, wanted: Filter, scan: Scan) -> list[Listed
         for _, session in fleet:
             for claim in session.claims:
                 if wanted.name in {None, claim.name}:
-                    found[claim.task] = Listed(keys.task(claim.task), None, claim.since / 1000, 0)
+                    found[claim.task] = Listed(keys.task(claim.task), None, in_seconds(claim.since), 0)
     return sorted(found.values(), key=newest)
 
 

@@ -82,9 +82,13 @@ class Pruner:
             return await self._stub(held.record)
         return "kept"
 
+    def is_old(self, at: int) -> bool:
+        """Tell whether a time (milliseconds since 1970) is so long ago. A record may hold a number too large to be divided."""
+        return at < (self.now() - self.older_than) * 1000
+
     def due(self, task: Task) -> bool:
         """Tell whether a task ended so long ago. One of a run is pruned together with that."""
-        return task.state in ENDED and not task.run and self.now() - task.finished / 1000 > self.older_than
+        return task.state in ENDED and not task.run and self.is_old(task.finished)
 
     async def _bare(self, task: Task) -> None:
         """Remove what a task just pruned leaves. Payloads that it did not name wait for the sweep."""
@@ -104,7 +108,7 @@ class Pruner:
                 await self.register.store.forget_versions(key)
             return "lasting stub"
         pruned_at = stub.events[-1].at if stub.events else stub.finished
-        if self.now() - pruned_at / 1000 <= HOUR:
+        if pruned_at >= (self.now() - HOUR) * 1000:
             return "young stub"
         if not self.dry_run:
             if stub.entry:

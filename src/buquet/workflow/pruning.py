@@ -29,7 +29,7 @@ async def prune_run(pruner: Pruner, key: str) -> int:
     Raises UnreadableRecord, StoreError.
     """
     held = await pruner.register.read(RunRecord, key)
-    while held is not None and held.record.state in OVER and pruner.now() - held.record.finished / 1000 > pruner.older_than:
+    while held is not None and held.record.state in OVER and pruner.is_old(held.record.finished):
         run = held.record
         if pruner.dry_run:
             return 0 if run.state == "pruned" else sum(1 for _ in task_ids(run))
@@ -89,7 +89,7 @@ async def _prune_tasks(pruner: Pruner, held: Held[RunRecord]) -> int:
     for task_id in dict.fromkeys(task_ids(run)):
         there = await register.read(Task, keys.task(task_id))
         # one that ended later is of another life of the same key
-        while there is not None and there.record.state in ENDED and now - there.record.finished / 1000 > pruner.older_than:
+        while there is not None and there.record.state in ENDED and pruner.is_old(there.record.finished):
             write = await register.update(there, transitions.prune(there.record, int(now * 1000), with_run=True))
             there = write.held
             if write.landed:

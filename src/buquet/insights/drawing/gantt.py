@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from buquet.insights.drawing import words
 from buquet.insights.drawing.order import order_of
 from buquet.insights.drawing.paint import hooked, picture, tag, write
-from buquet.insights.duration import duration
+from buquet.insights.duration import duration, in_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +45,7 @@ def as_gantt(run: RunView, now: int, link: Callable[[StepView], str] | None = No
     rows = [*begun, *(step for step in steps if not step.started)]
     first = begun[0].started if begun else now
     last = max((step.ended or now for step in begun), default=first)
-    whole = max(last - first, 1) / 1000
+    whole = in_seconds(max(last - first, 1))
     scale = (WIDTH - LABELS - RIGHT) / whole
     height = TOP + ROW * len(rows) + 12
     drawn = _axis(whole, scale, height) if begun else []
@@ -82,7 +82,7 @@ def _row(step: StepView, y: float, first: int, now: int, scale: float) -> list[s
     ]
     if not step.started:
         return [*parts, write(LABELS + 4, middle, step.state, class_="faint")]
-    start = LABELS + (step.started - first) / 1000 * scale
+    start = LABELS + in_seconds(step.started - first) * scale
     length = max((step.seconds(now) or 0) * scale, 2.0)
     idle = "bar idle" if step.kind in {"wait", "sleep"} else "bar"
     bar = tag("rect", class_=idle, x=start, y=y + (ROW - BAR) / 2, width=length, height=BAR, rx=3.0)

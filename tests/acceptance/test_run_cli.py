@@ -140,6 +140,9 @@ def test_a_run_from_its_start_to_its_end(shell):
     assert [(task["name"], next(iter(task["graph"]["steps"])), task["result"]) for task in tasks] == [
         ("buquet.start", "validate", None)
     ]
+    command = [sys.executable, "-m", "buquet", "get", run_id]
+    told = subprocess.run(command, cwd=shell.folder, env=shell.env, capture_output=True, text=True, check=True)
+    assert f"it starts a run of workflow 'order': `buquet run get {run_id}` shows that" in told.stderr
     (listed,) = shell.json("ls", "--status", "pending")
     assert (listed["id"], listed["key"], listed["status"]) == (run_id, "o-1", "pending")
     assert "no live worker serves queue 'default'" in shell.run("get", run_id).stdout
@@ -153,6 +156,8 @@ def test_a_run_from_its_start_to_its_end(shell):
     assert shell.json("pause", run_id) == {"id": run_id, "outcome": "requested"}
     shell.until(run_id, lambda run, _: run["paused"])
     assert [each["id"] for each in shell.json("ls", "--status", "paused", "--workflow", "order", "--tag", "who=me")] == [run_id]
+    refused = shell.run("signal", run_id, "aproved", "--value", "true", status=2).stderr
+    assert f"run {run_id} has no step that waits for a signal 'aproved'; its signals are: approved" in refused
     shell.run("signal", run_id, "approved", "--value", "true", "--key", "k")
     shell.run("resume", run_id)
     watched = shell.run("get", run_id, "--watch").stdout.splitlines()

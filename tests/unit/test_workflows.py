@@ -11,6 +11,7 @@ from buquet import (
     App,
     Fail,
     InvalidArgument,
+    KeyConflict,
     Refused,
     RunCancelled,
     RunFailed,
@@ -516,3 +517,32 @@ async def test_every_method_has_an_async_twin():
     worker.stop()
     await working
     await app.aclose()
+
+
+def test_a_conflict_of_keys_names_what_its_user_knows():
+    go = Signal("go", int)
+
+    @app.workflow
+    async def keyed(n: int) -> int:
+        return await inc(n, by=go.wait())
+
+    run = keyed.start(1, key="k1")
+    with pytest.raises(KeyConflict, match=rf"^key 'k1' of workflow 'keyed' was used .* by run {run.id}; .* for another run$"):
+        keyed.start(2, key="k1")
+    go.send(run, 1, key="a")
+    with pytest.raises(KeyConflict, match=rf"^signal 'go' was sent to run {run.id} before with key 'a' and another value"):
+        go.send(run, 2, key="a")
+    go.send(run, 1, key="a")
+    run_until_idle(app)
+    assert run.result(timeout=60) == 2
+
+
+def test_a_step_that_never_began_is_stopped_once_its_run_is_over():
+    @app.workflow
+    async def jams(n: int) -> int:
+        return await inc(await even(n))
+
+    run = jams.start(1)
+    assert [step.status for step in run.steps()] == ["waiting", "waiting"]
+    run_until_idle(app)
+    assert [step.status for step in run.steps()] == ["failed", "stopped"]

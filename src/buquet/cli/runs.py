@@ -177,10 +177,23 @@ def signal(
     app = open_app(url)
 
     async def work() -> None:
+        await _check_signal(Run[Any](app, run_id), name)
         await sending.send_signal(app.client, run_id, name, body, key)
         _told(run_id, "sent", json)
 
     run(app, work)
+
+
+async def _check_signal(handle: Run[Any], name: str) -> None:
+    """Raise UsageError for a signal that no step of a run waits for: it would be kept, and never be taken."""
+    try:
+        graph = await handle.agraph()
+    except (EncryptionKeyMissing, UnreadableRecord):
+        return  # as of one that was pruned: whoever sends it may know better
+    names = sorted({step.signal for step in graph.steps.values() if step.kind == "wait"})
+    if name not in names:
+        msg = f"run {handle.id} has no step that waits for a signal {name!r}; its signals are: {', '.join(names) or 'none'}"
+        raise UsageError(msg)
 
 
 @group.command()

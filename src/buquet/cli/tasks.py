@@ -18,6 +18,7 @@ from buquet.queue.client import Client
 from buquet.queue.handle import ending
 from buquet.records import ABSENT, Task
 from buquet.sealing import HIDDEN
+from buquet.workflow.carriers import START
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="A task's id.")]
 SHOWN = 2000
@@ -88,6 +89,8 @@ def get(task_id: Id, url: Url = None, json: Json = False) -> None:
             print_json(_plain(task))
         else:
             _show(task)
+            if task.name == START:
+                to_stderr(f"it starts a run of workflow {task.step!r}: `buquet run get {task.run}` shows that")
 
     run(app, work)
 

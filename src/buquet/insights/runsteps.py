@@ -8,7 +8,7 @@ from buquet import keys
 from buquet.insights.duration import duration, in_seconds
 from buquet.insights.runview import StepView
 from buquet.workflow import ranges
-from buquet.workflow.records import OVER
+from buquet.workflow.handle import never_began
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,7 +77,7 @@ def step_view(
 
 def _state(run: RunRecord, record: StepRecord, task: Task | None, done: int) -> StepState:
     if record.state == "idle":
-        return "cancelled" if run.state in OVER else "waiting"
+        return "cancelled" if never_began(run, record) else "waiting"
     if record.state == "due":
         return "ready" if task is not None and task.state == "pending" and not done else "running"
     return _STATES[record.state]

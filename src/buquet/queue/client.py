@@ -38,6 +38,16 @@ PATIENCE = 60.0
 """Seconds for which a caller waits for a store that does not answer, before it is told."""
 
 
+def _conflict(task: Task) -> str:
+    """Return what is to be said where a key names a task with other arguments, in the words of whoever submitted it."""
+    if task.run == task.id:  # what starts a run has its id, and the workflow's name for a step
+        what, there, other = f"workflow {task.step!r}", f"run {task.id}", "another run"
+    else:
+        what, there, other = f"task {task.name!r}", f"task {task.id}", "other work"
+    said = f"key {task.key!r} of {what} was used before with other arguments, by {there}; that one stands"
+    return f"{said}. Use another key for {other}"
+
+
 class Submitted(NamedTuple):
     """What became of a submit: the task's id, and whether this submit created it."""
 
@@ -208,11 +218,7 @@ class Client:
             # this submit's own entry names nothing (I3: its record was read, of its rev or a later one), and would look like work
             await self.reads.delete(fresh.entry)
         if not await self._same_args(there, fresh, args):
-            msg = (
-                f"key {fresh.key!r} of task {fresh.name!r} was submitted before with other arguments, as task {fresh.id}; "
-                "that one stands. Use another key for other work"
-            )
-            raise KeyConflict(msg)
+            raise KeyConflict(_conflict(fresh))
         return ""
 
     async def _same_args(self, there: Task, fresh: Task, args: bytes) -> bool:

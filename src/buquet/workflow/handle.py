@@ -60,7 +60,7 @@ class StepInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     errors: tuple[ItemError, ...] = ()
     """Items of an `each` that failed, the first hundred."""
     undo: str = ""
-    """due, done or failed, where it is undone."""
+    """due, done or failed, where it is undone. `done` includes that there was nothing to undo."""
     undo_error: str = ""
 
 
@@ -235,6 +235,11 @@ def steps_of(run: RunRecord | None, run_id: str, graph: Graph) -> list[StepInfo]
     return [_info(run or fresh, name, graph) for name in graph.steps]
 
 
+def never_began(run: RunRecord, step: StepRecord) -> bool:
+    """Tell whether a run was over before a step of it began, and was not skipped: only a retry may yet run it."""
+    return step.state == "idle" and run.state in OVER
+
+
 _STATUS: dict[str, Any] = {"idle": "waiting", "due": "running", "done": "completed", "maybe": "stopped"}
 
 
@@ -246,7 +251,7 @@ def _info(run: RunRecord, name: str, graph: Graph) -> StepInfo:
     return StepInfo(
         name=name,
         kind=step.kind,
-        status=_STATUS.get(record.state, record.state),
+        status="stopped" if never_began(run, record) else _STATUS.get(record.state, record.state),
         task=step.call.task if step.call else "",
         queue=step.call.queue if step.call else run.queue,
         task_id=keys.follow_up(run.id, "step", name, 0, record.gen) if began and step.call else "",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from buquet import keys
-from buquet.errors import Refused, RunNotFound
+from buquet.errors import KeyConflict, Refused, RunNotFound
 from buquet.records import TERMINAL, Raw, Task
 from buquet.workflow.carriers import CANCEL, PAUSE, RESUME, RETRY, SIGNAL, START, Orders
 from buquet.workflow.limits import takes_no_more
@@ -57,7 +57,14 @@ async def send_signal(client: Client, run_id: str, name: str, value: bytes, key:
     if run is not None and task_id not in run.applied and (why := takes_no_more(run, name)):
         msg = f"signal {name!r} was not sent to run {run_id}: {why}"
         raise Refused(msg)
-    await _send(client, run_id, run, SIGNAL, task_id, Orders(signal=name, value=Raw(value)), key or "")
+    try:
+        await _send(client, run_id, run, SIGNAL, task_id, Orders(signal=name, value=Raw(value)), key or "")
+    except KeyConflict:
+        msg = (
+            f"signal {name!r} was sent to run {run_id} before with key {key!r} and another value; that one stands. "
+            "Use another key for another message"
+        )
+        raise KeyConflict(msg) from None
 
 
 async def cancel(client: Client, run_id: str, *, undo: bool) -> Literal["cancelled", "requested"]:

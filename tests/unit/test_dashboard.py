@@ -148,6 +148,24 @@ def test_a_time_that_none_can_be_hides_no_page(app: App, at: int) -> None:
             assert shown in answer.text, path
 
 
+def test_a_queue_that_none_can_be_called_hides_no_page(app: App) -> None:
+    waiting(app)
+    store, now, queue = app.client.store, app.clock.now_ms(), "q" * 101
+    line = {"v": 1, "id": "0" * 32, "name": "n" * 101, "queue": queue, "status": "completed", "at": now, "submitted": now}
+    session = {"id": "x", "host": "h", "pid": 1, "started": now, "beat": now, "ttl": 60, "concurrency": 1, "names": ["n"]}
+
+    async def damage() -> None:
+        await store.put(keys.journal(now, "zz.zz", 1), json.dumps(line).encode())
+        await store.put("workers/x/x.json", json.dumps({**session, "queues": [queue]}).encode())
+        await store.put(f"bell/{queue}", b"{}")
+
+    app.background.run(damage, "damage")
+    browser = Browser(app)
+    for path in (*PAGES, "/tasks?key=k", "/tasks?all=1&status=pending"):
+        assert browser.get(path).status_code == 200, path
+    assert queue in browser.get("/queues").text
+
+
 def test_a_page_here_can_do_what_its_button_says(app: App) -> None:
     task_id, page = with_form(app)
     browser = Browser(app)

@@ -352,5 +352,5 @@ class Feed:
 
     def paused(self, queue: str) -> QueueSettings | None:
         """Return the settings of a queue that is paused; None for one that is not."""
-        settings = self.settings.records.get(keys.queue_settings(queue))
+        settings = self.settings.records.get(keys.queue_settings(queue)) if keys.is_name(queue) else None
         return settings if settings and settings.paused else None

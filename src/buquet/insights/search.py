@@ -152,7 +152,8 @@ async def _by_key(feed: Feed, key: str) -> list[Row]:
     pairs |= dict.fromkeys(
         (queue, name) for session in feed.workers.records.values() for queue in session.queues for name in session.names
     )
-    listed = [_listed(keys.keyed_id(queue, name, key)) for queue, name in list(pairs)[:TRIED]]
+    named = [(queue, name) for queue, name in pairs if keys.is_name(queue) and keys.is_name(name)]
+    listed = [_listed(keys.keyed_id(queue, name, key)) for queue, name in named[:TRIED]]
     return [row_of(task) async for task in Scan(feed.direct).tasks(listed) if task.state != "tombstone"]
 
 

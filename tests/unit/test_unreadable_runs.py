@@ -8,6 +8,7 @@ import pytest
 from buquet import App, Signal, UnreadableRecord, keys
 from buquet.errors import InvalidPayload
 from buquet.insights import runs
+from buquet.insights.scan import Scan
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
@@ -137,9 +138,17 @@ def test_a_damaged_graph_is_told_with_its_run_and_what_to_do(graph):
     async def main(clock):
         app = an_app(clock)
         run = await app.flow.astart(1)
-        await app.worker(heartbeat_thread=False, drain=True).arun()
+        await clock.sleep(1)  # its queue's bell is rung
         payload = keys.payload(run.id, graph)
         await app.client.store.put(payload, graph)
+        before = await damage(app, keys.task(run.id), graph=None, graph_at=payload)
+        scan = Scan(app.client)
+        assert await runs.find(app.client, runs.RunFilter(), None, scan) == []
+        assert f"graph of run {run.id} cannot be read" in scan.unreadable[0]
+        with pytest.raises(UnreadableRecord, match=rf"graph of run {run.id} cannot be read"):
+            await run.asteps()
+        await app.client.store.put(keys.task(run.id), before)
+        await app.worker(heartbeat_thread=False, drain=True).arun()
         await damage(app, keys.run(run.id), graph=None, graph_at=payload)
         for look in (run.agraph, run.asteps, lambda: runs.read(app.client, run.id)):
             with pytest.raises(UnreadableRecord, match=rf"graph of run {run.id} cannot be read.*Restore it from a backup"):

@@ -116,5 +116,11 @@ async def _starts(client: Client, scan: Scan) -> AsyncIterator[RunView]:
         for start in range(0, len(entries), AT_ONCE):
             listed = [Listed(keys.task(entry.task), None, 0, 0) for entry in entries[start : start + AT_ONCE]]
             for _, task in await scan.many(Task, listed):
-                if task.state in {"pending", "running"}:
-                    yield view_of_start(client, task, await read_graph(client, task) or Graph(), crew)
+                if task.state not in {"pending", "running"}:
+                    continue
+                try:
+                    graph = await read_graph(client, task) or Graph()
+                except UnreadableRecord as error:
+                    scan.unreadable.append(str(error))
+                    continue
+                yield view_of_start(client, task, graph, crew)

@@ -18,7 +18,7 @@
     │   └── Changed               a conditional write met another version, or none
     ├── UnreadableRecord          an object that is no JSON, or of a newer format
     ├── EncryptionKeyMissing      a value is encrypted under a key that this process does not have
-    ├── InvalidPayload            stored arguments do not fit the handler's declared types
+    ├── InvalidPayload            stored arguments, or a stored result, do not fit the declared types
     ├── InvalidResult             a handler's result that JSON does not carry, or of another type than declared
     ├── KeyConflict               a second submit of a key with other arguments
     ├── SubmitInterrupted         many were to be submitted, and only some were
@@ -111,7 +111,7 @@ class EncryptionKeyMissing(BuquetError):
 
 
 class InvalidPayload(BuquetError):
-    """Stored arguments do not fit the handler's declared types."""
+    """Stored arguments, or a stored result, do not fit the declared types of the function."""
 
 
 class InvalidResult(BuquetError):

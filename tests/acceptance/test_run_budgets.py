@@ -90,14 +90,12 @@ def test_a_chain_on_s3_costs_the_same_by_the_servers_own_meter(seaweed):
     async def main():
         store = FaultyStore(open_store(url, clock), clock)
         app, chain, _ = an_app(store, clock)
-        await app.client.open()
-        store.reset_counts()
-        before = seaweed.request_counts()
+        before = seaweed.request_counts()  # with the layout's PUT still to come: the server counts a moment after it answers
         run = await chain.astart(10)
         assert await finish(app, run) == 10
         after = seaweed.request_counts() - before
         puts = sum(number for (kind, _), number in after.items() if kind == "PUT")
-        assert puts - writes(store, "workers", "journal") <= 47, f"{store.counts} {after}"
+        assert puts - writes(store, "workers", "journal", "buquet.json") <= 47, f"{store.counts} {after}"
         await app.aclose()
 
     asyncio.run(main())

@@ -9,7 +9,7 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from buquet.codec import decode_any, encode_value
+from buquet.codec import ANY, decode_stored, encode_value
 from buquet.errors import (
     EncryptionKeyMissing,
     Fail,
@@ -222,7 +222,9 @@ class Executor:
     async def _load(self, function: BaseTask[Any, Any], task: Task) -> tuple[list[Any], dict[str, Any], Any]:
         args, kwargs = function.signature.decode(await self.values.args(task))
         body = await self.values.checkpoint(task)
-        return args, kwargs, decode_any(body) if bytes(body) else None
+        if not bytes(body):
+            return args, kwargs, None
+        return args, kwargs, decode_stored(ANY, body, f"the checkpoint of task {task.id}", "Restore it, or submit the task anew")
 
     async def _permitted(self, run: Running, function: BaseTask[Any, Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Call the handler; should items of packs take up all there is, once one of them has ended."""

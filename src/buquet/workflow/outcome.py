@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import Raw
 
-from buquet.errors import UnreadableRecord
+from buquet.codec import decode_stored
 from buquet.records import ErrorInfo, PackState, Task
 from buquet.workflow.carriers import KINDS, Orders
 from buquet.workflow.event import Event
@@ -68,11 +68,8 @@ async def event_of(task: Task, ended: Task | None, values: Values, *, holds: boo
 
 
 def _orders_of(task: Task, body: bytes | Raw) -> Orders:
-    try:
-        return _orders.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        msg = f"the arguments of task {task.id}, which carries an event of run {task.run}, cannot be read: {error}"
-        raise UnreadableRecord(msg) from None
+    what = f"what task {task.id} carries, an event of run {task.run},"
+    return decode_stored(_orders, body, what, "Restore its record, or cancel the run")
 
 
 def first_claim(task: Task) -> bool:
@@ -96,7 +93,7 @@ async def _of_pack(event: Event, task: Task, ended: Task, values: Values) -> Eve
     body = await values.checkpoint(ended)
     if not bytes(body):
         return event
-    state = _state.decode(body)
+    state = decode_stored(_state, body, f"the checkpoint of task {task.id}", "Restore it, or cancel the run")
     results = [Raw(b"null")] * task.pack
     places = (at for start, end in state.done for at in range(start, end))
     for at, result in zip(places, state.results, strict=True):

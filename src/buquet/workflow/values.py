@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from msgspec import Raw
 
-from buquet.errors import UnreadableRecord
+from buquet.codec import ANY, decode_stored
 from buquet.records import ABSENT
 from buquet.workflow.expression import PENDING, SKIPPED, evaluate
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from buquet.workflow.expression import Expr
     from buquet.workflow.graph import Graph
     from buquet.workflow.records import Fan, ItemError, RunRecord, StepRecord
+
+
+T = TypeVar("T")
 
 
 class Missing(Exception):
@@ -32,6 +35,11 @@ class _Entry(msgspec.Struct):
 
     v: Raw = ABSENT
     at: str = ""
+
+
+_entry = msgspec.json.Decoder(_Entry)
+_entries = msgspec.json.Decoder(dict[int, _Entry])
+_text = msgspec.json.Decoder(tuple[str, str])
 
 
 def of_step(name: str, item: int) -> str:
@@ -95,7 +103,7 @@ class Values:
             return [item for part in parts for item in part]
         body = self._body(record.result_at) if record.result_at else record.result
         what = of_signal(self.graph.steps[name].signal) if record.signal else of_step(name, 0)
-        return _read(self.opened(what, body), record.result_at or f"what step {name!r} came to")
+        return _read(self.opened(what, body), record.result_at or f"what step {name!r} came to", ANY)
 
     def results(self, name: str, fan: Fan) -> dict[int, Any]:
         """Return what the tasks of a step that is an `each` came to, by their index; those without a result are not in it."""
@@ -104,20 +112,20 @@ class Values:
             raise Missing(absent)
         found: dict[int, _Entry] = {}
         for key in fan.chunks:
-            found |= _read(self.payloads[key], key, dict[int, _Entry])
-        found |= {index: _read(raw, f"item {index} of step {name!r}", _Entry) for index, raw in fan.results.items()}
+            found |= _read(self.payloads[key], key, _entries)
+        found |= {index: _read(raw, f"item {index} of step {name!r}", _entry) for index, raw in fan.results.items()}
         absent = {each.at for each in found.values() if each.at and each.at not in self.payloads}
         if absent:
             raise Missing(absent)
         bodies = {index: self.payloads[each.at] if each.at else each.v for index, each in found.items()}
         opened = {index: self.opened(of_step(name, index), body) for index, body in bodies.items()}
-        return {index: _read(body, found[index].at or f"item {index} of step {name!r}") for index, body in opened.items()}
+        return {index: _read(body, found[index].at or f"item {index} of step {name!r}", ANY) for index, body in opened.items()}
 
     def text(self, error: ItemError) -> str:
         """Return what an item's error says, decrypted."""
         if not bytes(error.sealed):
             return error.message
-        return _read(self.opened("error", error.sealed), f"the error of item {error.index}", tuple[str, str])[0]
+        return _read(self.opened("error", error.sealed), f"the error of item {error.index}", _text)[0]
 
     def _body(self, key: str) -> bytes:
         body = self.payloads.get(key)
@@ -126,10 +134,5 @@ class Values:
         return body
 
 
-def _read(body: bytes | Raw, what: str, kind: Any = Any) -> Any:
-    """Read a stored value. Raises UnreadableRecord, naming what it is."""
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        msg = f"{what} cannot be read: {error}. Something other than buquet changed it: restore it, or cancel the run"
-        raise UnreadableRecord(msg) from None
+def _read(body: bytes | Raw, what: str, decoder: msgspec.json.Decoder[T]) -> T:
+    return decode_stored(decoder, body, what, "Something other than buquet changed it: restore it, or cancel the run")

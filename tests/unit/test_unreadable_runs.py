@@ -9,6 +9,7 @@ from buquet import App, Signal, UnreadableRecord, keys
 from buquet.errors import InvalidPayload
 from buquet.insights import runs
 from buquet.insights.scan import Scan
+from buquet.operate.prune import prune
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
@@ -173,5 +174,22 @@ def test_a_result_of_another_type_is_told_with_its_run_and_where_to_see_it():
         await damage(app, keys.run(run.id), output=None, output_at=payload)
         with pytest.raises(UnreadableRecord, match=rf"result of run {run.id} \(flow\) cannot be read"):
             await app.run(run.id).aresult(timeout=1)
+
+    run_virtual(main)
+
+
+@pytest.mark.parametrize("what", [{"gen": 10**12}, {"steps": {"double": {"gen": 10**12}}}])
+def test_a_record_of_more_tasks_than_any_run_has_is_left_and_told(what):
+    async def main(clock):
+        app = an_app(clock)
+        run = await app.flow.astart(1)
+        await GO.asend(run, 1, app=app)
+        await app.worker(heartbeat_thread=False, drain=True).arun()
+        assert await run.aresult(timeout=1) == 2
+        before = await damage(app, keys.run(run.id), **what)
+        await clock.sleep(4000)
+        seen = await prune(app.client, 3600)
+        assert seen.unreadable == 1
+        assert len((await app.client.store.get(keys.run(run.id))).body) > len(before)
 
     run_virtual(main)

@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from buquet.cli.base import Json, Name, Queue, Url, cli, open_app, run
-from buquet.cli.output import duration, moment, print_json, print_table, to_stderr
+from buquet.cli.output import duration, moment, print_json, print_table, printable, to_stderr
 from buquet.errors import UsageError
 from buquet.insights.journal import Journal
 from buquet.insights.tail import EVENTS, Happening, Tail
@@ -94,11 +94,11 @@ def _line(each: Happening) -> str:
     word = f"{each.event:9}"
     if sys.stdout.isatty():
         word = f"\033[{COLOURS.get(each.event, '0')}m{word}\033[0m"
-    parts = [moment(each.at), word, each.id, f"{each.name} ({each.queue})"]
+    parts = [moment(each.at), word, each.id, printable(f"{each.name} ({each.queue})")]
     if each.attempt > 1:
         parts.append(f"attempt {each.attempt}")
     if each.ran:
         parts.append(f"in {duration(each.ran / 1000)}")
     if each.detail:
-        parts.append(each.detail.splitlines()[0][:200])
+        parts.append(printable(each.detail.splitlines()[0][:200]))
     return "  ".join(parts)

@@ -17,6 +17,7 @@ from buquet.records import ABSENT
 from buquet.workflow.advance import advance
 from buquet.workflow.graph import Graph
 from buquet.workflow.hiding import hidden
+from buquet.workflow.limits import check_tasks
 from buquet.workflow.outcome import INLINE
 from buquet.workflow.plan import Plan
 from buquet.workflow.records import OVER, RunRecord
@@ -112,6 +113,7 @@ class Committer:
         """
         if run.state in OVER and all(event.id in run.applied for event in events):
             return Plan(Graph())
+        check_tasks(run)
         plan = await self.plan(run)
         strange = _strange(run, plan, events)
         if strange:

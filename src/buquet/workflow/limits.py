@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from buquet.errors import UnreadableRecord
+
 if TYPE_CHECKING:
     from buquet.workflow.graph import Graph
     from buquet.workflow.records import RunRecord
@@ -14,6 +16,15 @@ MOST_KEPT = 1000
 """Signals of one name that wait in a run for a step to take them."""
 MOST_APPLIED = 10_000
 """Signals, and other events of its own, that a run takes in its life: it remembers each, so that none counts twice."""
+MOST_TASKS = 10**8
+
+
+def check_tasks(run: RunRecord) -> None:
+    """Raise UnreadableRecord for a record that names more tasks than any run has: somebody may have put any number there."""
+    named = run.gen + sum(record.gen * (record.fan.tasks if record.fan else 1) for record in run.steps.values())
+    if named > MOST_TASKS:
+        msg = f"the record of run {run.id[:80]!r} names {min(named, 10**18):,} tasks; it is left as it is. Restore an older one"
+        raise UnreadableRecord(msg)
 
 
 def takes_no_more(run: RunRecord, signal: str) -> str:

@@ -164,6 +164,24 @@ async def submitted_unheard(rig, priority, **options):
 
 
 @virtual
+async def test_a_record_that_is_written_long_after_its_entry_was_rung_for_is_met_at_once(rig):
+    worker = rig.app().worker(heartbeat_thread=False)
+    working = asyncio.ensure_future(worker.arun())
+    await rig.clock.sleep(1)
+    app = rig.app()
+    stop = app.client.store.pause("create", "tasks/")
+    submitting = asyncio.ensure_future(app.echo.asubmit("x"))
+    await stop.reached.wait()
+    await rig.clock.sleep(1500)  # by now the entry is too old for a look back
+    stop.go.set()
+    handle = await submitting
+    await rig.clock.sleep(3)
+    assert (await rig.record(handle.id)).state == "completed"
+    worker.stop()
+    await working
+
+
+@virtual
 async def test_a_priority_that_no_worker_knew_of_is_learnt_without_the_bell(rig):
     worker = rig.app().worker(heartbeat_thread=False)
     working = asyncio.ensure_future(worker.arun())

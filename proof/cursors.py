@@ -9,8 +9,9 @@ behind its cursors. `python proof/cursors.py` tries the rules as they are, and e
 from __future__ import annotations
 
 import sys
-import time
 from typing import NamedTuple
+
+from showing import try_flags
 
 AHEAD = 2
 """Ticks by which the reader's clock is wrong until it has learnt the store's time."""
@@ -257,24 +258,15 @@ WORLDS = {
 }
 
 
+def searches(flag):
+    """Yield what comes of each world with a flag."""
+    for name, (first, most) in WORLDS.items():
+        yield name, *explore(first, flag, most)
+
+
 def main():
     """Try all worlds with the rules as they are, then each flag until one world shows what it loses; return whether one is amiss."""
-    failed = False
-    for flag, meaning in FLAGS.items():
-        begun, states, shown = time.perf_counter(), 0, None
-        for name, (first, most) in WORLDS.items():
-            number, missed, trace = explore(first, flag, most)
-            states += number
-            if missed:
-                shown = (name, missed, trace)
-                break
-        seconds = time.perf_counter() - begun
-        verdict = f"loses {len(shown[1])} in '{shown[0]}', {len(shown[2])} steps" if shown else "finds everything"
-        print(f"{flag or 'as is':12} {states:8} states {seconds:5.1f} s  {verdict}  ({meaning})", flush=True)
-        if shown and "-v" in sys.argv:
-            print(*(f"    {line}" for line in shown[2]), sep="\n")
-        failed |= bool(shown) == (flag == "")
-    return failed
+    return try_flags(FLAGS, searches)
 
 
 if __name__ == "__main__":

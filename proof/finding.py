@@ -11,8 +11,9 @@ trail. `python proof/finding.py` tries the rules as they are, and each flag that
 from __future__ import annotations
 
 import sys
-import time
 from typing import NamedTuple
+
+from showing import try_flags
 
 HINTS = 2
 JUMP = 100
@@ -193,24 +194,15 @@ PLANS = {
 }
 
 
+def searches(flag):
+    """Yield what comes of each plan with a flag."""
+    for name, plan in PLANS.items():
+        yield name, *explore(plan, flag, most=2 if any(due for todo in plan for _, due, _ in todo) else 0)
+
+
 def main():
     """Try all plans with the rules as they are, then each flag until one plan shows what it loses."""
-    failed = False
-    for flag, meaning in FLAGS.items():
-        begun, states, shown = time.perf_counter(), 0, None
-        for name, plan in PLANS.items():
-            number, missed, trace = explore(plan, flag, most=2 if any(due for todo in plan for _, due, _ in todo) else 0)
-            states += number
-            if missed:
-                shown = (name, missed, trace)
-                break
-        seconds = time.perf_counter() - begun
-        verdict = f"loses {sorted(shown[1])} in '{shown[0]}', {len(shown[2])} steps" if shown else "finds everything"
-        print(f"{flag or 'as is':12} {states:8} states {seconds:5.1f} s  {verdict}  ({meaning})", flush=True)
-        if shown and "-v" in sys.argv:
-            print(*(f"    {line}" for line in shown[2]), sep="\n")
-        failed |= bool(shown) == (flag == "")
-    return failed
+    return try_flags(FLAGS, searches)
 
 
 if __name__ == "__main__":

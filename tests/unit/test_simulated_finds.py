@@ -182,6 +182,25 @@ async def test_a_record_that_is_written_long_after_its_entry_was_rung_for_is_met
 
 
 @virtual
+async def test_a_record_that_lands_after_its_submit_was_given_up_is_met_at_a_look_back(rig):
+    app = rig.app()
+    stop = app.client.store.pause("create", "tasks/")
+    submitting = asyncio.ensure_future(app.echo.asubmit("x"))
+    await stop.reached.wait()
+    await rig.clock.sleep(700)
+    worker = rig.app().worker(heartbeat_thread=False)
+    working = asyncio.ensure_future(worker.arun())
+    await rig.clock.sleep(300)
+    app.client.ringer.added = lambda _queue, _entry: None  # nobody is there to ring
+    stop.go.set()
+    handle = await submitting
+    await rig.clock.sleep(40)
+    assert (await rig.record(handle.id)).state == "completed"
+    worker.stop()
+    await working
+
+
+@virtual
 async def test_a_priority_that_no_worker_knew_of_is_learnt_without_the_bell(rig):
     worker = rig.app().worker(heartbeat_thread=False)
     working = asyncio.ensure_future(worker.arun())

@@ -308,7 +308,7 @@ class QueueFinder:
     # ------------------------------------------------------------------ verdicts on what was taken
 
     def leave(self, found: Found, *, again: bool = False) -> None:
-        """Note that an entry cannot be dealt with yet. It is met again while it is young; with `again` also when it is old."""
+        """Note that an entry cannot be dealt with yet. It is met again soon while it is young, or with `again`; else at times."""
         now = self.clock.monotonic()
         entry = found.entry
         before, waited, _ = self.left.pop(entry.key, (found, REVISIT / 4, 0))
@@ -318,10 +318,12 @@ class QueueFinder:
             found, again = Found(entry, written), True
         wait = min(waited * 4, 1.0)
         self.skip[entry.key] = now + wait
-        if again or self.fleet.store_now() - found.modified < TRAIL:
-            self.left[entry.key] = (found, wait, now + wait)
-        else:
+        at = now + wait
+        if not again and self.fleet.store_now() - found.modified >= TRAIL:
+            # no work for now: its move was given up, or goes on so late that nobody may ring for it
             self.stale.add(entry.key)
+            at = now + LOOK_BACK_EVERY * self.clock.jitter(0.2)
+        self.left[entry.key] = (found, wait, at)
 
     def others(self, found: Found, worker: str) -> None:
         """Note that another live worker runs it."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from buquet.app import App
 from buquet.clock import Clock
-from buquet.errors import StoreFull
+from buquet.errors import StoreFull, StoreUnavailable
 from buquet.queue.background import Background
 from buquet.queue.client import Client
 from buquet.testing.simulation.loop import Process, SimClock, SimLoop
@@ -103,7 +103,7 @@ class Node(App):
     async def _worked(self, worker: Worker) -> None:
         try:
             await worker.arun()
-        except StoreFull as error:
+        except (StoreFull, StoreUnavailable) as error:
             if worker.keeper.held is not None:  # at its very start a worker may say that it cannot be
                 self.world.watch.say(f"the worker of {self.name} ended with {error}")
         except Exception as error:  # noqa: BLE001 - a worker must survive everything

@@ -151,6 +151,21 @@ async def test_a_signal_for_another_run_does_not_hold_up_a_timeout(app, clock):
     await working
 
 
+@virtual
+async def test_a_signal_that_cannot_be_read_does_not_hold_up_a_timeout(app, clock):
+    run = await app.waits.astart(60)
+    await drain_until_waiting(app, run, clock)
+    await GO.asend(run, 5, key="k", app=app)
+    (entry,) = [each.key for each in await app.client.store.list("ready/default/0/")]
+    await put_field(app, keys.task(keys.parse_entry(entry).task), "args", [1])
+    await clock.sleep(61)
+    worker = app.worker(heartbeat_thread=False)
+    working = asyncio.ensure_future(worker.arun())
+    assert await run.aresult(timeout=20) == 0
+    worker.stop()
+    await working
+
+
 async def drain_until_waiting(app, run, clock):
     worker = app.worker(heartbeat_thread=False)
     working = asyncio.ensure_future(worker.arun())

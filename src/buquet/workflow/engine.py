@@ -18,7 +18,7 @@ from buquet.workflow.carriers import KINDS, RETRY, SIGNAL, START, TIMER, argumen
 from buquet.workflow.committer import Committer, Known
 from buquet.workflow.follow import follows, verdict
 from buquet.workflow.limits import takes_no_more
-from buquet.workflow.outcome import event_of, first_claim, left_nothing
+from buquet.workflow.outcome import event_of, first_claim, left_nothing, orders_of
 from buquet.workflow.pruning import prune_run
 from buquet.workflow.records import OVER, RunRecord
 from buquet.workflow.values import Missing
@@ -188,10 +188,13 @@ class Engine:
         return False
 
     async def _is_for(self, task_id: str, run_id: str, signal: str) -> bool:
-        held = await self.register.read(Task, keys.task(task_id))
-        if held is None or held.record.run != run_id or held.record.state in TERMINAL:
-            return False
-        return (await event_of(held.record, None, self.committer.at_rest, holds=False)).signal == signal
+        try:
+            held = await self.register.read(Task, keys.task(task_id))
+            if held is None or held.record.run != run_id or held.record.state in TERMINAL:
+                return False
+            return (await orders_of(held.record, self.committer.at_rest)).signal == signal
+        except UnreadableRecord:
+            return False  # who carries it tells of that; no timer waits until somebody has mended it
 
     async def _start(self, task: Task, event: Event) -> Known | None:
         """Create the run's record, its first steps due; or find that this was done."""

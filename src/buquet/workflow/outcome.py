@@ -32,8 +32,7 @@ async def event_of(task: Task, ended: Task | None, values: Values, *, holds: boo
     """
     kind = KINDS.get(task.name)
     if kind is not None:
-        body = await values.args(task) if kind != "start" else b""
-        orders = _orders_of(task, body) if bytes(body) else Orders()
+        orders = await orders_of(task, values) if kind != "start" else Orders()
         value, at = await values.put_of_run(task.run, of_signal(orders.signal), bytes(orders.value), INLINE)
         return Event(
             id=task.id,
@@ -67,7 +66,11 @@ async def event_of(task: Task, ended: Task | None, values: Values, *, holds: boo
     return await _of_pack(event, task, ended, values) if task.pack and ended.state == "failed" else event
 
 
-def _orders_of(task: Task, body: bytes | Raw) -> Orders:
+async def orders_of(task: Task, values: Values) -> Orders:
+    """Return what a task that carries an event of a run says of it. Raises UnreadableRecord, EncryptionKeyMissing."""
+    body = await values.args(task)
+    if not bytes(body):
+        return Orders()
     what = f"what task {task.id} carries, an event of run {task.run},"
     return decode_stored(_orders, body, what, "Restore its record, or cancel the run")
 

@@ -371,8 +371,10 @@ async def test_a_strange_session_is_named_and_hides_no_queue(rig):
 @virtual
 async def test_one_strange_run_is_named_and_opens_nothing(rig):
     now = rig.clock.now_ms()
-    broken = [rig.clock.new_id() for _ in range(3)]
-    for run_id, fields in zip(broken, ({"id": "../x"}, {"gen": 10**300}, {"created": 10**15}), strict=True):
+    steps = {"a": {"state": "done", "fan": {"tasks": 10**12, "items": 1}}}
+    wrong = ({"id": "../x"}, {"gen": 10**300}, {"gen": 0}, {"created": 10**15}, {"steps": steps})
+    broken = [rig.clock.new_id() for _ in wrong]
+    for run_id, fields in zip(broken, wrong, strict=True):
         record = {"id": run_id, "workflow": "w", "queue": "default", "created": now, **fields}
         await rig.store.put(keys.run(run_id), json.dumps(record).encode())
     expected = [("unreadable record", key, False) for key in sorted(map(keys.run, broken))]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -9,7 +10,7 @@ from buquet import App, RunCancelled, RunFailed, Signal, keys
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
-from buquet.workflow.carriers import START
+from buquet.workflow.carriers import SIGNAL, START
 
 GO = Signal("go", int)
 RAN = []
@@ -49,32 +50,37 @@ def virtual(test):
     return run
 
 
-class HoldsTheStart:
-    """A worker that meets the start's task last."""
+def held_up(worker, name, wait):
+    """Have a worker wait before it claims a task of this name."""
+    claim = worker.claimer.claim
 
-    def __init__(self, app):
-        self.worker = app.worker(heartbeat_thread=False, drain=True)
-        claim = self.worker.claimer.claim
-        self.others_done = asyncio.Event()
+    async def later(finder, found):
+        if found.entry.name == name:
+            await wait()
+        return await claim(finder, found)
 
-        async def later(finder, found):
-            if found.entry.name == START:
-                await self.others_done.wait()
-            return await claim(finder, found)
+    worker.claimer.claim = later
 
-        self.worker.claimer.claim = later
+
+@asynccontextmanager
+async def start_met_last(app, clock):
+    """Have a worker at work that has met everything but starts; after that it meets them, too, and ends."""
+    others_done = asyncio.Event()
+    worker = app.worker(heartbeat_thread=False, drain=True)
+    held_up(worker, START, others_done.wait)
+    working = asyncio.ensure_future(worker.arun())
+    await clock.sleep(5)
+    yield
+    others_done.set()
+    await working
 
 
 @virtual
 async def test_a_cancel_that_is_met_before_the_start_leaves_no_step_to_run(app, clock):
     run = await app.chain.astart(1)
     await run.acancel()
-    slow = HoldsTheStart(app)
-    working = asyncio.ensure_future(slow.worker.arun())
-    await clock.sleep(5)
-    assert await run.astatus() == "cancelled"
-    slow.others_done.set()
-    await working
+    async with start_met_last(app, clock):
+        assert await run.astatus() == "cancelled"
     with pytest.raises(RunCancelled):
         await run.aresult(timeout=1)
     assert RAN == []
@@ -85,11 +91,8 @@ async def test_a_cancel_that_is_met_before_the_start_leaves_no_step_to_run(app, 
 async def test_a_pause_that_is_met_before_the_start_lets_no_step_run_until_it_is_resumed(app, clock):
     run = await app.chain.astart(1)
     await run.apause()
-    slow = HoldsTheStart(app)
-    working = asyncio.ensure_future(slow.worker.arun())
-    await clock.sleep(5)
-    slow.others_done.set()
-    await working
+    async with start_met_last(app, clock):
+        pass
     assert (await run.astatus(), RAN) == ("paused", [])
     await run.aresume()
     await drain(app)
@@ -100,11 +103,8 @@ async def test_a_pause_that_is_met_before_the_start_lets_no_step_run_until_it_is
 async def test_a_signal_that_is_met_before_the_start_is_there_when_the_wait_begins(app, clock):
     run = await app.waits.astart(0.5)
     await GO.asend(run, 5, app=app)
-    slow = HoldsTheStart(app)
-    working = asyncio.ensure_future(slow.worker.arun())
-    await clock.sleep(5)
-    slow.others_done.set()
-    await working
+    async with start_met_last(app, clock):
+        pass
     assert await run.aresult(timeout=1) == 6
 
 
@@ -116,14 +116,7 @@ async def test_a_signal_that_was_sent_while_no_worker_was_there_comes_before_the
     await GO.asend(run, 5, app=app)
     await clock.sleep(300)
     worker = app.worker(heartbeat_thread=False, drain=True)
-    claim = worker.claimer.claim
-
-    async def timer_first(finder, found):
-        if found.entry.name == "buquet.signal":
-            await clock.sleep(1)
-        return await claim(finder, found)
-
-    worker.claimer.claim = timer_first
+    held_up(worker, SIGNAL, lambda: clock.sleep(1))
     await worker.arun()
     assert await run.aresult(timeout=1) == 6
 
@@ -135,15 +128,8 @@ async def test_a_signal_for_another_run_does_not_hold_up_a_timeout(app, clock):
     await GO.asend(other, 5, app=app)
     await clock.sleep(61)
     worker = app.worker(heartbeat_thread=False)
-    claim = worker.claimer.claim
     stuck = asyncio.Event()
-
-    async def never(finder, found):
-        if found.entry.name == "buquet.signal":
-            await stuck.wait()
-        return await claim(finder, found)
-
-    worker.claimer.claim = never
+    held_up(worker, SIGNAL, stuck.wait)
     working = asyncio.ensure_future(worker.arun())
     assert await run.aresult(timeout=20) == 0
     stuck.set()

@@ -8,6 +8,7 @@ from buquet import keys
 from buquet.errors import UnreadableRecord
 from buquet.operate.sweep import each_key, side_by_side
 from buquet.records import LATEST, TERMINAL, Task
+from buquet.workflow.limits import check_tasks
 from buquet.workflow.records import OVER, RunRecord
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 
 LEFT = "it is left as it is. Restore an earlier version of it, or move it away"
-MOST_GENERATIONS = 10**9
 
 
 class _Finding(Protocol):
@@ -53,10 +53,15 @@ async def _check_run(register: Register, listed: Listed, find: _Find, repair: bo
     wrong = strange_time((run.created, run.finished))
     if keys.run_id_of(listed.key) != run.id:
         wrong = f"it says that it is run {run.id[:80]!r}"
-    elif not 0 < run.gen < MOST_GENERATIONS:
+    elif run.gen < 1:
         wrong = f"it is of generation {run.gen}"
     if wrong:
         find("unreadable record", listed.key, f"{wrong}; {LEFT}")
+        return
+    try:
+        check_tasks(run)
+    except UnreadableRecord as error:
+        find("unreadable record", listed.key, str(error))
         return
     if run.state in OVER:
         return

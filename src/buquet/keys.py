@@ -16,6 +16,7 @@ READY = "ready/"
 LATER = "later/"
 WORKERS = "workers/"
 NOTES = "notes/"
+CONTROL = "control/"
 BELLS = "bell/"
 RUNS = "runs/"
 OPEN = "open/"
@@ -282,6 +283,11 @@ def worker_of(key: str) -> str:
 def notes(worker: str) -> str:
     """Return the key of the notes to a worker."""
     return f"notes/{worker}"
+
+
+def control(worker: str) -> str:
+    """Return the key of what operators ask of a worker."""
+    return f"control/{worker}"
 
 
 def payload(task_id: str, body: bytes) -> str:

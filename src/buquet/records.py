@@ -255,7 +255,7 @@ class Session(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Note(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """What others want of a worker: it only says where to look."""
+    """What others want of a worker: `look` in `notes/`, `drain` and `pause` in `control/`."""
 
     look: tuple[str, ...] = ()
     """Ids of tasks whose record the worker should read again."""
@@ -315,3 +315,5 @@ class Layout(Record, frozen=True, kw_only=True, omit_defaults=True):
 
     format: int
     created: int
+    control: bool = False
+    """Workers obey `drain` and `pause` in `control/` only, and not in `notes/`, where buquet up to 0.2 wrote them."""

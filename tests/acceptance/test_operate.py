@@ -614,7 +614,7 @@ async def test_init_keeps_rules_of_others(moto_server):
         found = await steps(url, keep_versions_days=days)
         assert all(step.done for step in found)
         rules = {rule["ID"]: rule for rule in moto_server.boto.get_bucket_lifecycle_configuration(Bucket=bucket)["Rules"]}
-        volatile = {"workers/", "notes/", "bell/", "ready/", "later/"}
+        volatile = {"workers/", "notes/", "control/", "bell/", "ready/", "later/"}
         assert set(rules) == {"theirs", "buquet:app/"} | {f"buquet-{part[:-1]}:app/" for part in volatile}
         assert {rules[f"buquet-{part[:-1]}:app/"]["Filter"]["Prefix"] for part in volatile} == {
             f"app/{part}" for part in volatile

@@ -163,6 +163,7 @@ async def something_of_everything(clock):
         "session": keys.session(dead.id),
         "bell": keys.bell("default"),
         "note": keys.notes(dead.id),
+        "control": keys.control(dead.id),
         "payload": (await large.arecord()).args_at,
         "layout": keys.LAYOUT,
         "pack": keys.task(pack.task_ids[0]),

@@ -5,10 +5,12 @@ import asyncio
 import pytest
 
 from buquet import App, WorkerNotFound, keys
+from buquet.codec import encode_record
 from buquet.insights import fleet
 from buquet.insights.scan import Scan
+from buquet.operate.init import prepare
 from buquet.queue.background import Background
-from buquet.records import Note
+from buquet.records import Layout, Note
 from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
@@ -280,8 +282,9 @@ async def test_a_cancel_that_comes_after_a_drain_keeps_the_drain(works):
     await stop.reached.wait()
     await works.app.adrain_worker(worker.id)
     await one.acancel()
-    held = await works.app.client.register.read(Note, keys.notes(worker.id))
-    assert (held.record.drain, held.record.look) == (True, (one.id,))
+    register = works.app.client.register
+    assert (await register.read(Note, keys.control(worker.id))).record.drain
+    assert (await register.read(Note, keys.notes(worker.id))).record.look == (one.id,)
     stop.go.set()
     await worker.task
     assert await one.astatus() == "cancelled"
@@ -295,7 +298,7 @@ async def test_draining_a_worker_that_is_not_there_says_so_and_leaves_nothing(wo
     for wrong in ("nobody", "", "../x", "0" * 8 + "." + "0" * 16):
         with pytest.raises(WorkerNotFound, match="buquet workers"):
             await works.app.adrain_worker(wrong)
-    stop = works.store.pause("create", "notes/")
+    stop = works.store.pause("create", "control/")
     draining = asyncio.ensure_future(works.app.adrain_worker(worker.id))
     await stop.reached.wait()
     await works.stop(worker)
@@ -303,6 +306,52 @@ async def test_draining_a_worker_that_is_not_there_says_so_and_leaves_nothing(wo
     with pytest.raises(WorkerNotFound):
         await draining
     assert await works.inner.list(keys.NOTES) == []
+    assert await works.inner.list(keys.CONTROL) == []
+
+
+@virtual
+async def test_a_note_neither_pauses_nor_drains_a_worker_since_producers_may_write_notes(works):
+    worker = works.start()
+    handle = await works.slow.asubmit(20)
+    await works.clock.sleep(1)
+    client = works.app.client
+    await client.register.create(keys.notes(worker.id), Note(drain=True, pause=True))
+    client.added("default", keys.notes(worker.id))
+    await works.clock.sleep(100)
+    assert await handle.astatus() == "completed"
+    (view,) = await fleet.workers(client)
+    assert (view.alive, view.draining, view.paused) == (True, False, False)
+    await works.note.asubmit("claimed all the same")
+    await works.clock.sleep(3)
+    assert works.ran == ["claimed all the same"]
+    await works.stop(worker)
+
+
+@virtual
+async def test_in_a_layout_of_before_the_control_key_old_and_new_operators_and_workers_understand_each_other(works):
+    await works.inner.put(keys.LAYOUT, encode_record(Layout(format=1, created=1)))
+    worker = works.start()
+    await works.clock.sleep(1)
+    client = works.app.client
+    await client.open()
+    assert not client.control_only
+    # as buquet 0.2 pauses a worker
+    await client.register.create(keys.notes(worker.id), Note(pause=True))
+    client.added("default", keys.notes(worker.id))
+    await works.clock.sleep(2)
+    await works.note.asubmit("waits")
+    await works.clock.sleep(30)
+    assert works.ran == []
+    await works.app.aresume_worker(worker.id)
+    await works.clock.sleep(3)
+    assert works.ran == ["waits"]
+    # as a worker of buquet 0.2 reads it
+    await works.app.apause_worker(worker.id)
+    assert (await client.register.read(Note, keys.notes(worker.id))).record.pause is True
+    await works.stop(worker)
+    assert [step.what async for step in prepare(client)] == ["memory"]
+    assert (await client.register.read(Layout, keys.LAYOUT)).record.control
+    assert client.control_only
 
 
 @virtual

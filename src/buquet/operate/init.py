@@ -12,6 +12,7 @@ import msgspec
 
 from buquet import keys
 from buquet.errors import AccessDenied, BucketMissing, StoreRefused, UsageError
+from buquet.records import Layout
 from buquet.store.answers import Place
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from buquet.queue.client import Client
 
 RULE = "buquet"
-VOLATILE = (keys.WORKERS, keys.NOTES, keys.BELLS, keys.READY, keys.LATER)
+VOLATILE = (keys.WORKERS, keys.NOTES, keys.CONTROL, keys.BELLS, keys.READY, keys.LATER)
 LONGEST_NAME = 200
 DEFAULT_REGION = "us-east-1"
 ABSENT = {"NoSuchLifecycleConfiguration", "NoSuchLifecycle"}
@@ -56,6 +57,7 @@ async def prepare(client: Client, *, keep_versions_days: int = 30) -> AsyncItera
         for step in await asyncio.to_thread(_Bucket(place).prepare, keep_versions_days):
             yield step
     await client.open()
+    await _obey_control_only(client)
     if isinstance(place, Place):
         if place.scheme != "s3":
             yield Step("bucket", done=True, detail=f"{place.bucket} is there; versions and lifecycle rules are left as they are")
@@ -66,11 +68,19 @@ async def prepare(client: Client, *, keep_versions_days: int = 30) -> AsyncItera
         yield Step("memory", done=True, detail="there is nothing to prepare, and nothing will be kept")
 
 
+async def _obey_control_only(client: Client) -> None:
+    """Have workers that start from now on ignore requests to pause and drain in `notes/`, which producers may write."""
+    held = await client.register.read(Layout, keys.LAYOUT)
+    while held is not None and not held.record.control:
+        held = (await client.register.update(held, msgspec.structs.replace(held.record, control=True))).held
+    client.control_only = True
+
+
 def lifecycle_rules(prefix: str, keep_versions_days: int) -> list[dict[str, Any]]:
     """Return the lifecycle rules of a prefix (empty: the whole bucket), in S3's own words.
 
     One is for all that lies there: records of tasks, runs, schedules and queues, payloads, the journal. What is written all the
-    time and read only as it is now (sessions, notes, bells, entries) has a rule of its own: earlier versions go after a day. S3
+    time and read only as it is now (`VOLATILE`) has a rule of its own: earlier versions go after a day. S3
     takes the shorter time where two rules fit.
     """
     folder = f"{prefix}/" if prefix else ""

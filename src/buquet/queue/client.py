@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from buquet import keys
 from buquet.codec import AGAIN, ANY, decode_any, decode_stored
-from buquet.errors import KeyConflict, SubmitInterrupted, TaskNotFound, UnreadableRecord
+from buquet.errors import AccessDenied, KeyConflict, SubmitInterrupted, TaskNotFound, UnreadableRecord
 from buquet.queue import transitions
 from buquet.queue.bell import Ringer
 from buquet.queue.payloads import INLINE, Values, context, run_context
@@ -79,6 +79,8 @@ class Client:
         self.listeners: list[Callable[[str, str], None]] = []
         """Called with queue and entry when this process added one: its own workers need no bell."""
         self.waiting = Waiting(self.register, clock)
+        self.control_only = True
+        """Whether `control/` alone pauses and drains workers; known once this is open."""
         self._open = False
         self._opening: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
         self._submits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
@@ -93,11 +95,16 @@ class Client:
     async def _check_layout(self) -> None:
         held = await self.register.read(Layout, keys.LAYOUT)
         if held is None:
-            write = await self.register.create(keys.LAYOUT, Layout(format=FORMAT, created=self.clock.now_ms()))
-            held = write.held
+            fresh = Layout(format=FORMAT, created=self.clock.now_ms(), control=True)
+            try:
+                held = (await self.register.create(keys.LAYOUT, fresh)).held
+            except AccessDenied as error:
+                msg = f"{self.store.url} has no {keys.LAYOUT} and this role may not create it: have an operator run `buquet init`"
+                raise AccessDenied(msg) from error
         if held is not None and held.record.format > FORMAT:
             msg = f"{self.store.url} is laid out in format {held.record.format} and this buquet knows up to {FORMAT}. Upgrade it"
             raise UnreadableRecord(msg)
+        self.control_only = held is not None and held.record.control
         self._open = True
 
     async def submit(self, task: Task, args: bytes) -> Submitted:

@@ -1,6 +1,6 @@
 """What people ask of queues and workers: pause, resume, drain.
 
-The truth is a record each (`queues/{queue}.json`, `notes/{worker}`); the queue's bell then carries its key as a hint, so that
+The truth is a record each (`queues/{queue}.json`, `control/{worker}`); the queue's bell then carries its key as a hint, so that
 idle workers hear of it at once. Where that ring is lost they look by themselves: busy ones after 4 s, idle ones after a minute.
 """
 
@@ -58,23 +58,32 @@ async def pause_worker(client: Client, worker: str, *, paused: bool) -> None:
 
 
 async def _note(client: Client, worker: str, **asked: bool) -> None:
-    """Merge what is asked into a worker's notes, and ring."""
+    """Merge what is asked into a worker's control object, and ring."""
+    await client.open()
     session = await _session(client, worker)
-    key = keys.notes(worker)
+    # workers of a layout without `control` may be older ones, which read their notes only
+    places = [keys.control(worker)] if client.control_only else [keys.control(worker), keys.notes(worker)]
+    for key in places:
+        await _merge(client, key, asked)
+    try:
+        await _session(client, worker)
+    except WorkerNotFound:
+        for key in places:
+            await client.reads.delete(key)  # it ended meanwhile, and took along nothing that came later
+        raise
+    for queue in session.queues:
+        for key in places:
+            client.added(queue, key)
+
+
+async def _merge(client: Client, key: str, asked: dict[str, bool]) -> None:
     held = await client.register.read(Note, key)
     while True:
         note = replace(held.record if held else Note(), **asked)
         write = await (client.register.update(held, note) if held else client.register.create(key, note))
         if write.landed:
-            break
+            return
         held = write.held
-    try:
-        await _session(client, worker)
-    except WorkerNotFound:
-        await client.reads.delete(key)  # it ended meanwhile, and took no note along that came later
-        raise
-    for queue in session.queues:
-        client.added(queue, key)
 
 
 async def _session(client: Client, worker: str) -> Session:

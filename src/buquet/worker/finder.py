@@ -275,7 +275,7 @@ class QueueFinder:
         if key.startswith(keys.QUEUES):
             self.pause.due = True
             return
-        if key.startswith(keys.NOTES):
+        if key.startswith((keys.CONTROL, keys.NOTES)):
             self.noted(key)
             return
         if key.startswith(keys.WORKERS):

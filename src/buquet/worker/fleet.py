@@ -70,6 +70,7 @@ class Reaper:
             return False
         await self.register.reads.delete(key)
         await self.register.reads.delete(keys.notes(worker))
+        await self.register.reads.delete(keys.control(worker))
         # what it claimed since its last heartbeat is listed nowhere, but still has its entries: who left them to it looks again
         for queue in held.record.queues:
             self.added(queue, key)

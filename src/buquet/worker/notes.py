@@ -1,8 +1,9 @@
-"""What others ask of a worker while it runs: notes to it, and its queues' settings."""
+"""What others ask of a worker while it runs: its notes, its control object, and its queues' settings."""
 
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from buquet import keys
@@ -19,21 +20,22 @@ log = logging.getLogger("buquet.worker")
 EVERY = 2.0
 """Seconds between two looks at the notes while tasks run, or the worker is paused."""
 SETTINGS = 4.0
-"""Seconds, at least, between two looks at the queues' settings while tasks run."""
+"""Seconds, at least, between two looks at the queues' settings, and at the control object, while tasks run."""
 IDLE = 60.0
-"""Seconds between two looks while none runs: the bell tells of notes and settings, and a ring may be lost."""
+"""Seconds between two looks while none runs: the bell tells of control and settings, and a ring may be lost."""
 
 
 class Notes:
-    """Reads a worker's notes, and obeys them."""
+    """Reads a worker's notes and its control object, and obeys them."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.clock = worker.clock
         self.rung = False
-        """Whether the bell told of notes to this worker."""
-        self._held: Held[Note] | None = None
+        """Whether the bell told of a request to this worker."""
+        self._held: dict[str, Held[Note]] = {}
         self._to = ""
+        self._problem = ""
         self._looked = self._settled = self.clock.monotonic()
 
     async def keep(self) -> None:
@@ -55,32 +57,47 @@ class Notes:
                 await self.look()
 
     async def heard(self) -> None:
-        """Look at once where the bell told of a note."""
+        """Look at once where the bell told of a request."""
         if self.rung:
             await self.look()
 
     async def look(self) -> None:
-        """Read the notes unless they are as before: pause or go on, drain, look again at the records that they name."""
+        """Read what changed: pause or go on, drain, look again at the records that notes name."""
         worker = self.worker
-        self.rung = False
-        self._looked = self.clock.monotonic()
+        now = self.clock.monotonic()
         if self._to != worker.id:
-            self._to, self._held = worker.id, None
+            self._to, self._held = worker.id, {}
+        wanted: list[str] = []
+        asks = self.rung or worker.keeper.paused or now - self._looked >= SETTINGS
+        if asks:
+            wanted.append(keys.control(self._to))
+        if worker.running or not worker.client.control_only:
+            wanted.append(keys.notes(self._to))
+        self.rung = False
         try:
-            before = self._held
-            held = await (worker.register.reread(Note, before) if before else worker.register.read(Note, keys.notes(self._to)))
-            if held is None or held is before:
-                return
-            self._held = held
-            if held.record.pause is not None:
-                worker.hold(paused=held.record.pause)
-            if held.record.drain:
-                worker.drain_out()
-            look = set(held.record.look)
-            for run in [each for each in worker.running.values() if each.listing.task in look]:
-                await self._obey(run)
+            for key in wanted:
+                before = self._held.get(key)
+                held = await (worker.register.reread(Note, before) if before else worker.register.read(Note, key))
+                if held is not None and held is not before:
+                    self._held[key] = held
+                    await self._apply(held.record, control=key.startswith(keys.CONTROL) or not worker.client.control_only)
+            self._problem = ""
+            if asks:
+                self._looked = now
         except BuquetError as error:
-            log.error("the notes to this worker cannot be read: %s", error)  # noqa: TRY400 - the text says all
+            self._looked = -math.inf  # a request that was rung for must not wait for the next look of an idle worker
+            if self._problem != str(error):
+                self._problem = str(error)
+                log.error("what others ask of this worker cannot be read: %s", error)  # noqa: TRY400 - the text says all
+
+    async def _apply(self, note: Note, *, control: bool) -> None:
+        worker = self.worker
+        if control and note.pause is not None:
+            worker.hold(paused=note.pause)
+        if control and note.drain:
+            worker.drain_out()
+        for run in [each for each in worker.running.values() if each.listing.task in note.look]:
+            await self._obey(run)
 
     async def _obey(self, run: Running) -> None:
         held = await self.worker.register.read(Task, keys.task(run.listing.task))

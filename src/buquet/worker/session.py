@@ -262,6 +262,7 @@ class SessionKeeper:
         if self.held is not None and not self.lost and not self.claims:
             await self.register.reads.delete(self.key)
             await self.register.reads.delete(keys.notes(self.id))
+            await self.register.reads.delete(keys.control(self.id))
             self.held = None
 
 

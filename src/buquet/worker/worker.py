@@ -308,7 +308,7 @@ class Worker:
                 self._wake.set()
 
     def _noted(self, key: str) -> None:
-        if key == keys.notes(self.keeper.id):
+        if key in {keys.control(self.keeper.id), keys.notes(self.keeper.id)}:
             self.notes.rung = True
             self._wake.set()
 

@@ -72,15 +72,16 @@ async def race_not_run_again(self, run_id, queue, taken):
     if held is None or held.record.state == "pruned":
         return None
     plan = await self.plan(held.record)
+    values = self.values(run_id, plan)
     while True:
         try:
-            run = await self._after(held.record, plan, [event for event, _ in taken])
+            run = await self._after(held.record, plan, [event for event, _ in taken], values)
             break
         except Missing as missing:
-            await self.fetch(missing)
+            await self.fetch(values, missing)
     if run is not held.record:
         await self.register.update(held, run)
-    return Known(run, plan)
+    return Known(run, plan, values)
 
 
 async def record_before_entry(self, task, event):
@@ -102,7 +103,8 @@ async def record_before_entry(self, task, event):
         write = await (self.register.update(held, run) if held else self.register.create(keys.run(run.id), run))
         await self.register.reads.put(keys.open_run(run.id, 1), b"")
         if write.landed and write.held is not None:
-            return Known(write.held.record, await self.committer.plan(run))
+            plan = await self.committer.plan(run)
+            return Known(write.held.record, plan, self.committer.values(run.id, plan))
     return await self.committer.commit(task.run, event)
 
 

@@ -1,6 +1,7 @@
 """A run's record stays small enough to be read, however much its run comes to."""
 
 import asyncio
+from collections import Counter
 
 import pytest
 
@@ -9,7 +10,13 @@ from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
 from buquet.workflow import committer, limits
+from buquet.workflow.advance import advance
+from buquet.workflow.event import Event
+from buquet.workflow.expression import Const, Raw
+from buquet.workflow.graph import Graph, Step
+from buquet.workflow.plan import Plan
 from buquet.workflow.records import RunRecord
+from buquet.workflow.values import Values
 
 GO, SAY = Signal("go", str), Signal("say", str)
 
@@ -121,3 +128,99 @@ def test_what_would_be_too_large_a_record_is_refused_and_can_be_cancelled(monkey
 
     run_virtual(main)
     assert "and the most is 6,000" in caplog.text
+
+
+class Counted(MemoryStore):
+    """Counts the GETs of each payload, and gives up on a test that goes round for ever."""
+
+    def __init__(self, clock, most):
+        super().__init__(clock)
+        self.most = most
+        self.gets = Counter()
+
+    async def get(self, key, **options):
+        self.gets[key] += key.startswith("payloads/")
+        assert self.gets.total() < self.most, "payloads are fetched again and again"
+        return await super().get(key, **options)
+
+
+def test_values_larger_than_what_is_kept_are_fetched_once_by_each_evaluation(monkeypatch):
+    monkeypatch.setattr(committer, "KEPT_BYTES", 60_000)
+
+    async def main(clock):
+        store = Counted(clock, most=1000)
+        app = App(store=store, clock=clock)
+        app.background = Background(clock.loop)
+
+        @app.task
+        async def blob(n: int) -> str:
+            return "x" * 5_000
+
+        @app.task
+        async def both(a: str, b: str) -> int:
+            return len(a) + len(b)
+
+        @app.workflow
+        def flow(n: int) -> list[int]:
+            first, second = each(blob, list(range(n))), each(blob, list(range(n)))
+            return [both(first[0], second[0]), both(first[1], second[1])]
+
+        run = await flow.astart(20)
+        worker = app.worker(heartbeat_thread=False, drain=True)
+        await worker.arun()
+        assert await run.aresult(timeout=1) == [10_000, 10_000]
+        kept = worker.children.parent.committer._payloads
+        assert sum(map(len, kept.values())) <= 60_000
+        # the end of the last item is one evaluation, with all that follows from it; a lost race may make it two
+        assert max(store.gets.values()) <= 2
+
+    run_virtual(main)
+
+
+def test_follow_ups_side_by_side_fetch_what_they_share_once():
+    async def main(clock):
+        store = Counted(clock, most=200)
+        app = App(store=store, clock=clock)
+        app.background = Background(clock.loop)
+
+        @app.task
+        async def numbers(n: int) -> list[str]:
+            return [f"{number} " + "x" * 100 for number in range(n)]
+
+        @app.task
+        async def item(text: str) -> int:
+            return len(text)
+
+        @app.workflow
+        def flow(n: int) -> list[int]:
+            return each(item, numbers(n))
+
+        run = await flow.astart(100)
+        worker = app.worker(heartbeat_thread=False, concurrency=1, max_time=1)
+        await worker.arun()
+        await app.worker(heartbeat_thread=False, drain=True).arun()
+        assert len(await run.aresult(timeout=1)) == 100
+        assert max(store.gets.values()) <= 3
+
+    run_virtual(main)
+
+
+class Walked(list):
+    """Counts how often it is walked through."""
+
+    walks = 0
+
+    def __iter__(self):
+        self.walks += 1
+        return super().__iter__()
+
+
+def test_the_start_of_a_thousand_steps_walks_through_them_once():
+    graph = Graph(steps={f"s{n}": Step(kind="sleep", seconds=Const(Raw(b"60"))) for n in range(1000)})
+    plan, run = Plan(graph), RunRecord(id="r", workflow="w", queue="q", created=0)
+    plan.first = Walked(plan.first)
+    after = advance(run, plan, Event(id="r", kind="start"), 1, Values(graph, {}))
+    assert {record.state for record in after.steps.values()} == {"due"}
+    assert len(after.steps) == 1000
+    assert run.steps == {}
+    assert plan.first.walks == 1

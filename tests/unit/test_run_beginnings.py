@@ -7,9 +7,12 @@ from contextlib import asynccontextmanager
 import pytest
 
 from buquet import App, RunCancelled, RunFailed, Signal, keys
+from buquet.operate.counting import CountingStore
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
+from buquet.store.register import Register
 from buquet.testing.virtual import run_virtual
+from buquet.workflow.arriving import Arriving
 from buquet.workflow.carriers import SIGNAL, START
 
 GO = Signal("go", int)
@@ -196,3 +199,25 @@ async def put_field(app, key, name, value):
     record = json.loads((await app.client.store.get(key)).body)
     await app.client.store.put(key, json.dumps({**record, name: value}).encode())
     return record[name]
+
+
+@virtual
+async def test_timers_share_a_list_of_the_signals_that_are_under_way_and_read_each_once(app, clock):
+    runs = [await app.waits.astart(60) for _ in range(2)]
+    worker = app.worker(heartbeat_thread=False)
+    working = asyncio.ensure_future(worker.arun())
+    await clock.sleep(1)
+    worker.stop()
+    await working  # nobody carries what is sent now
+    for number in range(10):
+        await GO.asend(runs[number % 2], number, key=f"{number}", app=app)
+    store = CountingStore(app.client.store)
+    arriving = Arriving(Register(store, clock), clock.now_ms)
+    until = clock.now_ms() - 1
+    found = await asyncio.gather(*(arriving.of("default", run.id, until) for run in runs for _ in range(50)))
+    assert {len(each) for each in found} == {5}
+    assert (store.total("LIST"), store.total("GET")) == (1, 10)
+    await clock.sleep(1)
+    await GO.asend(runs[0], 11, key="late", app=app)  # a later timer must see it, and reads only this one
+    assert len(await arriving.of("default", runs[0].id, clock.now_ms())) == 6
+    assert (store.total("LIST"), store.total("GET")) == (2, 11)

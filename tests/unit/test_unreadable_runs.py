@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from buquet import App, Signal, UnreadableRecord, keys
+from buquet import App, RunFailed, Signal, UnreadableRecord, each, keys
 from buquet.errors import InvalidPayload
 from buquet.insights import runs
 from buquet.insights.scan import Scan
@@ -194,3 +194,86 @@ def test_a_record_of_more_tasks_than_any_run_has_is_left_and_told(what):
         assert (await app.client.register.read(RunRecord, keys.run(run.id))).record.state == "completed"
 
     run_virtual(main)
+
+
+def steps(count, **fields):
+    return json.dumps({"steps": {f"s{n}": {"kind": "sleep", **fields} for n in range(count)}}).encode()
+
+
+CALL = {"task": "t", "queue": "q"}
+
+
+@pytest.mark.parametrize(
+    ("graph", "why"),
+    [
+        (steps(50_000), "50,000 steps, and a graph has at most 1,000"),
+        (steps(1, seconds=["list", [["step", "s1"]] * 10_001]), "more than 10,000 parts"),
+        (steps(1, kind="task"), "has no task to run"),
+        (steps(1, kind="task", call={**CALL, "queue": "q" * 101}), "100 bytes"),
+        (steps(1, kind="task", call={**CALL, "task": ""}), "100 bytes"),
+        (steps(1, kind="task", call={**CALL, "priority": 10}), "priority"),
+        (steps(1, kind="task", call={**CALL, "max_losses": 0}), "max_losses"),
+        (steps(1, kind="each", call=CALL, pack=-1), "pack"),
+        (steps(2, after=[["step", "s1"]]), "in a circle"),
+    ],
+)
+def test_a_start_with_a_graph_that_no_workflow_makes_fails_its_run_and_the_worker_goes_on(graph, why, caplog):
+    async def main(clock):
+        app = an_app(clock)
+        run = await app.flow.astart(1)
+        payload = keys.payload(run.id, graph)
+        await app.client.store.put(payload, graph)
+        await damage(app, keys.task(run.id), graph=None, graph_at=payload)
+        other = await app.flow.astart(1)
+        worker = app.worker(heartbeat_thread=False)
+        working = asyncio.ensure_future(worker.arun())
+        with pytest.raises(RunFailed, match=why):
+            await run.aresult(timeout=5)
+        await GO.asend(other, 21, app=app)
+        assert await other.aresult(timeout=5) == 42
+        worker.stop()
+        await working
+
+    run_virtual(main)
+    assert "a defect of buquet" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "fan",
+    [
+        {"tasks": 1, "items": 10**18},
+        {"tasks": 3, "items": 2},
+        {"tasks": 10**7 * 4, "items": 10**7 * 4},
+        {"tasks": 2, "items": 2, "ended": [[0, 10**15]]},
+        {"tasks": 2, "items": 2, "failed": [[-5, 1]]},
+    ],
+)
+def test_a_record_whose_each_has_another_shape_than_any_list_is_left_as_it_is(fan, caplog):
+    async def main(clock):
+        app = App(store=MemoryStore(clock), clock=clock)
+        app.background = Background(clock.loop)
+
+        @app.task
+        async def double(n: int) -> int:
+            return 2 * n
+
+        @app.workflow
+        async def waits() -> list[int]:
+            return each(double.options(after=[GO.wait()]), [1, 2])
+
+        run = await waits.astart()
+        worker = app.worker(heartbeat_thread=False)
+        working = asyncio.ensure_future(worker.arun())
+        await clock.sleep(2)
+        worker.stop()
+        await working
+        key = keys.run(run.id)
+        there = json.loads((await app.client.store.get(key)).body)
+        await damage(app, key, steps={**there["steps"], "double": {"state": "due", "fan": fan}})
+        await GO.asend(run, 1, app=app)
+        await app.worker(heartbeat_thread=False, max_time=5).arun()
+        assert json.loads((await app.client.store.get(key)).body)["steps"]["double"] == {"state": "due", "fan": fan}
+
+    run_virtual(main)
+    assert "a defect of buquet" not in caplog.text
+    assert "speaks of a step 'double'" in caplog.text

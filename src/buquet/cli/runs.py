@@ -20,7 +20,8 @@ from buquet.insights.drawing import as_gantt, as_mermaid, as_svg
 from buquet.insights.runview import RunStatus, RunView
 from buquet.insights.scan import Scan
 from buquet.workflow import sending
-from buquet.workflow.handle import RESTORE, Run
+from buquet.workflow.graph import RESTORE
+from buquet.workflow.handle import Run
 
 if TYPE_CHECKING:
     from buquet.queue.client import Client

@@ -156,7 +156,7 @@ class OneRun:
 async def read_graph(client: Client, source: RunRecord | Task) -> Graph | None:
     """Return the graph of a run, or of a start that is to be carried out; None without the key of an encrypted one."""
     try:
-        return await handle.read_graph(client, source)
+        return await handle.graph_of(client, source)
     except EncryptionKeyMissing:
         return None
 

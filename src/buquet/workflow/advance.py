@@ -7,6 +7,7 @@ unwinds, since the earlier carrier may have been held up), they are marked anew.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -39,6 +40,7 @@ def advance(run: RunRecord, plan: Plan, event: Event, now: int, values: Values) 
 class _Advance:
     def __init__(self, run: RunRecord, plan: Plan, event: Event, now: int, values: Values) -> None:
         self.run = run
+        self._before = run.steps
         self.plan = plan
         self.graph: Graph = plan.graph
         self.event = event
@@ -240,9 +242,10 @@ class _Advance:
 
     def _look_at(self, names: Any) -> None:
         """Make due, or skip, what can be; and what follows from that."""
-        row = [name for name in self.graph.steps if name in set(names)]
+        wanted = set(names)
+        row = deque(name for name in self.graph.steps if name in wanted)
         while row and self.run.state == "running":
-            name = row.pop(0)
+            name = row.popleft()
             if self.run.step(name).state == "idle":
                 row += [follower for end in self._try(name) for follower in self.plan.followers[end]]
 
@@ -383,7 +386,9 @@ class _Advance:
         self.run = replace(self.run, applied=(*self.run.applied, self.event.id))
 
     def _put(self, name: str, record: StepRecord) -> None:
-        self.run = replace(self.run, steps={**self.run.steps, name: record})
+        if self.run.steps is self._before:  # copied once: a start may make a thousand steps due
+            self.run = replace(self.run, steps=dict(self._before))
+        self.run.steps[name] = record
 
 
 def _first(values: Values, errors: tuple[ItemError, ...]) -> ErrorInfo:

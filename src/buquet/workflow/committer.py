@@ -15,7 +15,7 @@ from buquet.queue.payloads import Values as ValuesAtRest
 from buquet.queue.payloads import get_stored
 from buquet.records import ABSENT
 from buquet.workflow.advance import advance
-from buquet.workflow.graph import Graph
+from buquet.workflow.graph import Graph, read_graph
 from buquet.workflow.hiding import hidden
 from buquet.workflow.limits import check_tasks
 from buquet.workflow.outcome import INLINE
@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from buquet.sealing import Sealer
     from buquet.store.register import Held, Register, Write
     from buquet.workflow.event import Event
+    from buquet.workflow.graph import Step
     from buquet.workflow.records import Fan, Sent, StepRecord
 
 KEPT_RUNS = 200
 """Runs whose graph and last known record are kept."""
 KEPT_BYTES = 64 << 20
+"""The most bytes of payloads that are kept for the next evaluation. What one evaluation needs it keeps itself."""
 OF_A_STEP = {"step", "undo", "timer"}
 FAN_INLINE = 64 << 10
 """The most bytes of an `each`'s results that the run's record holds itself."""
@@ -46,10 +48,11 @@ MOST = keys.MAX_RECORD - (1 << 20)
 
 
 class Known(NamedTuple):
-    """A run as its record is, and its graph."""
+    """A run as its record is, its graph, and the values that were looked up for it."""
 
     run: RunRecord
     plan: Plan
+    values: Values
 
 
 class Committer:
@@ -65,6 +68,7 @@ class Committer:
         self._held: dict[str, Held[RunRecord]] = {}
         self._plans: dict[str, Plan] = {}
         self._payloads: dict[str, bytes] = {}
+        self._payload_bytes = 0
         self._queues: dict[str, list[tuple[Event, asyncio.Future[Known | None]]]] = {}
         self._writers: set[asyncio.Task[None]] = set()
 
@@ -98,11 +102,7 @@ class Committer:
         plan = self._plans.get(run.id)
         if plan is None:
             body = await self.at_rest.get_of_run(run.id, "graph", run.graph, run.graph_at)
-            try:
-                plan = Plan(msgspec.json.decode(body, type=Graph))
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError) as error:
-                msg = f"the graph of run {run.id} cannot be read by this buquet: {error}"
-                raise UnreadableRecord(msg) from None
+            plan = Plan(read_graph(run.id, body))
             self._plans[run.id] = plan
         return plan
 
@@ -121,25 +121,35 @@ class Committer:
             raise UnreadableRecord(msg)
         return plan
 
-    def values(self, run_id: str, plan: Plan) -> Values:
-        """Return what looks up the values of a run's steps; those in payloads as far as they were fetched."""
+    def values(self, run_id: str, plan: Plan, before: Values | None = None) -> Values:
+        """Return what looks up the values of a run's steps for one evaluation: `before`, where that is of the same graph."""
+        if before is not None and before.graph is plan.graph:
+            return before
         return Values(plan.graph, self._payloads, lambda what, body: self.at_rest.open_of_run(run_id, what, body))
 
-    async def fetch(self, missing: Missing) -> None:
+    async def fetch(self, values: Values, missing: Missing) -> None:
         """Fetch payloads, so that what needs them can be computed again. Raises UnreadableRecord when one is gone."""
-        if sum(map(len, self._payloads.values())) > KEPT_BYTES:
-            self._payloads.clear()
-        for key, body in zip(missing.keys, await asyncio.gather(*map(self._payload, missing.keys)), strict=True):
-            self._payloads[key] = body
+        async with values.fetching:  # the follow-ups of one event miss the same payloads
+            absent = missing.keys - values.payloads.keys()
+            for key, body in zip(absent, await asyncio.gather(*map(self._payload, absent)), strict=True):
+                values.payloads[key] = body
+                self._cache(key, body)
 
     async def _payload(self, key: str) -> bytes:
         return bytes(await get_stored(self.register.reads, ABSENT, key))
+
+    def _cache(self, key: str, body: bytes) -> None:
+        self._payload_bytes += len(body) - len(self._payloads.pop(key, b""))
+        self._payloads[key] = body
+        while self._payload_bytes > KEPT_BYTES:
+            self._payload_bytes -= len(self._payloads.pop(next(iter(self._payloads))))
 
     def forget(self, run_id: str) -> None:
         """Read everything of a run anew: something else has written what cannot be read, and may mend it."""
         self._plans.pop(run_id, None)
         self._held.pop(run_id, None)
         self._payloads.clear()
+        self._payload_bytes = 0
 
     # ------------------------------------------------------------------ writing
 
@@ -197,6 +207,7 @@ class Committer:
         """Apply all events that wait to the record, and those that come while that has not landed."""
         held = self._held.get(run_id)
         fresh = held is None
+        values: Values | None = None
         races = 0
         while True:
             if held is None:
@@ -209,29 +220,29 @@ class Committer:
             taken += queue
             queue.clear()
             plan = await self.plan_for(held.record, [event for event, _ in taken])
+            values = self.values(run_id, plan, values)
             try:
-                run = await self._after(held.record, plan, [event for event, _ in taken])
+                run = await self._after(held.record, plan, [event for event, _ in taken], values)
             except Missing as missing:
-                await self.fetch(missing)
+                await self.fetch(values, missing)
                 continue
             if run is held.record:
                 if fresh:
-                    return Known(run, plan)
+                    return Known(run, plan, values)
                 held = None  # nothing new to what was known: but that may be old
                 continue
             write = await self.register.update(held, run)
             if write.held is not None:
                 self._keep(write.held)
             if write.landed and write.held is not None:
-                return Known(write.held.record, plan)
+                return Known(write.held.record, plan, values)
             self.lost_races += 1
             held, fresh = write.held, True
             if races:  # many are at it: those that wait meanwhile go along with the next try
                 await self.clock.sleep(0.004 * min(races, 8) * self.clock.random.random())
             races += 1
 
-    async def _after(self, run: RunRecord, plan: Plan, events: list[Event]) -> RunRecord:
-        values = self.values(run.id, plan)
+    async def _after(self, run: RunRecord, plan: Plan, events: list[Event], values: Values) -> RunRecord:
         now = self.now()
         after = run
         for event in events:
@@ -297,7 +308,7 @@ class Committer:
         key = keys.payload(run_id, body)
         if key not in self._payloads:
             await self.register.reads.put(key, body)
-            self._payloads[key] = body
+            self._cache(key, body)
         return key
 
     async def close(self) -> None:
@@ -315,5 +326,16 @@ def _strange(run: RunRecord, plan: Plan, events: list[Event]) -> str:
     """Return a step that a record, or an event, has otherwise than the graph."""
     steps = plan.graph.steps
     names = [*run.steps, *(event.step for event in events if event.kind in OF_A_STEP)]
-    fans = {name for name, record in run.steps.items() if record.fan is not None}
-    return next((name for name in names if name not in steps or (name in fans and steps[name].kind != "each")), "")
+    fans = {name: record.fan for name, record in run.steps.items() if record.fan is not None}
+    return next((name for name in names if name not in steps or (name in fans and not _fits(fans[name], steps[name]))), "")
+
+
+def _fits(fan: Fan, step: Step) -> bool:
+    """Tell whether an `each` may be as its record says: its list was a JSON value, and its tasks are those of that list."""
+    sets = (fan.ended, fan.failed, fan.stopped, fan.untried)
+    return (
+        step.kind == "each"
+        and 0 <= fan.items <= keys.LARGEST // 2
+        and fan.tasks == -(-fan.items // (step.pack or 1))
+        and all(0 <= start < end <= fan.tasks for ranges in sets for start, end in ranges)
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,6 +15,7 @@ from buquet.queue.parent import Ending, Later
 from buquet.records import TERMINAL, ErrorInfo, Task
 from buquet.workflow import ranges
 from buquet.workflow.advance import advance
+from buquet.workflow.arriving import Arriving
 from buquet.workflow.carriers import KINDS, RETRY, SIGNAL, START, TIMER, arguments, of_step
 from buquet.workflow.committer import Committer, Known
 from buquet.workflow.follow import follows, verdict
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from buquet.workflow.event import Event
     from buquet.workflow.follow import Follow
     from buquet.workflow.plan import Plan
-    from buquet.workflow.values import Values
 
 log = logging.getLogger("buquet.run")
 
@@ -57,6 +58,7 @@ class Engine:
         self.register = register
         self.clock = clock
         self.committer = Committer(register, clock, now, sealer)
+        self.arriving = Arriving(register, now)
         self.now = now
         self.ended: Callable[[RunRecord], None] = lambda _run: None
         """Told of a run that an event of this worker has ended."""
@@ -78,6 +80,8 @@ class Engine:
             return False
         try:
             held = await self.committer.read(task.run)
+            again = held is not None and task.gen > 1 and held.record.state not in OVER
+            plan = await self.committer.plan(held.record) if held is not None and again else None
         except (UnreadableRecord, EncryptionKeyMissing) as error:
             log.error("task %s waits, since its run cannot be read: %s", task.id, error)  # noqa: TRY400 - the text says all
             raise Later(UNREADABLE, "its run cannot be read", shelved=True) from None
@@ -94,18 +98,30 @@ class Engine:
             return False
         if run.paused:
             raise Later(WHILE_PAUSED, "its run is paused", shelved=True)
-        before = [await self._over(each) for each in self._must_be_over(task)]
+        before = await self._all_over(self._must_be_over(task, plan))
         return not (task.undoes and before[0] and left_nothing(before[0]))
 
-    def _must_be_over(self, task: Task) -> list[str]:
+    def _must_be_over(self, task: Task, plan: Plan | None) -> list[str]:
         """Return the tasks that must be over first: of the step that is undone, or of the step's earlier generations.
 
         Of all: one in between may have ended without its handler, which waited for those before it.
         """
         if task.undoes:
             return [keys.follow_up(task.run, "step", task.step, task.index, task.gen)]
-        kinds, gens = ("step", "undo"), range(task.gen - 1, 0, -1)
+        step = plan.graph.steps.get(task.step) if plan else None
+        kinds, gens = ("step", "undo") if step and step.undo else ("step",), range(task.gen - 1, 0, -1)
         return [keys.follow_up(task.run, kind, task.step, task.index, gen) for gen in gens for kind in kinds]
+
+    async def _all_over(self, task_ids: list[str]) -> list[Task | None]:
+        """Return tasks that are over, None for a missing one; read side by side. Raises Later for one that is not over."""
+        found: list[Task | None] = []
+        for start in range(0, len(task_ids), AT_ONCE):
+            part = task_ids[start : start + AT_ONCE]
+            read = await asyncio.gather(*(self.register.read(Task, keys.task(each)) for each in part))
+            for task_id, held in zip(part, read, strict=True):
+                over = held is None or held.record.state in TERMINAL
+                found.append((held and held.record) if over else await self._over(task_id))
+        return found
 
     async def _over(self, task_id: str) -> Task | None:
         """Return a task that is over, or None when there is none. Raises Later for one that is not over yet."""
@@ -180,11 +196,9 @@ class Engine:
         record, step = held.record.step(timer.step), (await self.committer.plan(held.record)).graph.steps.get(timer.step)
         if step is None or step.kind != "wait" or (record.state, record.gen) != ("due", timer.gen):
             return False
-        async for page in self.register.reads.pages(keys.ready_lane(timer.queue, 0)):
-            for each in page:
-                entry = keys.parse_entry(each.key)
-                if entry is not None and entry.name == SIGNAL and await self._is_for(entry.task, timer.run, step.signal):
-                    return True
+        for task_id in await self.arriving.of(timer.queue, timer.run, record.until):
+            if await self._is_for(task_id, timer.run, step.signal):
+                return True
         return False
 
     async def _is_for(self, task_id: str, run_id: str, signal: str) -> bool:
@@ -215,7 +229,8 @@ class Engine:
             run = await self._begun(run, event)
             write = await self.committer.create(run, held)
             if write.landed and write.held is not None:
-                return Known(write.held.record, await self.committer.plan_for(write.held.record, [event]))
+                plan = await self.committer.plan_for(write.held.record, [event])
+                return Known(write.held.record, plan, self.committer.values(task.run, plan))
         return await self.committer.commit(task.run, event)
 
     async def _begun(self, run: RunRecord, event: Event) -> RunRecord:
@@ -239,19 +254,18 @@ class Engine:
 
     async def _follow_up(self, known: Known, event: Event, helper: Helper) -> None:
         """Do all that follows from an event, side by side; it is done when this returns, and not before."""
-        found = list(follows(known.run, known.plan, event))
-        work = iter(found)
-        # one for all: an `each` has thousands of follow-ups, and its list is decoded once
-        values = self.committer.values(known.run.id, known.plan)
+        rest = follows(known.run, known.plan, event)
+        first = list(islice(rest, AT_ONCE))
+        work = chain(first, rest)  # an `each` may have any number
 
         async def lane() -> None:
             for follow in work:
-                await self._do(known, follow, values, helper)
+                await self._do(known, follow, helper)
 
-        await asyncio.gather(*(lane() for _ in range(min(AT_ONCE, len(found)))))
+        await asyncio.gather(*(lane() for _ in first))
 
-    async def _do(self, known: Known, follow: Follow, values: Values, helper: Helper) -> None:
-        run, plan = known
+    async def _do(self, known: Known, follow: Follow, helper: Helper) -> None:
+        run, plan, _ = known
         if follow.what == "close":
             for gen in range(1, follow.gen + 1):
                 await self.register.reads.delete(keys.open_run(run.id, gen))
@@ -260,13 +274,14 @@ class Engine:
         if follow.what == "no timer":
             await helper.close_task(task)
         elif follow.what == "stop":
-            await helper.stop(task, await self._arguments(run, follow, plan, values))
+            await helper.stop(task, await self._arguments(known, follow))
         else:
-            await helper.submit(task, await self._arguments(run, follow, plan, values))
+            await helper.submit(task, await self._arguments(known, follow))
 
-    async def _arguments(self, run: RunRecord, follow: Follow, plan: Plan, values: Values) -> bytes:
+    async def _arguments(self, known: Known, follow: Follow) -> bytes:
+        run, plan, values = known
         while True:
             try:
                 return arguments(run, follow, plan, values)
             except Missing as missing:
-                await self.committer.fetch(missing)
+                await self.committer.fetch(values, missing)

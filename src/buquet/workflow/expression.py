@@ -119,6 +119,8 @@ LOGIC: dict[str, Any] = {
     "|": operator.or_,  # pyright: ignore[reportUnknownMemberType]
     "~": operator.not_,
 }
+MOST_NODES = 10_000
+"""How large an expression may be: at every event of its run it may be worked out again."""
 _LARGEST = 1 << 20
 """What arithmetic comes to has at most so many characters or items: a graph is data, and may come from anywhere."""
 
@@ -262,6 +264,8 @@ def _apply(expr: Apply, args: list[Any]) -> Any:
         return mark
     logic = LOGIC.get(expr.op)
     if logic is not None:
+        if len(args) != (1 if expr.op == "~" else 2):
+            return Fault(f"`{expr.op}` is given {len(args)} values")
         odd = [each for each in args if not isinstance(each, bool)]
         return Fault(f"`{expr.op}` is for true and false, and one side came to {show(odd[0])}") if odd else logic(*args)
     apply = OPERATORS.get(expr.op)
@@ -276,7 +280,7 @@ def _apply(expr: Apply, args: list[Any]) -> Any:
         return Fault("`%` is for numbers: make the text in a task")
     try:
         value = apply(*args)
-    except (TypeError, ArithmeticError) as error:
+    except (TypeError, ArithmeticError, RecursionError) as error:
         return Fault(f"{' and '.join(show(each) for each in args)} with `{expr.op}`: {error}")
     return value if _is_json(value) else Fault(f"`{expr.op}` came to a number that JSON does not carry")
 

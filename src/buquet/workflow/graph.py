@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from graphlib import CycleError, TopologicalSorter
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import msgspec
+from msgspec import Meta
 
-from buquet.errors import UsageError
-from buquet.workflow.expression import NULL, Expr, depth_of, steps_of, text_of
+from buquet import keys
+from buquet.codec import decode_stored
+from buquet.errors import UnreadableRecord, UsageError
+from buquet.queue.packing import MOST_ITEMS
+from buquet.workflow.expression import MOST_NODES, NULL, Expr, depth_of, steps_of, text_of
+
+if TYPE_CHECKING:
+    from msgspec import Raw
 
 Kind: TypeAlias = Literal["task", "each", "wait", "sleep"]
 
 MOST_STEPS = 1_000
 DEEPEST = 100
 """How deep an expression may be nested: it is worked out by recursion."""
+RESTORE = "Restore it from a backup, or start the workflow anew under another key"
+"""How to get over what was damaged of a run."""
+
+Count: TypeAlias = Annotated[int, Meta(ge=1)]
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -22,10 +33,10 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     task: str
     queue: str
-    priority: int = 5
-    max_attempts: int = 3
-    max_losses: int = 10
-    expires_ms: int = 0
+    priority: Annotated[int, Meta(ge=0, le=9)] = 5
+    max_attempts: Count = 3
+    max_losses: Count = 10
+    expires_ms: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
     tags: dict[str, str] = {}
 
 
@@ -51,7 +62,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of an `each`: the list whose items are run."""
     item: str = ""
     """Of an `each`: the name of the parameter that takes an item."""
-    pack: int = 0
+    pack: Annotated[int, Meta(ge=0, le=MOST_ITEMS)] = 0
     """Of an `each`: items in a task; 0: one task an item, with arguments of its own."""
     allow_failures: bool = False
     after: tuple[Expr, ...] = ()
@@ -92,36 +103,67 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     output: Expr = NULL
 
     def ordered(self) -> Graph:
-        """Return the graph in such an order. Raises UsageError for a step that does not exist, a cycle, or too many steps."""
+        """Return the graph in such an order. Raises UsageError for a step that does not exist, a cycle, or any bound exceeded."""
         if len(self.steps) > MOST_STEPS:
             msg = (
                 f"this workflow has {len(self.steps):,} steps, and a graph has at most {MOST_STEPS:,}. "
                 "Use each(task, items) for what is done many times: it is one step"
             )
             raise UsageError(msg)
+        for name, step in self.steps.items():
+            _check_calls(name, step)
         for name, expr in [*((name, each) for name, step in self.steps.items() for each in step.expressions), ("", self.output)]:
+            what = f"an expression of step {name!r}" if name else "what the workflow returns"
             if depth_of(expr) > DEEPEST:
-                what = f"an expression of step {name!r}" if name else "what the workflow returns"
                 msg = f"{what} is nested more than {DEEPEST} deep: work it out in a task"
                 raise UsageError(msg)
-        for name, step in self.steps.items():
-            missing = next((need for need in step.needs if need not in self.steps), None)
+            if expr.size > MOST_NODES:
+                msg = f"{what} has more than {MOST_NODES:,} parts: work it out in a task"
+                raise UsageError(msg)
+        needs = {name: step.needs for name, step in self.steps.items()}
+        if _sorted(needs):
+            return self
+        for name, needed in needs.items():
+            missing = next((need for need in needed if need not in needs), None)
             if missing is not None:
                 msg = f"step {name!r} comes after {missing!r}, and there is no step of that name: {', '.join(self.steps)[:300]}"
                 raise UsageError(msg)
         try:
             # ties stay in the order of the calls, so that the same function always gives the same graph
-            order = list(TopologicalSorter({name: step.needs for name, step in self.steps.items()}).static_order())
+            order = list(TopologicalSorter(needs).static_order())
         except CycleError as error:
             msg = f"these steps wait for each other in a circle: {' -> '.join(error.args[1])}. Leave one of them out of `after`"
             raise UsageError(msg) from None
-        return self if _sorted(self) else msgspec.structs.replace(self, steps={name: self.steps[name] for name in order})
+        return msgspec.structs.replace(self, steps={name: self.steps[name] for name in order})
 
 
-def _sorted(graph: Graph) -> bool:
+_decoder = msgspec.json.Decoder(Graph)
+
+
+def read_graph(run_id: str, body: bytes | Raw) -> Graph:
+    """Return the graph of a run. Raises UnreadableRecord for one that no tracer makes: anybody may have written it."""
+    what = f"the graph of run {run_id}"
+    try:
+        return decode_stored(_decoder, body, what, RESTORE).ordered()
+    except UsageError as error:
+        msg = f"{what} cannot be read: {error}. {RESTORE}"
+        raise UnreadableRecord(msg) from None
+
+
+def _check_calls(name: str, step: Step) -> None:
+    if (step.kind in {"task", "each"}) is (step.call is None):
+        msg = f"step {name!r} of kind {step.kind} has {'no task' if step.call is None else 'a task'} to run"
+        raise UsageError(msg)
+    for call in (step.call, step.undo.call if step.undo else None):
+        if call is not None:
+            keys.quoted(call.task, "task")
+            keys.quoted(call.queue, "queue")
+
+
+def _sorted(needs: dict[str, tuple[str, ...]]) -> bool:
     seen: set[str] = set()
-    for name, step in graph.steps.items():
-        if not seen.issuperset(step.needs):
+    for name, needed in needs.items():
+        if not seen.issuperset(needed):
             return False
         seen.add(name)
     return True

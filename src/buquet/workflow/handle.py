@@ -9,10 +9,10 @@ import msgspec
 
 from buquet import keys
 from buquet.codec import ANY, decode_stored
-from buquet.errors import InvalidPayload, RunCancelled, RunFailed, TaskNotFound, UnreadableRecord, UsageError
+from buquet.errors import InvalidPayload, RunCancelled, RunFailed, TaskNotFound
 from buquet.queue.attempt import inside_handler
 from buquet.workflow import ranges, sending
-from buquet.workflow.graph import Graph
+from buquet.workflow.graph import RESTORE, Graph, read_graph
 from buquet.workflow.hiding import shown
 from buquet.workflow.records import OVER, RunRecord
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 R_co = TypeVar("R_co", covariant=True)
 
 Status: TypeAlias = Literal["pending", "running", "paused", "failing", "cancelling", "completed", "failed", "cancelled", "pruned"]
-RESTORE = "Restore it from a backup, or start the workflow anew under another key"
-"""How to get over a value of a run that was damaged."""
-_graph = msgspec.json.Decoder(Graph)
 homes: weakref.WeakSet[Home] = weakref.WeakSet()
 """The Apps of this process that have workflows."""
 
@@ -107,7 +104,7 @@ class Run(Generic[R_co]):
         """
         run = await self.arecord()
         source = run if run is not None else (await self.home.client.read(self.id)).record
-        return await read_graph(self.home.client, source)
+        return await graph_of(self.home.client, source)
 
     async def asteps(self) -> list[StepInfo]:
         """Return the run's steps as they are now, each after what it needs."""
@@ -203,16 +200,9 @@ class Run(Generic[R_co]):
         return self.home.background.run(lambda: self.aresult(timeout), "result")
 
 
-async def read_graph(client: Client, source: RunRecord | Task) -> Graph:
+async def graph_of(client: Client, source: RunRecord | Task) -> Graph:
     """Return the graph of a run, or of a start that is to be carried out. Raises UnreadableRecord, EncryptionKeyMissing."""
-    body = await client.values.get_of_run(source.id, "graph", source.graph, source.graph_at)
-    what = f"the graph of run {source.id}"
-    try:
-        # what is not of one piece can be neither walked through nor drawn
-        return decode_stored(_graph, body, what, RESTORE).ordered()
-    except UsageError as error:
-        msg = f"{what} cannot be read: {error}. {RESTORE}"
-        raise UnreadableRecord(msg) from None
+    return read_graph(source.id, await client.values.get_of_run(source.id, "graph", source.graph, source.graph_at))
 
 
 def run_ending(run: RunRecord) -> Exception:

@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from buquet.codec import encode_value
 from buquet.errors import InvalidArgument, UsageError
 from buquet.records import Raw
-from buquet.workflow.expression import Apply, Const, Expr, Fields, Get, Items, text_of
+from buquet.workflow.expression import MOST_NODES, Apply, Const, Expr, Fields, Get, Items, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     E = TypeVar("E", bound=Expr)
-
-MOST_NODES = 10_000
-"""How large an expression may be: at every event of its run it may be worked out again."""
 
 _MARK = "buquet step without a value yet: "
 """How a repr begins: a text that was made of one is known by it, wherever it turns up. JSON writes it as it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -12,7 +13,7 @@ from buquet.records import ABSENT
 from buquet.workflow.expression import PENDING, SKIPPED, evaluate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from buquet.workflow.expression import Expr
     from buquet.workflow.graph import Graph
@@ -60,17 +61,20 @@ def plain(_what: str, body: bytes | Raw) -> bytes | Raw:
 class Values:
     """Looks steps up in a run's record; the bodies of payloads are given to it. Raises Missing for those that are not.
 
+    It keeps every body that it has used, whatever becomes of the cache: so no evaluation needs a payload twice.
     Raises UnreadableRecord for what is damaged, and EncryptionKeyMissing.
     """
 
     def __init__(
         self,
         graph: Graph,
-        payloads: Mapping[str, bytes],
+        cached: Mapping[str, bytes],
         opened: Callable[[str, bytes | Raw], bytes | Raw] = plain,
     ) -> None:
         self.graph = graph
-        self.payloads = payloads
+        self.cached = cached
+        self.payloads: dict[str, bytes] = {}
+        self.fetching = asyncio.Lock()
         self.opened = opened
         """Decrypts what is encrypted; it is told what a value is bound to."""
         self._known: dict[str, tuple[StepRecord, Any]] = {}
@@ -101,22 +105,19 @@ class Values:
             sizes = [min(pack, record.fan.items - pack * index) for index in range(record.fan.tasks)]
             parts = [part["results"] if part else [None] * size for part, size in zip(each, sizes, strict=True)]
             return [item for part in parts for item in part]
-        body = self._body(record.result_at) if record.result_at else record.result
+        self._need([record.result_at] if record.result_at else [])
+        body = self.payloads[record.result_at] if record.result_at else record.result
         what = of_signal(self.graph.steps[name].signal) if record.signal else of_step(name, 0)
         return _read(self.opened(what, body), record.result_at or f"what step {name!r} came to", ANY)
 
     def results(self, name: str, fan: Fan) -> dict[int, Any]:
         """Return what the tasks of a step that is an `each` came to, by their index; those without a result are not in it."""
-        absent = {key for key in fan.chunks if key not in self.payloads}
-        if absent:
-            raise Missing(absent)
+        self._need(fan.chunks)
         found: dict[int, _Entry] = {}
         for key in fan.chunks:
             found |= _read(self.payloads[key], key, _entries)
         found |= {index: _read(raw, f"item {index} of step {name!r}", _entry) for index, raw in fan.results.items()}
-        absent = {each.at for each in found.values() if each.at and each.at not in self.payloads}
-        if absent:
-            raise Missing(absent)
+        self._need(each.at for each in found.values() if each.at)
         bodies = {index: self.payloads[each.at] if each.at else each.v for index, each in found.items()}
         opened = {index: self.opened(of_step(name, index), body) for index, body in bodies.items()}
         return {index: _read(body, found[index].at or f"item {index} of step {name!r}", ANY) for index, body in opened.items()}
@@ -127,11 +128,17 @@ class Values:
             return error.message
         return _read(self.opened("error", error.sealed), f"the error of item {error.index}", _text)[0]
 
-    def _body(self, key: str) -> bytes:
-        body = self.payloads.get(key)
-        if body is None:
-            raise Missing({key})
-        return body
+    def _need(self, keys: Iterable[str]) -> None:
+        absent: set[str] = set()
+        for key in keys:
+            if key not in self.payloads:
+                body = self.cached.get(key)
+                if body is None:
+                    absent.add(key)
+                else:
+                    self.payloads[key] = body
+        if absent:
+            raise Missing(absent)
 
 
 def _read(body: bytes | Raw, what: str, decoder: msgspec.json.Decoder[T]) -> T:

@@ -20,6 +20,7 @@ from buquet.workflow import ranges
 from buquet.workflow.expression import PENDING, SKIPPED, Fault, is_mark, no_condition, show, strongest
 from buquet.workflow.limits import kept_errors, takes_no_more
 from buquet.workflow.records import OVER, Fan, ItemError, RunRecord, Sent, StepRecord
+from buquet.workflow.values import kept
 
 if TYPE_CHECKING:
     from buquet.workflow.event import Event
@@ -84,7 +85,7 @@ class _Advance:
             return None
         step = self.graph.steps[event.step]
         if event.result_at or bytes(event.result):
-            fan = replace(fan, results={**fan.results, event.item: _kept(event)})
+            fan = replace(fan, results={**fan.results, event.item: kept(event)})
         if event.outcome != "done":
             fan = self._shortfall(event, step, fan)
         fan = replace(fan, ended=ranges.add(fan.ended, event.item))
@@ -394,10 +395,3 @@ class _Advance:
 def _first(values: Values, errors: tuple[ItemError, ...]) -> ErrorInfo:
     """Return what is told of an `each` as a whole: its first item that failed."""
     return ErrorInfo(type=errors[0].type, message=f"item {errors[0].index}: {values.text(errors[0])}")
-
-
-def _kept(event: Event) -> Raw:
-    """Return what is kept of the result of one task of an `each`: the value, or where it lies."""
-    if event.result_at:
-        return Raw(msgspec.json.encode({"at": event.result_at}))
-    return Raw(b'{"v":' + bytes(event.result) + b"}")

@@ -15,6 +15,7 @@ from buquet.workflow.expression import PENDING, SKIPPED, evaluate
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from buquet.workflow.event import Event
     from buquet.workflow.expression import Expr
     from buquet.workflow.graph import Graph
     from buquet.workflow.records import Fan, ItemError, RunRecord, StepRecord
@@ -41,6 +42,13 @@ class _Entry(msgspec.Struct):
 _entry = msgspec.json.Decoder(_Entry)
 _entries = msgspec.json.Decoder(dict[int, _Entry])
 _text = msgspec.json.Decoder(tuple[str, str])
+
+
+def kept(event: Event) -> Raw:
+    """Return what is kept of the result of one task of an `each`: the value, or where it lies."""
+    if event.result_at:
+        return Raw(msgspec.json.encode({"at": event.result_at}))
+    return Raw(b'{"v":' + bytes(event.result) + b"}")
 
 
 def of_step(name: str, item: int) -> str:

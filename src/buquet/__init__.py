@@ -54,6 +54,7 @@ from buquet.queue.batch import Batch, BatchProgress
 from buquet.queue.handle import Handle
 from buquet.queue.handles import Handles
 from buquet.queue.task import AsyncTaskFunction, TaskFunction
+from buquet.records import Progress
 from buquet.worker.worker import Worker
 from buquet.workflow.function import AsyncWorkflowFunction, WorkflowFunction
 from buquet.workflow.handle import Run, StepInfo
@@ -83,6 +84,7 @@ __all__ = [
     "InvalidResult",
     "InvalidURL",
     "KeyConflict",
+    "Progress",
     "Refused",
     "Run",
     "RunCancelled",

@@ -389,11 +389,11 @@ class App:
 
     def redrive(self, task_id: str) -> None:
         """Run a failed, cancelled or expired task again from its first attempt. Raises Refused for any other."""
-        self.background.run(lambda: self.aredrive(task_id), "redrive")
+        self.get(task_id).redrive()
 
     async def aredrive(self, task_id: str) -> None:
         """Do what `redrive` does, on the running event loop."""
-        await self.client.redrive(task_id)
+        await self.get(task_id).aredrive()
 
     def history(self, task_id: str) -> list[Event]:
         """Return a task's timeline, see Handle.history."""

@@ -169,6 +169,11 @@ def follow_up(run_id: str, kind: str, step: str, index: int, gen: int) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
+def work(run_id: str, step: str, index: int, undone: int, digest: str, *, undoes: bool) -> str:
+    """Return the key of a unit of work in a run, which is the same in each generation until the step is undone."""
+    return follow_up(run_id, f"{'undo' if undoes else 'step'} key {digest}", step, index, undone)
+
+
 class Entry(NamedTuple):
     """What an entry's key says."""
 

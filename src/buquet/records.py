@@ -123,6 +123,12 @@ class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
     """The generation of the step, or of the run, that it is meant for."""
     undoes: bool = False
     """Whether it undoes its step."""
+    workflow: str = ""
+    """The workflow of its run, for the handler to see."""
+    each: bool = False
+    """Whether its step is an `each`, of which it runs one item or one pack."""
+    undone: int = 0
+    """How often its step was undone before: the next execution is a new unit of work."""
     graph: Raw = ABSENT
     """Of the task that starts a run: the graph, or else `graph_at`."""
     graph_at: str = ""

@@ -118,7 +118,7 @@ def test_wrong_calls_and_declarations_are_told_at_once(app):
         app.task(queue="q" * 101)(lambda: None)
     with pytest.raises(TaskNotFound, match="there is no task"):
         app.get("0" * 32).status()
-    with pytest.raises(UsageError, match="no task is running"):
+    with pytest.raises(UsageError, match="no task is running here"):
         current()
 
 

@@ -31,6 +31,7 @@ def breaks(secret: str = "") -> None:
 
 @app.task(queue="slow")
 def sleeps(marker: str) -> str:
+    current().progress(0.25, "a quarter")
     open(marker, "a").write("started\\n")
     time.sleep(60 if current().checkpointed is None and len(open(marker).readlines()) == 1 else 0)
     return "slept"
@@ -119,6 +120,10 @@ def test_running_tasks_are_counted_in_their_own_queue(shell):
         (view,) = shell.json("workers")
         assert (view["pid"], view["alive"], view["queues"], view["concurrency"]) == (worker.pid, True, ["default", "slow"], 16)
         assert 0 <= view["beat_age"] < 30
+        wait_for(lambda: shell.json("workers")[0]["progress"])  # with the next heartbeat
+        assert shell.json("workers")[0]["progress"] == {slow: {"fraction": 0.25, "message": "a quarter"}}
+        assert shell.json("get", slow)["progress"] == {"fraction": 0.25, "message": "a quarter"}
+        assert "25% a quarter" in shell.run("get", slow).stdout
     finally:
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(60) == 0

@@ -16,7 +16,7 @@ from buquet.insights.scan import Scan
 from buquet.insights.tasks import find
 from buquet.queue.client import Client
 from buquet.queue.handle import ending
-from buquet.records import ABSENT, Task
+from buquet.records import ABSENT, Progress, Task
 from buquet.sealing import HIDDEN
 from buquet.workflow.carriers import START
 
@@ -85,10 +85,11 @@ def get(task_id: Id, url: Url = None, json: Json = False) -> None:
 
     async def work() -> None:
         task = await _with_values(app.client, (await app.client.read(task_id)).record)
+        progress = await app.client.progress(task)
         if json:
-            print_json(_plain(task))
+            print_json(_plain(task) | {"progress": msgspec.to_builtins(progress)})
         else:
-            _show(task)
+            _show(task, progress)
             if task.name == START:
                 to_stderr(f"it starts a run of workflow {task.step!r}: `buquet run get {task.run}` shows that")
 
@@ -125,7 +126,7 @@ def short(value: bytes | msgspec.Raw, at: str = "") -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters; --json shows all)" if text else at
 
 
-def _show(task: Task) -> None:
+def _show(task: Task, progress: Progress | None) -> None:
     lost = f", {task.losses} lost with their workers" if task.losses else ""
     rows: list[tuple[str, object]] = [
         ("id", task.id),
@@ -143,6 +144,7 @@ def _show(task: Task) -> None:
         ("deadline", moment(task.deadline)),
         ("started", moment(task.started)),
         ("finished", moment(task.finished)),
+        ("progress", f"{progress.fraction:.0%} {progress.message}" if progress and task.state == "running" else ""),
         ("worker", task.worker if task.state == "running" else ""),
         ("cancel", "requested" if task.cancel_requested and task.state == "running" else ""),
         ("arguments", short(task.args, task.args_at)),

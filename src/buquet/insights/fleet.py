@@ -10,7 +10,7 @@ from buquet import keys
 from buquet.errors import StoreRefused
 from buquet.insights.scan import AT_ONCE, Scan
 from buquet.queue.parent import is_system
-from buquet.records import QueueSettings, Session
+from buquet.records import Progress, QueueSettings, Session
 from buquet.store.base import Listed, Stored
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class WorkerView(msgspec.Struct, kw_only=True):
     """Seconds since its last heartbeat, by the store's clock."""
     running: list[str]
     """Ids of the tasks in its last heartbeat."""
+    progress: dict[str, Progress]
+    """How far those tasks are that have said so, by their ids."""
     completed: int
     failed: int
     abandoned: int
@@ -124,6 +126,7 @@ def worker_view(session: Session, age: float, *, alive: bool) -> WorkerView:
         started=session.started,
         beat_age=age,
         running=[claim.task for claim in session.claims],
+        progress={claim.task: claim.progress for claim in session.claims if claim.progress is not None},
         completed=session.completed,
         failed=session.failed,
         abandoned=session.abandoned,

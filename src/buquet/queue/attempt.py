@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+from collections import Counter
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from buquet.errors import UsageError, WrongLoop
-from buquet.queue.background import running_loop
+from msgspec.structs import replace
+
+from buquet import keys
+from buquet.codec import encode_value
+from buquet.errors import UsageError
+from buquet.records import Task
 
 if TYPE_CHECKING:
-    import asyncio
-    import logging
-    from collections.abc import Mapping
+    from collections.abc import Generator, Mapping
+
+    from msgspec import Raw
+
+    from buquet.clock import Clock
 
 _current: ContextVar[Attempt | None] = ContextVar("buquet_attempt", default=None)
+_given: ContextVar[Attempt | None] = ContextVar("buquet_given_attempt", default=None)
+"""The attempt that a test has prepared for the next plain call."""
+log = logging.getLogger("buquet.task")
 
 
 class Host(Protocol):
-    """The worker's side of an attempt."""
-
-    loop: asyncio.AbstractEventLoop
+    """Takes what an attempt reports: a worker, or nobody in a plain call."""
 
     def run_blocking(self, value: Any) -> None:
-        """Store a checkpoint from another thread and wait for it."""
+        """Store a checkpoint and wait for it. Raises WrongLoop on a running event loop that this would stop."""
         ...
 
     async def checkpoint(self, value: Any) -> None:
@@ -41,27 +52,76 @@ class Attempt:
     def __init__(
         self,
         host: Host,
-        task_id: str,
-        attempt: int,
-        checkpointed: Any,
+        task: Task,
+        number: int,
         logger: logging.LoggerAdapter[Any],
-        tags: Mapping[str, str],
+        *,
+        checkpointed: Any = None,
+        args: bytes | Raw = b"",
+        item: int | None = None,
     ) -> None:
         self._host = host
-        self.id = task_id
-        self.attempt = attempt
+        self._task = task
+        self._args = args
+        self._item = item
+        self._calls: Counter[str] = Counter()
+        self._cancelled = False
+        self.id = task.id if item is None else f"{task.id}-{item}"
+        """The task's id; of an item of a batch, its pack's id and its place in it. For idempotency use `key`."""
+        self.attempt = number
         """The attempt's number, from 1. A snooze, a shutdown or a lost worker does not raise it."""
         self.checkpointed = checkpointed
         """The value of the last checkpoint, by this attempt or an earlier one; None when there was none."""
-        self.cancelled = False
-        """Whether the task was cancelled, or its time is up. A handler in a thread looks here now and then."""
-        self.tags = tags
+        self.tags: Mapping[str, str] = task.tags
         """The task's tags. A schedule adds `schedule`, its name, and `fire`, the time that it fired for (ISO 8601, in UTC)."""
         self.logger = logger
         """A logger that adds the task's id and attempt to every line."""
 
+    @property
+    def key(self) -> str:
+        """The idempotency key of this unit of work: give it to services that must not do the same work twice.
+
+        At most 64 characters. It stays the same over attempts, lost workers, redrives, and the generations of a retried run. It
+        differs between tasks, steps, items, and the work of a step and its undo. A step that was undone gets a new key.
+
+        >>> stripe.Charge.create(amount=500, idempotency_key=current().key)  # doctest: +SKIP
+        """
+        task = self._task
+        if not task.run:
+            return self.id
+        # the list of an `each` may be another one in the next generation, so an item's place alone does not name its work
+        digest = hashlib.sha256(self._args).hexdigest() if task.each else ""
+        key = keys.work(task.run, task.step, task.index, task.undone, digest, undoes=task.undoes)
+        return key if self._item is None else f"{key}-{self._item}"
+
+    @property
+    def run(self) -> str:
+        """The id of the run that the task belongs to; empty outside of a workflow."""
+        return self._task.run
+
+    @property
+    def step(self) -> str:
+        """The name of the step that the task carries out, or undoes; empty outside of a workflow."""
+        return self._task.step
+
+    @property
+    def workflow(self) -> str:
+        """The name of the workflow that the step is part of; empty outside of a workflow."""
+        return self._task.workflow
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the task was cancelled, or its time is up. A handler in a thread looks here now and then."""
+        return self._cancelled
+
+    @cancelled.setter
+    def cancelled(self, cancelled: bool) -> None:
+        self._cancelled = cancelled
+
     def progress(self, fraction: float, message: str = "") -> None:
         """Say how far the work is, from 0 to 1. It travels with the worker's next heartbeat and costs nothing.
+
+        `Handle.progress()`, `buquet get` and the dashboard show it.
 
         >>> current().progress(0.4, "half of the pages")  # doctest: +SKIP
         """
@@ -77,9 +137,6 @@ class Attempt:
 
         One write. Raises InvalidArgument when JSON does not carry the value, Refused when the claim was lost.
         """
-        if running_loop():
-            msg = "checkpoint() blocks, and an event loop is running here: use `await acheckpoint(value)` instead"
-            raise WrongLoop(msg)
         self._host.run_blocking(value)
         self.checkpointed = value
 
@@ -89,24 +146,110 @@ class Attempt:
         self.checkpointed = value
 
 
+class Aside:
+    """The host of a plain call: no task is stored, so checkpoints and progress end here."""
+
+    def run_blocking(self, value: Any) -> None:
+        """Check that JSON carries the value, as a worker does."""
+        encode_value(value, "the checkpoint")
+
+    async def checkpoint(self, value: Any) -> None:
+        """Do what `run_blocking` does."""
+        self.run_blocking(value)
+
+    def progress(self, fraction: float, message: str) -> None:
+        """Do nothing."""
+
+
+_aside = Aside()
+
+
+class _Call(Attempt):
+    """A plain call inside an attempt. It knows the attempt's task, and reports nothing in that task's name."""
+
+    def __init__(self, parent: Attempt, name: str, *, workflow: bool) -> None:
+        task = parent._task  # noqa: SLF001 - its own kind
+        parent._calls[name] += 1  # noqa: SLF001
+        number = parent._calls[name]  # noqa: SLF001
+        if task.workflow and not (task.step or workflow):  # a step of a workflow that is called plainly
+            task = replace(task, step=name if number == 1 else f"{name}_{number}")
+        super().__init__(_aside, task, parent.attempt, parent.logger)
+        self.parent = parent
+        self.id = parent.id
+        self._name = f"{name}\0{number}"
+
+    @property
+    def key(self) -> str:
+        """The parent's key, the task's name, and which call of that name it is, hashed."""
+        return hashlib.sha256(f"{self.parent.key}\0{self._name}".encode()).hexdigest()[:32]
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the task was cancelled in which this call is made."""
+        return self._cancelled or self.parent.cancelled
+
+    @cancelled.setter
+    def cancelled(self, cancelled: bool) -> None:
+        self._cancelled = cancelled
+
+
+@contextmanager
+def plainly(clock: Clock, name: str, *, workflow: bool = False) -> Generator[None]:
+    """Give a plain call of a task or of a workflow an attempt of its own."""
+    parent, given = _current.get(), _given.get()
+    if parent is not None:
+        attempt: Attempt = _Call(parent, name, workflow=workflow)
+    elif given is not None:
+        attempt = given
+    else:
+        task_id = clock.new_id()
+        task = Task(id=task_id, queue="", name=name, state="running", created=0)
+        if workflow:
+            task = replace(task, run=task_id, workflow=name)
+        extra = {"task": task_id, "task_name": name, "attempt": 1}
+        attempt = Attempt(_aside, task, 1, logging.LoggerAdapter(log, extra))
+    token = _current.set(attempt)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # a coroutine that was never finished is closed in another context
+            _current.reset(token)
+
+
 def current() -> Attempt:
-    """Return the attempt that is running here. Raises UsageError outside of a handler.
+    """Return the attempt that is running here: a worker's, or that of a plain call. Raises UsageError outside of a task.
 
     >>> current().id  # doctest: +SKIP
     '0193b0f2c4a07d3e9c5f1b2a3d4e5f60'
     """
-    attempt = _current.get()
+    attempt = _current.get() or _given.get()
     if attempt is None:
-        msg = "current() is for code that a worker runs; here no task is running. Pass what you need as an argument in tests"
+        msg = (
+            "current() is for code that a task runs, and no task is running here. Call the task itself, which gives the call an "
+            "attempt of its own, or in a test `with buquet.testing.FakeAttempt(): ...`"
+        )
         raise UsageError(msg)
     return attempt
 
 
 def inside_handler() -> Attempt | None:
-    """Return the attempt that is running here, or None."""
-    return _current.get()
+    """Return the attempt of a worker that is running here, or None."""
+    attempt = _current.get()
+    while isinstance(attempt, _Call):
+        attempt = attempt.parent
+    return None if attempt is None or isinstance(attempt._host, Aside) else attempt  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
 
 
 def enter(attempt: Attempt) -> None:
     """Make an attempt the current one of this context."""
     _current.set(attempt)
+
+
+@contextmanager
+def given_attempt(attempt: Attempt) -> Generator[None]:
+    """Let the next plain call, and `current()` outside of one, find this attempt."""
+    token = _given.set(attempt)
+    try:
+        yield
+    finally:
+        _given.reset(token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
@@ -16,7 +17,7 @@ from buquet.queue.bell import Ringer
 from buquet.queue.payloads import INLINE, Values, context, run_context
 from buquet.queue.tracing import submitting
 from buquet.queue.waiting import Waiting
-from buquet.records import ABSENT, FORMAT, TERMINAL, Layout, Note, Raw, Task
+from buquet.records import ABSENT, FORMAT, TERMINAL, Layout, Note, Progress, Raw, Session, Task
 from buquet.sealing import Plain
 from buquet.store.register import Held, Register
 
@@ -340,6 +341,17 @@ class Client:
             held = write.held
         msg = f"task {task_id} was removed from the store while it was being redriven"
         raise TaskNotFound(msg)
+
+    async def progress(self, task: Task) -> Progress | None:
+        """Return how far a task is: what its last heartbeat says while it runs, 1 once it has completed, else None."""
+        if task.state == "completed":
+            return Progress(fraction=1.0)
+        if task.state == "running":
+            with suppress(UnreadableRecord):  # `buquet fsck` names it; nothing is known of the progress
+                held = await self.register.read(Session, keys.session(task.worker))
+                claims = held.record.claims if held is not None else ()
+                return next((claim.progress for claim in claims if claim.token == task.token), None)
+        return None
 
     async def wait(self, task_id: str, timeout: float | None) -> Task:  # noqa: ASYNC109 - part of the public meaning
         """Wait until a task has ended and return its record. Raises TimeoutError after `timeout` seconds, TaskNotFound."""

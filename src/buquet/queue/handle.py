@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from buquet.clock import Clock
     from buquet.queue.background import Background
     from buquet.queue.client import Client
-    from buquet.records import Event, State, Task
+    from buquet.records import Event, Progress, State, Task
 
 R_co = TypeVar("R_co", covariant=True)
 
@@ -42,7 +42,7 @@ class Home(Protocol):
 
 
 class Handle(Generic[R_co]):
-    """A task that was submitted: look at it, wait for it, cancel it. Every blocking method has an async twin with an a.
+    """A task that was submitted: look at it, wait for it, cancel or redrive it. A blocking method has an async twin with an a.
 
     >>> handle = resize.submit("a.png")  # doctest: +SKIP
     >>> handle.result(timeout=60)  # doctest: +SKIP
@@ -73,6 +73,17 @@ class Handle(Generic[R_co]):
     async def ahistory(self) -> list[Event]:
         """Return the task's timeline: when it came to which state, by which worker, why. `at`: milliseconds since 1970."""
         return list((await self.arecord()).events)
+
+    async def aprogress(self) -> Progress | None:
+        """Return how far the task is: `fraction`, from 0 to 1, and `message`. It comes with the worker's heartbeats.
+
+        1 once the task has completed; None while it does not run, or has reported nothing. Raises TaskNotFound.
+        """
+        return await self._home.client.progress(await self.arecord())
+
+    async def aredrive(self) -> None:
+        """Run the task again from its first attempt. Raises Refused unless it failed, was cancelled or expired."""
+        await self._home.client.redrive(self.id)
 
     async def acancel(self) -> Literal["cancelled", "requested"]:
         """Cancel the task; of a running one its worker is asked, within about two seconds.
@@ -111,6 +122,14 @@ class Handle(Generic[R_co]):
     def history(self) -> list[Event]:
         """Block and do what `ahistory` does."""
         return self._home.background.run(self.ahistory, "history")
+
+    def progress(self) -> Progress | None:
+        """Block and do what `aprogress` does."""
+        return self._home.background.run(self.aprogress, "progress")
+
+    def redrive(self) -> None:
+        """Block and do what `aredrive` does."""
+        self._home.background.run(self.aredrive, "redrive")
 
     def cancel(self) -> Literal["cancelled", "requested"]:
         """Block and do what `acancel` does."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, NamedTuple, ParamSp
 from buquet import keys
 from buquet.codec import Signature
 from buquet.errors import SubmitInterrupted, UsageError
+from buquet.queue.attempt import plainly
 from buquet.queue.batch import Batch
 from buquet.queue.handle import Handle
 from buquet.queue.handles import Handles
@@ -294,7 +295,8 @@ class TaskFunction(BaseTask[P, R]):
         tracer = tracing.get()
         if tracer is not None:
             return cast("R", tracer.call(self, args, kwargs))
-        return cast("R", self.function(*args, **kwargs))
+        with plainly(self._home.clock, self.step_options.step or self.name):
+            return cast("R", self.function(*args, **kwargs))
 
 
 class AsyncTaskFunction(BaseTask[P, R]):
@@ -305,4 +307,9 @@ class AsyncTaskFunction(BaseTask[P, R]):
         tracer = tracing.get()
         if tracer is not None:
             return cast("Coroutine[Any, Any, R]", tracer.call(self, args, kwargs))
-        return cast("Coroutine[Any, Any, R]", self.function(*args, **kwargs))
+        self.signature.bind(args, kwargs)  # wrong arguments are an error of the call, not of its `await`
+        return self._plainly(args, kwargs)
+
+    async def _plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        with plainly(self._home.clock, self.step_options.step or self.name):
+            return await self.function(*args, **kwargs)

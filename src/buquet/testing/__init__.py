@@ -4,6 +4,7 @@
 `contract.StoreContract` is for the second. `faulty`, `virtual` and `auditor` are what buquet's own tests stand on.
 """
 
+from buquet.testing.attempt import FakeAttempt
 from buquet.testing.fixture import MemoryApp, in_memory, run_until_idle
 
-__all__ = ["MemoryApp", "in_memory", "run_until_idle"]
+__all__ = ["FakeAttempt", "MemoryApp", "in_memory", "run_until_idle"]

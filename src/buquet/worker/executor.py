@@ -20,9 +20,11 @@ from buquet.errors import (
     StoreError,
     UnreadableRecord,
     UsageError,
+    WrongLoop,
 )
 from buquet.queue import transitions
 from buquet.queue.attempt import Attempt, enter
+from buquet.queue.background import running_loop
 from buquet.queue.payloads import Values
 from buquet.records import TERMINAL, Progress, Task
 from buquet.store.retrying import pause
@@ -82,6 +84,9 @@ class Running:
 
     def run_blocking(self, value: Any) -> None:
         """Store a checkpoint from a handler's thread."""
+        if running_loop():
+            msg = "checkpoint() blocks, and an event loop is running here: use `await acheckpoint(value)` instead"
+            raise WrongLoop(msg)
         asyncio.run_coroutine_threadsafe(self.checkpoint(value), self.loop).result()
 
     async def checkpoint(self, value: Any) -> None:
@@ -187,13 +192,15 @@ class Executor:
         try:
             if task.pack:
                 return await PackRunner(self, run, function).run()
-            args, kwargs, checkpointed = await self._load(function, task)
+            body = await self.values.args(task)
+            args, kwargs = function.signature.decode(body)
+            checkpointed = await self._checkpoint(task)
         except EncryptionKeyMissing as error:
             return self._unopened(run, error)
         except (InvalidPayload, UnreadableRecord, UsageError) as error:
             return self.failed(run, error, trace=False)
         logger = TaskLogger(log, {"task": task.id, "task_name": task.name, "attempt": task.attempt})
-        run.attempt = Attempt(run, task.id, task.attempt, checkpointed, logger, task.tags)
+        run.attempt = Attempt(run, task, task.attempt, logger, checkpointed=checkpointed, args=body)
         run.in_handler = True
         try:
             try:
@@ -219,12 +226,11 @@ class Executor:
                 await self.clock.sleep(0)
             run.work.uncancel()
 
-    async def _load(self, function: BaseTask[Any, Any], task: Task) -> tuple[list[Any], dict[str, Any], Any]:
-        args, kwargs = function.signature.decode(await self.values.args(task))
+    async def _checkpoint(self, task: Task) -> Any:
         body = await self.values.checkpoint(task)
         if not bytes(body):
-            return args, kwargs, None
-        return args, kwargs, decode_stored(ANY, body, f"the checkpoint of task {task.id}", "Restore it, or submit the task anew")
+            return None
+        return decode_stored(ANY, body, f"the checkpoint of task {task.id}", "Restore it, or submit the task anew")
 
     async def _permitted(self, run: Running, function: BaseTask[Any, Any], args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Call the handler; should items of packs take up all there is, once one of them has ended."""

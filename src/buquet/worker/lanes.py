@@ -23,9 +23,6 @@ SLICE = 0.02
 class ItemHost:
     """The worker's side of an item's attempt: the pack keeps what is done, so an item has no checkpoint of its own."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-
     def run_blocking(self, value: Any) -> NoReturn:  # noqa: ARG002
         """Refuse."""
         msg = "an item of a batch has no checkpoint: what is done is kept by the item. Submit long work as a task of its own"
@@ -39,6 +36,9 @@ class ItemHost:
         """Do nothing: the pack's progress is the number of its items that are done."""
 
 
+_host = ItemHost()
+
+
 class _Lane:
     def __init__(self, pack: PackRunner) -> None:
         self.pack = pack
@@ -46,7 +46,6 @@ class _Lane:
         self.function = pack.function
         self.clock = pack.clock
         self.limit = pack.function.policy.timeout
-        self.host = ItemHost(pack.claim.loop)
         self.attempt: Attempt | None = None
         self.at: tuple[int, float] = (-1, 0.0)
         """The item that runs, and since when."""
@@ -61,7 +60,7 @@ class _Lane:
         number = self.ledger.tries.get(index, 0) + 1
         task = self.pack.task
         logger = TaskLogger(log, {"task": f"{task.id} item {index}", "task_name": task.name, "attempt": number})
-        attempt = self.attempt = Attempt(self.host, f"{task.id}-{index}", number, None, logger, task.tags)
+        attempt = self.attempt = Attempt(_host, task, number, logger, args=self.ledger.items[index], item=index)
         if self.pack.claim.stop:
             attempt.cancelled = True
         return attempt

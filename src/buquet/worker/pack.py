@@ -72,7 +72,7 @@ class PackRunner:
             return self.executor.failed(run, error, trace=False)
         self._saved = ledger.version
         logger = TaskLogger(log, {"task": self.task.id, "task_name": self.task.name, "attempt": self.task.attempt})
-        run.attempt = Attempt(run, self.task.id, self.task.attempt, None, logger, self.task.tags)
+        run.attempt = Attempt(run, self.task, self.task.attempt, logger)
         run.in_handler = True
         try:
             try:

@@ -229,7 +229,7 @@ class _Advance:
             channel = self.graph.steps[name].signal
             sent = Sent(event=record.signal, value=record.result, value_at=record.result_at)
             self.run = replace(self.run, inbox={**self.run.inbox, channel: (sent, *self.run.inbox.get(channel, ()))})
-        self._put(name, StepRecord(gen=record.gen + 1, fan=fan))
+        self._put(name, StepRecord(gen=record.gen + 1, fan=fan, undone=record.undone + (record.undo == "done")))
 
     # ------------------------------------------------------------------ what follows
 

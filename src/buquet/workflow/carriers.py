@@ -77,6 +77,9 @@ def of_step(run: RunRecord, follow: Follow, plan: Plan, now: int) -> Task:
         index=follow.item,
         gen=follow.gen,
         undoes=undo,
+        workflow=run.workflow,
+        each=record.fan is not None,
+        undone=record.undone,
         pack=_pack_size(step, record, follow.item),
     )
 

@@ -10,6 +10,7 @@ import msgspec
 from buquet import keys
 from buquet.codec import Signature, check_size
 from buquet.errors import UsageError
+from buquet.queue.attempt import plainly
 from buquet.queue.options import check_key, check_tags
 from buquet.queue.parent import is_system
 from buquet.queue.task import Prepared
@@ -77,7 +78,8 @@ class WorkflowFunction(Generic[P, R]):
         """Call the function itself: its tasks run here and now, as plain Python. In another workflow it becomes part of that."""
         trace = current_trace()
         if trace is None:
-            return cast("R", self.function(*args, **kwargs))
+            with plainly(self._home.clock, self.name, workflow=True):
+                return cast("R", self.function(*args, **kwargs))
         with trace.inner(self.name):
             return cast("R", self.function(*args, **kwargs))
 
@@ -155,11 +157,9 @@ class AsyncWorkflowFunction(WorkflowFunction[P, R]):
     # its runs and their results are as those of any workflow; only a call of it is to be awaited
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Call the function itself; the result is to be awaited, in another workflow too."""
-        trace = current_trace()
-        if trace is None:
-            return cast("Coroutine[Any, Any, R]", self.function(*args, **kwargs))
-        return self._inner(trace, args, kwargs)
+        self.signature.bind(args, kwargs)
+        return self._inner(current_trace(), args, kwargs)
 
-    async def _inner(self, trace: Trace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-        with trace.inner(self.name):
+    async def _inner(self, trace: Trace | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        with plainly(self._home.clock, self.name, workflow=True) if trace is None else trace.inner(self.name):
             return await self.function(*args, **kwargs)

@@ -76,6 +76,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     undo_by: str = ""
     undo_ended: tuple[tuple[int, int], ...] = ()
     undo_error: ErrorInfo | None = None
+    undone: int = 0
+    """How often it was undone in earlier generations."""
 
 
 class Sent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -71,7 +71,7 @@ def each(task: BaseTask[..., Any], items: Any, pack: int = 0) -> Any:
 
 def _one(task: BaseTask[..., Any], item: Any, *, allow: bool) -> Any:
     try:
-        return task.function(item)
+        return cast("Callable[[Any], Any]", task)(item)
     except Exception:
         if allow:
             return None
@@ -79,7 +79,8 @@ def _one(task: BaseTask[..., Any], item: Any, *, allow: bool) -> Any:
 
 
 async def _gather(task: BaseTask[..., Any], items: list[Any], *, allow: bool) -> list[Any]:
-    work: list[Coroutine[Any, Any, Any]] = [task.function(item) for item in items]
+    call = cast("Callable[[Any], Coroutine[Any, Any, Any]]", task)
+    work = [call(item) for item in items]
     found = await asyncio.gather(*work, return_exceptions=allow)
     return [None if allow and isinstance(result, Exception) else result for result in found]
 

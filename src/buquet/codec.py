@@ -66,11 +66,18 @@ def decode_record(kind: type[R], body: bytes, key: str) -> R:
         record = cast("R", decoder.decode(body))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         _refuse_newer(body, key)
-        msg = f"{key} is no {kind.__name__.lower()} record ({error}); it is left as it is. Restore an earlier version of it"
-        raise UnreadableRecord(msg) from error
+        raise _unreadable(kind, key, str(error)) from error
     if record.v > FORMAT:
         _refuse_newer(body, key)
+    problem = record.problem(key)
+    if problem:
+        raise _unreadable(kind, key, problem)
     return record
+
+
+def _unreadable(kind: type[Record], key: str, problem: str) -> UnreadableRecord:
+    what = kind.__name__.removesuffix("Record").lower()
+    return UnreadableRecord(f"{key} is no {what} record ({problem}); it is left as it is. Restore an earlier version of it")
 
 
 def _refuse_newer(body: bytes, key: str) -> None:

@@ -1,14 +1,35 @@
 """The frozen structs that lie in the bucket; their JSON is the wire format.
 
-Times are integer milliseconds since 1970. A field that has its default is left out of the JSON.
+Times are integer milliseconds since 1970. A field that has its default is left out of the JSON. Each field's type bounds its
+values, and `problem` checks what no type can say: decoding refuses a record that buquet cannot have written.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Raw
+from msgspec import Meta, Raw
+
+from buquet import keys
+from buquet.bounds import (
+    AtLeastOne,
+    Count,
+    Due,
+    Generation,
+    Id,
+    Name,
+    OptionalId,
+    PackSize,
+    PayloadKey,
+    Place,
+    Range,
+    Short,
+    Time,
+    ascending,
+    foreign,
+    nameless,
+)
 
 FORMAT = 1
 """The version of this layout. A record with a higher `v` is left alone."""
@@ -19,9 +40,6 @@ ENDED: frozenset[State] = frozenset({"completed", "failed", "cancelled", "expire
 """How a task can end. `pruned` is what retention makes of an ended one."""
 TERMINAL: frozenset[State] = frozenset({*ENDED, "pruned", "tombstone"})
 
-LATEST = 253_402_300_800_000
-"""The end of the year 9999: what was read may name any time, and no calendar here goes on."""
-
 ABSENT = Raw(b"")
 """An optional JSON value that is not there (JSON's own `null` is there)."""
 
@@ -29,25 +47,29 @@ ABSENT = Raw(b"")
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What every object that is changed by compare-and-swap carries; the register fills it in."""
 
-    v: int = FORMAT
-    rev: int = 0
+    v: Count = FORMAT
+    rev: Count = 0
     """Counts the writes up from 0."""
-    op: str = ""
+    op: Short = ""
     """A fresh id of the write that made this version."""
-    ops: tuple[str, ...] = ()
+    ops: tuple[Short, ...] = ()
     """The last four `op`s, this one the last."""
     prev: str | None = None
     """The store's version id of the version that this one replaced, where the store keeps versions."""
+
+    def problem(self, key: str) -> str:  # noqa: ARG002 - for those that override it
+        """Return what no type can say is wrong with this record, read from `key`; empty when nothing is."""
+        return ""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One line of a task's timeline."""
 
-    at: int
+    at: Time
     state: State
     why: str
     """submitted, claimed, completed, retry, snoozed, released, lost, cancelled, ..."""
-    attempt: int = 0
+    attempt: Count = 0
     worker: str = ""
     detail: str = ""
 
@@ -65,75 +87,89 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
     """One durable unit of work: the only truth about it."""
 
-    id: str
-    queue: str
-    name: str
+    id: OptionalId
+    """Empty only in the template of a schedule."""
+    queue: Name
+    name: Name
     state: State
-    created: int
-    priority: int = 5
-    key: str = ""
+    created: Time
+    priority: Annotated[int, Meta(ge=0, le=9)] = 5
+    key: Short = ""
     tags: dict[str, str] = {}
     args: Raw = ABSENT
     """The arguments by parameter name, a JSON object; or else `args_at`."""
-    args_at: str = ""
+    args_at: PayloadKey = ""
     """The key of the payload object that holds the arguments."""
-    entry: str = ""
+    entry: Short = ""
     """The key of the entry under which a pending task is found."""
-    due: int = 0
+    due: Due = 0
     """A pending task may run from then on; 0: at once."""
-    deadline: int = 0
+    deadline: Time = 0
     """A task not started until then expires; 0: never."""
-    expires_ms: int = 0
+    expires_ms: Due = 0
     """How long after submit (or redrive) `deadline` is; 0: none."""
-    started: int = 0
+    started: Time = 0
     """When the first attempt started since submit or redrive."""
-    finished: int = 0
-    max_attempts: int = 3
-    max_losses: int = 10
-    failures: int = 0
+    finished: Time = 0
+    max_attempts: AtLeastOne = 3
+    max_losses: AtLeastOne = 10
+    failures: Count = 0
     """Attempts that the handler spent by failing."""
-    losses: int = 0
+    losses: Count = 0
     """Attempts lost with their worker."""
-    attempt: int = 0
+    attempt: Count = 0
     """The number of the present or last attempt, from 1: failures so far and one."""
-    worker: str = ""
-    token: str = ""
+    worker: Short = ""
+    token: Short = ""
     """The claim: the `op` of the write that made the task running."""
     cancel_requested: bool = False
-    key_id: str = ""
+    key_id: Short = ""
     """Which encryption key the arguments are sealed under; empty: they are plain."""
     checkpoint: Raw = ABSENT
-    checkpoint_at: str = ""
+    checkpoint_at: PayloadKey = ""
     result: Raw = ABSENT
-    result_at: str = ""
+    result_at: PayloadKey = ""
     error: ErrorInfo | None = None
     events: tuple[Event, ...] = ()
-    dropped: int = 0
+    dropped: Count = 0
     """How many events were left out between the first one and the rest, to bound the record."""
-    pack: int = 0
+    pack: PackSize = 0
     """How many items of a batch this task holds, its `args` being PackItems; 0: it is a plain task."""
-    batch: str = ""
+    batch: Short = ""
     """The token of the batch that a pack belongs to."""
-    run: str = ""
+    run: Annotated[str, Meta(pattern=r"^([0-9a-f]{32}|run)?\Z")] = ""
     """The run that this task belongs to: it ends only after the run's record holds its outcome. Empty: it is on its own."""
     step: str = ""
-    index: int = 0
+    index: Place = 0
     """Which of its step's tasks it is, from 0."""
-    gen: int = 0
+    gen: Generation = 0
     """The generation of the step, or of the run, that it is meant for."""
     undoes: bool = False
     """Whether it undoes its step."""
-    workflow: str = ""
+    workflow: Name = ""
     """The workflow of its run, for the handler to see."""
     each: bool = False
     """Whether its step is an `each`, of which it runs one item or one pack."""
-    undone: int = 0
+    undone: Generation = 0
     """How often its step was undone before: the next execution is a new unit of work."""
     graph: Raw = ABSENT
     """Of the task that starts a run: the graph, or else `graph_at`."""
-    graph_at: str = ""
-    trace: str = ""
+    graph_at: PayloadKey = ""
+    trace: Short = ""
     """The W3C traceparent of its submit's span, where the submitting process traces."""
+
+    def problem(self, key: str) -> str:
+        """Return what no type can say is wrong with it: another task's place, a name, entry or payload that it cannot have."""
+        # a tombstone that prune made of a payload knows of no queue and no task
+        wrong = foreign(key, self.id) or nameless(name for name in (self.queue, self.name) if name or self.state != "tombstone")
+        entry = keys.parse_entry(self.entry)
+        own = entry is not None and keys.is_own(entry) and entry.task == self.id and entry.rev <= self.rev
+        if not own and (self.entry or self.state in {"pending", "running"}):
+            wrong = wrong or f"it is {self.state} and names {self.entry[:120]!r}, which is no entry of it"
+        payloads = (self.args_at, self.checkpoint_at, self.result_at, self.graph_at)
+        if not all(each.startswith(keys.payloads(self.id)) for each in payloads if each):
+            wrong = wrong or "it names a payload of another task"
+        return wrong
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,33 +179,33 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     is met twice has the same pair.
     """
 
-    v: int = FORMAT
+    v: Count = FORMAT
     kind: Literal["task", "run"] = "task"
-    id: str
-    name: str
-    queue: str
+    id: Id
+    name: Name
+    queue: Name
     status: State
-    at: int
+    at: Time
     """When it ended."""
-    submitted: int
+    submitted: Time
     """When it was submitted, or redriven since."""
-    ready: int = 0
+    ready: Time = 0
     """From when on it could start: `submitted`, or later where it was delayed; 0: not known any more."""
-    started: int = 0
+    started: Time = 0
     """When its first attempt started since then; 0: never."""
-    ran: int = 0
+    ran: Time = 0
     """Milliseconds from the last claim to the end."""
-    attempts: int = 0
-    losses: int = 0
-    worker: str = ""
+    attempts: Count = 0
+    losses: Count = 0
+    worker: Short = ""
     """Who ran it last."""
     error: ErrorInfo | msgspec.UnsetType = msgspec.UNSET
-    group: str = ""
+    group: Short = ""
     """12 hex digits that failures of one kind share: the task's name, the error's type and the function that raised it."""
-    run: str = ""
+    run: OptionalId = ""
     step: str = ""
     tags: dict[str, str] = {}
-    pack: int = 0
+    pack: PackSize = 0
 
 
 class PackItems(msgspec.Struct, frozen=True):
@@ -187,83 +223,98 @@ class PackResults(msgspec.Struct, frozen=True):
 class ItemFailure(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An item that failed for good."""
 
-    index: int
+    index: Place
     """Its place in the pack."""
     type: str
     message: str
     traceback: str = ""
-    attempts: int = 1
+    attempts: Count = 1
 
 
 class PackState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The checkpoint of a pack: what became of its items so far."""
 
-    started: int
+    started: Time
     """The record's `started`: a redrive changes it, and then what failed before is to run again."""
-    done: list[tuple[int, int]] = []
+    done: list[Range] = []
     """The items that are done: ranges, each from its first to the one after its last."""
     results: list[Raw] = []
     """Their results, in the same order."""
     failed: list[ItemFailure] = []
-    waiting: list[tuple[int, int, int]] = []
+    waiting: list[tuple[Place, Count, Due]] = []
     """Items that failed or snoozed and come back: index, failures so far, and from when on (milliseconds since 1970)."""
+
+    def __post_init__(self) -> None:
+        """Refuse results that are not one for each item that is done."""
+        if not ascending(self.done) or sum(end - start for start, end in self.done) != len(self.results):
+            msg = f"the {len(self.results):,} results are not those of the items that are done"
+            raise ValueError(msg)
+
+    def fits(self, pack: int) -> bool:
+        """Tell whether a pack of so many items can have come to this."""
+        places = [*(end - 1 for _, end in self.done), *(each.index for each in self.failed), *(each[0] for each in self.waiting)]
+        return all(place < pack for place in places)
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How far a handler says that it is."""
 
-    fraction: float
+    fraction: Annotated[float, Meta(ge=0, le=1)]
     message: str = ""
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One claim in a session's list."""
 
-    task: str
-    token: str
-    name: str = ""
-    since: int = 0
+    task: Id
+    token: Short
+    name: Name = ""
+    since: Time = 0
     progress: Progress | None = None
 
 
 class Session(Record, frozen=True, kw_only=True, omit_defaults=True):
     """A worker's own object: its heartbeat, and what it runs."""
 
-    id: str
-    host: str
-    pid: int
-    parent: str = ""
+    id: Annotated[str, Meta(pattern=r"^[0-9a-f]{8}\.[0-9a-f]{16}\Z")]
+    host: Short
+    pid: Count
+    parent: Short = ""
     """A random name of the process that started this worker and watches it."""
-    started: int
-    beat: int
-    ttl: float
+    started: Time
+    beat: Time
+    ttl: Annotated[float, Meta(ge=1, lt=10**9)]
     """Seconds after which a session that was not written is dead."""
-    queues: tuple[str, ...]
-    names: tuple[str, ...] = ()
+    queues: Annotated[tuple[Name, ...], Meta(min_length=1)]
+    names: tuple[Name, ...] = ()
     """The tasks that it has handlers for."""
-    concurrency: int
+    concurrency: AtLeastOne
     claims: tuple[Claim, ...] = ()
     reaped: bool = False
-    completed: int = 0
-    failed: int = 0
-    abandoned: int = 0
+    completed: Count = 0
+    failed: Count = 0
+    abandoned: Count = 0
     """Threads given up on after a timeout that still run."""
-    rss: int = 0
+    rss: Count = 0
     """Resident memory, bytes."""
-    schedules: tuple[str, ...] = ()
+    schedules: tuple[Name, ...] = ()
     """The schedules that it keeps."""
     draining: bool = False
     """It was asked by a note to end, and finishes what it runs."""
     paused: bool = False
     """It was asked by a note to claim nothing for now."""
-    version: str = ""
+    version: Short = ""
     """That of its buquet."""
+
+    def problem(self, key: str) -> str:
+        """Return what no type can say is wrong with it: another worker's place, or a queue that none can be called."""
+        return foreign(key, self.id) or nameless(self.queues)
 
 
 class Note(Record, frozen=True, kw_only=True, omit_defaults=True):
     """What others want of a worker: `look` in `notes/`, `drain` and `pause` in `control/`."""
 
-    look: tuple[str, ...] = ()
+    look: tuple[Short, ...] = ()
     """Ids of tasks whose record the worker should read again."""
     drain: bool = False
     """Claim nothing more, finish what runs, and end."""
@@ -274,7 +325,7 @@ class Note(Record, frozen=True, kw_only=True, omit_defaults=True):
 class Bell(Record, frozen=True, kw_only=True, omit_defaults=True):
     """A queue's doorbell: `rev` counts the rings, `hints` are the entries last added, each with its ring."""
 
-    hints: tuple[tuple[int, str], ...] = ()
+    hints: Annotated[tuple[tuple[Count, Short], ...], Meta(max_length=1000)] = ()
 
 
 class QueueSettings(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -282,9 +333,9 @@ class QueueSettings(Record, frozen=True, kw_only=True, omit_defaults=True):
 
     paused: bool = False
     """Workers claim none of its tasks; what runs goes on."""
-    since: int = 0
+    since: Time = 0
     """When it was paused or resumed."""
-    by: str = ""
+    by: Short = ""
     """Who did it: user and host."""
 
 
@@ -294,32 +345,39 @@ CatchUp = Literal["last", "all", "none"]
 class Schedule(Record, frozen=True, kw_only=True, omit_defaults=True):
     """A recurring rule and what it submits. Its workers read nothing else: a fire needs no code."""
 
-    name: str
+    name: Name
     cron: str = ""
     tz: str = ""
     """The time zone of `cron`; a rule has either `cron` and `tz`, or `every_ms`."""
-    every_ms: int = 0
-    """Fires at each multiple of so many milliseconds since 1970."""
+    every_ms: Annotated[int, Meta(gt=-(2**53), lt=2**53)] = 0
+    """Fires at each multiple of so many milliseconds since 1970. A rule that is none is not refused here: the next worker that
+    declares the schedule replaces it."""
     catch_up: CatchUp = "last"
     template: Task
     """What each fire submits, but for id, times and tags of its own; the arguments are inside."""
     paused: bool = False
-    since: int = 0
+    since: Time = 0
     """When it was paused or resumed, or else first declared."""
-    by: str = ""
-    handled: int = 0
+    by: Short = ""
+    handled: Time = 0
     """Fires up to then are dealt with: submitted, dropped or passed while paused."""
-    last: int = 0
+    last: Time = 0
     """The last fire that was submitted; 0: none."""
-    last_task: str = ""
-    dropped: int = 0
+    last_task: OptionalId = ""
+    dropped: Count = 0
     """How many missed fires were not caught up, in all; at least so many."""
+
+    def problem(self, key: str) -> str:
+        """Return what no type can say is wrong with it: another schedule's place, or a template that nobody can submit."""
+        if not keys.is_name(self.name):
+            return nameless((self.name,))
+        return foreign(key, keys.quoted(self.name, "schedule")) or nameless((self.template.queue, self.template.name))
 
 
 class Layout(Record, frozen=True, kw_only=True, omit_defaults=True):
     """`buquet.json`: the format of everything else under the prefix."""
 
-    format: int
-    created: int
+    format: Count
+    created: Time
     control: bool = False
     """Workers obey `drain` and `pause` in `control/` only, and not in `notes/`, where buquet up to 0.2 wrote them."""

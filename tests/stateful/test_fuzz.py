@@ -219,7 +219,7 @@ def run(hurt, extra, begin=something_of_everything):
 
 def _unreadable(key, body):
     try:
-        decode_record(RunRecord if key.startswith("runs/") else Task, body, "x")
+        decode_record(RunRecord if key.startswith("runs/") else Task, body, key)
     except UnreadableRecord:
         return True
     return False

@@ -1,6 +1,7 @@
 """Recurring tasks: which fires there are, and that each becomes one task, whatever happens to workers and answers."""
 
 import asyncio
+import json
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from buquet import App, ScheduleNotFound, UsageError, current, keys
-from buquet.insights.schedules import view_of
+from buquet.bounds import LATEST
+from buquet.codec import encode_record
 from buquet.queue.background import Background
 from buquet.queue.rule import Rule, rule_of
 from buquet.queue.schedules import submit_fire
@@ -484,10 +486,57 @@ async def test_an_idle_worker_reads_a_nightly_schedule_no_more_than_once_an_hour
     await plant.stop()
 
 
-def test_a_schedule_that_is_dealt_with_up_to_no_time_says_so():
-    task = Task(id="", queue="q", name="n", state="pending", created=0)
-    schedule = Schedule(name="s", cron="0 7 * * *", tz="UTC", handled=10**17, template=task)
-    for handled in (10**17, 10**400):
-        shown = view_of(replace(schedule, handled=handled), START, 0)
-        assert shown.problem
-        assert (shown.rule, shown.next) == ("0 7 * * *", [])
+@pytest.mark.parametrize(
+    "rule", [{"every_ms": -1}, {"every_ms": 1, "catch_up": "all"}, {"every_ms": 2**52}, {"every_ms": 0, "cron": "0," * 600}]
+)
+def test_a_rule_that_nobody_can_declare_fires_nothing_and_the_declaration_replaces_it(rule):
+    async def check(plant):
+        app = plant.app(regular())
+        bad = replace(app.plans["s"].record(int(START * 1000)), handled=0, **rule)
+        await Register(plant.inner, plant.clock).create(keys.schedule("s"), bad)
+        (view,) = await app.aschedules()
+        assert view.problem
+        assert view.next == []
+        plant.start(regular())
+        await plant.until(PERIOD + 5)
+        assert plant.fires() == [PERIOD]
+        await plant.stop()
+
+    virtual(check)()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"handled": 2**62},
+        {"handled": -(2**62)},
+        {"handled": 10**400},
+        {"last": -1},
+        {"name": "t"},
+        {"name": "x" * 500},
+        {"template": {"priority": 77}},
+        {"template": {"max_attempts": -5}},
+        {"template": {"queue": "q" * 500}},
+    ],
+    ids=str,
+)
+def test_a_damaged_record_is_named_once_and_ends_no_worker(damage, caplog):
+    async def check(plant):
+        app = plant.app(regular())
+        record = json.loads(encode_record(app.plans["s"].record(int(START * 1000))))
+        for name, value in damage.items():
+            record[name] = {**record[name], **value} if isinstance(value, dict) else value
+        await plant.inner.put(keys.schedule("s"), json.dumps(record).encode())
+        worker = plant.start(regular())
+        await plant.until(2 * PERIOD)
+        assert not worker.task.done()
+        assert plant.fires() == []
+        await plant.stop()
+
+    virtual(check)()
+    assert sum("schedules/s.json is no schedule record" in line for line in caplog.messages) == 1
+
+
+def test_no_rule_fires_past_the_end_of_the_calendar():
+    for rule in (Rule(cron="* * * * *", tz="UTC"), Rule(cron="0 0 1 1 *", tz="Asia/Tokyo"), Rule(every_ms=1000)):
+        assert rule.next(LATEST - 1) is None

@@ -75,7 +75,7 @@ def view_of(schedule: Schedule, now: int, keepers: int) -> ScheduleView:
         shown = str(rule)
         if not schedule.paused:
             ahead = list(islice(rule.after(max(now, schedule.handled)), AHEAD))
-    except (UsageError, ValueError, OverflowError) as error:  # the last two: of a time that is in no calendar
+    except UsageError as error:
         shown, problem = schedule.cron, str(error)
     return ScheduleView(
         name=schedule.name,

@@ -9,7 +9,8 @@ all.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -18,12 +19,14 @@ from buquet.codec import decode_record
 from buquet.errors import UnreadableRecord
 from buquet.insights.journal import Journal
 from buquet.insights.scan import Scan
-from buquet.records import Bell, ErrorInfo, Session, Task
+from buquet.records import Bell, ErrorInfo, Record, Session, Task
 from buquet.store.base import Listed, Stored
 
 if TYPE_CHECKING:
     from buquet.queue.client import Client
     from buquet.records import Finished
+
+R = TypeVar("R", bound=Record)
 
 READ = 50
 """Records of tasks that were put back, read in one poll at most."""
@@ -94,8 +97,8 @@ class Tail:
         ]
         return sorted(fits, key=lambda each: each.at)
 
-    async def _changed(self, prefix: str) -> list[Stored]:
-        """GET what changed under a prefix since the last poll, in the order of keys."""
+    async def _changed(self, prefix: str, kind: type[R]) -> list[R]:
+        """GET the records that changed under a prefix since the last poll, in the order of keys."""
         changed: list[Listed] = []
         there: set[str] = set()
         async for page in self.client.reads.pages(prefix):
@@ -104,21 +107,18 @@ class Tail:
         for key in [key for key in self._etags if key.startswith(prefix) and key not in there]:
             del self._etags[key]
             self._claims.pop(key, None)
-        found: list[Stored] = []
+        found: list[R] = []
         for each in changed:
             stored = await self.client.reads.get(each.key)
             if isinstance(stored, Stored):
                 self._etags[each.key] = stored.etag
-                found.append(stored)
+                with suppress(UnreadableRecord):
+                    found.append(decode_record(kind, stored.body, each.key))
         return found
 
     async def _started(self) -> list[Happening]:
         found: list[Happening] = []
-        for stored in await self._changed(keys.WORKERS):
-            try:
-                session = decode_record(Session, stored.body, "a session")
-            except UnreadableRecord:
-                continue
+        for session in await self._changed(keys.WORKERS, Session):
             key = keys.session(session.id)
             before = self._claims.get(key, set())
             self._claims[key] = {claim.token for claim in session.claims}
@@ -141,11 +141,7 @@ class Tail:
 
     async def _rung(self) -> list[Happening]:
         entries: list[keys.Entry] = []
-        for stored in await self._changed(keys.BELLS):
-            try:
-                bell = decode_record(Bell, stored.body, "a bell")
-            except UnreadableRecord:
-                continue
+        for bell in await self._changed(keys.BELLS, Bell):
             hinted = [(ring, entry) for ring, key in bell.hints if (entry := keys.parse_entry(key)) is not None]
             entries += [entry for ring, entry in hinted if ring > self._rings.get(entry.queue, -1)]
             self._rings.update((entry.queue, bell.rev) for _, entry in hinted)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from buquet import keys
 from buquet.errors import StoreRefused, UnreadableRecord
 from buquet.operate.ages import store_ahead
-from buquet.operate.fsckruns import LEFT, check_runs, strange_time
+from buquet.operate.fsckruns import check_runs
 from buquet.operate.sweep import (
     DAY,
     HOUR,
@@ -96,16 +96,6 @@ async def fsck(client: Client, *, repair: bool = False, progress: Callable[[floa
     return await _Checker(client, repair, progress or (lambda _fraction, _what: None)).run()
 
 
-def _wrong(task: Task) -> str:
-    """Return what in a record, as it was read, no key can be built of or nobody can show, or an empty text."""
-    # a tombstone that prune made of a payload knows of no queue and no task
-    for what, name in (("queue", task.queue), ("task", task.name)):
-        if name and not keys.is_name(name):
-            return f"it names {name[:120]!r}, which no {what} is called"
-    at = (task.created, task.due, task.deadline, task.started, task.finished, *(event.at for event in task.events))
-    return strange_time(at)
-
-
 class _Checker:
     def __init__(self, client: Client, repair: bool, progress: Callable[[float, str], None]) -> None:
         self.client = client
@@ -169,10 +159,7 @@ class _Checker:
                 continue
             if held is None:
                 continue
-            wrong = next((queue for queue in held.record.queues if not keys.is_name(queue)), None)
-            if wrong is not None:
-                self._find("unreadable record", each.key, f"it serves {wrong[:120]!r}, which no queue is called; {LEFT}")
-            self.queues.update(filter(keys.is_name, held.record.queues))
+            self.queues.update(held.record.queues)
 
     async def _old_entries(self) -> AsyncIterator[Listed]:
         for queue in sorted(self.queues):
@@ -199,13 +186,6 @@ class _Checker:
         if held is None:
             return
         task = held.record
-        if key != keys.task(task.id):
-            self._find("unreadable record", key, f"it says that it is task {task.id[:80]!r}; it is left as it is")
-            return
-        wrong = _wrong(task)
-        if wrong:
-            self._find("unreadable record", key, f"{wrong}; {LEFT}")
-            return
         if task.queue:  # a tombstone that prune made of a payload knows of no queue
             self.queues.add(task.queue)
         if task.state == "pending":
@@ -231,13 +211,7 @@ class _Checker:
     async def _pending(self, held: Held[Task]) -> None:
         task = held.record
         entry = keys.parse_entry(task.entry)
-        if (
-            entry is None
-            or not keys.is_own(entry)
-            or entry.task != task.id
-            or entry.rev > task.rev
-            or not may_stand_for(entry.name, task.name)
-        ):
+        if entry is None or not may_stand_for(entry.name, task.name):
             self._find("unreadable record", held.key, f"it is pending and names {task.entry[:120]!r}, which is no entry of it")
             return
         if not await self._entry_there(task.entry) and await self._unchanged(held):
@@ -271,10 +245,6 @@ class _Checker:
 
     async def _running(self, held: Held[Task]) -> None:
         task = held.record
-        entry = keys.parse_entry(task.entry)
-        if entry is None or not keys.is_own(entry):
-            self._find("unreadable record", held.key, f"it is running and names {task.entry[:120]!r}, which is no entry")
-            return
         if await self._entry_there(task.entry):
             return
         try:
@@ -336,8 +306,6 @@ class _Checker:
             held = await self.register.read(Task, keys.task(entry.task))
         except UnreadableRecord:
             return  # reported with the record
-        if held is not None and _wrong(held.record):
-            return  # so is this
         very_old = self.now - listed.modified > DAY
         if held is None:
             if very_old:

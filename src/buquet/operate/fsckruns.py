@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING, Protocol
 from buquet import keys
 from buquet.errors import UnreadableRecord
 from buquet.operate.sweep import each_key, side_by_side
-from buquet.records import LATEST, TERMINAL, Task
+from buquet.records import TERMINAL, Task
 from buquet.workflow.limits import check_tasks
 from buquet.workflow.records import OVER, RunRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from buquet.store.base import Listed
     from buquet.store.register import Register
-
-
-LEFT = "it is left as it is. Restore an earlier version of it, or move it away"
 
 
 class _Finding(Protocol):
@@ -27,12 +22,6 @@ class _Finding(Protocol):
 
 class _Find(Protocol):
     def __call__(self, kind: str, key: str, detail: str) -> _Finding: ...
-
-
-def strange_time(times: Iterable[int]) -> str:
-    """Return what is wrong with the first time that none can be, or an empty text."""
-    wrong = next((at for at in times if not 0 <= at < LATEST), None)
-    return "" if wrong is None else f"it names the time {wrong}, which is no millisecond since 1970"
 
 
 async def check_runs(register: Register, find: _Find, *, repair: bool) -> None:
@@ -50,14 +39,6 @@ async def _check_run(register: Register, listed: Listed, find: _Find, repair: bo
     if held is None:
         return
     run = held.record
-    wrong = strange_time((run.created, run.finished))
-    if keys.run_id_of(listed.key) != run.id:
-        wrong = f"it says that it is run {run.id[:80]!r}"
-    elif run.gen < 1:
-        wrong = f"it is of generation {run.gen}"
-    if wrong:
-        find("unreadable record", listed.key, f"{wrong}; {LEFT}")
-        return
     try:
         check_tasks(run)
     except UnreadableRecord as error:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 import msgspec
+from msgspec.structs import replace
 
 from buquet import keys
 from buquet.codec import AGAIN, decode_any, decode_stored
@@ -230,7 +231,7 @@ class Batch(Generic[R_co]):
                 task = (await self._home.client.read(task.id)).record
                 continue
             state = decode_stored(_state, body, f"what became of the items of {self._pack(task)}", AGAIN)
-            return state if state.started == task.started else PackState(started=task.started, done=state.done)
+            return state if state.started == task.started else replace(state, started=task.started, failed=[], waiting=[])
         return PackState(started=task.started)
 
     async def _unwell(self, task: Task) -> _Unwell:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from buquet import keys
-from buquet.records import FORMAT, LATEST, ErrorInfo, Finished
+from buquet.records import FORMAT, ErrorInfo, Finished
 
 if TYPE_CHECKING:
     from buquet.records import Task
@@ -107,12 +107,6 @@ def raised_in(traceback: str) -> str:
     return f"{'/'.join(path.replace(chr(92), '/').split('/')[-2:])} {function}"
 
 
-def _is_ours(line: Finished) -> bool:
-    """Tell whether a worker may have written this: keys are built of its id, and its times are counted with and shown."""
-    times = (line.at, line.submitted, line.ready, line.started, line.ran)
-    return keys.is_id(line.id) and min(times) >= 0 and max(times) < LATEST
-
-
 def decode_lines(body: bytes) -> tuple[list[Finished], int]:
     """Return the lines of one object of the journal, and how many could not be read."""
     lines: list[Finished] = []
@@ -123,7 +117,7 @@ def decode_lines(body: bytes) -> tuple[list[Finished], int]:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             unreadable += 1
             continue
-        if line.v <= FORMAT and _is_ours(line):
+        if line.v <= FORMAT:
             lines.append(line)
         else:
             unreadable += 1

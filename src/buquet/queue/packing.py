@@ -7,6 +7,7 @@ from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from buquet import keys
+from buquet.bounds import MOST_ITEMS
 from buquet.codec import encode_value
 from buquet.errors import InvalidArgument, KeyConflict, SubmitInterrupted, UnreadableRecord, UsageError
 from buquet.queue.payloads import LARGEST
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from buquet.queue.handle import Home
     from buquet.queue.task import BaseTask
 
-MOST_ITEMS = 10_000
-"""The most items of a pack."""
 AUTO_BYTES = 256 << 10
 """The most bytes of input of a pack that is sized by itself."""
 AUTO_ITEMS = 1_000

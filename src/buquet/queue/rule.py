@@ -9,6 +9,7 @@ that comes twice has its fires twice.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from zoneinfo import ZoneInfo
 
 from cronsim import CronSim
 
+from buquet.bounds import LATEST
 from buquet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 SHORTEST = 1000
 """Milliseconds: no schedule fires more often."""
 LONGEST = 10 * 366 * 86_400_000
+LONGEST_CRON = 1000
+"""Characters of a cron expression."""
 FIRST_WINDOW = 1_000_000
 """Milliseconds before the end in which `newest` looks first; then eight times as far back, and so on."""
 
@@ -38,9 +42,15 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.every_ms:
+            if not SHORTEST <= self.every_ms <= LONGEST:
+                msg = f"a schedule fires every 1 second to ten years, not every {self.every_ms / 1000:g} s"
+                raise UsageError(msg)
             return
+        if len(self.cron) > LONGEST_CRON:
+            msg = f"the cron expression has {len(self.cron):,} characters; the most is {LONGEST_CRON:,}"
+            raise UsageError(msg)
         try:
-            first = next(iter(self.after(0)), None)
+            first = next(self._by_cron(0), None)
         except Exception as error:  # noqa: BLE001 - cronsim raises its own errors, and others for what it did not think of
             msg = f"{self.cron!r} is no cron expression: {error}. It has five fields, minute hour day month weekday: '0 2 * * *'"
             raise UsageError(msg) from None
@@ -53,7 +63,7 @@ class Rule:
         return self.cron or f"every {self.every_ms / 1000:g} s"
 
     def after(self, at: int) -> Iterator[int]:
-        """Yield the fires later than `at`, in order, without an end unless the rule has one.
+        """Yield the fires later than `at`, in order, up to the end of the year 9999 unless the rule ends before.
 
         >>> from itertools import islice
         >>> list(islice(Rule(every_ms=60_000).after(0), 2))
@@ -64,10 +74,12 @@ class Rule:
         ['2026-03-28T01:30:00+00:00', '2026-03-29T01:00:00+00:00', '2026-03-30T00:30:00+00:00']
         """
         if self.every_ms:
-            fire = (at // self.every_ms + 1) * self.every_ms
-            while True:
-                yield fire
-                fire += self.every_ms
+            yield from range((at // self.every_ms + 1) * self.every_ms, LATEST, self.every_ms)
+            return
+        with suppress(OverflowError, ValueError):  # past the end of the calendar
+            yield from self._by_cron(at)
+
+    def _by_cron(self, at: int) -> Iterator[int]:
         zone = UTC if self.tz == "UTC" else zone_of(self.tz)
         last = at
         for moment in CronSim(self.cron, datetime.fromtimestamp(at / 1000, zone)):

@@ -9,9 +9,9 @@ import msgspec
 from msgspec import Meta
 
 from buquet import keys
+from buquet.bounds import AtLeastOne, Due, PackSize
 from buquet.codec import decode_stored
 from buquet.errors import UnreadableRecord, UsageError
-from buquet.queue.packing import MOST_ITEMS
 from buquet.workflow.expression import MOST_NODES, NULL, Expr, depth_of, steps_of, text_of
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ DEEPEST = 100
 RESTORE = "Restore it from a backup, or start the workflow anew under another key"
 """How to get over what was damaged of a run."""
 
-Count: TypeAlias = Annotated[int, Meta(ge=1)]
-
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a task function is submitted for a step."""
@@ -34,9 +32,9 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     task: str
     queue: str
     priority: Annotated[int, Meta(ge=0, le=9)] = 5
-    max_attempts: Count = 3
-    max_losses: Count = 10
-    expires_ms: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
+    max_attempts: AtLeastOne = 3
+    max_losses: AtLeastOne = 10
+    expires_ms: Due = 0
     tags: dict[str, str] = {}
 
 
@@ -62,7 +60,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of an `each`: the list whose items are run."""
     item: str = ""
     """Of an `each`: the name of the parameter that takes an item."""
-    pack: Annotated[int, Meta(ge=0, le=MOST_ITEMS)] = 0
+    pack: PackSize = 0
     """Of an `each`: items in a task; 0: one task an item, with arguments of its own."""
     allow_failures: bool = False
     after: tuple[Expr, ...] = ()

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, TypeVar, cast, over
 import msgspec
 
 from buquet import keys
+from buquet.bounds import MOST_ITEMS
 from buquet.codec import decoder_for, encode_value
 from buquet.errors import InvalidArgument, SignalTimeout, UsageError
-from buquet.queue.packing import MOST_ITEMS
 from buquet.workflow.advance import LONGEST_WAIT
 from buquet.workflow.graph import Step
 from buquet.workflow.handle import Run, homes

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from buquet import keys
-from buquet.bounds import AtLeastOne, Due, PackSize
+from buquet.bounds import AtLeastOne, Due, PackSize  # noqa: TC001 - decoding reads the annotations
 from buquet.codec import decode_stored
 from buquet.errors import UnreadableRecord, UsageError
 from buquet.workflow.expression import MOST_NODES, NULL, Expr, depth_of, steps_of, text_of

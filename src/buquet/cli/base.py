@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -12,6 +11,7 @@ import msgspec
 import typer
 
 from buquet.app import App
+from buquet.cli.output import to_stderr
 from buquet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,14 +55,14 @@ def open_app(url: str | None) -> App:
     tell_default(app, url)
     path: object = getattr(app.client.store, "path", None)
     if isinstance(path, Path) and not path.exists():
-        print(f"note: there was no file {path}. It is made now, and empty", file=sys.stderr)
+        to_stderr(f"note: there was no file {path}. It is made now, and empty")
     return app
 
 
 def tell_default(app: App, url: str | None) -> None:
     """Say on stderr which store is used where nobody has named one."""
     if url is None and not app.named and not os.environ.get("BUQUET_URL"):
-        print(f"store: {app.url}", file=sys.stderr)
+        to_stderr(f"store: {app.url}")
 
 
 def run(app: App, work: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from buquet.cli.base import Json, Url, cli, open_app, run
-from buquet.cli.output import duration, moment, print_json, print_table, scan_progress, to_stderr
+from buquet.cli.output import duration, moment, print_json, print_table, say, scan_progress, to_stderr
 from buquet.insights import fleet, tasks
 from buquet.insights.journal import Journal, Spread, Summary
 from buquet.insights.scan import Scan, records
@@ -74,7 +74,7 @@ def _show(queues: list[fleet.Waiting]) -> None:
     print_table(("queue", "", "ready", "by priority", "later", "running", "workers", "next due"), rows, "no queue yet")
     for each in queues:
         for name in each.unhandled:
-            print(f"in queue {each.queue!r} {each.names[name]:,} of the name {name!r} wait, and no live worker handles that name")
+            say(f"in queue {each.queue!r} {each.names[name]:,} of the name {name!r} wait, and no live worker handles that name")
 
 
 def _show_last_hour(queues: dict[str, Summary], since: int) -> None:

@@ -12,6 +12,7 @@ from buquet import __version__
 from buquet.cli import change, control, demo, dev, look, runs, schedule, store, tasks, ui, watch, worker
 from buquet.cli.base import cli
 from buquet.errors import BuquetError, UsageError
+from buquet.printing import indented, printable
 
 __all__ = ["change", "control", "demo", "dev", "look", "main", "runs", "schedule", "store", "tasks", "ui", "watch", "worker"]
 
@@ -49,4 +50,6 @@ def main() -> None:
 
 def _say(error: Exception) -> None:
     colour, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    print(f"{colour}error:{plain} {error}", file=sys.stderr)
+    # a wrong usage is told in this program's own words, on several lines; others may quote the bucket
+    text = indented(str(error)) if isinstance(error, UsageError) else printable(str(error))
+    print(f"{colour}error:{plain} {text}", file=sys.stderr)

@@ -5,18 +5,14 @@ from __future__ import annotations
 import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
-from unicodedata import category
-
-import msgspec
 
 from buquet.insights.duration import duration as duration
 from buquet.insights.duration import in_seconds as in_seconds
+from buquet.printing import json_line, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-CONTROLS = {"Cc", "Cs", "Zl", "Zp"}
-"""Unicode's categories of what moves the cursor, breaks the line, or is no character."""
 LARGEST = 10**20
 """From here on a number would only fill the line."""
 LONG = 500
@@ -40,7 +36,7 @@ COLOURS = {
 
 def print_json(value: Any) -> None:
     """Print one JSON value on a line of its own."""
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    sys.stdout.write(json_line(value) + "\n")
     sys.stdout.flush()
 
 
@@ -67,11 +63,6 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def printable(text: str) -> str:
-    """Return a text on one line: names and errors come from users, and a terminal would obey the controls in them."""
-    return "".join(each.encode("unicode_escape").decode() if category(each) in CONTROLS else each for each in text)
-
-
 def moment(ms: int) -> str:
     """Return milliseconds since 1970 as a local time, to the millisecond; what is no time as the number that it is, or as `?`."""
     if not ms:
@@ -82,9 +73,14 @@ def moment(ms: int) -> str:
         return str(ms) if abs(ms) < LARGEST else "?"
 
 
+def say(text: str) -> None:
+    """Print a line of the command's answer."""
+    print(printable(text), flush=True)
+
+
 def to_stderr(text: str) -> None:
-    """Print a remark that is not the command's answer."""
-    print(text, file=sys.stderr)
+    """Print a line that is not the command's answer."""
+    print(printable(text), file=sys.stderr)
 
 
 def scan_progress() -> Callable[[int, int], None] | None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from buquet.cli.base import Json, Url, cli, open_app, run
-from buquet.cli.output import print_json, print_table, to_stderr
+from buquet.cli.output import print_json, print_table, say, to_stderr
 from buquet.errors import UsageError
+from buquet.printing import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +42,7 @@ def init(
         async for step in prepare(app.client, keep_versions_days=keep_versions):
             steps.append(step._asdict())
             if not json:
-                print(f"{'ok  ' if step.done else 'note'}  {step.what}: {step.detail}", flush=True)
+                say(f"{'ok  ' if step.done else 'note'}  {step.what}: {step.detail}")
                 if step.by_hand:
                     print(f"      by hand: {step.by_hand}")
         if json:
@@ -69,7 +70,7 @@ def doctor(url: Url = None, json: Json = False) -> None:
                 _show(verdict)
         fit = all(verdict.ok for verdict in verdicts)
         if not json:
-            print(f"{app.url} is {'fit' if fit else 'NOT fit'} for buquet")
+            say(f"{app.url} is {'fit' if fit else 'NOT fit'} for buquet")
         return fit
 
     if not run(app, work):
@@ -81,7 +82,7 @@ def _show(verdict: Verdict) -> None:
     mark, colour = ("FAIL", "31") if not verdict.ok else ("note", "33") if verdict.warning else ("ok  ", "32")
     terminal = sys.stdout.isatty()
     shown = f"\033[{colour}m{mark}\033[0m" if terminal else mark
-    print(f"{shown}  {verdict.name}: {verdict.detail}", flush=True)
+    print(f"{shown}  {verdict.name}: {printable(verdict.detail)}", flush=True)
     if mark != "ok  ":
         print(f"      {verdict.meaning}")
     elif terminal:

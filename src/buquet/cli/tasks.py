@@ -8,12 +8,13 @@ import msgspec
 import typer
 
 from buquet.cli.base import Json, Name, Queue, Status, Tag, Target, Url, cli, from_json, load, open_app, run
-from buquet.cli.output import duration, in_seconds, moment, print_json, print_table, printable, scan_progress, to_stderr
+from buquet.cli.output import duration, in_seconds, moment, print_json, print_table, scan_progress, to_stderr
 from buquet.cli.selecting import selection, tags_of
 from buquet.codec import AGAIN, ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord, UsageError
 from buquet.insights.scan import Scan
 from buquet.insights.tasks import find
+from buquet.printing import indented, printable
 from buquet.queue.client import Client
 from buquet.queue.handle import ending
 from buquet.records import ABSENT, Progress, Task
@@ -122,7 +123,7 @@ def _plain(task: Task) -> dict[str, Any]:
 
 def short(value: bytes | msgspec.Raw, at: str = "") -> str:
     """Return a value as people are shown it: its beginning, or else where it is."""
-    text = bytes(value).decode()
+    text = printable(bytes(value).decode())
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters; --json shows all)" if text else at
 
 
@@ -154,7 +155,7 @@ def _show(task: Task, progress: Progress | None) -> None:
     ]
     print_table(("field", "value"), [*rows, *(row for row in optional if row[1])])
     if task.error and task.error.traceback:
-        print("\n".join(map(printable, task.error.traceback.rstrip().splitlines())))
+        print(f"    {indented(task.error.traceback.rstrip())}")
 
 
 @cli.command()

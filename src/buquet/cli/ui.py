@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from buquet.cli.base import Json, Url, cli, load, open_app
-from buquet.cli.output import print_json, to_stderr
+from buquet.cli.output import print_json, say, to_stderr
 from buquet.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def serve(app: App, host: str, port: int, password: str | None, read_only: bool,
             if json:
                 print_json({"address": address, "url": app.url, "pid": os.getpid()})
             else:
-                print(f"dashboard of {app.url}: {address}", flush=True)
+                say(f"dashboard of {app.url}: {address}")
             await server.serve(sockets=[sock])
 
     asyncio.run(work())

@@ -10,10 +10,11 @@ import msgspec
 import typer
 
 from buquet.cli.base import Json, Name, Queue, Url, cli, open_app, run
-from buquet.cli.output import duration, moment, print_json, print_table, printable, to_stderr
+from buquet.cli.output import duration, moment, print_json, print_table, to_stderr
 from buquet.errors import UsageError
 from buquet.insights.journal import Journal
 from buquet.insights.tail import EVENTS, Happening, Tail
+from buquet.printing import printable
 
 SHOWN = 80
 COLOURS = {"completed": "32", "failed": "31", "retried": "33", "lost": "33", "cancelled": "35", "expired": "35", "started": "36"}

@@ -134,7 +134,8 @@ def _introduce(app: App, queues: tuple[str, ...], json: bool) -> None:
         print_json({"url": url, "tasks": tasks, "queues": queues})
         return
     names = ", ".join(f"{task.name} ({task.queue})" for task in app.tasks.values())
-    to_stderr(f"{url}\ntasks: {names}\nqueues: {', '.join(queues)}")
+    for line in (url, f"tasks: {names}", f"queues: {', '.join(queues)}"):
+        to_stderr(line)
 
 
 def _tell_empty(app: App, named: Sequence[str]) -> None:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.responses import HTMLResponse
 
 from buquet import __version__
 from buquet.dashboard import charts, wording
 from buquet.insights.overview import Overview, overview
+from buquet.printing import printable
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -37,10 +39,16 @@ NAVIGATION = (
 )
 
 
+def _shown(value: object) -> object:
+    """Return a value as a page shows it. Markup stays as it is; so `|e` keeps the exact text, as in a form's fields."""
+    return printable(value, keep="\n\t") if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(HERE / "templates"),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

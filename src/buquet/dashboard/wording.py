@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup, escape
 
 from buquet.insights.duration import MOST, in_seconds
+from buquet.printing import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -107,7 +108,8 @@ def clock(milliseconds: int) -> str:
 def tags(values: Mapping[str, str]) -> Markup:
     """Return tags as small marks."""
     return Markup(" ").join(
-        Markup('<span class="tag">{}={}</span>').format(name, value) for name, value in sorted(values.items())
+        Markup('<span class="tag">{}={}</span>').format(printable(name), printable(value))
+        for name, value in sorted(values.items())
     )
 
 

@@ -6,6 +6,7 @@ import logging
 import traceback
 from typing import Any
 
+from buquet.printing import encodable
 from buquet.records import ErrorInfo
 
 log = logging.getLogger("buquet.task")
@@ -45,7 +46,9 @@ def describe(error: BaseException, *, trace: bool) -> ErrorInfo:
         if type(error).__module__ in {"builtins", __name__}
         else f"{type(error).__module__}.{type(error).__name__}"
     )
-    return ErrorInfo(type=name[:200], message=_clean(_text(error))[:2000], traceback=_clean(trace_of(error)) if trace else "")
+    return ErrorInfo(
+        type=name[:200], message=encodable(_text(error))[:2000], traceback=encodable(trace_of(error)) if trace else ""
+    )
 
 
 def trace_of(error: BaseException) -> str:
@@ -59,11 +62,6 @@ def _text(error: BaseException) -> str:
         return str(error)
     except Exception as second:  # noqa: BLE001 - even a broken error is to be told
         return f"its text cannot be had: {type(second).__name__}"
-
-
-def _clean(text: str) -> str:
-    """Replace lone surrogates, which JSON cannot carry."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _from_handler(trace: Any) -> Any:

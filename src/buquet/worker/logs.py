@@ -6,7 +6,7 @@ import logging
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-import msgspec
+from buquet.printing import encodable, indented, json_line, printable
 
 if TYPE_CHECKING:
     from buquet.records import Task
@@ -49,7 +49,12 @@ class TextLines(logging.Formatter):
             record.message = f"[{there['task']} attempt {there.get('attempt', 0)}{place}] {record.message}"
         elif place:
             record.message = f"{record.message} [{place.strip()}]"
+        record.message = printable(record.message)
         return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, and below it the traceback, indented: only a line of the log begins at the margin."""
+        return indented(super().format(record))
 
 
 class JsonLines(logging.Formatter):
@@ -61,14 +66,9 @@ class JsonLines(logging.Formatter):
             "at": int(record.created * 1000),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": _clean(record.getMessage()),
+            "message": encodable(record.getMessage()),
         }
         line |= {name: vars(record)[name] for name in FIELDS if name in vars(record)}
         if record.exc_info:
-            line["traceback"] = _clean(self.formatException(record.exc_info))
-        return msgspec.json.encode(line, enc_hook=str).decode()
-
-
-def _clean(text: str) -> str:
-    """Replace lone surrogates, which JSON cannot carry: the line would be lost."""
-    return text.encode("utf-8", "backslashreplace").decode()
+            line["traceback"] = encodable(self.formatException(record.exc_info))
+        return json_line(line)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from xml.sax.saxutils import quoteattr
 
 from buquet.insights.drawing import words
+from buquet.printing import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -110,9 +111,7 @@ def _quoted(value: object) -> str:
 
 def legal(text: str) -> str:
     """Return a text with what XML cannot hold replaced."""
-    if text.isprintable():
-        return text
-    return "".join(each if each.isprintable() or each in "\t\n\r" else "\ufffd" for each in text)
+    return printable(text, keep="\t\n\r", mark=lambda _: "\ufffd")
 
 
 def escaped(text: str) -> str:

@@ -6,6 +6,7 @@ import unicodedata
 from typing import TYPE_CHECKING
 
 from buquet.insights.duration import duration
+from buquet.printing import JOINERS, printable
 
 if TYPE_CHECKING:
     from buquet.insights.runview import RunView, StepState, StepView
@@ -27,7 +28,7 @@ WIDE = {"W", "F"}
 
 def plain(text: str) -> str:
     """Return a text as one line of printable characters: names and errors come from anywhere."""
-    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    return " ".join(printable(text, mark=lambda _: " ").split())
 
 
 def columns(text: str) -> int:
@@ -36,7 +37,7 @@ def columns(text: str) -> int:
 
 
 def _columns(character: str) -> int:
-    if unicodedata.combining(character):
+    if unicodedata.combining(character) or character in JOINERS:
         return 0
     return 2 if unicodedata.east_asian_width(character) in WIDE else 1
 

@@ -1,0 +1,64 @@
+"""Makes text safe to print: names, errors and values come from anybody who may write to the bucket.
+
+Whatever reaches a terminal, a log or a page goes through `printable`. Otherwise a terminal would obey control characters, a line
+break would forge a line of a log, and a bidirectional override would show a text in another order than it has.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+from unicodedata import category
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+UNSAFE = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}
+"""Unicode's categories of controls, of invisible and bidirectional marks, of what is no character, and of line breaks."""
+JOINERS = "\u200c\u200d"
+"""Invisible, but harmless, and part of words (Persian) and of emoji."""
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def printable(text: str, keep: str = "", mark: Callable[[str], str] = _escape) -> str:
+    r"""Return a text on one line, with each unsafe character but those in `keep` replaced by what `mark` makes of it.
+
+    >>> printable("red \x1b[31m\r\n"), printable("a\n\tb", keep="\n\t", mark=lambda _: "?")
+    ('red \\x1b[31m\\r\\n', 'a\n\tb')
+    """
+    if text.isprintable():
+        return text
+    return "".join(mark(each) if category(each) in UNSAFE and each not in keep and each not in JOINERS else each for each in text)
+
+
+def indented(text: str) -> str:
+    r"""Return a text of several lines; all but the first are indented, so that none passes for a line of the program's own.
+
+    >>> indented("first\nsecond\x07")
+    'first\n    second\\x07'
+    """
+    return "\n    ".join(map(printable, text.split("\n")))
+
+
+def json_line(value: Any) -> str:
+    r"""Return a value as JSON on one line, in which no character is unsafe to print. What JSON does not know becomes its `str`.
+
+    >>> json_line({"name": "\x9b31m"})
+    '{"name":"\\u009b31m"}'
+    """
+    text = msgspec.json.encode(value, enc_hook=str).decode()
+    return printable(text, mark=lambda each: json.dumps(each)[1:-1])
+
+
+def encodable(text: str) -> str:
+    r"""Return a text with lone surrogates, which UTF-8 and JSON cannot carry, replaced by their escapes.
+
+    >>> encodable("\udc80")
+    '\\udc80'
+    """
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from buquet import keys
 from buquet.codec import encode_record
-from buquet.errors import StoreError, UnreadableRecord
+from buquet.errors import StoreError, StoreUnavailable, UnreadableRecord
 from buquet.records import Bell
 from buquet.store.register import Held, Register
+from buquet.store.retrying import pause
 
 if TYPE_CHECKING:
     from buquet.clock import Clock
@@ -71,32 +72,43 @@ class Ringer:
             await self.clock.sleep(0.005)
 
     async def _ring_soon(self, queue: str) -> None:
+        tries = 0
         while True:
             # one ring ahead of its share: where submits come just as often as rings may, a late one would make all after it late
             wait = self._paid.get(queue, 0.0) - EVERY - self.clock.monotonic()
             if wait > 0:
                 await self.clock.sleep(wait)
-            await self._ring_now(queue)
+            tries = 0 if await self._ring_now(queue, first=not tries) else tries + 1
             with self._lock:
                 if not self._added.get(queue):
                     self._ringing.discard(queue)
                     return
+            if tries:
+                await pause(self.clock, tries + 3)
 
-    async def _ring_now(self, queue: str) -> None:
+    async def _ring_now(self, queue: str, *, first: bool) -> bool:
+        """Ring for what was added; False where the store did not answer: it is to be rung for again."""
         with self._lock:
             entries = self._added.pop(queue, None)
         if not entries:
-            return
+            return True
         now = self.clock.monotonic()
         self._paid[queue] = max(self._paid.get(queue, now), now) + EVERY
         try:
             await self._ring(queue, entries)
         except (StoreError, UnreadableRecord) as error:
-            # the tasks are safe; they are found at the workers' next look back
+            # the tasks are safe; without a ring they are found at the workers' next look back
             self._known.pop(queue, None)
-            log.warning(
-                "the bell of queue %s could not be rung, so its workers may find new tasks up to 30 s late: %s", queue, error
-            )
+            if first:
+                log.warning(
+                    "the bell of queue %s could not be rung, so its workers may find new tasks up to 30 s late: %s", queue, error
+                )
+            with self._lock:
+                if isinstance(error, StoreUnavailable) and not self._closing:
+                    # one more than a bell holds: it says LIST then
+                    self._added[queue] = [*entries, *self._added.get(queue, ())][-HINTS - 1 :]
+                    return False
+        return True
 
     async def _ring(self, queue: str, entries: list[str]) -> None:
         key = keys.bell(queue)

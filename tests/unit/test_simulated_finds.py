@@ -110,7 +110,7 @@ async def test_what_was_left_to_a_worker_is_remembered_until_it_must_have_been_c
     await rig.clock.sleep(finder.fleet.keeper.ttl + 20)
     finder.look_again()
     finder.gone("somebody")
-    assert [found.entry for found in finder.hinted] == [entry]
+    assert [found.entry for found in finder.lane(5).hinted.values()] == [entry]
 
 
 @virtual

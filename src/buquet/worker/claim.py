@@ -68,7 +68,7 @@ class Claimer:
             return await self._decide(finder, found, held)
         except UnreadableRecord as error:
             finder.others(found, "")
-            finder.stale.add(entry.key)
+            finder.set_aside(entry.key)
             if key not in self.quarantined:
                 self.quarantined.add(key)
                 log.error("%s", error)  # noqa: TRY400 - the text says all
@@ -140,7 +140,7 @@ class Claimer:
     def _leave_locked(self, finder: QueueFinder, found: Found, task: Task) -> None:
         """Leave a task to a worker that has the key of its arguments; it is met again, in case nobody does."""
         finder.others(found, "")
-        finder.stale.add(found.entry.key)
+        finder.set_aside(found.entry.key)
         if task.key_id not in self.locked:
             self.locked.add(task.key_id)
             log.error(

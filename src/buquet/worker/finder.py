@@ -16,6 +16,7 @@ from buquet.records import Bell
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, Stored
 from buquet.worker.lane import Found, Lane, own_first
 from buquet.worker.pausing import Pause
+from buquet.worker.polls import Polls
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,15 +34,8 @@ LOOK_BACK = 600.0
 LOOK_ALL_EVERY = 3600.0
 LEARN_EVERY = 600.0
 """Seconds between two looks for priorities in use: whoever submitted may have died before the bell rang."""
-FIRST_POLL = 0.01
-HOLD = 0.15
-"""Seconds after work for which the polls come no slower: more often comes soon."""
-SLOWER = 1.15
-"""How much longer each poll that finds nothing makes the wait for the next."""
 REVISIT = 0.02
 """Seconds after which an entry that was left is looked at again for the first time; then four times as long, up to 1 s."""
-SLOWEST_POLL = 0.5
-SLOWEST_POLL_A_WORKER = 0.05
 
 
 class QueueFinder:
@@ -58,7 +52,6 @@ class QueueFinder:
         self.fleet = fleet
         self.later = Lane(keys.later_lane(queue), None)
         self.lanes = [self.later]
-        self.hinted: list[Found] = []
         self.next_due = 0
         """When the next entry of `later/` is due, as far as is known; milliseconds, 0: none is known."""
         self.pause = Pause(queue, reads)
@@ -68,8 +61,8 @@ class QueueFinder:
         """Whether the bell lost hints since the last look back: a priority may be in use that is not known here."""
         self.skip: dict[str, float] = {}
         """Entries not to look at again before a time of the monotonic clock."""
-        self.stale: set[str] = set()
-        """Entries that nothing can be done with for now: no work that a drain should wait for."""
+        self.stale: dict[str, float] = {}
+        """Entries that nothing can be done with for now, with the time until which that holds: a drain does not wait for them."""
         self.look_back_at = 0.0
         self.look_all_at = 0.0
         self.learn_at = 0.0
@@ -79,49 +72,65 @@ class QueueFinder:
         """Entries that were left to another worker, which runs their tasks; and until when that is remembered."""
         self.left: dict[str, tuple[Found, float, float]] = {}
         """Entries that could not be dealt with yet, with the wait until they are looked at again, and when that is."""
-        self.pace = FIRST_POLL
-        self.poll_at = 0.0
-        self.hold_until = 0.0
+        self.polls = Polls(clock, fleet)
+        self.failed = False
+        """Whether the last request of `take` failed: what is in hand goes first then."""
 
     # ------------------------------------------------------------------ taking
 
     async def take(self, most: int) -> list[Found]:
-        """Return up to `most` entries to look at, the most urgent first; none when there is nothing now."""
-        now = self.clock.monotonic()
-        await self._look_back(now)
+        """Return up to `most` entries to look at, the most urgent first; none when there is nothing now.
+
+        A request that fails raises StoreError, and what it was to find out stays due. The next call hands out what is in hand.
+        """
+        if self.clock.monotonic() >= self.look_all_at:
+            self.pause.due = True
         if await self.pause.look():
-            # resumed: everything is looked at anew, for the cursors have passed over what waited
-            self.look_all_at = 0.0
-            await self._look_back(now)
+            self.look_all_at = 0.0  # resumed: the cursors have passed over what waited
+        self._look_at_left()
+        found = self._from_hand(most, heedless=True) if self.failed else []
+        self.failed = not found
+        if not found:
+            await self._look_back()
+            found = self._from_hand(most)
+        while not found and any(lane.dirty for lane in self.lanes):
+            await self._list_lanes()
+            found = self._from_hand(most)
+        self.failed = False
+        if found:
+            self.polls.worked()
+        return found
+
+    @property
+    def in_hand(self) -> bool:
+        """Whether there may be something to take at once."""
+        return any(lane.in_hand or lane.dirty for lane in self.lanes)
+
+    def _look_at_left(self) -> None:
+        """Hint at the entries that were left and whose time has come."""
+        now = self.clock.monotonic()
         for found, _, at in list(self.left.values()):
             if self.pause.holds(found.entry):
                 del self.left[found.entry.key]  # it is met again when the queue is resumed
-            elif at <= now and found not in self.hinted:
-                self.hinted.append(found)
-        found = self._from_hand(most, now)
-        while not found and any(lane.dirty for lane in self.lanes):
-            await self._list_lanes()
-            found = self._from_hand(most, self.clock.monotonic())
-        if found:
-            self.pace = FIRST_POLL * max(len(self.fleet.mates), 1)
-            self.poll_at = self.clock.monotonic() + self.pace
-            self.hold_until = self.clock.monotonic() + HOLD
-        return found
+            elif at <= now:
+                self.lane(found.entry.priority).hint(found)
 
-    def _from_hand(self, most: int, now: float) -> list[Found]:
-        """Take from the hints and from the pages in hand, up to the first lane that must be listed before those behind it."""
+    def _from_hand(self, most: int, *, heedless: bool = False) -> list[Found]:
+        """Take from the hints and the pages in hand, lane by lane, up to the first that must be listed before those behind it.
+
+        `heedless`: as if no lane had to be listed.
+        """
+        now = self.clock.monotonic()
         if self.next_due and self.next_due <= self.fleet.due_now_ms():
             self.next_due = 0
             self.later.dirty = True
-        taken = [found for found in self.hinted[:most] if self._wanted(found.entry, now)]
-        del self.hinted[:most]
+        taken: list[Found] = []
         for lane in self.lanes:
-            if lane.hand and now - lane.fetched > IN_HAND:
-                lane.hand = []
-                lane.dirty = True
-            if lane.dirty and not lane.hand:
+            if now - lane.fetched > IN_HAND:
+                lane.drop()
+            self._take_from(lane, taken, most, heedless=heedless)
+            if lane.unlisted and not heedless:
                 break
-            self._take_from(lane, taken, most, now)
         for found in taken:
             key = found.entry.key
             self.skip[key] = now + 3600
@@ -129,13 +138,16 @@ class QueueFinder:
                 self.left[key] = (found, self.left[key][1], now + 3600)
         return taken
 
-    def _take_from(self, lane: Lane, taken: list[Found], most: int, now: float) -> None:
-        while lane.hand and len(taken) < most:
-            found = lane.hand.pop()
+    def _take_from(self, lane: Lane, taken: list[Found], most: int, *, heedless: bool) -> None:
+        now = self.clock.monotonic()
+        while len(taken) < most and (heedless or not lane.unlisted):
+            found = lane.next()
+            if found is None:
+                return
             if self._wanted(found.entry, now):
                 taken.append(found)
-        if lane.last and not lane.hand:
-            self._passed(lane)
+            if lane.last and not lane.hand:
+                self._passed(lane)
 
     def _wanted(self, entry: keys.Entry, now: float) -> bool:
         if self.pause.holds(entry):
@@ -160,64 +172,68 @@ class QueueFinder:
         if self.bell_etag is not None:
             await self.hear()
         for lane in self.lanes:
-            if lane.dirty and not lane.hand:
+            if lane.unlisted:
                 await self._list(lane)
             if lane.hand:
                 return
 
     async def _list(self, lane: Lane) -> None:
-        lane.dirty = False
-        page = await self.reads.list(lane.prefix, after=lane.cursor, limit=PAGE)
+        lane.dirty = False  # before the request: the page may lack what is rung for meanwhile
+        try:
+            page = await self.reads.list(lane.prefix, after=lane.cursor, limit=PAGE)
+        except BaseException:
+            lane.dirty = True
+            raise
         now = self.clock.monotonic()
-        if lane.priority is None:
-            page, waiting = self._due(page)
-        else:
-            waiting = False
-        lane.fetched = now
-        lane.full = len(page) == PAGE and not waiting
-        lane.last = page[-1].key if page else lane.cursor or lane.prefix
+        page = self._due(page) if lane.priority is None else page
         self.aged.update((each.key, each.modified) for each in page if each.key in self.skip)
         entries = [
             Found(entry, each.modified)
             for each in page
             if (entry := keys.parse_entry(each.key)) and self._wanted(entry, now) and self.handled(entry)
         ]
-        lane.hand = own_first(entries, self.fleet.mates, self.fleet.keeper.id, self.clock)
+        found = own_first(entries, self.fleet.mates, self.fleet.keeper.id, self.clock)
+        lane.turn(page, found, now, full=len(page) == PAGE)
         if not lane.hand:
             self._passed(lane)
         if len(self.skip) > 50_000:  # noqa: PLR2004 - bounds the memory, not a meaning
             self.skip = {key: until for key, until in self.skip.items() if until > now}
             self.aged.clear()
 
-    def _due(self, page: list[Listed]) -> tuple[list[Listed], bool]:
+    def _due(self, page: list[Listed]) -> list[Listed]:
         """Cut a page of `later/` at what is not due yet, and note when that is."""
         now = self.fleet.due_now_ms()
         for index, each in enumerate(page):
             entry = keys.parse_entry(each.key)
             if entry is not None and entry.at > now:
-                self.next_due = entry.at
-                return page[:index], True
-        return page, False
+                self.next_due = min(self.next_due or entry.at, entry.at)  # a hint may have come while the LIST was under way
+                return page[:index]
+        return page
 
     # ------------------------------------------------------------------ looking back
 
-    async def _look_back(self, now: float) -> None:
-        if now >= self.look_all_at:
-            self.pause.due = True
+    async def _look_back(self) -> None:
+        """Set the cursors back where it is time for that, and learn what is needed for it."""
+        now = self.clock.monotonic()
+        everything = now >= self.look_all_at
+        if not everything and now < self.look_back_at:
+            return
+        # the times first: whoever asks for another look while requests are under way gets it
+        self.look_back_at = now + LOOK_BACK_EVERY * self.clock.jitter(0.2)
+        if everything:
             self.look_all_at = now + LOOK_ALL_EVERY * self.clock.jitter(0.1)
-            self.look_back_at = now + LOOK_BACK_EVERY * self.clock.jitter(0.2)
-            # the bell first: what it rang for by now is in the pages read after
-            await self.hear()
-            await self._learn_priorities()
-            for lane in self.lanes:
-                lane.restart("")
-        elif now >= self.look_back_at:
-            self.look_back_at = now + LOOK_BACK_EVERY * self.clock.jitter(0.2)
-            if self.gap or now >= self.learn_at:
+        try:
+            if everything:
+                await self.hear()  # the bell first: what it rang for by now is in the pages read after
+            if everything or self.gap or now >= self.learn_at:
                 await self._learn_priorities()
-            since = int((self.fleet.store_now() - LOOK_BACK) * 1000)
-            for lane in self.lanes:
-                lane.restart(keys.lane_at(lane.prefix, since))
+        except BaseException:
+            self.gap, self.look_back_at = True, 0.0
+            self.look_all_at = 0.0 if everything else self.look_all_at
+            raise
+        since = int((self.fleet.store_now() - LOOK_BACK) * 1000)
+        for lane in self.lanes:
+            lane.restart("" if everything else keys.lane_at(lane.prefix, since))
 
     async def _learn_priorities(self) -> None:
         """Learn which priorities are in use, with one LIST for each that is and one more."""
@@ -234,15 +250,13 @@ class QueueFinder:
             self.lane(entry.priority)
             after = keys.ready_lane(self.queue, entry.priority) + "~"
 
-    def lane(self, priority: int) -> Lane:
-        """Return the lane of a priority, made at first use."""
-        for lane in self.lanes:
-            if lane.priority == priority:
-                return lane
-        lane = Lane(keys.ready_lane(self.queue, priority), priority)
-        self.lanes.append(lane)
-        self.lanes.sort(key=lambda each: each.rank)
-        return lane
+    def lane(self, priority: int | None) -> Lane:
+        """Return the lane of a priority, made at first use; that of `later/` for None."""
+        found = next((lane for lane in self.lanes if lane.priority == priority), None)
+        if found is None:
+            found = Lane(keys.ready_lane(self.queue, priority or 0), priority)
+            self.lanes = sorted([*self.lanes, found], key=lambda each: each.rank)
+        return found
 
     # ------------------------------------------------------------------ hearing
 
@@ -281,23 +295,17 @@ class QueueFinder:
         if key.startswith(keys.WORKERS):
             self.gone(keys.worker_of(key))
             return
-        entry = keys.parse_entry(key)
-        if (
-            entry is None
-            or entry.queue != self.queue
-            or not self._wanted(entry, self.clock.monotonic())
-            or not self.handled(entry)
-        ):
+        entry, now = keys.parse_entry(key), self.clock.monotonic()
+        if entry is None or entry.queue != self.queue or not (self._wanted(entry, now) and self.handled(entry)):
             return
         if entry.priority is None and entry.at > self.fleet.due_now_ms():
             self.next_due = min(self.next_due or entry.at, entry.at)
             return
-        if entry.priority is not None:
-            self.lane(entry.priority)
-        self.hinted.append(Found(entry, self.fleet.store_now()))
-        if len(self.hinted) > PAGE:
-            self.hinted.clear()
-            self._rang_blindly()
+        lane = self.lane(entry.priority)
+        if len(lane.hinted) < PAGE:
+            lane.hint(Found(entry, self.fleet.store_now()))
+        else:
+            lane.rung()
 
     def _rang_blindly(self) -> None:
         """Entries were added, and it is not known which: every lane has to be listed, and there may be new ones."""
@@ -321,7 +329,7 @@ class QueueFinder:
         at = now + wait
         if not again and self.fleet.store_now() - found.modified >= TRAIL:
             # no work for now: its move was given up, or goes on so late that nobody may ring for it
-            self.stale.add(entry.key)
+            self.set_aside(entry.key)
             at = now + LOOK_BACK_EVERY * self.clock.jitter(0.2)
         self.left[entry.key] = (found, wait, at)
 
@@ -341,27 +349,34 @@ class QueueFinder:
         for found in mine:
             del self.foreign[found.entry.key]
             self.skip.pop(found.entry.key, None)
-            self.hinted.append(found)
+            self.lane(found.entry.priority).hint(found)
 
     def look_again(self) -> None:
         """Look again at what was left to workers that the last LIST of sessions did not show alive."""
         now = self.clock.monotonic()
         self.foreign = {key: each for key, each in self.foreign.items() if each[2] > now}
+        self.stale = {key: until for key, until in self.stale.items() if until > now}
         for worker in dict.fromkeys(owner for owner, _, _ in self.foreign.values()):
             if not self.fleet.lives(worker):
                 self.gone(worker)
+
+    def set_aside(self, entry_key: str) -> None:
+        """Note that nothing can be done with an entry for now. Where that lasts it is met again before this is forgotten."""
+        self.stale[entry_key] = self.clock.monotonic() + LOOK_BACK
 
     def done(self, entry_key: str) -> None:
         """Note that an entry was dealt with; a LIST that was under way may still show it."""
         self.left.pop(entry_key, None)
         self.aged.pop(entry_key, None)
-        self.stale.discard(entry_key)
+        self.stale.pop(entry_key, None)
         self.skip[entry_key] = self.clock.monotonic() + 3
 
     # ------------------------------------------------------------------ waiting
 
     def wait_seconds(self) -> float:
         """Return for how long nothing is to be done, unless the bell rings."""
+        if self.in_hand:
+            return 0.0
         now = self.clock.monotonic()
         wait = min(self.look_back_at, self.look_all_at) - now
         if self.next_due:
@@ -378,15 +393,5 @@ class QueueFinder:
             await self.reads.store.wait_changed(keys.bell(self.queue), self.bell_etag, wait)
             await self.hear()
             return
-        now = self.clock.monotonic()
-        await self.clock.sleep(max(min(self.poll_at - now, wait), 0))
-        if self.clock.monotonic() >= self.poll_at:
-            mates = max(len(self.fleet.mates), 1)
-            slowest = max(SLOWEST_POLL, SLOWEST_POLL_A_WORKER * mates)
-            # the next poll's time first: this one may be cancelled, when something else wakes the worker
-            if self.clock.monotonic() > self.hold_until:
-                self.pace = min(self.pace * SLOWER, slowest)
-            self.poll_at = self.clock.monotonic() + self.pace
-            if await self.hear():
-                self.pace = FIRST_POLL * mates
-                self.poll_at = self.clock.monotonic() + self.pace
+        if await self.polls.due(wait) and await self.hear():
+            self.polls.rang()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
 import zlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from buquet import keys
     from buquet.clock import Clock
+    from buquet.store.base import Listed
 
 
 class Found:
@@ -28,7 +30,13 @@ class Lane:
         self.prefix = prefix
         self.priority = priority
         self.cursor = ""
-        self.hand: list[Found] = []
+        self.hinted: dict[str, Found] = {}
+        """Entries that are known without a LIST, by key."""
+        self._order: list[tuple[int, int, str]] = []
+        """A heap of the keys of `hinted`, by their time; those of one millisecond as they came."""
+        self._count = 0
+        self.hand: dict[str, Found] = {}
+        """The page in hand, by key; what comes first is at the end."""
         self.fetched = 0.0
         self.last = ""
         """The last key of the page in hand."""
@@ -46,10 +54,51 @@ class Lane:
         """Return the lane's place: priority 0, what has come due, then 1 to 9."""
         return 0.5 if self.priority is None else self.priority
 
+    @property
+    def in_hand(self) -> bool:
+        """Whether there is something to take without a LIST."""
+        return bool(self.hinted or self.hand)
+
+    @property
+    def unlisted(self) -> bool:
+        """Whether a LIST must come first: it may show entries that are older than all known ones."""
+        return self.dirty and not self.hand
+
+    def hint(self, found: Found) -> None:
+        """Add an entry that is known without a LIST, unless the page in hand shows it anyway."""
+        key = found.entry.key
+        if key not in self.hand and key not in self.hinted:
+            self.hinted[key] = found
+            self._count += 1
+            heapq.heappush(self._order, (found.entry.at, self._count, key))
+
+    def turn(self, page: list[Listed], found: list[Found], now: float, *, full: bool) -> None:
+        """Take a page in hand, of which `found` are to be looked at, the last one first."""
+        for each in page:
+            self.hinted.pop(each.key, None)
+        self.hand = {each.entry.key: each for each in found}
+        self.last = page[-1].key if page else self.cursor or self.prefix
+        self.fetched, self.full = now, full
+
+    def drop(self) -> None:
+        """Let go of the page in hand, to list it again."""
+        if self.hand:
+            self.hand = {}
+            self.last = ""
+            self.dirty = True
+
+    def next(self) -> Found | None:
+        """Take the oldest entry that is known: a hint that lies behind the page in hand waits for the pages before it."""
+        while self._order and (not self.hand or self._order[0][2] <= self.last):
+            found = self.hinted.pop(heapq.heappop(self._order)[2], None)
+            if found is not None:
+                return found
+        return self.hand.popitem()[1] if self.hand else None
+
     def restart(self, cursor: str) -> None:
         """Look again from a cursor on, or from where it is if that is earlier."""
         self.cursor = min(self.cursor, cursor, self.behind or cursor)
-        self.hand = []
+        self.hand = {}
         self.last = self.behind = ""
         self.dirty = True
 

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from buquet import keys
-from buquet.errors import BuquetError
+from buquet.errors import BuquetError, UnreadableRecord
 from buquet.records import Note, Task
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class Notes:
                 before = self._held.get(key)
                 held = await (worker.register.reread(Note, before) if before else worker.register.read(Note, key))
                 if held is not None and held is not before:
-                    self._held[key] = held
                     await self._apply(held.record, control=key.startswith(keys.CONTROL) or not worker.client.control_only)
+                    self._held[key] = held  # last: what could not be obeyed is read again
             self._problem = ""
             if asks:
                 self._looked = now
@@ -100,6 +100,10 @@ class Notes:
             await self._obey(run)
 
     async def _obey(self, run: Running) -> None:
-        held = await self.worker.register.read(Task, keys.task(run.listing.task))
+        try:
+            held = await self.worker.register.read(Task, keys.task(run.listing.task))
+        except UnreadableRecord as error:
+            log.error("%s", error)  # noqa: TRY400 - the text says all
+            return
         if held is not None and held.record.token == run.token and held.record.cancel_requested:
             run.request_stop("cancel")

@@ -38,8 +38,12 @@ class Pause:
         if not self.due:
             return False
         key = keys.queue_settings(self.queue)
-        stored = await self.reads.get(key, unless=self._etag)
-        self.due = False
+        self.due = False  # before the request: the answer may lack what is rung for meanwhile
+        try:
+            stored = await self.reads.get(key, unless=self._etag)
+        except BaseException:
+            self.due = True
+            raise
         if stored is NOT_MODIFIED:
             return False
         self._etag = stored.etag if isinstance(stored, Stored) else None

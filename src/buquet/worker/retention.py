@@ -81,7 +81,8 @@ class Retention:
     async def round(self) -> float:
         """Go over a page of the journal's oldest objects; return after how many seconds to look again."""
         page = await self.reads.list(keys.JOURNAL, after=self._after)
-        wait = HOUR
+        now, wait = self.fleet.store_now(), HOUR
+        self._again = {key: at for key, at in self._again.items() if at > now}
         for listed in page:
             at = keys.journal_at(listed.key)
             if at is None:

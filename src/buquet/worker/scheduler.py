@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from msgspec.structs import replace
 
 from buquet import keys
-from buquet.errors import EncryptionKeyMissing, StoreError, UnreadableRecord, UsageError
+from buquet.errors import EncryptionKeyMissing, StoreError, StoreUnavailable, UnreadableRecord, UsageError
 from buquet.queue.rule import iso
 from buquet.queue.schedules import opened, rule_in, same_spec, submit_fire
 from buquet.records import Schedule
@@ -42,6 +42,8 @@ LONGEST_SLEEP_MS = 3_600_000
 """A record is read at least this often: its rule may have been changed by workers with other code."""
 AGAIN_MS = 30_000
 """How long to wait after a look that failed."""
+AWAY_MS = 1000
+"""How long to wait where the store did not answer, for which a look waits some seconds itself."""
 SPREAD_MS = 100
 """Milliseconds, for each live worker but one, over which their looks at a fire are spread; the first deals with it for all."""
 WIDEST_MS = 2000
@@ -107,7 +109,8 @@ class Scheduler:
             if self._grieved.get(name) != str(error):
                 self._grieved[name] = str(error)
                 log.error("schedule %s cannot be kept now: %s", name, error)  # noqa: TRY400 - the text says all
-            self._look_at[name] = self.fleet.due_now_ms() + int(AGAIN_MS * self.clock.jitter(0.2))
+            wait = AWAY_MS if isinstance(error, StoreUnavailable) else AGAIN_MS
+            self._look_at[name] = self.fleet.due_now_ms() + int(wait * self.clock.jitter(0.2))
             return
         if self._grieved.pop(name, None):
             log.info("schedule %s is kept again", name)

@@ -360,21 +360,29 @@ class Worker:
                 tries = 0
             except StoreError as error:
                 log.error("looking for work failed, trying again: %s", error)  # noqa: TRY400 - the text says all
-                await first_of(self._wake.wait(), pause(self.clock, tries + 3))
+                others = [self._listen(finder) for finder in self.finders if not finder.failed]
+                await first_of(self._wake.wait(), pause(self.clock, tries + 3), *others)
                 tries += 1
 
     async def _take(self, room: int) -> bool:
-        taken = 0
+        taken, trouble = 0, None
+        if len(self.finders) > 1:
+            self.finders.append(self.finders.pop(0))  # no queue is always the last to be asked
         for finder in self.finders:
-            for found in await finder.take(room - taken):
+            if taken >= room or self._stopping:
+                break
+            try:
+                found = await finder.take(room - taken)
+            except StoreError as error:
+                trouble = error  # of this queue, maybe, and not of the others
+                continue
+            for each in found:
                 taken += 1
                 self._busy += 1
                 self._taken = True
-                self._start(self._pursue(finder, found))
-            if taken >= room:
-                break
-        if len(self.finders) > 1:
-            self.finders.append(self.finders.pop(0))  # no queue is always the last to be asked
+                self._start(self._pursue(finder, each))
+        if trouble is not None and not taken:
+            raise trouble
         self._drain_wait = 0.1 if taken else self._drain_wait
         return taken > 0
 
@@ -446,6 +454,14 @@ class Worker:
         finally:
             self._resting = False
 
+    async def _listen(self, finder: QueueFinder) -> None:
+        """Wait until there may be work in a queue while the requests of another one fail."""
+        try:
+            while finder.wait_seconds() > 0:
+                await finder.rest()
+        except StoreError:
+            await asyncio.Event().wait()  # its own requests fail, too: the next look tells why
+
     async def _pursue(self, finder: QueueFinder, found: Found) -> None:
         """Take one entry as far as it goes: claim, run, store the outcome."""
         held: Held[Task] | None = None
@@ -497,7 +513,7 @@ class Worker:
         if task.state == "pending":
             self.client.added(task.queue, task.entry)
             if finder is not None and run.shelved:
-                finder.stale.add(task.entry)
+                finder.set_aside(task.entry)
         self.telling.moved(task)
         if run.listing.entry and not run.dropped:
             await self.register.reads.delete(run.listing.entry)
@@ -537,7 +553,7 @@ class Worker:
                 await self.fleet.look()
                 for finder in self.finders:
                     finder.look_again()
-                if any(finder.hinted for finder in self.finders):
+                if any(finder.in_hand for finder in self.finders):
                     self._wake.set()
             except StoreError as error:
                 log.error("the sessions cannot be listed: %s", error)  # noqa: TRY400 - the text says all

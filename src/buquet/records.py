@@ -305,6 +305,10 @@ class Session(Record, frozen=True, kw_only=True, omit_defaults=True):
     """It was asked by a note to claim nothing for now."""
     version: Short = ""
     """That of its buquet."""
+    refused: str = ""
+    """The last request, of the last twenty minutes, that the store refused it for good, and why."""
+    refused_at: int = 0
+    """When that was; 0: never."""
 
     def problem(self, key: str) -> str:
         """Return what no type can say is wrong with it: another worker's place, or a queue that none can be called."""

@@ -113,7 +113,7 @@ def store(request, tmp_path):
 async def test_doctor_finds_every_store_fit_and_leaves_nothing(store, monkeypatch):
     monkeypatch.setattr(doctor, "WRITERS", 6)  # on SeaweedFS each loser waits a second
     found = await verdicts(store, store.clock)
-    assert len(found) == 11
+    assert len(found) == 13
     assert [name for name, verdict in found.items() if not verdict.ok or verdict.warning] == []
     assert await left_behind(store) == []
     await store.close()

@@ -232,6 +232,22 @@ async def test_refusals(scripted: Scripted, status: int, code: str, expected: ty
     assert len(scripted.asked) == 1, "nothing is sent again"
 
 
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("get", "s3:GetObject on arn:aws:s3:::bucket/prefix/tasks/*, or s3:ListBucket on arn:aws:s3:::bucket where there is no"),
+        ("update", "s3:PutObject on arn:aws:s3:::bucket/prefix/tasks/*"),
+        ("delete", "s3:DeleteObject on arn:aws:s3:::bucket/prefix/tasks/*"),
+        ("list", "s3:ListBucket on arn:aws:s3:::bucket"),
+    ],
+)
+async def test_a_denied_request_names_the_right_that_is_missing(scripted: Scripted, name: str, right: str) -> None:
+    scripted.says(403, "AccessDenied", "Access Denied")
+    with pytest.raises(AccessDenied) as caught:
+        await EVERY[name](scripted.store())
+    assert f"The credentials lack the right {right}" in str(caught.value)
+
+
 @pytest.mark.parametrize("status", [409, 412])
 async def test_conflicts(scripted: Scripted, status: int) -> None:
     scripted.says(status, "ConditionalRequestConflict")

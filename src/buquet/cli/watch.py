@@ -12,7 +12,9 @@ import typer
 from buquet.cli.base import Json, Name, Queue, Url, cli, open_app, run
 from buquet.cli.output import duration, moment, print_json, print_table, to_stderr
 from buquet.errors import UsageError
+from buquet.insights.fleet import workers
 from buquet.insights.journal import Journal
+from buquet.insights.scan import Scan
 from buquet.insights.tail import EVENTS, Happening, Tail
 from buquet.printing import printable
 
@@ -35,8 +37,11 @@ def errors(
         journal = Journal(app.client, hours=hours)
         await journal.refresh()
         found = journal.errors(queue=queue, name=name)
+        reader = Scan(app.client)
+        refused = [each for each in await workers(app.client, reader) if each.alive and each.refused]
         if json:
-            print_json({"since": journal.since, "groups": msgspec.to_builtins(found)})
+            told = [{"worker": each.id, "host": each.host, "at": each.refused_at, "message": each.refused} for each in refused]
+            print_json({"since": journal.since, "groups": msgspec.to_builtins(found), "refused": told})
             return
         rows = [
             (
@@ -52,6 +57,8 @@ def errors(
         ]
         columns = ("count", "task", "queue", "error (the last one)", "first", "last", "example")
         print_table(columns, rows, f"nothing failed since {moment(journal.since)}, as far as the journal knows")
+        for each in refused:
+            print(printable(f"worker {each.id} on {each.host} was refused a request, {moment(each.refused_at)}: {each.refused}"))
         if journal.unreadable:
             to_stderr(f"{journal.unreadable:,} lines of the journal cannot be read, and were left out")
 

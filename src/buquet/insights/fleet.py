@@ -71,6 +71,9 @@ class WorkerView(msgspec.Struct, kw_only=True):
     """It claims nothing for now."""
     version: str = ""
     """That of its buquet."""
+    refused: str = ""
+    """The last request that the store refused it lately, and why."""
+    refused_at: int = 0
 
 
 async def store_now(client: Client) -> float:
@@ -135,6 +138,8 @@ def worker_view(session: Session, age: float, *, alive: bool) -> WorkerView:
         draining=session.draining,
         paused=session.paused,
         version=session.version,
+        refused=session.refused,
+        refused_at=session.refused_at,
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from buquet import keys
 from buquet.errors import AccessDenied, AlreadyExists, BucketMissing, Changed, StoreError, StoreUnavailable, UsageError
+from buquet.operate.rights import missing_rights, refused_sessions
 from buquet.store.base import NOT_MODIFIED, Stored
 from buquet.store.retrying import Retrying
 
@@ -62,7 +63,8 @@ def _bad(name: str, detail: str, meaning: str) -> Verdict:
 async def examine(store: Store, clock: Clock) -> AsyncIterator[Verdict]:
     """Try a store out and yield a verdict after each check; a dozen in all, about 500 small requests.
 
-    An error that a check meets is its verdict. Raises AccessDenied and BucketMissing; the first request only reads.
+    An error that a check meets is its verdict; a denied request is the last one. Raises AccessDenied and BucketMissing where
+    even the first request is refused, which only reads.
 
     >>> async for verdict in examine(client.store, client.clock):  # doctest: +SKIP
     ...     print(verdict.name, verdict.ok, verdict.detail)
@@ -72,7 +74,12 @@ async def examine(store: Store, clock: Clock) -> AsyncIterator[Verdict]:
     await examiner.reads.get(keys.LAYOUT)
     try:
         for check in examiner.checks():
-            yield await examiner.verdict(check)
+            try:
+                yield await examiner.verdict(check)
+            except AccessDenied as error:
+                meaning = "nothing more can be tried out. Give these credentials that right, or run doctor with an operator's"
+                yield _bad(check.__name__.replace("_", " "), str(error), meaning)
+                return
     finally:
         await examiner.clean_up()
 
@@ -89,6 +96,7 @@ class _Examiner:
 
     def checks(self) -> list[Callable[[], Awaitable[Verdict]]]:
         return [
+            self.rights,
             self.reach,
             self.racing_creates,
             self.racing_updates,
@@ -100,6 +108,7 @@ class _Examiner:
             self.versions,
             self.clock_difference,
             self.latency,
+            self.workers,
         ]
 
     async def verdict(self, check: Callable[[], Awaitable[Verdict]]) -> Verdict:
@@ -133,6 +142,20 @@ class _Examiner:
                 await self.store.forget_versions(self.kept)
 
     # ------------------------------------------------------------------ the checks
+
+    async def rights(self) -> Verdict:
+        denied = await missing_rights(self.store, self.clock)
+        if denied:
+            meaning = "a worker needs all of these; for others see docs/policies. Tasks wait for what their worker lacks"
+            return _bad("rights", "; ".join(denied), meaning)
+        return _good("rights", "a worker's reads, writes, lists and deletes are allowed", "no task will wait for a right")
+
+    async def workers(self) -> Verdict:
+        told = [f"{each.id} on {each.host}: {each.refused}" async for each in refused_sessions(self.reads)]
+        if told:
+            meaning = "tasks wait until these workers have what they lack: other credentials, other rights, or space"
+            return _warning("workers", "; ".join(told), meaning)
+        return _good("workers", "no worker was refused anything lately", "what their own credentials lack would be told here")
 
     async def reach(self) -> Verdict:
         key = self.key("reach")

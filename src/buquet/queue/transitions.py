@@ -27,6 +27,10 @@ from buquet.queue.parent import END, is_system
 from buquet.records import ABSENT, ENDED, TERMINAL, ErrorInfo, Event, Raw, State, Task
 
 KEPT_EVENTS = 60
+REFUSED = "the store refused its worker a request: "
+"""How the timeline tells of a task that waits until the store lets its worker go on."""
+FIRST_PAUSE, LONGEST_PAUSE = 5_000, 600_000
+"""Milliseconds that such a task waits: doubled each time, up to ten minutes."""
 
 
 def _moved(task: Task, state: State, now: int, why: str, detail: str = "", by: str = "", **changes: Any) -> Task:
@@ -176,6 +180,17 @@ def snooze(task: Task, token: str, due: int, now: int, detail: str = "") -> Task
     """Put a task back until `due`, without spending an attempt."""
     _need_claim(task, token)
     return stop(task, token, now) if task.cancel_requested else _waiting(task, now, due, "snoozed", detail)
+
+
+def postpone(task: Task, token: str, why: str, now: int) -> Task:
+    """Put a task back whose worker was refused a request by the store, later each time, without spending an attempt or a loss."""
+    times = 0
+    for event in reversed(task.events):
+        if event.detail.startswith(REFUSED):
+            times += 1
+        elif event.why not in {"claimed", "taken over"}:
+            break
+    return snooze(task, token, now + min(FIRST_PAUSE << times, LONGEST_PAUSE), now, f"{REFUSED}{why}")
 
 
 def release(task: Task, token: str, now: int) -> Task:

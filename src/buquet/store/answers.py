@@ -19,6 +19,9 @@ NO_BUCKET = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted"}
 FULL = {"QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull", "InsufficientStorage"}
 DENIED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 """Refusals of credentials that come with status 400."""
+LACKING = {"AccessDenied", "AuthorizationPermissionMismatch"}
+"""Refusals of known credentials that lack a right."""
+RIGHTS = {"GET": "s3:GetObject", "PUT": "s3:PutObject", "DELETE": "s3:DeleteObject"}
 ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 PASSING = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
 ROLE = ("169.254.169.254", "/latest/api/token", "/latest/meta-data")
@@ -97,6 +100,8 @@ def explain(error: BaseException, what: str, place: Place, *, answered: bool) ->
         return StoreFull(f"{what} in {place.url}: {said}. Free space or raise the quota; nothing was written")
     if code in ELSEWHERE or "incorrectly configured region" in str(error) or status == 301:
         return StoreRefused(f"{what} in {place.url}: {said}. Name the bucket's own region, by ?region= or AWS_REGION")
+    if code in LACKING:
+        return AccessDenied(f"{what} in {place.url} was denied: {said}. {_right(what, place)}")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in {401, 403} or code in DENIED:
         return AccessDenied(f"{what} in {place.url} was denied: {said}. {_looked(place)}")
     if status == 501 or code == "NotImplemented":
@@ -104,6 +109,19 @@ def explain(error: BaseException, what: str, place: Place, *, answered: bool) ->
     if status in {0, 408, 409, 412, 429} or status >= 500 or code in PASSING:
         return StoreUnavailable(f"{what} in {place.url}: {said}")
     return StoreRefused(f"{what} in {place.url}: {said}")
+
+
+def _right(what: str, place: Place) -> str:
+    """Say which right is missing, of credentials that the server knows."""
+    verb, _, key = what.partition(" ")
+    if place.scheme == "az":
+        return f"The identity lacks the right to {verb} blobs there: give it the role Storage Blob Data Contributor"
+    folder, slash, _ = key.partition("/")
+    bucket = f"arn:aws:s3:::{place.bucket}"
+    objects = "/".join(filter(None, (bucket, place.prefix, folder, slash and "*")))
+    missing = f"s3:ListBucket on {bucket}" if verb == "LIST" else f"{RIGHTS[verb]} on {objects}"
+    hidden = f", or s3:ListBucket on {bucket} where there is no such object" if verb == "GET" else ""
+    return f"The credentials lack the right {missing}{hidden}"
 
 
 def _looked(place: Place) -> str:

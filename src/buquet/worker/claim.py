@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from buquet import keys
-from buquet.errors import UnreadableRecord
+from buquet.errors import StoreError, UnreadableRecord
 from buquet.queue import transitions
 from buquet.queue.parent import may_stand_for
 from buquet.records import TERMINAL, Task
@@ -52,6 +52,8 @@ class Claimer:
         """Keys of records that could not be read; each is reported once and left as it is."""
         self.missed = 0
         """Claims that another worker was quicker with."""
+        self.denied = 0
+        """Entries, one after another, that could not be looked at since the store refused a request."""
         self.under_way: set[str] = set()
         """Tasks that are being claimed: their record may already say so, before this process knows."""
 
@@ -65,7 +67,10 @@ class Claimer:
         self.under_way.add(entry.task)
         try:
             held = await self.register.read(Task, key)
-            return await self._decide(finder, found, held)
+            claimed = await self._decide(finder, found, held)
+        except StoreError:
+            self.denied = min(self.denied + 1, 10)
+            raise
         except UnreadableRecord as error:
             finder.others(found, "")
             finder.set_aside(entry.key)
@@ -73,6 +78,9 @@ class Claimer:
                 self.quarantined.add(key)
                 log.error("%s", error)  # noqa: TRY400 - the text says all
             return None
+        else:
+            self.denied = 0
+            return claimed
         finally:
             self.under_way.discard(entry.task)
 

@@ -1,4 +1,4 @@
-"""Putting a claim's entry back after the session that listed the claim was lost."""
+"""Putting a claim's task back after a defect, and its entry after the session that listed the claim was lost."""
 
 from __future__ import annotations
 
@@ -11,10 +11,30 @@ from buquet.records import Task
 from buquet.store.retrying import pause
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from buquet.store.register import Register
+    from buquet.worker.fleet import Reaper
     from buquet.worker.session import Listing
 
 log = logging.getLogger("buquet.worker")
+
+
+async def put_back(reaper: Reaper, listing: Listing, lost: Callable[[], bool]) -> bool:
+    """Make a claim's task pending again, however long the store refuses that; False when the session was `lost` before."""
+    tries, problem = 0, ""
+    while not lost():
+        try:
+            await reaper.put_back(listing)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the claim must not stay listed for the worker's life
+            if problem != str(error):
+                problem = str(error)
+                log.error("task %s cannot be put back yet: %s", listing.task, error)  # noqa: TRY400 - the text says all
+            await pause(reaper.clock, tries)
+            tries += 1
+        else:
+            return True
+    return False
 
 
 async def put_entry_back(register: Register, worker: str, listing: Listing) -> None:

@@ -77,6 +77,8 @@ class Running:
         """Whether the entry of the claim went together with the write that ended it."""
         self.shelved = False
         """Whether it is put off until somebody has done something."""
+        self.refused: StoreError | None = None
+        """Why the handler's last checkpoint was not stored."""
         self.ending: Ending | None = None
         """How the task is to end, once its run has been told."""
 
@@ -95,7 +97,11 @@ class Running:
         if not self.in_handler:
             msg = f"task {self.listing.task}: this attempt is over, and its checkpoint was not stored"
             raise Refused(msg)
-        raw, at = await self.executor.values.put(self.listing.task, "checkpoint", body)
+        try:
+            raw, at = await self.executor.values.put(self.listing.task, "checkpoint", body)
+        except StoreError as error:
+            self.refused = error
+            raise
         if not await self.executor.move(self, lambda task: transitions.checkpoint(task, self.token, raw, at)):
             msg = f"task {self.listing.task}: the claim was lost, and the checkpoint was not stored. Another worker has the task"
             raise Refused(msg)
@@ -162,6 +168,7 @@ class Executor:
                 log.warning("task %s: this worker's outcome is not recorded: %s", run.listing.task, reason)
                 return None
             except StoreError as error:  # a lasting no, such as a full disk; the claim is still ours, so it goes on
+                self.keeper.note_refusal(error)
                 log.error("task %s: its outcome cannot be stored yet: %s", run.listing.task, error)  # noqa: TRY400
                 await pause(self.clock, tries)
                 tries += 1
@@ -199,6 +206,8 @@ class Executor:
             return self._unopened(run, error)
         except (InvalidPayload, UnreadableRecord, UsageError) as error:
             return self.failed(run, error, trace=False)
+        except StoreError as error:
+            return self._postponed(run, error)
         logger = TaskLogger(log, {"task": task.id, "task_name": task.name, "attempt": task.attempt})
         run.attempt = Attempt(run, task, task.attempt, logger, checkpointed=checkpointed, args=body)
         run.in_handler = True
@@ -217,6 +226,8 @@ class Executor:
         except (Fail, InvalidResult) as error:
             return self.failed(run, error, trace=isinstance(error, Fail))
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its attempt's outcome
+            if run.refused is not None and error is run.refused:
+                return self._postponed(run, run.refused)
             return self._retried(run, function, error)
 
     async def absorb(self, run: Running) -> None:
@@ -293,6 +304,7 @@ class Executor:
             try:
                 return await self.values.put(run.listing.task, what, body)
             except StoreError as error:
+                self.keeper.note_refusal(error)
                 log.error("task %s: its result cannot be stored yet: %s", run.listing.task, error)  # noqa: TRY400
                 await pause(self.clock, tries)
                 tries += 1
@@ -310,6 +322,13 @@ class Executor:
         """Put back a task whose values are encrypted under a key that is not here: nothing is wrong with it, nor with its try."""
         log.error("task %s (%s) is left to a worker that has the key: %s", run.listing.task, run.listing.name, error)
         return lambda task: transitions.snooze(task, run.token, self.now() + WITHOUT_KEY, self.now(), "its worker lacks the key")
+
+    def _postponed(self, run: Running, error: StoreError) -> Callable[[Task], Task]:
+        """Put back a task whose values the store refuses to give or to take: rights may change, or another worker have them."""
+        self.keeper.note_refusal(error)
+        log.error("task %s (%s) is put back, since the store refuses: %s", run.listing.task, run.listing.name, error)
+        why = str(error)
+        return lambda task: transitions.postpone(task, run.token, why, self.now())
 
     def failed(self, run: Running, error: BaseException, *, trace: bool) -> Callable[[Task], Task]:
         """Return the move of an attempt that failed for good."""

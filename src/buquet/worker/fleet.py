@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from buquet import keys
 from buquet.codec import decode_record
-from buquet.errors import UnreadableRecord
+from buquet.errors import StoreError, UnreadableRecord
 from buquet.queue import transitions
 from buquet.records import TERMINAL, Session, Task
 from buquet.store.base import Listed, Stored
@@ -152,7 +152,7 @@ class Fleet:
             self.knows_time = True
 
     async def bury(self, worker: str) -> None:
-        """Reap a session that looks dead; an unreadable one is reported, once, and left."""
+        """Reap a session that looks dead. An unreadable one is reported once, and left; a refusal of the store each time."""
         try:
             if await self.reaper.reap(worker, self._dead):
                 self.sessions.pop(worker, None)
@@ -160,6 +160,9 @@ class Fleet:
             if worker not in self._grieved:
                 self._grieved.add(worker)
                 log.error("%s", error)  # noqa: TRY400 - the text says all
+        except StoreError as error:  # the other dead must not wait for it
+            self.keeper.note_refusal(error)
+            log.error("dead worker %s cannot be reaped yet: %s", worker, error)  # noqa: TRY400 - the text says all
 
     def _dead(self, held: Held[Session]) -> bool:
         """Judge a session by its own time-to-live, which may be longer than mine, and by its last LIST."""

@@ -17,7 +17,7 @@ if sys.platform != "win32":
 from msgspec.structs import replace
 
 from buquet import keys
-from buquet.errors import StoreError, StoreFull, StoreRefused
+from buquet.errors import StoreError, StoreFull, StoreRefused, UnreadableRecord
 from buquet.records import Claim, Progress, Session
 from buquet.store.register import Held, Register
 from buquet.store.retrying import pause
@@ -33,6 +33,8 @@ log = logging.getLogger("buquet.worker")
 BUSY_BEAT = 5.0
 IDLE_BEAT = 10.0
 TTL = 30.0
+LATELY_MS = 20 * 60_000
+"""For how long a refusal is told: the longest pause between two tries of a task is half of it."""
 VERSION = version("buquet")
 
 
@@ -84,6 +86,8 @@ class SessionKeeper:
         self.schedules: tuple[str, ...] = ()
         self.draining = False
         self.paused = False
+        self.refused: tuple[str, int] = ("", 0)
+        """The last refusal by the store, and when it was, milliseconds since 1970."""
         self.lost = False
         self.on_lost: Callable[[], None] = lambda: None
         self.stored_at = 0.0
@@ -180,6 +184,8 @@ class SessionKeeper:
             if self.claims or not idle:
                 try:
                     await self.beat()
+                except UnreadableRecord as error:
+                    self._fence(str(error))
                 except Exception:
                     # without heartbeats others take over soon: better to stop now than to run on unknowing
                     log.exception("a defect of buquet in the heartbeat of worker %s", self.id)
@@ -194,9 +200,12 @@ class SessionKeeper:
         noted = list(self.claims.values())
         entries = [(listing, listing.entry) for listing in noted]
         sent = self.clock.monotonic()
+        now = self.clock.now_ms()
+        if now - self.refused[1] > LATELY_MS:
+            self.refused = ("", 0)
         session = replace(
             held.record,
-            beat=self.clock.now_ms(),
+            beat=now,
             claims=tuple(
                 Claim(task=each.task, token=each.token, name=each.name, since=each.since, progress=each.progress)
                 for each in noted
@@ -207,6 +216,8 @@ class SessionKeeper:
             rss=resident(),
             draining=self.draining,
             paused=self.paused,
+            refused=self.refused[0],
+            refused_at=self.refused[1],
         )
         try:
             async with asyncio.timeout(max(self.stored_at + self.ttl * 2 / 3 - sent, 0.001)):
@@ -242,6 +253,11 @@ class SessionKeeper:
             self.held = now
             self.stored_at = sent
             return True
+
+    def note_refusal(self, error: StoreError) -> None:
+        """Have the next heartbeat tell what the store refused. Nothing is noted of an error that may pass by itself."""
+        if isinstance(error, StoreRefused):
+            self.refused = (str(error)[:500], self.clock.now_ms())
 
     async def _forget(self, listing: Listing, entry: str) -> None:
         listing.entry = ""  # before the request, so that the end of the claim does not send it too

@@ -19,7 +19,7 @@ from buquet.store.retrying import pause
 from buquet.worker.children import Children
 from buquet.worker.claim import Claimer
 from buquet.worker.drained import drained
-from buquet.worker.entries import put_entry_back
+from buquet.worker.entries import put_back, put_entry_back
 from buquet.worker.executor import Executor, Running
 from buquet.worker.finder import QueueFinder
 from buquet.worker.fleet import Fleet, Reaper
@@ -47,6 +47,8 @@ log = logging.getLogger("buquet.worker")
 LOOK_AT_FLEET = 20.0
 LOOKS = 5.0
 """Seconds for which looking for work waits for a store that is away, before the worker sees whether it is to stop."""
+LONGEST_DENIAL = 30.0
+"""Seconds, at most, for which a claim that the store refused keeps its slot, so that a lasting no costs few requests."""
 AFTER_A_DEFECT = 1.0
 """Seconds until a task that met a defect is put back: it may meet it again, and must not go round and round."""
 FINISHING = 4
@@ -254,9 +256,11 @@ class Worker:
             if self.children is not None:
                 await self.children.close()
             await self.keeper.stop()
-            with suppress(TimeoutError):  # a session that stays is reaped by others
+            try:
                 async with asyncio.timeout(self.keeper.ttl / 3):
                     await self.keeper.end()
+            except (StoreError, TimeoutError) as error:  # a session that stays is reaped by others
+                log.error("this worker's session stays: %s", str(error) or "the store does not answer")  # noqa: TRY400
             await self.journal.close(self.keeper.ttl / 3)
             self.executor.threads.close()
             log.info(
@@ -359,6 +363,7 @@ class Worker:
                 await self._rest()
                 tries = 0
             except StoreError as error:
+                self.keeper.note_refusal(error)
                 log.error("looking for work failed, trying again: %s", error)  # noqa: TRY400 - the text says all
                 others = [self._listen(finder) for finder in self.finders if not finder.failed]
                 await first_of(self._wake.wait(), pause(self.clock, tries + 3), *others)
@@ -468,9 +473,10 @@ class Worker:
         try:
             held = await self.claimer.claim(finder, found)
         except StoreError as error:
+            self.keeper.note_refusal(error)
             log.error("claiming task %s failed: %s", found.entry.task, error)  # noqa: TRY400 - the text says all
             finder.leave(found, again=True)
-            await self.clock.sleep(1)
+            await self.clock.sleep(min(2.0 ** (self.claimer.denied - 1), LONGEST_DENIAL) * self.clock.jitter(0.2))
         finally:
             if held is None:
                 self._busy -= 1
@@ -494,10 +500,13 @@ class Worker:
             await self._finish(finder, run, task)
         except Exception:
             log.exception("a defect of buquet: task %s is put back, and this attempt counts as lost", run.listing.task)
+            if not freed:
+                self._busy -= 1
+                freed = True
+                self._made_room()
             await self.clock.sleep(AFTER_A_DEFECT)
             # nobody else would take it over while this worker lives and lists it; with the session lost, others do
-            if not run.keeper.lost:
-                await self.reaper.put_back(run.listing)
+            if await put_back(self.reaper, run.listing, lambda: run.keeper.lost):
                 self._let_go(run)
         finally:
             if not freed:
@@ -516,7 +525,11 @@ class Worker:
                 finder.set_aside(task.entry)
         self.telling.moved(task)
         if run.listing.entry and not run.dropped:
-            await self.register.reads.delete(run.listing.entry)
+            try:
+                await self.register.reads.delete(run.listing.entry)
+            except StoreError as error:  # whoever meets it finds it stale, and deletes it
+                self.keeper.note_refusal(error)
+                log.error("the entry %s of an ended claim stays: %s", run.listing.entry, error)  # noqa: TRY400
 
     def _let_go(self, run: Running) -> None:
         self.running.pop(run.token, None)
@@ -537,6 +550,7 @@ class Worker:
         )
         self.keeper.completed, self.keeper.failed, self.keeper.abandoned = lost.completed, lost.failed, lost.abandoned
         self.keeper.schedules, self.keeper.draining, self.keeper.paused = lost.schedules, lost.draining, lost.paused
+        self.keeper.refused = lost.refused
         self.fleet.keeper = self.claimer.keeper = self.executor.keeper = self.keeper
         for finder in self.finders:
             finder.skip.clear()

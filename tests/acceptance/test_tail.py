@@ -5,15 +5,18 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import msgspec
 import pytest
 
-from buquet import App, Fail, Snooze, keys
+from buquet import App, Backoff, Fail, Snooze, keys
 from buquet.clock import Clock
+from buquet.errors import StoreUnavailable
 from buquet.insights.journal import Journal
 from buquet.insights.tail import Tail
 from buquet.queue.background import Background
+from buquet.queue.client import Client
 from buquet.records import Finished
 from buquet.store.memory import MemoryStore
 from buquet.store.open import open_store
@@ -204,3 +207,32 @@ def test_the_commands_on_a_file(tmp_path):
     assert (stats["last_hour"]["default"]["count"], stats["last_hour"]["default"]["failed"]) == (3, 1)
     assert "a minute" in buquet(tmp_path, "stats", "--url", url)
     assert "0 records" in buquet(tmp_path, "prune", "--older-than", "1h", "--no-sweep", "--url", url)
+
+
+@pytest.mark.parametrize("away", ["bell/", "workers/", "journal/", "tasks/"])
+def test_what_a_poll_that_failed_had_read_is_told_by_the_next(away):
+    async def test(rig):
+        @rig.app.task(max_attempts=2, backoff=Backoff(initial=10, jitter=0))
+        async def flaky() -> None:
+            await rig.clock.sleep(15)
+            raise ValueError("no luck")
+
+        tail = Tail(Client(rig.reader, rig.clock, rig.app.background, patience=0.1))
+        worker = rig.app.worker(heartbeat_thread=False, queues=["default", "side"])
+        working = asyncio.ensure_future(worker.arun())
+        await rig.clock.sleep(5)
+        await tail.poll()
+        await flaky.asubmit()
+        told = []
+        for seconds in (8, 9, 18, 25):
+            await rig.clock.sleep(seconds)
+            rule = rig.reader.inject("refuse", key=away, times=None)
+            with suppress(StoreUnavailable):
+                told += await tail.poll()
+            rule.stop()
+            told += await tail.poll()
+        worker.stop()
+        await working
+        assert [each.event for each in told] == ["submitted", "started", "retried", "started", "failed"]
+
+    run_virtual(lambda clock: test(Rig(clock)))

@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from buquet import App, Fail, keys
+from buquet.errors import StoreUnavailable
 from buquet.insights.journal import Journal
 from buquet.queue.background import Background
 from buquet.queue.finished import decode_lines, finished, raised_in
@@ -352,6 +353,23 @@ async def test_lines_met_twice_count_once_and_old_ones_leave_the_window(rig):
     await journal.refresh()
     assert journal.recent() == []
     assert journal.lines == []
+
+
+@virtual
+async def test_a_refresh_that_fails_forgets_nothing(rig):
+    """Whichever of its requests fails: what it has read by then, and the time up to which it has looked."""
+    for op, fails in (("list", ""), ("get", "get.a")):
+        journal = Journal(rig.client)
+        await journal.refresh()
+        now = rig.clock.now_ms()
+        await put_lines(rig, now, [line(1, now)], worker=f"{op}.a")
+        await put_lines(rig, now + 1, [line(2, now)], worker=f"{op}.b")
+        await rig.clock.sleep(200)
+        fault = rig.store.inject("refuse", op, lambda key, part=fails: key.startswith(keys.JOURNAL) and part in key, times=None)
+        with pytest.raises(StoreUnavailable):
+            await journal.refresh()
+        fault.stop()
+        assert {each.id for each in await journal.refresh()} == {f"{1:032x}", f"{2:032x}"}
 
 
 @virtual

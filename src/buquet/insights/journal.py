@@ -130,7 +130,18 @@ class Journal:
     # ------------------------------------------------------------------ reading
 
     async def refresh(self) -> list[Finished]:
-        """Read what is new; return those lines, the first that ended first. Raises StoreError."""
+        """Read what is new; return those lines, the first that ended first.
+
+        Raises StoreError; cut short, it reads the same again next time.
+        """
+        before = {**vars(self), "_read": dict(self._read)}
+        try:
+            return await self._refresh()
+        except BaseException:
+            vars(self).update(before)
+            raise
+
+    async def _refresh(self) -> list[Finished]:
         clock = self.client.clock
         if self._offset is None:
             self._offset = await store_now(self.client) - clock.now()

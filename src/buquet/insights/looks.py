@@ -180,15 +180,6 @@ class BoundedJournal(Journal):
         summary.per_minute = summary.count / minutes / self.share
         return summary
 
-    async def refresh(self) -> list[Finished]:
-        """Read what is new. Cut short, it reads the same again next time."""
-        before = dict(self._read)
-        try:
-            return await super().refresh()
-        except BaseException:
-            self._read = before
-            raise
-
     async def _unread(self, since: int) -> list[Listed]:
         first = not self._read
         # what comes late comes within two hours: a LIST of each hour of a day would hold up everything else

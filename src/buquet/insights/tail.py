@@ -85,8 +85,13 @@ class Tail:
         self._begun = False
 
     async def poll(self) -> list[Happening]:
-        """Return what happened since the last poll, in order. Raises StoreError."""
-        found = [*await self._rung(), *await self._started(), *map(_ended, await self.journal.refresh())]
+        """Return what happened since the last poll, in order. Raises StoreError: the next poll tells all of it then."""
+        known = dict(self._etags), dict(self._claims), dict(self._rings), dict(self._told)
+        try:
+            found = [*await self._rung(), *await self._started(), *map(_ended, await self.journal.refresh())]
+        except BaseException:
+            self._etags, self._claims, self._rings, self._told = known
+            raise
         if not self._begun:
             self._begun = True
             return []

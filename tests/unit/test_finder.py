@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from buquet import App, keys
+from buquet import App, each, keys
 from buquet.queue.background import Background
 from buquet.store.base import PAGE
 from buquet.store.memory import MemoryStore
@@ -371,6 +371,37 @@ async def test_what_comes_due_sooner_than_a_list_under_way_shows_is_not_forgotte
     stop.go.set()
     assert await looking == []
     assert one.finder.wait_seconds() <= 2.1
+
+
+@pytest.mark.parametrize("can_wait", [True, False])
+@virtual
+async def test_the_first_fan_out_of_a_worker_fills_its_slots_until_it_is_done(rig, can_wait):
+    """Its own submits, and the bell that tells of them once more: 40 steps of a second on 16 slots take three."""
+    rig.bucket.can_wait = rig.store.can_wait = can_wait
+    app = rig.app(rig.store)
+
+    @app.task
+    async def names(count: int) -> list[str]:
+        return [str(number) for number in range(count)]
+
+    @app.task
+    async def step(name: str) -> str:
+        await rig.clock.sleep(1)
+        return name
+
+    @app.workflow
+    def fan(count: int) -> list[str]:
+        return each(step, names(count))
+
+    worker = app.worker(heartbeat_thread=False)
+    working = asyncio.ensure_future(worker.arun())
+    await rig.clock.sleep(3)
+    since = rig.clock.monotonic()
+    run = await fan.astart(40)
+    assert len(await run.aresult(timeout=60)) == 40
+    assert rig.clock.monotonic() - since < 6
+    worker.stop()
+    await working
 
 
 # ---------------------------------------------------------------------- in order

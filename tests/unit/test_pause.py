@@ -292,6 +292,19 @@ async def test_a_cancel_that_comes_after_a_drain_keeps_the_drain(works):
 
 
 @virtual
+async def test_a_cancel_is_obeyed_though_another_task_of_the_same_note_cannot_be_read(works):
+    worker = works.start()
+    one, two = await works.slow.asubmit(60), await works.slow.asubmit(60)
+    await works.clock.sleep(10)
+    await one.acancel()
+    await two.acancel()
+    await works.inner.put(keys.task(one.id), b"{")
+    await works.clock.sleep(5)
+    assert await two.astatus() == "cancelled"
+    await works.stop(worker)
+
+
+@virtual
 async def test_draining_a_worker_that_is_not_there_says_so_and_leaves_nothing(works):
     worker = works.start()
     await works.clock.sleep(1)

@@ -272,3 +272,20 @@ def test_less_than_an_hour_is_refused_and_a_timedelta_is_taken():
         with pytest.raises(UsageError, match="an hour at least"):
             App("memory:", retention=bad)
     assert App("memory:", retention=timedelta(days=2)).retention == 2 * DAY
+
+
+@virtual
+async def test_what_others_have_removed_is_not_remembered(rig):
+    """Another worker deletes an object that this one meant to go through once more."""
+    worker, work = await rig.start()
+    work.cancel()
+    await rig.work.asubmit("x")
+    await drain(rig)
+    await rig.clock.sleep(DAY + 600)
+    await worker.retention.round()
+    assert len(worker.retention._again) == 1
+    for key in await rig.keys("journal/"):
+        await rig.memory.delete(key)
+    await rig.clock.sleep(2 * HOUR)
+    await worker.retention.round()
+    assert worker.retention._again == {}

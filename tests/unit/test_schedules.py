@@ -476,6 +476,22 @@ async def test_a_store_that_is_away_at_a_fire_only_delays_it(plant):
 
 
 @virtual
+async def test_a_fire_comes_soon_after_a_store_that_was_away_answers(plant):
+    """Whichever request fails, for longer than a look waits for it."""
+    store = FaultyStore(plant.inner, plant.clock)
+    plant.start(regular(), store)
+    for number, (op, key) in enumerate([("get", "schedules/"), ("create", "tasks/"), ("update", "schedules/")], 1):
+        await plant.until(number * PERIOD - 10)
+        away = store.inject("refuse", op, key, times=None)
+        await plant.until(number * PERIOD + 66)
+        away.stop()
+        await plant.until(number * PERIOD + 76)
+        assert len(plant.ran) == number, key
+        assert (await plant.record()).handled == (START + number * PERIOD) * 1000, key
+    await plant.stop()
+
+
+@virtual
 async def test_an_idle_worker_reads_a_nightly_schedule_no_more_than_once_an_hour(plant):
     store = FaultyStore(plant.inner, plant.clock)
     plant.start(lambda app, report: app.schedule("s", report, cron="0 2 * * *", tz="Europe/Berlin"), store)

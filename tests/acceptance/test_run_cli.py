@@ -153,8 +153,8 @@ def test_a_run_from_its_start_to_its_end(shell):
     assert states["ship"] == ("waiting", 0, 0)
     assert view["steps"][-1]["condition"] == "not (approved)"
     assert "waits for 'approved'" in shell.run("get", run_id).stdout
-    assert shell.json("pause", run_id) == {"id": run_id, "outcome": "requested"}
-    shell.until(run_id, lambda run, _: run["paused"])
+    assert shell.json("pause", run_id) == {"id": run_id, "outcome": "paused"}
+    assert shell.json("get", run_id)["paused"]
     assert [each["id"] for each in shell.json("ls", "--status", "paused", "--workflow", "order", "--tag", "who=me")] == [run_id]
     refused = shell.run("signal", run_id, "aproved", "--value", "true", status=2).stderr
     assert f"run {run_id} has no step that waits for a signal 'aproved'; its signals are: approved" in refused
@@ -202,10 +202,10 @@ def test_what_failed_is_retried(shell):
 
 def test_a_cancelled_run_is_undone_unless_told_otherwise(shell):
     shell.worker()
-    for words, undone in (((), True), (("--no-undo",), False)):
+    for words, undone, told in (((), True, "requested"), (("--no-undo",), False, "cancelled")):
         run_id = shell.start_run()
         shell.until(run_id, lambda _, steps: steps["charge"]["state"] == "completed" and steps["approved"]["state"] == "running")
-        assert shell.run("cancel", run_id, *words).stdout == "requested\n"
+        assert shell.run("cancel", run_id, *words).stdout == f"{told}\n"
         view = shell.until(run_id, lambda run, _: run["status"] == "cancelled")
         steps = {step["name"]: step for step in view["steps"]}
         assert (steps["charge"]["undo"] == "done") is undone

@@ -124,13 +124,13 @@ def test_a_signal_lets_a_run_go_on_to_its_result(world: World) -> None:
 
 def test_a_run_is_paused_resumed_cancelled_and_retried(world: World) -> None:
     run = world.start()
-    assert "asked to pause" in world.post(run, action="pause-run")
+    assert "The run is paused" in world.post(run, action="pause-run")
     assert "paused" in world.client.get(f"/runs/{run.id}").text
-    assert "asked to go on" in world.post(run, action="resume-run")
-    assert "asked to stop" in world.post(run, action="cancel-run")
+    assert "The run goes on." in world.post(run, action="resume-run")
+    assert "The run is cancelled." in world.post(run, action="cancel-run")
     assert run.status() == "cancelled"
     assert "Not done: " in world.post(run, action="pause-run")
-    assert "from its failed steps" in world.post(run, action="retry-run")
+    assert "goes on from its failed steps" in world.post(run, action="retry-run")
     assert run.status() == "running"
     assert "retried 1" in world.client.get(f"/runs/{run.id}").text
     assert "was sent" in world.post(run, action="signal-run", name="go", value="false")
@@ -186,7 +186,7 @@ def test_an_error_group_of_steps_lets_their_runs_go_on(world: World) -> None:
     page = world.client.get(f"/tasks/{failed}").text
     assert "redrive-task" not in page, "a step is run again by its run"
     (group,) = set(re.findall(r'name="target" value="([0-9a-f]{12})"', world.client.get("/errors").text))
-    assert "2 runs were asked to go on" in world.post(runs[0], action="redrive-group", target=group)
+    assert "2 runs go on from the failed steps" in world.post(runs[0], action="redrive-group", target=group)
     assert [run.steps()[-1].gen for run in runs] == [2, 2]
 
 

@@ -1006,13 +1006,15 @@ async def test_a_retry_that_is_carried_twice_is_applied_once(rig):
 
 @virtual(chain)
 async def test_a_cancel_that_was_meant_for_an_earlier_generation_changes_nothing(rig):
-    """The cancel is sent while the run is about to fail by itself, and carried after its retry."""
+    """The cancel is sent while the run is about to fail by itself, by who dies before it is recorded; and carried after its retry."""
     rig.breaks.add("a")
     run = await rig.start(1)
     one = await rig.worker(hands=False)
     await one.pursue(run.id)
-    await run.acancel()
-    cancel = await rig.carrier(run, "buquet.cancel")
+    cancel = keys.follow_up(run.id, "cancel", "", 1, 1)
+    now = rig.clock.now_ms()
+    task = Task(id=cancel, queue="default", name="buquet.cancel", state="pending", created=now, priority=0, run=run.id, gen=1)
+    await rig.sender.app.client.submit(task, b"{}")
     await one.pursue(await rig.carrier(run, "a"))
     await one.pursue(await rig.carrier(run, "undo_a"))
     await run.aretry()

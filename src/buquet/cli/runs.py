@@ -220,7 +220,7 @@ def pause(run_id: RunId, url: Url = None, json: Json = False) -> None:
 
     async def work() -> None:
         await sending.hold(app.client, run_id, paused=True)
-        _told(run_id, "requested", json)
+        _told(run_id, "paused", json)
 
     run(app, work)
 
@@ -232,7 +232,7 @@ def resume(run_id: RunId, url: Url = None, json: Json = False) -> None:
 
     async def work() -> None:
         await sending.hold(app.client, run_id, paused=False)
-        _told(run_id, "requested", json)
+        _told(run_id, "resumed", json)
 
     run(app, work)
 
@@ -244,13 +244,13 @@ def retry(run_id: RunId, url: Url = None, json: Json = False) -> None:
 
     async def work() -> None:
         await sending.retry(app.client, run_id)
-        _told(run_id, "requested", json)
+        _told(run_id, "retried", json)
 
     run(app, work)
 
 
 def _told(run_id: str, outcome: str, json: bool) -> None:
-    """Say what has been done. What is requested is carried out by the next worker."""
+    """Say what has been recorded. Of a cancel that is requested steps are still to be stopped or undone."""
     print_json({"id": run_id, "outcome": outcome}) if json else print(outcome)
 
 

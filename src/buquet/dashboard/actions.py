@@ -109,7 +109,7 @@ def _told(redriven: int, retried: int, refused: int, left: int) -> str:
     if redriven or not retried:
         said.append(f"{redriven:,} task{' waits' if redriven == 1 else 's wait'} again.")
     if retried:
-        said.append(f"{retried:,} run{' was' if retried == 1 else 's were'} asked to go on from the failed steps.")
+        said.append(f"{retried:,} run{' goes' if retried == 1 else 's go'} on from the failed steps.")
     if refused:
         said.append(f"{refused:,} refused: not failed any more, or gone.")
     if left > 0:

@@ -34,10 +34,10 @@ MOST = 200
 """Runs in the list."""
 SHOWN: tuple[RunStatus, ...] = get_args(RunStatus)
 MOVES = {
-    "cancel": "The run was asked to stop: what is done is undone first.",
-    "pause": "The run was asked to pause: what runs goes on, and nothing more is begun.",
-    "resume": "The run was asked to go on.",
-    "retry": "The run was asked to go on from its failed steps.",
+    "cancel": "The run is being cancelled: what is done is undone first.",
+    "pause": "The run is paused: what runs goes on, and nothing more is begun.",
+    "resume": "The run goes on.",
+    "retry": "The run goes on from its failed steps.",
 }
 
 

@@ -148,10 +148,7 @@ class Engine:
         event = await event_of(task, ended, self.committer.at_rest, holds=holds)
         if task.name == TIMER and await self._signal_comes(task):
             raise Later(ALMOST, "a signal was sent before the time was up, and comes first")
-        known = await self._commit(task, event)
-        if known is None and task.name in KINDS:
-            await self._begin(task.run)
-            known = await self.committer.commit(task.run, event)
+        known = await self._apply(task, event)
         if known is None:
             return CANCELLED
         await self._follow_up(known, event, helper)
@@ -163,6 +160,22 @@ class Engine:
         if task.name in KINDS:
             return CARRIED
         return verdict(known.run, event)
+
+    async def record(self, task: Task) -> RunRecord | None:
+        """Store what an event of a run's own makes of the run, for its sender; return the run, None when it is gone.
+
+        The event's task must be stored before: its carrier submits what follows. Raises UnreadableRecord, EncryptionKeyMissing.
+        """
+        known = await self._apply(task, await event_of(task, None, self.committer.at_rest, holds=False))
+        return known.run if known is not None else None
+
+    async def _apply(self, task: Task, event: Event) -> Known | None:
+        """Store what an event makes of its run, which an event of the run's own begins where that is still to come."""
+        known = await self._commit(task, event)
+        if known is None and task.name in KINDS:
+            await self._begin(task.run)
+            known = await self.committer.commit(task.run, event)
+        return known
 
     async def _commit(self, task: Task, event: Event) -> Known | None:
         """Store what an event makes of its run; where it opens the run, its entry comes first."""

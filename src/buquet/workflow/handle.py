@@ -114,22 +114,31 @@ class Run(Generic[R_co]):
     async def acancel(self, *, undo: bool = True) -> Literal["cancelled", "requested"]:
         """Cancel the run: what waits never starts, what runs is asked to stop, and then, with `undo`, what is done is undone.
 
-        Returns "cancelled" once that is recorded, "requested" before. Raises Refused when the run ended otherwise.
+        Recorded when this returns, whether a worker is there or not: "cancelled" where the run has ended, "requested" where steps
+        are still to be stopped or undone. Raises Refused when the run ended otherwise, and TimeoutError as `aretry` does.
         """
         return await sending.cancel(self.home.client, self.id, undo=undo)
 
     async def apause(self) -> None:
-        """Start no more steps until it is resumed; what runs goes on. Of a paused run nothing. Raises Refused when it is over."""
+        """Start no more steps until it is resumed; what runs goes on. Recorded when this returns. Of a paused run nothing.
+
+        Raises Refused when it is over, and TimeoutError as `aretry` does.
+        """
         await sending.hold(self.home.client, self.id, paused=True)
 
     async def aresume(self) -> None:
-        """Go on after a pause. Of a run that is not paused nothing. Raises Refused when it is over."""
+        """Go on after a pause. Recorded when this returns. Of a run that is not paused nothing.
+
+        Raises Refused when it is over, and TimeoutError as `aretry` does.
+        """
         await sending.hold(self.home.client, self.id, paused=False)
 
     async def aretry(self) -> None:
         """Go on with a failed or cancelled run: finished steps are kept, the others run again, with the code as it is now.
 
-        Raises Refused for any other run.
+        Recorded when this returns: `aresult` then waits for the new end, and signals and a cancel are taken. Raises Refused for any
+        other run. A process that may not write runs, or lacks their encryption key, waits for a worker to record it: TimeoutError
+        after 10 seconds, and it stays sent.
         """
         await sending.retry(self.home.client, self.id)
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec.structs import replace
 
 from buquet import keys
-from buquet.errors import KeyConflict, Refused, RunNotFound
+from buquet.errors import EncryptionKeyMissing, KeyConflict, Refused, RunNotFound, StoreRefused, UnreadableRecord
+from buquet.queue.parent import SYSTEM
 from buquet.records import TERMINAL, Raw, Task
+from buquet.store.base import Stored
 from buquet.workflow.carriers import CANCEL, PAUSE, RESUME, RETRY, SIGNAL, START, Orders
+from buquet.workflow.engine import Engine
 from buquet.workflow.limits import takes_no_more
 from buquet.workflow.records import OVER, RunRecord
 
@@ -18,6 +22,11 @@ if TYPE_CHECKING:
 
     from buquet.queue.client import Client
     from buquet.store.register import Held
+
+CARRIED_WITHIN = 10.0
+"""Seconds for which a sender waits for a worker, where only a worker can record what was sent."""
+TRUSTED_OFFSET = 2.0
+"""Below this many seconds a difference to the store's clock is taken for its whole-second LastModified and our latency."""
 
 
 async def read_run(client: Client, run_id: str) -> RunRecord | None:
@@ -68,48 +77,103 @@ async def send_signal(client: Client, run_id: str, name: str, value: bytes, key:
 
 
 async def cancel(client: Client, run_id: str, *, undo: bool) -> Literal["cancelled", "requested"]:
-    """Cancel a run. Raises RunNotFound, Refused when it ended otherwise."""
+    """Cancel a run. Raises RunNotFound, Refused when it ended otherwise; TimeoutError as `_send_recorded` does."""
     run = await read_run(client, run_id)
-    if run is not None and run.state in {"cancelled", "cancelling"}:
-        return "cancelled" if run.state == "cancelled" else "requested"
-    if run is not None and run.state != "running":
+    while run is None or run.state == "running":  # again where somebody has retried it meanwhile
+        gen = run.gen if run is not None else 1
+        task_id = keys.follow_up(run_id, "cancel", "", int(undo), gen)
+        run = await _send_recorded(client, run_id, run, CANCEL, task_id, Orders(undo=undo), gen=gen)
+    if run.state not in {"cancelled", "cancelling"}:
         msg = f"run {run_id} is {run.state} already: there is nothing to cancel"
         raise Refused(msg)
-    gen = run.gen if run is not None else 1
-    task_id = keys.follow_up(run_id, "cancel", "", int(undo), gen)
-    await _send(client, run_id, run, CANCEL, task_id, Orders(undo=undo), gen=gen)
-    return "requested"
+    return "cancelled" if run.state == "cancelled" else "requested"
 
 
 async def hold(client: Client, run_id: str, *, paused: bool) -> None:
     """Pause or resume a run, also one that is so already: what was sent before may be still to come.
 
-    Raises RunNotFound, Refused when it is over.
+    Raises RunNotFound, Refused when it is over; TimeoutError as `_send_recorded` does.
     """
     run = await read_run(client, run_id)
+    _check_hold(run, run_id, paused=paused)
+    number = (run.pause[0] if run is not None else 0) + 1
+    name = PAUSE if paused else RESUME
+    _check_hold(
+        await _send_recorded(client, run_id, run, name, client.clock.new_id(), Orders(number=number)), run_id, paused=paused
+    )
+
+
+def _check_hold(run: RunRecord | None, run_id: str, *, paused: bool) -> None:
     if run is not None and run.state in OVER:
         msg = f"run {run_id} is {run.state}: there is nothing to {'pause' if paused else 'resume'}"
         raise Refused(msg)
     if run is not None and paused and run.state != "running":
         msg = f"run {run_id} is {run.state} and comes to its end: it cannot be paused any more"
         raise Refused(msg)
-    number = (run.pause[0] if run is not None else 0) + 1
-    await _send(client, run_id, run, PAUSE if paused else RESUME, client.clock.new_id(), Orders(number=number))
 
 
 async def retry(client: Client, run_id: str) -> None:
-    """Let a failed or cancelled run go on. Raises RunNotFound, Refused for any other."""
+    """Let a failed or cancelled run go on. Raises RunNotFound, Refused for any other; TimeoutError as `_send_recorded` does."""
     run = await read_run(client, run_id)
     state = "not started yet" if run is None else run.state
     if run is None or run.state not in {"failed", "cancelled"}:
         msg = f"run {run_id} is {state}: only one that failed or was cancelled is retried"
         raise Refused(msg)
-    await _send(client, run_id, run, RETRY, keys.follow_up(run_id, "retry", "", 0, run.gen), Orders(), gen=run.gen)
+    task_id = keys.follow_up(run_id, "retry", "", 0, run.gen)
+    await _send_recorded(client, run_id, run, RETRY, task_id, Orders(), gen=run.gen)
+
+
+async def _send_recorded(
+    client: Client, run_id: str, run: RunRecord | None, name: str, task_id: str, orders: Orders, **more: Any
+) -> RunRecord:
+    """Send an event and return the run once its record holds that: what the caller sees next is what he asked for.
+
+    The sender stores it by itself, after the event's task, whose carrier then finds it stored and submits what follows. So no
+    worker need be there. Where the sender may not write runs, or cannot read this one, a worker's word is waited for. Raises
+    TimeoutError when none came.
+    """
+    task, created = await _send(client, run_id, run, name, task_id, orders, **more)
+    offset = await _store_ahead(client, task) if created else 0
+    engine = Engine(client.register, client.clock, lambda: client.clock.now_ms() + offset, client.sealer)
+    try:
+        recorded = await engine.record(task)
+    except (StoreRefused, UnreadableRecord, EncryptionKeyMissing):
+        await _carried(client, task)
+        recorded = await read_run(client, run_id)
+    finally:
+        await engine.close()
+    if recorded is None:
+        msg = f"run {run_id} was removed from the store meanwhile"
+        raise RunNotFound(msg)
+    return recorded
+
+
+async def _carried(client: Client, task: Task) -> None:
+    """Wait until a worker has carried out an event that its sender cannot record."""
+    try:
+        await client.wait(task.id, CARRIED_WITHIN)
+    except TimeoutError:
+        what = task.name.removeprefix(SYSTEM)
+        msg = (
+            f"the {what} of run {task.run} was sent, and no worker has recorded it after {CARRIED_WITHIN:g} s: the next one that "
+            f"serves queue {task.queue!r} will. `buquet run get {task.run}` shows the run"
+        )
+        raise TimeoutError(msg) from None
+
+
+async def _store_ahead(client: Client, task: Task) -> int:
+    """Return by how many milliseconds the store's clock is ahead, by a look at a record that was written just now."""
+    if client.store.can_wait:  # it is on this machine
+        return 0
+    found = await client.reads.get(keys.task(task.id))
+    ahead = found.modified - client.clock.now() if isinstance(found, Stored) else 0.0
+    return int(ahead * 1000) if abs(ahead) > TRUSTED_OFFSET else 0
 
 
 async def _send(
     client: Client, run_id: str, run: RunRecord | None, name: str, task_id: str, orders: Orders, key: str = "", **more: Any
-) -> None:
+) -> tuple[Task, bool]:
+    """Submit the task of an event; return it, and whether it was not there before."""
     queue = run.queue if run is not None else (await client.read(run_id)).record.queue
     task = Task(
         id=task_id,
@@ -122,4 +186,6 @@ async def _send(
         key=key,
         **more,
     )
-    await client.submit(task, msgspec.json.encode(orders))
+    body = msgspec.json.encode(orders)
+    submitted = await client.submit(task, body)
+    return replace(task, args=Raw(body)), submitted.created

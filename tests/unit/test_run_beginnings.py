@@ -1,6 +1,7 @@
 """What is sent to a run before a worker has begun it, or while no worker is there, and runs that wait for somebody."""
 
 import asyncio
+import copy
 import json
 from contextlib import asynccontextmanager
 
@@ -13,7 +14,7 @@ from buquet.store.memory import MemoryStore
 from buquet.store.register import Register
 from buquet.testing.virtual import run_virtual
 from buquet.workflow.arriving import Arriving
-from buquet.workflow.carriers import SIGNAL, START
+from buquet.workflow.carriers import SIGNAL, START, TIMER
 
 GO = Signal("go", int)
 RAN = []
@@ -122,6 +123,40 @@ async def test_a_signal_that_was_sent_while_no_worker_was_there_comes_before_the
     held_up(worker, SIGNAL, lambda: clock.sleep(1))
     await worker.arun()
     assert await run.aresult(timeout=1) == 6
+
+
+@pytest.mark.parametrize("first", [SIGNAL, TIMER])
+def test_a_signal_that_was_sent_after_the_time_was_up_comes_too_late_whichever_is_met_first(first):
+    @virtual
+    async def test(app, clock):
+        run = await app.waits.astart(60)
+        await drain_until_waiting(app, run, clock)
+        await clock.sleep(61)  # all workers are down
+        await GO.asend(run, 5, app=app)
+        await clock.sleep(1)
+        worker = app.worker(heartbeat_thread=False, drain=True)
+        held_up(worker, SIGNAL if first == TIMER else TIMER, lambda: clock.sleep(1))
+        await worker.arun()
+        assert await run.aresult(timeout=1) == 0
+
+    test()
+
+
+@virtual
+async def test_a_clock_that_is_ahead_makes_no_signal_late_while_the_time_is_not_up(app, clock):
+    run = await app.waits.astart(60)
+    worker = app.worker(heartbeat_thread=False)
+    working = asyncio.ensure_future(worker.arun())
+    while len([step for step in await run.asteps() if step.status == "running"]) != 1:
+        await clock.sleep(0.1)
+    wrong = an_app(clock, app.client.store)
+    ahead = copy.copy(clock)
+    ahead.now_ms = lambda: clock.now_ms() + 3_600_000
+    wrong.client.clock = ahead
+    await GO.asend(run, 5, app=wrong)
+    assert await run.aresult(timeout=30) == 6
+    worker.stop()
+    await working
 
 
 @virtual

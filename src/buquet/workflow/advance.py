@@ -149,7 +149,7 @@ class _Advance:
         waiting = [
             (record.due, place, name)
             for place, (name, step) in enumerate(self.graph.steps.items())
-            if step.kind == "wait" and step.signal == event.signal and (record := self.run.step(name)).state == "due"
+            if step.kind == "wait" and step.signal == event.signal and self._in_time(record := self.run.step(name))
         ]
         if takes_no_more(self.run, event.signal):
             return None
@@ -160,6 +160,11 @@ class _Advance:
         there = self.run.inbox.get(event.signal, ())
         self.run = replace(self.run, inbox={**self.run.inbox, event.signal: (*there, sent)})
         return set()
+
+    def _in_time(self, record: StepRecord) -> bool:
+        """Tell whether a wait takes a signal that comes now; not one that was sent after its deadline, when no worker was there."""
+        late = record.until and self.event.sent > record.until < self.now
+        return record.state == "due" and not late
 
     def _cancel(self) -> set[str] | None:
         event, run = self.event, self.run

@@ -202,7 +202,7 @@ class Engine:
             await self._start(held.record, await event_of(held.record, None, self.committer.at_rest, holds=False))
 
     async def _signal_comes(self, timer: Task) -> bool:
-        """Tell whether a signal for the wait of a timer was sent and is not recorded yet: all workers may have been away."""
+        """Tell whether a signal for the wait of a timer was sent in time and is not recorded yet: all workers may have been away."""
         held = await self.committer.read(timer.run)
         if held is None or held.record.state != "running":
             return False
@@ -210,14 +210,14 @@ class Engine:
         if step is None or step.kind != "wait" or (record.state, record.gen) != ("due", timer.gen):
             return False
         for task_id in await self.arriving.of(timer.queue, timer.run, record.until):
-            if await self._is_for(task_id, timer.run, step.signal):
+            if await self._is_for(task_id, timer, step.signal, record.until):
                 return True
         return False
 
-    async def _is_for(self, task_id: str, run_id: str, signal: str) -> bool:
+    async def _is_for(self, task_id: str, timer: Task, signal: str, until: int) -> bool:
         try:
             held = await self.register.read(Task, keys.task(task_id))
-            if held is None or held.record.run != run_id or held.record.state in TERMINAL:
+            if held is None or held.record.run != timer.run or held.record.state in TERMINAL or held.record.created > until:
                 return False
             return (await orders_of(held.record, self.committer.at_rest)).signal == signal
         except UnreadableRecord:

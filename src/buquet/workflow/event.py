@@ -35,6 +35,8 @@ class Event(NamedTuple):
     errors: tuple[ItemError, ...] = ()
     """Of a pack: the items that failed, by their places in it."""
     signal: str = ""
+    sent: int = 0
+    """When the task that carries it was created, milliseconds since 1970 by the sender's clock."""
     number: int = 0
     """Of pause and resume: the number that the sender gave it."""
     undo: bool = True

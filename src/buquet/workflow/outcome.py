@@ -40,6 +40,7 @@ async def event_of(task: Task, ended: Task | None, values: Values, *, holds: boo
             step=task.step,
             gen=task.gen,
             signal=orders.signal,
+            sent=task.created,
             result=value,
             result_at=at,
             number=orders.number,

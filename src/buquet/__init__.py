@@ -57,7 +57,7 @@ from buquet.queue.task import AsyncTaskFunction, TaskFunction
 from buquet.records import Progress
 from buquet.worker.worker import Worker
 from buquet.workflow.function import AsyncWorkflowFunction, WorkflowFunction
-from buquet.workflow.handle import Run, StepInfo
+from buquet.workflow.handle import Run, SignalInfo, StepInfo
 from buquet.workflow.words import Signal, each, sleep, when
 
 __version__ = _version("buquet")
@@ -92,6 +92,7 @@ __all__ = [
     "RunNotFound",
     "ScheduleNotFound",
     "Signal",
+    "SignalInfo",
     "SignalTimeout",
     "Snooze",
     "StepInfo",

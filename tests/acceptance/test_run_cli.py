@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from buquet import App, keys
+from buquet.queue.control import whoami
 
 FLOWS = """
 from dataclasses import dataclass
@@ -158,6 +160,8 @@ def test_a_run_from_its_start_to_its_end(shell):
     assert [each["id"] for each in shell.json("ls", "--status", "paused", "--workflow", "order", "--tag", "who=me")] == [run_id]
     refused = shell.run("signal", run_id, "aproved", "--value", "true", status=2).stderr
     assert f"run {run_id} has no step that waits for a signal 'aproved'; its signals are: approved" in refused
+    refused = shell.run("signal", run_id, "approved", status=2).stderr
+    assert f"the value of signal 'approved' of run {run_id} is not of its type: null" in " ".join(refused.split())
     shell.run("signal", run_id, "approved", "--value", "true", "--key", "k")
     shell.run("resume", run_id)
     watched = shell.run("get", run_id, "--watch").stdout.splitlines()
@@ -167,7 +171,11 @@ def test_a_run_from_its_start_to_its_end(shell):
     assert shell.json("ls", "--status", "running") == []
     assert [each["status"] for each in shell.json("ls")] == ["completed"]
     assert shell.json("get", run_id)["result"] == "paid for o-1: 30"
-    assert shell.run("get", run_id).stdout.splitlines()[-1] == 'result: "paid for o-1: 30"'
+    *_, told, result = shell.run("get", run_id).stdout.splitlines()
+    assert result == 'result: "paid for o-1: 30"'
+    assert re.fullmatch(rf"signal approved: true from {re.escape(whoami())} at 2.*, taken by step approved", told)
+    (sent,) = shell.json("get", run_id)["signals"]
+    assert (sent["value"], sent["step"], sent["sender"]) == (True, "approved", whoami())
     again = shell.run("start", "flows:app", "order", "--args", json.dumps([ORDER]), "--key", "o-1", "--wait")
     assert json.loads(again.stdout) == "paid for o-1: 30"
 

@@ -80,6 +80,8 @@ class Fact:
     outcome: str
     value: object = None
     tried: bool = True
+    misfit: bool = False
+    """Whether it failed since it could not be given what it takes."""
 
 
 class Meaning:
@@ -101,6 +103,8 @@ class Meaning:
         """By step: its items that were taken back, and whether that went well."""
         self.inbox, self.taken, self.seen = {}, {}, set()
         self.result = None
+        self.misfit = False
+        """Whether the run failed since its result has no value."""
         self.moment = 0
         self.known = {}
 
@@ -303,13 +307,16 @@ class Meaning:
         if event in self.seen or self.mode not in {"failed", "cancelled"} or gen != self.gen:
             return False
         self.seen.add(event)
-        bad = {name for name, fact in self.facts.items() if fact.outcome != "done"} | set(self.undone)
+        asked = self.asked_anew()
+        bad = {name for name, fact in self.facts.items() if fact.outcome != "done"} | set(self.undone) | asked
 
         def reopened(name):
             begun = self.state(name) != "idle" or name in self.items
             return name in bad or (begun and any(reopened(need) for need in self.nodes[name].needs()))
 
         again = {name for name in self.nodes if reopened(name)}
+        for name in asked:
+            del self.taken[name]
         for name in sorted((name for name in again if name in self.taken), key=self.ended.index, reverse=True):
             self.inbox.setdefault(self.nodes[name].channel, []).insert(0, self.taken.pop(name))
         for name in again:
@@ -321,9 +328,18 @@ class Meaning:
         self.facts = {name: fact for name, fact in self.facts.items() if name not in again}
         self.ended = [name for name in self.ended if name not in again]
         self.since = {name: at for name, at in self.since.items() if name not in again}
-        self.undone, self.frozen, self.known = {}, {}, {}
+        self.undone, self.frozen, self.known, self.misfit = {}, {}, {}, False
         self.mode, self.paused, self.gen = "running", False, self.gen + 1
         return True
+
+    def asked_anew(self):
+        """The waits whose signal did not fit what took it."""
+        found = names_in(self.output) if self.misfit else set()
+        for name, fact in self.facts.items():
+            if fact.misfit:
+                node = self.nodes[name]
+                found |= names_in(("list", (*node.inputs(), *(guard for guard, _ in node.guards))))
+        return found & set(self.taken)
 
     def on_undo(self, step, item, gen, ok):
         if gen != self.gens[step] or self.undo_state(step) != "due" or item in self.undone[step]:
@@ -349,6 +365,7 @@ class Meaning:
             elif all(self.state(name) in {"done", "skipped"} for name in self.nodes):
                 value = self.value(self.output)
                 if value is No.BAD:
+                    self.misfit = True
                     self.unwind("failing")
                 else:
                     self.mode, self.paused = "completed", False
@@ -384,6 +401,7 @@ class Meaning:
         self.frozen = {name: "idle" if state == "bad" else state for name, state in states.items()}
         self.mode = "failing"
         self.fact(failed, "failed", tried=False)
+        self.facts[failed].misfit = True
 
     def go_back(self):
         for name in self.due():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pytest
 from starlette.testclient import TestClient
@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from buquet import App, Fail, Run, Signal, each
 from buquet.dashboard.app import dashboard
 from buquet.operate.counting import CountingStore
+from buquet.queue.control import whoami
 from buquet.testing.fixture import run_until_idle
 
 if TYPE_CHECKING:
@@ -113,13 +114,38 @@ def test_a_signal_lets_a_run_go_on_to_its_result(world: World) -> None:
     run = world.start()
     assert "no JSON" in world.post(run, action="signal-run", name="go", value="{")
     assert "Not done: " in world.post(run, action="signal-run", name="go", value='"text"' * 2)
+    for bad in ("", "null", "1", '"yes"'):
+        assert "Not done: the value of signal" in world.post(run, action="signal-run", name="go", value=bad)
+    page = world.client.get(f"/runs/{run.id}").text
+    assert re.findall(r'<button name="value" value="(true|false)">', page) == ["true", "false"]
     assert run.status() == "running"
     assert "was sent" in world.post(run, action="signal-run", name="go", value="true")
     assert run.result(timeout=5) == EVIL
     text = world.client.get(f"/runs/{run.id}").text
     assert "Result" in text
     assert "Send a signal" not in text
+    assert f"{whoami()}, by the dashboard" in text, "who sent it is shown"
     assert "Not done: " in world.post(run, action="signal-run", name="go", value="true")
+
+
+def test_a_signal_is_asked_for_as_its_type_says(world: World) -> None:
+    kinds: dict[str, Any] = {"colour": Literal["red", "blue"], "words": str, "many": list[int], "any": Any, "nothing": None}
+    signals = [Signal(name, kind) for name, kind in kinds.items()]
+
+    @world.app.workflow
+    def asks() -> list[Any]:
+        return [each.wait() for each in signals]
+
+    run = asks.start()
+    run_until_idle(world.app)
+    page = world.client.get(f"/runs/{run.id}").text
+    assert re.findall("<option>(&#34;.*?)</option>", page) == ["&#34;blue&#34;", "&#34;red&#34;"]
+    assert 'placeholder="[1]"' in page
+    for name, bad in (("colour", '"green"'), ("many", ""), ("many", '["x"]')):
+        assert "Not done: " in world.post(run, action="signal-run", name=name, value=bad)
+    for name, good in (("colour", '"red"'), ("words", "no quotes"), ("many", "[1]"), ("any", ""), ("nothing", "null")):
+        assert "was sent" in world.post(run, action="signal-run", name=name, value=good)
+    assert run.result(timeout=5) == ["red", "no quotes", [1], None, None]
 
 
 def test_a_run_is_paused_resumed_cancelled_and_retried(world: World) -> None:

@@ -1006,7 +1006,7 @@ async def test_a_retry_that_is_carried_twice_is_applied_once(rig):
 
 @virtual(chain)
 async def test_a_cancel_that_was_meant_for_an_earlier_generation_changes_nothing(rig):
-    """The cancel is sent while the run is about to fail by itself, by who dies before it is recorded; and carried after its retry."""
+    """The cancel is sent while the run is about to fail by itself, by a sender that dies at once; and carried after its retry."""
     rig.breaks.add("a")
     run = await rig.start(1)
     one = await rig.worker(hands=False)

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import suppress
+from functools import partial
 
 import pytest
 
@@ -177,7 +178,7 @@ async def test_a_sender_that_may_not_write_runs_returns_once_a_worker_has_record
 async def test_what_the_sender_has_recorded_is_carried_out_once_by_whoever_takes_its_task(app, clock):
     run = await failed(app)
     await run.aretry()
-    (retry,) = [name for name in await live_tasks(app) if name == RETRY]
+    assert await live_tasks(app) == [RETRY]
     await asyncio.gather(drain(app), drain(app))
     assert await run.aresult(timeout=1) == 3
     assert [step.gen for step in await run.asteps()] == [2, 1]
@@ -253,6 +254,6 @@ def test_a_sender_may_die_at_any_write_and_another_send_the_same(moves, lost, at
         return came
 
     left = 1
-    while run_virtual(lambda clock: main(clock, left)):
+    while run_virtual(partial(main, left=left)):
         left += 1
     assert left >= 2

@@ -25,6 +25,7 @@ from buquet.workflow.handle import Run
 
 if TYPE_CHECKING:
     from buquet.queue.client import Client
+    from buquet.workflow.handle import SignalInfo
 
 group = typer.Typer(name="run", help="Workflow runs: start, look at, steer.", no_args_is_help=True)
 cli.add_typer(group)
@@ -89,14 +90,29 @@ def get_run(
             return
         view = await _read(app.client, run_id)
         result = await _result_of(app.client, view)
+        signals = await _signals_of(Run[Any](app, run_id))
         if json:
-            print_json(msgspec.to_builtins(view) | ({} if result is None else {"result": msgspec.Raw(result)}))
+            told = {"signals": signals} | ({} if result is None else {"result": msgspec.Raw(result)})
+            print_json(msgspec.to_builtins(view) | told)
             return
         print_run(view, app.client.clock.now_ms())
+        for each in signals:
+            value = each.problem or short(msgspec.json.encode(each.value))
+            taken = f"taken by step {each.step}" if each.step else "not taken yet"
+            print(f"signal {each.name}: {value} from {each.sender or '?'} at {moment(each.sent) or '?'}, {taken}")
         if result is not None:
             print(f"result: {short(result)}")
 
     run(app, work)
+
+
+async def _signals_of(handle: Run[Any]) -> list[SignalInfo]:
+    """Return a run's signals; none where the run cannot be read."""
+    try:
+        return await handle.asignals()
+    except (EncryptionKeyMissing, UnreadableRecord) as error:
+        to_stderr(str(error))
+        return []
 
 
 async def _result_of(client: Client, view: RunView) -> bytes | None:

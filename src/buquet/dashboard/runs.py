@@ -19,6 +19,9 @@ from buquet.insights.runs import RunFilter, find
 from buquet.insights.runview import RunStatus
 from buquet.insights.scan import Scan
 from buquet.insights.taskview import run_values
+from buquet.records import ABSENT
+from buquet.workflow.handle import signals_of
+from buquet.workflow.schemas import form_of
 from buquet.workflow.sending import send_signal
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from buquet.dashboard.board import Board
     from buquet.insights.openruns import RunRow
     from buquet.insights.runview import StepView
+    from buquet.workflow.schemas import Form
 
 MOST = 200
 """Runs in the list."""
@@ -98,11 +102,22 @@ async def run(board: Board, request: Request) -> Response:
     one = await board.feed.run(request.path_params["id"])
     shown, now = board.feed.shown(one), board.app.clock.now_ms()
     values = await run_values(board.app.client, one.held.record) if one.held else {}
-    waits = [step for step in shown.steps if step.kind == "wait" and step.state in {"ready", "running"}]
+    steps = one.graph.steps
+    open_waits = [step for step in shown.steps if step.kind == "wait" and step.state in {"ready", "running"}]
+    waits = [(step, form_of(steps[step.name].schema)) for step in open_waits]
+    signals = await signals_of(board.app.client, one.held.record, one.graph, inline=True) if one.held else []
     graph, gantt = _picture(as_svg(shown, now, _link)), _picture(as_gantt(shown, now, _link))
     # one that has ended is followed too: it may be retried, from elsewhere
     return board.page(
-        request, "run.html", topic=f"run:{shown.id}", run=shown, waits=waits, graph=graph, gantt=gantt, values=values
+        request,
+        "run.html",
+        topic=f"run:{shown.id}",
+        run=shown,
+        waits=waits,
+        signals=signals[-MOST:],
+        graph=graph,
+        gantt=gantt,
+        values=values,
     )
 
 
@@ -130,16 +145,26 @@ async def move(board: Board, target: str, form: Mapping[str, str]) -> str:
     return "The run is cancelled." if outcome == "cancelled" else MOVES[wanted]
 
 
-async def signal(board: Board, target: str, form: Mapping[str, str]) -> str:
-    """Send a run a signal with a value in JSON. Raises UsageError for what is no JSON, RunNotFound, Refused."""
-    name, value = form.get("name", "").strip(), form.get("value", "").strip() or "null"
+def _body(asked: Form, name: str, value: str) -> bytes:
+    """Return what was typed as JSON. Raises UsageError."""
+    if asked.kind == "text":
+        return msgspec.json.encode(value)
+    text = value.strip() or ("null" if asked.optional else "")
     try:
-        msgspec.json.decode(value)
+        msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
-        msg = f"the value of signal {name!r} is no JSON ({error}): a text needs quotes"
+        what = f"is no JSON ({error}): a text needs quotes" if text else "is missing"
+        msg = f"the value of signal {name!r} {what}. Such a value fits: {asked.example}"
         raise UsageError(msg) from None
+    return text.encode()
+
+
+async def signal(board: Board, target: str, form: Mapping[str, str]) -> str:
+    """Send a run a signal. Raises UsageError for what is no JSON or does not fit, RunNotFound, Refused."""
+    name = form.get("name", "").strip()
     # the page names the step that waits, since two may wait for one signal
     step = (await board.app.run(target).agraph()).steps.get(name)
-    await send_signal(board.app.client, target, step.signal if step else name, value.encode(), None)
+    body = _body(form_of(step.schema if step else ABSENT), name, form.get("value", ""))
+    await send_signal(board.app.client, target, step.signal if step else name, body, None, "by the dashboard")
     board.feed.changed("runs", f"run:{target}")
     return f"The signal {name!r} was sent."

@@ -14,11 +14,10 @@ from buquet.insights.runsteps import step_view, task_of
 from buquet.insights.runview import RunView
 from buquet.insights.scan import AT_ONCE
 from buquet.records import TERMINAL, Task
-from buquet.workflow import handle
+from buquet.workflow import sending
 from buquet.workflow.graph import Graph, Step
 from buquet.workflow.hiding import shown
 from buquet.workflow.records import OVER, RunRecord
-from buquet.workflow.sending import find_run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -87,7 +86,7 @@ class OneRun:
         before = self.held
         found = await client.register.reread(RunRecord, before) if before is not None else None
         if found is None:
-            found = await find_run(client, self.id)
+            found = await sending.find_run(client, self.id)
         if isinstance(found, Task):
             known, self.start = self.start, found
             await self._draw(client, found)
@@ -156,7 +155,7 @@ class OneRun:
 async def read_graph(client: Client, source: RunRecord | Task) -> Graph | None:
     """Return the graph of a run, or of a start that is to be carried out; None without the key of an encrypted one."""
     try:
-        return await handle.graph_of(client, source)
+        return await sending.graph_of(client, source)
     except EncryptionKeyMissing:
         return None
 

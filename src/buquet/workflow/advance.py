@@ -20,6 +20,7 @@ from buquet.workflow import ranges
 from buquet.workflow.expression import PENDING, SKIPPED, Fault, is_mark, no_condition, show, strongest
 from buquet.workflow.limits import kept_errors, takes_no_more
 from buquet.workflow.records import OVER, Fan, ItemError, RunRecord, Sent, StepRecord
+from buquet.workflow.reopening import again, well_ended
 from buquet.workflow.values import kept
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class _Advance:
         event = self.event
         if event.id in self.run.applied or self.run.state in {"completed", "pruned"}:
             return None
-        sent = Sent(event=event.id, value=event.result, value_at=event.result_at)
+        sent = Sent(event=event.id, value=event.result, value_at=event.result_at, sent=event.sent, sender=event.sender)
         waiting = [
             (record.due, place, name)
             for place, (name, step) in enumerate(self.graph.steps.items())
@@ -162,7 +163,7 @@ class _Advance:
         return set()
 
     def _in_time(self, record: StepRecord) -> bool:
-        """Tell whether a wait takes a signal that comes now; not one that was sent after its deadline, when no worker was there."""
+        """Tell whether a wait takes a signal now; not one that was sent after its deadline, while no worker was there."""
         late = record.until and self.event.sent > record.until < self.now
         return record.state == "due" and not late
 
@@ -199,40 +200,30 @@ class _Advance:
         if event.id in run.applied or run.state not in {"failed", "cancelled"} or event.gen != run.gen:
             return None
         self._apply()
-        again = {name for name, record in run.steps.items() if record.state not in {"idle", "done", "skipped"} or record.undo}
-        own = set(again)
-        for name in self.graph.steps:  # in order: each comes after what it needs
-            # one that has not begun again since the last retry may keep items of an older list
-            begun = run.step(name).state != "idle" or run.step(name).fan is not None
-            if begun and not again.isdisjoint(self.plan.needs[name]):
-                again.add(name)
+        todo = again(run, self.plan)
         self.run = replace(
             self.run, state="running", gen=run.gen + 1, unwinding=False, paused=False, error=None, finished=0, by=event.id
         )
         for name in sorted(
-            again, key=lambda name: (-run.step(name).order, name)
+            todo.steps, key=lambda name: (-run.step(name).order, name)
         ):  # signals go back in the order in which they came
-            self._reopen(name, keep=name in own and again.isdisjoint(self.plan.needs[name]))
+            self._reopen(name, keep=name in todo.own and todo.steps.isdisjoint(self.plan.needs[name]), ask=name in todo.asked)
         self._look_at(self.graph.steps)
         return set()
 
-    def _reopen(self, name: str, *, keep: bool) -> None:
-        """Make a step as if it had not begun; of an `each` what has ended well is kept, unless what it needs runs again."""
+    def _reopen(self, name: str, *, keep: bool, ask: bool) -> None:
+        """Make a step as if it had not begun; of an `each` what has ended well is kept, unless what it needs runs again.
+
+        `ask`: a wait's signal is not put back, since its value did not fit.
+        """
         record = self.run.step(name)
-        fan = None
-        if keep and record.fan is not None and not record.undo:
-            # what comes later outranks what is in a chunk
-            bad = {*ranges.numbers(record.fan.failed), *ranges.numbers(record.fan.stopped), *ranges.numbers(record.fan.untried)}
-            ended: ranges.Ranges = ()
-            for index in ranges.numbers(record.fan.ended):
-                if index not in bad:
-                    ended = ranges.add(ended, index)
-            results = {index: each for index, each in record.fan.results.items() if index not in bad}
-            fan = Fan(tasks=record.fan.tasks, items=record.fan.items, ended=ended, results=results, chunks=record.fan.chunks)
-        if record.signal:
+        fan = well_ended(record.fan) if keep and record.fan is not None and not record.undo else None
+        if record.signal and not ask:
             # it was sent once and need not be sent again
             channel = self.graph.steps[name].signal
-            sent = Sent(event=record.signal, value=record.result, value_at=record.result_at)
+            sent = Sent(
+                event=record.signal, value=record.result, value_at=record.result_at, sent=record.sent, sender=record.sender
+            )
             self.run = replace(self.run, inbox={**self.run.inbox, channel: (sent, *self.run.inbox.get(channel, ()))})
         self._put(name, StepRecord(gen=record.gen + 1, fan=fan, undone=record.undone + (record.undo == "done")))
 
@@ -304,7 +295,8 @@ class _Advance:
         return set()
 
     def _take(self, name: str, sent: Sent) -> set[str]:
-        return self._end(name, "done", result=sent.value, result_at=sent.value_at, signal=sent.event)
+        came = {"signal": sent.event, "sent": sent.sent, "sender": sent.sender}
+        return self._end(name, "done", result=sent.value, result_at=sent.value_at, **came)
 
     def _come_to(self, name: str, value: Any) -> set[str]:
         if isinstance(value, Fault):

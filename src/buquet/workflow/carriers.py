@@ -26,6 +26,8 @@ CANCEL = f"{SYSTEM}cancel"
 PAUSE = f"{SYSTEM}pause"
 RESUME = f"{SYSTEM}resume"
 RETRY = f"{SYSTEM}retry"
+SENDER = "sender"
+"""The tag of a signal's task that says who sent it. It is no argument: sent again under its key, by whomever, it is the same."""
 KINDS: dict[str, Kind] = {
     START: "start",
     TIMER: "timer",

@@ -202,7 +202,7 @@ class Engine:
             await self._start(held.record, await event_of(held.record, None, self.committer.at_rest, holds=False))
 
     async def _signal_comes(self, timer: Task) -> bool:
-        """Tell whether a signal for the wait of a timer was sent in time and is not recorded yet: all workers may have been away."""
+        """Tell whether a signal for a timer's wait was sent in time and is not recorded yet: all workers may have been away."""
         held = await self.committer.read(timer.run)
         if held is None or held.record.state != "running":
             return False

@@ -37,6 +37,8 @@ class Event(NamedTuple):
     signal: str = ""
     sent: int = 0
     """When the task that carries it was created, milliseconds since 1970 by the sender's clock."""
+    sender: str = ""
+    """Who has sent a signal: user and host."""
     number: int = 0
     """Of pause and resume: the number that the sender gave it."""
     undo: bool = True

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from graphlib import CycleError, TopologicalSorter
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Raw
 
 from buquet import keys
 from buquet.bounds import AtLeastOne, Due, PackSize  # noqa: TC001 - decoding reads the annotations
 from buquet.codec import decode_stored
 from buquet.errors import UnreadableRecord, UsageError
+from buquet.records import ABSENT
 from buquet.workflow.expression import MOST_NODES, NULL, Expr, depth_of, steps_of, text_of
-
-if TYPE_CHECKING:
-    from msgspec import Raw
 
 Kind: TypeAlias = Literal["task", "each", "wait", "sleep"]
 
@@ -70,6 +68,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     undo: Undo | None = None
     signal: str = ""
     """Of a `wait`: the channel."""
+    schema: Raw = ABSENT
+    """Of a `wait`: the JSON schema of the signal's type; absent where it has none, or the graph is older than schemas."""
     timeout: Expr | None = None
     """Of a `wait`: seconds after which it is over without a signal."""
     default: Expr | None = None

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import msgspec
 
 from buquet import keys
 from buquet.codec import ANY, decode_stored
-from buquet.errors import InvalidPayload, RunCancelled, RunFailed, TaskNotFound
+from buquet.errors import EncryptionKeyMissing, InvalidPayload, RunCancelled, RunFailed, TaskNotFound, UnreadableRecord
 from buquet.queue.attempt import inside_handler
 from buquet.workflow import ranges, sending
-from buquet.workflow.graph import RESTORE, Graph, read_graph
+from buquet.workflow.graph import RESTORE
 from buquet.workflow.hiding import shown
 from buquet.workflow.records import OVER, RunRecord
+from buquet.workflow.values import of_signal
 
 if TYPE_CHECKING:
+    from msgspec import Raw
+
     from buquet.codec import Signature
     from buquet.queue.client import Client
     from buquet.queue.handle import Home
-    from buquet.records import Task
-    from buquet.workflow.graph import Kind
+    from buquet.workflow.graph import Graph, Kind
     from buquet.workflow.records import ItemError, StepRecord
 
 R_co = TypeVar("R_co", covariant=True)
@@ -59,6 +61,23 @@ class StepInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     undo: str = ""
     """due, done or failed, where it is undone. `done` includes that there was nothing to undo."""
     undo_error: str = ""
+
+
+class SignalInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A signal that was sent to a run."""
+
+    name: str
+    value: Any
+    """As plain builtins; None where `problem` says why it is not shown."""
+    step: str
+    """The wait that took it; empty while it is kept for one to come."""
+    sender: str
+    """User and host; empty where its sender did not say."""
+    sent: int
+    """When, milliseconds since 1970 by the sender's clock; 0: not known."""
+    task_id: str
+    """The task that carried it."""
+    problem: str = ""
 
 
 class Run(Generic[R_co]):
@@ -104,12 +123,20 @@ class Run(Generic[R_co]):
         """
         run = await self.arecord()
         source = run if run is not None else (await self.home.client.read(self.id)).record
-        return await graph_of(self.home.client, source)
+        return await sending.graph_of(self.home.client, source)
 
     async def asteps(self) -> list[StepInfo]:
         """Return the run's steps as they are now, each after what it needs."""
         graph = await self.agraph()
         return steps_of(await self.arecord(), self.id, graph)
+
+    async def asignals(self) -> list[SignalInfo]:
+        """Return the signals that the run has taken, or keeps for a wait to come, in the order in which they were sent.
+
+        Raises RunNotFound, UnreadableRecord, EncryptionKeyMissing.
+        """
+        run = await sending.read_run(self.home.client, self.id)
+        return await signals_of(self.home.client, run, await sending.graph_of(self.home.client, run)) if run else []
 
     async def acancel(self, *, undo: bool = True) -> Literal["cancelled", "requested"]:
         """Cancel the run: what waits never starts, what runs is asked to stop, and then, with `undo`, what is done is undone.
@@ -136,9 +163,9 @@ class Run(Generic[R_co]):
     async def aretry(self) -> None:
         """Go on with a failed or cancelled run: finished steps are kept, the others run again, with the code as it is now.
 
-        Recorded when this returns: `aresult` then waits for the new end, and signals and a cancel are taken. Raises Refused for any
-        other run. A process that may not write runs, or lacks their encryption key, waits for a worker to record it: TimeoutError
-        after 10 seconds, and it stays sent.
+        Recorded when this returns: `aresult` then waits for the new end, and signals and a cancel are taken. Raises Refused for
+        any other run. A process that may not write runs, or lacks their encryption key, waits for a worker to record it:
+        TimeoutError after 10 seconds, and it stays sent.
         """
         await sending.retry(self.home.client, self.id)
 
@@ -188,6 +215,10 @@ class Run(Generic[R_co]):
         """Block and do what `asteps` does."""
         return self.home.background.run(self.asteps, "steps")
 
+    def signals(self) -> list[SignalInfo]:
+        """Block and do what `asignals` does."""
+        return self.home.background.run(self.asignals, "signals")
+
     def cancel(self, *, undo: bool = True) -> Literal["cancelled", "requested"]:
         """Block and do what `acancel` does."""
         return self.home.background.run(lambda: self.acancel(undo=undo), "cancel")
@@ -209,9 +240,52 @@ class Run(Generic[R_co]):
         return self.home.background.run(lambda: self.aresult(timeout), "result")
 
 
-async def graph_of(client: Client, source: RunRecord | Task) -> Graph:
-    """Return the graph of a run, or of a start that is to be carried out. Raises UnreadableRecord, EncryptionKeyMissing."""
-    return read_graph(source.id, await client.values.get_of_run(source.id, "graph", source.graph, source.graph_at))
+async def signals_of(client: Client, run: RunRecord, graph: Graph, *, inline: bool = False) -> list[SignalInfo]:
+    """Return the signals that a run has taken or keeps for a wait to come, in the order in which they were sent.
+
+    A GET for each value that lies outside of the record; `inline`: such values are left out.
+    """
+    found = [
+        _Signal(graph.steps[name].signal, name, each.signal, each.result, each.result_at, each.sent, each.sender)
+        for name, each in run.steps.items()
+        if each.signal and name in graph.steps
+    ]
+    for channel, there in run.inbox.items():
+        found += [_Signal(channel, "", each.event, each.value, each.value_at, each.sent, each.sender) for each in there]
+    return [await _shown(client, run, each, inline=inline) for each in sorted(found, key=lambda each: each.sent)]
+
+
+class _Signal(NamedTuple):
+    """A signal as the run's record has it."""
+
+    name: str
+    step: str
+    event: str
+    value: Raw
+    value_at: str
+    sent: int
+    sender: str
+
+
+async def _shown(client: Client, run: RunRecord, signal: _Signal, *, inline: bool) -> SignalInfo:
+    value, problem = None, ""
+    try:
+        if inline and signal.value_at:
+            problem = f"it is large: `buquet get {signal.event}` shows it"
+        else:
+            body = await client.values.get_of_run(run.id, of_signal(signal.name), signal.value, signal.value_at)
+            value = decode_stored(ANY, body, f"a signal {signal.name!r} of run {run.id}", RESTORE)
+    except (EncryptionKeyMissing, UnreadableRecord) as error:
+        problem = str(error)
+    return SignalInfo(
+        name=signal.name,
+        value=value,
+        problem=problem,
+        step=signal.step,
+        sender=signal.sender,
+        sent=signal.sent,
+        task_id=signal.event,
+    )
 
 
 def run_ending(run: RunRecord) -> Exception:

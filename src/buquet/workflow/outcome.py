@@ -9,7 +9,7 @@ from msgspec import Raw
 
 from buquet.codec import decode_stored
 from buquet.records import ErrorInfo, PackState, Task
-from buquet.workflow.carriers import KINDS, Orders
+from buquet.workflow.carriers import KINDS, SENDER, Orders
 from buquet.workflow.event import Event
 from buquet.workflow.limits import KEPT_ERRORS
 from buquet.workflow.records import ItemError
@@ -41,6 +41,7 @@ async def event_of(task: Task, ended: Task | None, values: Values, *, holds: boo
             gen=task.gen,
             signal=orders.signal,
             sent=task.created,
+            sender=task.tags.get(SENDER, "")[:200],
             result=value,
             result_at=at,
             number=orders.number,

@@ -85,7 +85,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     untried: bool = False
     """Whether it failed and surely left nothing to undo."""
     signal: str = ""
-    """The event of the signal that a `wait` took."""
+    """The event of the signal that a `wait` took; `sent` and `sender` say when and by whom it was sent."""
+    sent: Time = 0
+    sender: str = ""
     fan: Fan | None = None
     undo: UndoState = ""
     undo_by: str = ""
@@ -108,6 +110,9 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     event: str
     value: Raw = ABSENT
     value_at: PayloadKey = ""
+    sent: Time = 0
+    """When, by the sender's clock."""
+    sender: str = ""
 
 
 class RunRecord(Record, frozen=True, kw_only=True, omit_defaults=True):

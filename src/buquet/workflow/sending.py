@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 from msgspec.structs import replace
 
 from buquet import keys
 from buquet.errors import EncryptionKeyMissing, KeyConflict, Refused, RunNotFound, StoreRefused, UnreadableRecord
+from buquet.queue.control import whoami
 from buquet.queue.parent import SYSTEM
 from buquet.records import TERMINAL, Raw, Task
 from buquet.store.base import Stored
-from buquet.workflow.carriers import CANCEL, PAUSE, RESUME, RETRY, SIGNAL, START, Orders
+from buquet.workflow.carriers import CANCEL, PAUSE, RESUME, RETRY, SENDER, SIGNAL, START, Orders
 from buquet.workflow.engine import Engine
+from buquet.workflow.graph import read_graph
 from buquet.workflow.limits import takes_no_more
 from buquet.workflow.records import OVER, RunRecord
+from buquet.workflow.schemas import check
 
 if TYPE_CHECKING:
     from typing import Literal
 
     from buquet.queue.client import Client
     from buquet.store.register import Held
+    from buquet.workflow.graph import Graph
 
 CARRIED_WITHIN = 10.0
 """Seconds for which a sender waits for a worker, where only a worker can record what was sent."""
@@ -53,12 +58,14 @@ async def find_run(client: Client, run_id: str) -> Held[RunRecord] | Task:
     raise RunNotFound(msg)
 
 
-async def send_signal(client: Client, run_id: str, name: str, value: bytes, key: str | None) -> None:
-    """Send a signal to a run.
+async def send_signal(client: Client, run_id: str, name: str, value: bytes, key: str | None, via: str = "") -> None:
+    """Send a signal to a run. `via`: by what means, where that is to be told beside user and host.
 
-    Raises RunNotFound, Refused when the run is over or takes no more of them, KeyConflict for a key sent with another value.
+    Raises RunNotFound, Refused when the run is over or takes no more of them, KeyConflict for a key sent with another value, and
+    InvalidArgument for a value that fits no wait of this name.
     """
-    run = await read_run(client, run_id)
+    found = await find_run(client, run_id)
+    run = None if isinstance(found, Task) else found.record
     if run is not None and run.state != "running":
         msg = f"run {run_id} is {run.state}: signal {name!r} was not sent"
         raise Refused(msg)
@@ -66,8 +73,14 @@ async def send_signal(client: Client, run_id: str, name: str, value: bytes, key:
     if run is not None and task_id not in run.applied and (why := takes_no_more(run, name)):
         msg = f"signal {name!r} was not sent to run {run_id}: {why}"
         raise Refused(msg)
+    with suppress(EncryptionKeyMissing, UnreadableRecord):  # who sends it may know better than this process
+        steps = (await graph_of(client, run or cast("Task", found))).steps.values()
+        waits = [step.schema for step in steps if step.kind == "wait" and step.signal == name]
+        check(waits, value, f"the value of signal {name!r} of run {run_id}")
+    sender = f"{whoami()}{via and f', {via}'}"[:200]
+    orders = Orders(signal=name, value=Raw(value))
     try:
-        await _send(client, run_id, run, SIGNAL, task_id, Orders(signal=name, value=Raw(value)), key or "")
+        await _send(client, run_id, run, SIGNAL, task_id, orders, key or "", tags={SENDER: sender})
     except KeyConflict:
         msg = (
             f"signal {name!r} was sent to run {run_id} before with key {key!r} and another value; that one stands. "
@@ -159,6 +172,11 @@ async def _carried(client: Client, task: Task) -> None:
             f"serves queue {task.queue!r} will. `buquet run get {task.run}` shows the run"
         )
         raise TimeoutError(msg) from None
+
+
+async def graph_of(client: Client, source: RunRecord | Task) -> Graph:
+    """Return the graph of a run, or of a start that is to be carried out. Raises UnreadableRecord, EncryptionKeyMissing."""
+    return read_graph(source.id, await client.values.get_of_run(source.id, "graph", source.graph, source.graph_at))
 
 
 async def _store_ahead(client: Client, task: Task) -> int:

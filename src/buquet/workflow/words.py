@@ -23,6 +23,7 @@ from buquet.workflow.advance import LONGEST_WAIT
 from buquet.workflow.graph import Step
 from buquet.workflow.handle import Run, homes
 from buquet.workflow.placeholder import Value, to_expr
+from buquet.workflow.schemas import schema_of
 from buquet.workflow.sending import send_signal
 from buquet.workflow.tracing import after_of, check_task, choose, current_trace, fan_out, is_async
 
@@ -179,6 +180,7 @@ class Signal(Generic[T]):
         node = Step(
             kind="wait",
             signal=self.name,
+            schema=schema_of(self.type),
             timeout=None if timeout is None else to_expr(timeout, "the timeout of a wait"),
             default=None if default is _MISSING else to_expr(default, "the default of a wait"),
             after=after_of(after),
@@ -219,7 +221,8 @@ class Signal(Generic[T]):
         """Send a value to a run, given as itself or by its id; it is taken by the next `wait` of this name.
 
         `key`: sent again with the same key it counts once. `app` says where a run given by id is, should there be several Apps.
-        Raises InvalidArgument, RunNotFound, Refused when the run is over.
+        Raises InvalidArgument for a value of another type, also where only the run, started by other code, has another one;
+        RunNotFound, Refused when the run is over.
 
         >>> approved.send(run, Decision(granted=True))  # doctest: +SKIP
         """

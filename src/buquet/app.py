@@ -14,6 +14,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
+from buquet import forking
 from buquet.backoff import YEARS, Backoff
 from buquet.clock import Clock
 from buquet.errors import UsageError
@@ -76,8 +77,8 @@ class App:
     """A store and the tasks declared on it. Does no I/O before its first use.
 
     `url`: `sqlite:path.db`, `s3://bucket/prefix?endpoint=…&region=…` or `memory:`; else the environment's BUQUET_URL; else the
-    SQLite file `.buquet/buquet.db` in the current folder. May be used from several threads and event loops at once; made before a
-    fork and used after it, it raises UsageError in the child.
+    SQLite file `.buquet/buquet.db` in the current folder. May be used from several threads and event loops at once, and in
+    processes that are forked after it was made. A bucket raises UsageError in a child whose parent had used one before the fork.
     `encryption`: keys, 32 bytes in base64 each, under which arguments, results, checkpoints and the texts of errors are
     encrypted: the first encrypts, all decrypt. By default those of the environment's BUQUET_ENCRYPTION_KEYS, with commas between.
 
@@ -126,6 +127,11 @@ class App:
         self.workflows: dict[str, WorkflowFunction[Any, Any]] = {}
         self.plans: dict[str, Plan] = {}
         """The schedules that are declared here."""
+        forking.watch(self)
+
+    def after_fork(self) -> None:
+        """Take a lock of the child's own. Called in a forked child."""
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         """Show the URL, which holds no secret."""
@@ -160,6 +166,7 @@ class App:
     @property
     def client(self) -> Client:
         """The way to the store, made at first use."""
+        forking.check()
         client = self._client
         if client is None:
             with self._lock:
@@ -496,7 +503,7 @@ class App:
         if self._works():
             return
         if self.in_use:
-            self.background.refuse_on_a_loop("close")
+            self.background.check_caller("close")
         client = self._let_go()
         if client is not None:
             self.background.run(client.close, "close")
@@ -548,7 +555,7 @@ def _ring_at_exit(reference: weakref.ref[App]) -> None:
     app = reference()
     client = app.client if app is not None and app.in_use else None
     if client is not None and client.ringer.is_due:
-        with suppress(TimeoutError, UsageError):  # a forked child has nothing to ring for
+        with suppress(TimeoutError):
             client.ringer.background.run(lambda: asyncio.wait_for(client.ringer.flush(), AT_EXIT), "close")
 
 

@@ -10,6 +10,8 @@ import os
 import random
 import time
 
+from buquet import forking
+
 
 class Clock:
     """The machine's clock and random numbers.
@@ -20,8 +22,14 @@ class Clock:
 
     def __init__(self, seed: int | bytes | None = None) -> None:
         self.random = random.Random(os.urandom(16) if seed is None else seed)
+        if seed is None:
+            forking.watch(self)
         self._last_id = (0, 0)
         """Milliseconds and the other bits of the last id."""
+
+    def after_fork(self) -> None:
+        """Draw other random numbers than the parent and its other children: an id must be that of one task only."""
+        self.random.seed(os.urandom(16))
 
     def now(self) -> float:
         """Seconds since 1970, by the local wall clock, which may be wrong or jump."""
@@ -49,6 +57,7 @@ class Clock:
 
     def new_op(self) -> str:
         """Return a fresh id for one write (64 random bits, hex)."""
+        forking.check()
         return f"{self.random.getrandbits(64):016x}"
 
     def new_id(self) -> str:
@@ -56,6 +65,7 @@ class Clock:
 
         Those of one millisecond go up: what one caller sends later has the greater id.
         """
+        forking.check()
         now, (last, bits) = self.now_ms(), self._last_id
         # half of the room is left to count in; threads that meet here add different numbers
         bits = bits + 1 + self.random.getrandbits(32) if now == last else self.random.getrandbits(73)

@@ -6,7 +6,7 @@
     ├── UsageError                the call itself is wrong: an option, a URL, a name
     │   ├── InvalidURL            a store URL that cannot be understood
     │   ├── InvalidArgument       an argument that JSON does not carry
-    │   └── WrongLoop             a blocking call on a running event loop
+    │   └── WrongLoop             a blocking call on an event loop where a worker runs
     ├── StoreError                the store said no, or nothing
     │   ├── StoreUnavailable      no answer, or a passing one (timeout, 5xx, throttled): the outcome is unknown
     │   ├── StoreRefused          a lasting no: nothing was written
@@ -63,7 +63,7 @@ class InvalidArgument(UsageError):
 
 
 class WrongLoop(UsageError):
-    """A blocking method was called on a running event loop; its async twin is named in the text."""
+    """A blocking method was called on an event loop where a worker runs; its async twin is named in the text."""
 
 
 class StoreError(BuquetError):

@@ -1,8 +1,6 @@
 """An App in the hands of threads, event loops, processes, and users who get something wrong."""
 
 import asyncio
-import multiprocessing
-import os
 import subprocess
 import sys
 import threading
@@ -18,12 +16,14 @@ from buquet import (
     Refused,
     SubmitInterrupted,
     TaskCancelled,
+    TaskFailed,
     TaskNotFound,
     UnreadableRecord,
     UsageError,
     WrongLoop,
     current,
 )
+from buquet.queue.background import Background
 from buquet.testing.fixture import run_until_idle
 
 
@@ -122,19 +122,59 @@ def test_wrong_calls_and_declarations_are_told_at_once(app):
         current()
 
 
-def test_a_blocking_call_on_a_running_loop_names_its_twin(app):
+def test_blocking_calls_on_a_running_loop_say_once_what_they_do(app, caplog, monkeypatch):
+    monkeypatch.setattr(Background, "_hinted", False)
+
     @app.task
     def greet(name: str) -> str:
+        return f"Hello {name}"
+
+    async def main():
+        handles = [greet.submit("a"), await greet.asubmit("b"), *greet.submit_many([("c",)])]
+        batch = greet.batch(["d"])
+        app.worker(drain=True).run()
+        assert [handle.result(timeout=60) for handle in handles] == ["Hello a", "Hello b", "Hello c"]
+        assert await handles[0].aresult(timeout=60) == "Hello a"
+        assert batch.results(timeout=60) == ["Hello d"]
+        app.close()
+        assert await handles[1].astatus() == "completed"
+
+    asyncio.run(main())
+    hints = [each for each in caplog.records if "event loop" in each.message]
+    assert [each.getMessage().partition(" ")[0] for each in hints] == ["submit()"]
+    assert "await asubmit()" in hints[0].getMessage()
+    assert hints[0].pathname == __file__
+
+
+def test_a_blocking_call_where_a_worker_runs_names_its_twin(app):
+    @app.task(max_attempts=1)
+    async def greet(name: str) -> str:
+        if name == "b":
+            return greet.submit("c").id
         return name
 
     async def main():
-        with pytest.raises(WrongLoop, match="await asubmit"):
-            greet.submit("a")
+        worker = app.worker()
+        running = asyncio.create_task(worker.arun())
         handle = await greet.asubmit("a")
+        assert await handle.aresult(timeout=60) == "a"
         with pytest.raises(WrongLoop, match="await aresult"):
             handle.result()
+        with pytest.raises(WrongLoop, match="await arun"):
+            app.worker(drain=True).run()
+        with pytest.raises(TaskFailed, match="await asubmit"):
+            await (await greet.asubmit("b")).aresult(timeout=60)
+        worker.stop()
+        await running
+        assert handle.result() == "a"
 
     asyncio.run(main())
+    handle = greet.submit("b")
+    thread = threading.Thread(target=app.worker(drain=True).run)  # on the loop of the blocking calls
+    thread.start()
+    thread.join(60)
+    with pytest.raises(TaskFailed, match="await asubmit"):
+        handle.result()
 
 
 def test_an_iterator_that_raises_half_way_tells_what_was_submitted(app):
@@ -264,29 +304,6 @@ def test_a_layout_of_a_newer_format_is_refused(app):
         takes.submit()
     with pytest.raises(UnreadableRecord, match="format 99"):
         app.worker(drain=True).run()
-
-
-def _in_child(app, answers):
-    try:
-        app.get("0" * 32).status()
-    except UsageError as error:
-        answers.put(str(error))
-    except BaseException as error:  # noqa: BLE001 - told to the parent, which fails
-        answers.put(repr(error))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="only where processes fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_an_app_that_was_used_and_then_forked_says_so_in_the_child(app):
-    asyncio.run(app.client.open())
-    with pytest.raises(TaskNotFound):
-        app.get("0" * 32).status()
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-    child = context.Process(target=_in_child, args=(app, answers))
-    child.start()
-    assert "forked" in answers.get(timeout=60)
-    child.join(20)
 
 
 def test_a_program_that_ends_right_after_a_submit_has_rung_the_bell(tmp_path):

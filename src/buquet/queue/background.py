@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import logging
+import sys
 import threading
 from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from buquet import forking
 from buquet.errors import UsageError, WrongLoop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Generator
+    from concurrent.futures import Future
 
 T = TypeVar("T")
+
+log = logging.getLogger("buquet")
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
@@ -25,13 +31,12 @@ def new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def running_loop() -> bool:
-    """Tell whether an event loop is running in this thread, which a blocking call would stop."""
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop that is running in this thread, if any: a blocking call stops it."""
     try:
-        asyncio.get_running_loop()
+        return asyncio.get_running_loop()
     except RuntimeError:
-        return False
-    return True
+        return None
 
 
 class Background:
@@ -40,18 +45,27 @@ class Background:
     It starts at first use. A test or simulation gives it a `loop` of its own instead, and then makes no blocking calls.
     """
 
+    _hinted = False
+    """Whether this process was told that a blocking call stops an event loop."""
+    _workers: list[asyncio.AbstractEventLoop] = []  # noqa: RUF012 - the loops of this process on which workers run
+
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._loop = loop
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
-        self._pid = os.getpid()
+        forking.watch(self)
+
+    def after_fork(self) -> None:
+        """Leave the loop to the parent, whose thread runs it; the child starts one of its own."""
+        forking.LEFT_BEHIND.append((self._loop, self._thread))
+        self._loop = self._thread = None
+        self._lock = threading.Lock()
+        self._workers.clear()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop, started if need be. Raises UsageError in a forked child."""
-        if self._pid != os.getpid():
-            msg = "this App was used before the process forked, which connections do not survive. Make the App in the child"
-            raise UsageError(msg)
+        """The loop, started if need be."""
+        forking.check()
         with self._lock:
             if self._loop is None:
                 self._loop = new_loop()
@@ -59,24 +73,59 @@ class Background:
                 self._thread.start()
             return self._loop
 
-    def refuse_on_a_loop(self, blocking: str) -> None:
-        """Raise WrongLoop, with the name of the async twin, where an event loop is running in this thread."""
-        if running_loop():
-            msg = f"{blocking}() blocks, and an event loop is running here: use `await a{blocking}()` instead"
-            raise WrongLoop(msg)
-
-    def run(self, work: Callable[[], Coroutine[Any, Any, T]], blocking: str) -> T:
-        """Carry out a coroutine and wait for it in this thread. `blocking` names the method, for the error on a running loop."""
-        self.refuse_on_a_loop(blocking)
-        future = asyncio.run_coroutine_threadsafe(work(), self.loop)
+    @contextmanager
+    def serving(self, loop: asyncio.AbstractEventLoop) -> Generator[None]:
+        """Refuse blocking calls on a loop while a worker runs on it: what they wait for might never happen."""
+        self._workers.append(loop)
         try:
-            return future.result()
-        except CancelledError:
-            msg = f"the App was closed while {blocking}() was at it"
-            raise UsageError(msg) from None
-        except BaseException:
-            future.cancel()
-            raise
+            yield
+        finally:
+            self._workers.remove(loop)
+
+    def check_caller(self, blocking: str) -> None:
+        """Raise WrongLoop, with the name of the async twin, where a blocking call would wait for ever.
+
+        On any other running loop, such as a notebook's, it only stops that loop for a while; a server's log says so once.
+        """
+        here = running_loop()
+        if here is None:
+            return
+        if here is self._loop or here in self._workers:
+            msg = f"{blocking}() blocks, and a worker or a handler runs on this event loop: use `await a{blocking}()` instead"
+            raise WrongLoop(msg)
+        if not Background._hinted and not _in_notebook():
+            Background._hinted = True
+            log.warning(
+                "%s() blocks this thread's event loop until it returns. `await a%s()` does not (this is said once)",
+                *(blocking, blocking),
+                stacklevel=4,
+            )
+
+    def begin(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Start a coroutine; the future may be waited for in any other thread."""
+        return asyncio.run_coroutine_threadsafe(work(), self.loop)
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, T]], blocking: str, interrupted: Callable[[], None] | None = None) -> T:
+        """Carry out a coroutine and wait for it in this thread. `blocking` names the method, for what is said on a running loop.
+
+        KeyboardInterrupt cancels the coroutine and is raised; with `interrupted`, that is called instead, and the wait goes on.
+        """
+        self.check_caller(blocking)
+        future = self.begin(work)
+        while True:
+            try:
+                return future.result()
+            except CancelledError:
+                msg = f"the App was closed while {blocking}() was at it"
+                raise UsageError(msg) from None
+            except KeyboardInterrupt:
+                if interrupted is None or future.done():
+                    future.cancel()
+                    raise
+                interrupted()
+            except BaseException:
+                future.cancel()
+                raise
 
     def spawn(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Start a coroutine that nobody waits for; it must not raise."""
@@ -85,7 +134,7 @@ class Background:
     _running: set[asyncio.Task[object]] = set()  # noqa: RUF012 - a loop holds tasks weakly; this keeps them until they are done
 
     def _start(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        task = self.loop.create_task(work())
+        task = asyncio.get_running_loop().create_task(work())
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
@@ -100,6 +149,12 @@ class Background:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def _in_notebook() -> bool:
+    """Tell whether this is IPython, whose cells run on an event loop that serves nobody else."""
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return get_ipython is not None and get_ipython() is not None
 
 
 async def _cancel_others() -> None:

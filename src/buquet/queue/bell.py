@@ -53,7 +53,11 @@ class Ringer:
             if queue in self._ringing or self._closing:
                 return
             self._ringing.add(queue)
-        self.background.spawn(lambda: self._ring_soon(queue))
+        try:
+            self.background.spawn(lambda: self._ring_soon(queue))
+        except RuntimeError as error:  # no thread can be started, as at the interpreter's exit: the entry is found all the same
+            self._ringing.discard(queue)
+            self._warn(queue, error)
 
     async def close(self) -> None:
         """Ring for what was added and not yet rung for, and take nothing more."""
@@ -100,15 +104,16 @@ class Ringer:
             # the tasks are safe; without a ring they are found at the workers' next look back
             self._known.pop(queue, None)
             if first:
-                log.warning(
-                    "the bell of queue %s could not be rung, so its workers may find new tasks up to 30 s late: %s", queue, error
-                )
+                self._warn(queue, error)
             with self._lock:
                 if isinstance(error, StoreUnavailable) and not self._closing:
                     # one more than a bell holds: it says LIST then
                     self._added[queue] = [*entries, *self._added.get(queue, ())][-HINTS - 1 :]
                     return False
         return True
+
+    def _warn(self, queue: str, error: Exception) -> None:
+        log.warning("the bell of queue %s could not be rung, so its workers may find new tasks up to 30 s late: %s", queue, error)
 
     async def _ring(self, queue: str, entries: list[str]) -> None:
         key = keys.bell(queue)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
-from buquet import keys
+from buquet import forking, keys
 from buquet.codec import AGAIN, ANY, decode_any, decode_stored
 from buquet.errors import AccessDenied, KeyConflict, SubmitInterrupted, TaskNotFound, UnreadableRecord
 from buquet.queue import transitions
@@ -77,14 +77,22 @@ class Client:
         self.values = Values(self.reads, self.sealer)
         self.background = background
         self.ringer = Ringer(store, clock, background)
+        self.waiting = Waiting(self.register, clock)
         self.listeners: list[Callable[[str, str], None]] = []
         """Called with queue and entry when this process added one: its own workers need no bell."""
-        self.waiting = Waiting(self.register, clock)
         self.control_only = True
         """Whether `control/` alone pauses and drains workers; known once this is open."""
         self._open = False
         self._opening: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
         self._submits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
+
+        forking.watch(self)
+
+    def after_fork(self) -> None:
+        """Leave to the parent what it has to ring for, those who wait there, and its workers."""
+        self.ringer = Ringer(self.store, self.clock, self.background)
+        self.waiting = Waiting(self.register, self.clock)
+        self.listeners.clear()
 
     async def open(self) -> None:
         """Check the layout's format once, and write it where nothing is yet. Raises UnreadableRecord for a newer one."""

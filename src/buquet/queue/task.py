@@ -166,7 +166,7 @@ class BaseTask(Generic[P, R]):
         >>> resize.submit_many([("a.png",), {"path": "b.png", "width": 200}])  # doctest: +SKIP
         """
         background, client = self._home.background, self._home.client
-        background.refuse_on_a_loop("submit_many")
+        background.check_caller("submit_many")
         done: Handles[R] = Handles(self._home, self.signature)
         in_flight: list[Future[list[Submitted]]] = []
 

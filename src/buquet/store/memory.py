@@ -7,6 +7,7 @@ import threading
 from bisect import bisect_right, insort
 from typing import TYPE_CHECKING
 
+from buquet import forking
 from buquet.errors import AlreadyExists, Changed
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Stored
 
@@ -28,6 +29,12 @@ class MemoryStore:
         self._prefixes: dict[str, list[str]] = {}
         self._writes = 0
         self._waiters: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
+        forking.watch(self)
+
+    def after_fork(self) -> None:
+        """Go on with a copy of the objects; nobody waits in the child yet."""
+        self._lock = threading.Lock()
+        self._waiters = {}
 
     async def create(self, key: str, body: bytes) -> Receipt:
         """See Store."""

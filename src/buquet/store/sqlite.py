@@ -7,20 +7,17 @@ thread: in WAL mode they wait for nobody and take microseconds.
 from __future__ import annotations
 
 import asyncio
-import os
 import sqlite3
 import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from buquet import keys
+from buquet import forking, keys
 from buquet.codec import Oversized
 from buquet.errors import (
-    AccessDenied,
     BucketMissing,
     StoreError,
-    StoreFull,
     StoreUnavailable,
     StoreUnfit,
     UsageError,
@@ -36,6 +33,7 @@ from buquet.store.sqlitewriter import (
     create,
     create_kept,
     delete,
+    explain,
     forget,
     put,
     update,
@@ -43,6 +41,8 @@ from buquet.store.sqlitewriter import (
 )
 
 if TYPE_CHECKING:
+    import os
+
     from buquet.clock import Clock
     from buquet.store.sqlitewriter import Apply, Results
 
@@ -96,7 +96,6 @@ class SqliteStore:
         self.path = Path(path).absolute()
         self.clock = clock
         self.url = url_of(self.path)
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._reading = threading.Lock()
         self._reader: sqlite3.Connection | None = None
@@ -104,6 +103,42 @@ class SqliteStore:
         self._closing = False
         self._watches: dict[asyncio.AbstractEventLoop, _Watch] = {}  # replaced, never changed: the writer goes through it
         self.elsewhere = Elsewhere(clock)
+        self._inherited = False
+        """Whether connections were open at a fork of which no hook was told."""
+        self._paused = False
+        forking.hold(self)
+
+    # ------------------------------------------------------------------ forks
+
+    # SQLite notes a process's locks on a file in its memory. A child that inherits the notes takes no locks of its own, and the
+    # file may be damaged under it: no connection may be open while a process forks. The writer sees to its own.
+
+    def before_fork(self) -> None:
+        """Close the reader."""
+        self._lock.acquire()
+        self._reading.acquire()
+        self._paused = True
+        if self._reader is not None:
+            self._reader.close()
+
+    def after_fork_in_parent(self) -> None:
+        """Open it again."""
+        try:
+            if self._reader is not None:
+                self._reader = self._connect()
+        finally:
+            self._paused = False
+            self._reading.release()
+            self._lock.release()
+
+    def after_fork(self) -> None:
+        """Begin without connections."""
+        forking.LEFT_BEHIND.append((self._reader, self._writer))
+        self._inherited |= self._writer is not None and not self._paused
+        self._reader = self._writer = None
+        self._lock, self._reading, self._paused = threading.Lock(), threading.Lock(), False
+        self._watches = {}
+        self.elsewhere = Elsewhere(self.clock)
 
     # ------------------------------------------------------------------ writes
 
@@ -217,11 +252,15 @@ class SqliteStore:
     # ------------------------------------------------------------------ opening and closing
 
     def _open(self) -> Writer:
+        forking.check()
         writer = self._writer
-        if writer is not None and self._pid == os.getpid():
+        if writer is not None:
             return writer
-        if self._pid != os.getpid():
-            msg = f"{self.url} was opened before this process forked, which SQLite does not survive. Make the App in the child"
+        if self._inherited:
+            msg = (
+                f"{self.url} was open when this process was forked, and nothing told Python of the fork. "
+                "Use the App only after the fork; with uWSGI, set lazy-apps or py-call-uwsgi-fork-hooks"
+            )
             raise UsageError(msg)
         with self._lock:
             if self._writer is not None:
@@ -231,7 +270,7 @@ class SqliteStore:
                 raise UsageError(msg)
             self._prepare()
             self._reader = self._connect()
-            self._writer = Writer(self._connect(wait=0), self.clock, self.elsewhere, self._explain, self._wrote)
+            self._writer = Writer(lambda: self._connect(wait=0), self.clock, self.elsewhere, self._explain, self._wrote)
             return self._writer
 
     def _prepare(self) -> None:
@@ -284,18 +323,7 @@ class SqliteStore:
         return connection
 
     def _explain(self, error: Exception) -> StoreError:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
-            return StoreFull(f"{self.path}: the disk is full; nothing was written. Free space, and what waits will go on")
-        if code == sqlite3.SQLITE_NOTADB:
-            return StoreUnfit(f"{self.path} is no SQLite database. Name another file, as sqlite:PATH, or move this one away")
-        if code in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_AUTH}:
-            return AccessDenied(
-                f"{self.path} cannot be opened for writing ({error}). Check the rights of the file and of its folder"
-            )
-        if code == sqlite3.SQLITE_CORRUPT:
-            return StoreUnfit(f"{self.path} is damaged ({error}). Restore it from a backup, or try `sqlite3 FILE .recover`")
-        return StoreUnavailable(f"{self.path}: {error}")
+        return explain(error, self.path)
 
     async def close(self) -> None:
         """Commit what waits and close the file."""

@@ -13,12 +13,14 @@ from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from buquet.errors import AlreadyExists, Changed, StoreError
+from buquet import forking
+from buquet.errors import AccessDenied, AlreadyExists, Changed, StoreError, StoreFull, StoreUnavailable, StoreUnfit
 from buquet.store.base import Receipt
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Iterator
+    from pathlib import Path
     from typing import TypeAlias
 
     from buquet.clock import Clock
@@ -124,6 +126,20 @@ class Elsewhere:
             self._known = min(self._known, number)
 
 
+def explain(error: Exception, path: Path) -> StoreError:
+    """Return what an error of SQLite, or of the file at `path`, means."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return StoreFull(f"{path}: the disk is full; nothing was written. Free space, and what waits will go on")
+    if code == sqlite3.SQLITE_NOTADB:
+        return StoreUnfit(f"{path} is no SQLite database. Name another file, as sqlite:PATH, or move this one away")
+    if code in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_AUTH}:
+        return AccessDenied(f"{path} cannot be opened for writing ({error}). Check the rights of the file and of its folder")
+    if code == sqlite3.SQLITE_CORRUPT:
+        return StoreUnfit(f"{path} is damaged ({error}). Restore it from a backup, or try `sqlite3 FILE .recover`")
+    return StoreUnavailable(f"{path}: {error}")
+
+
 class Writer:
     """The one connection of a process that writes to a file. May be used by several loops at once.
 
@@ -132,13 +148,14 @@ class Writer:
 
     def __init__(
         self,
-        connection: sqlite3.Connection,
+        connect: Callable[[], sqlite3.Connection],
         clock: Clock,
         elsewhere: Elsewhere,
         explain: Callable[[Exception], StoreError],
         wrote: Callable[[Results, asyncio.AbstractEventLoop | None], None],
     ) -> None:
-        self.connection = connection
+        self.connect = connect
+        self.connection = connect()
         self.clock = clock
         self.explain = explain
         self.elsewhere = elsewhere
@@ -154,11 +171,28 @@ class Writer:
         self._closing = self._closed = False
         self._thread = threading.Thread(target=self._write_forever, name="buquet-sqlite", daemon=True)
         self._thread.start()
+        forking.hold(self)
 
     def add(self, write: Write) -> None:
         """Take a write, on its loop. It is committed together with what else the callbacks of this turn of the loop write."""
         self._queue.append(write)
         write.loop.call_soon(self._flush, write.loop)
+
+    def before_fork(self) -> None:
+        """Close the connection once what is being written is committed, see SqliteStore; nobody writes until the fork is over."""
+        self._busy.acquire()
+        self.connection.close()
+
+    def after_fork_in_parent(self) -> None:
+        """Open it again."""
+        try:
+            if self._thread.is_alive():
+                self.connection = self.connect()
+        finally:
+            self._busy.release()
+
+    def after_fork(self) -> None:
+        """Nothing: the child's store makes a writer of its own."""
 
     def _flush(self, here: asyncio.AbstractEventLoop) -> None:
         if self._closed:

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import functools
 import logging
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,6 +68,7 @@ class Running:
         self.token = task.token
         self.listing = Listing(task.id, task.token, task.name, entry, executor.fleet.due_now_ms())
         self.loop = asyncio.get_running_loop()
+        self._pid = os.getpid()
         self.work: asyncio.Task[None] | None = None
         """What carries it."""
         self.stop: Literal["", "cancel", "release"] = ""
@@ -86,6 +88,9 @@ class Running:
 
     def run_blocking(self, value: Any) -> None:
         """Store a checkpoint from a handler's thread."""
+        if os.getpid() != self._pid:
+            msg = f"task {self.listing.task}: only the handler's own process stores checkpoints, not one that it forked"
+            raise UsageError(msg)
         if running_loop():
             msg = "checkpoint() blocks, and an event loop is running here: use `await acheckpoint(value)` instead"
             raise WrongLoop(msg)

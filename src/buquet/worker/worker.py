@@ -162,18 +162,21 @@ class Worker:
     def run(self) -> None:
         """Block and run until stopped. In the main thread SIGINT and SIGTERM stop it, and a second one stops it at once.
 
-        In another thread it runs on the event loop that carries out the App's blocking calls: an async handler that does not
-        give way keeps these waiting, too.
+        In another thread, or where an event loop is running as in a notebook, it runs on the event loop that carries out the
+        App's blocking calls: an async handler that does not give way keeps these waiting, too.
         """
-        if running_loop():
-            msg = "run() blocks, and an event loop is running here: use `await worker.arun()` instead"
-            raise UsageError(msg)
-        if threading.current_thread() is threading.main_thread():
+        if running_loop() or threading.current_thread() is not threading.main_thread():
+            # two loops would hand the interpreter's lock to and fro with every look at a SQLite file
+            self.client.background.run(self.arun, "run", self.stop)
+            return
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
             with asyncio.Runner(loop_factory=new_loop) as runner:
                 runner.run(self._run_with_signals())
-        else:
-            # two loops would hand the interpreter's lock to and fro with every look at a SQLite file
-            self.client.background.run(self.arun, "run")
+        finally:
+            for number, handler in handlers.items():
+                if handler is not None:  # None: it was not set by Python
+                    signal.signal(number, handler)
 
     async def _run_with_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -228,7 +231,8 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self.client.listeners.append(self._told)
         try:
-            await self._run(self._loop)
+            with self.client.background.serving(self._loop):
+                await self._run(self._loop)
         finally:
             self.client.listeners.remove(self._told)
 

@@ -173,18 +173,21 @@ class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the journal: a task or run that ended. For reading, never for deciding: the record is the only truth.
+    """One line of the journal: a task or run that ended, or an attempt that failed and is retried.
 
-    Every field is in every line but `error`, which is there when it failed. One life of a task has one (`id`, `at`); a line that
-    is met twice has the same pair.
+    For reading, never for deciding: the record is the only truth. Every field is in every line but `error`, which is
+    there after a failure. One life of a task has one (`id`, `at`), and so has each failed attempt; a line that is met
+    twice has the same pair.
     """
 
     v: Count = FORMAT
-    kind: Literal["task", "run"] = "task"
+    kind: Literal["task", "run", "attempt"] = "task"
+    """`attempt`: one that failed, or lost its worker, and is retried. Its task has not ended."""
     id: Id
     name: Name
     queue: Name
     status: State
+    """Of an attempt: `pending`, since its task waits for the next one."""
     at: Time
     """When it ended."""
     submitted: Time
@@ -206,6 +209,10 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     step: str = ""
     tags: dict[str, str] = {}
     pack: PackSize = 0
+    max_attempts: Count = 0
+    """How many attempts the task has; 0: not known."""
+    due: Time = 0
+    """Of an attempt: when the next one is due; 0: at once."""
 
 
 class PackItems(msgspec.Struct, frozen=True):

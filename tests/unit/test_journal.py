@@ -506,4 +506,5 @@ def test_the_sql_of_the_documentation_runs_on_a_copy_of_a_journal(tmp_path, monk
             if statement.strip() and "s3://" not in statement and "httpfs" not in statement.lower():
                 rows = connection.execute(statement).fetchall()
     assert rows
+    assert connection.execute("SELECT count(*) FROM journal WHERE kind = 'attempt'").fetchall() == [(5,)]
     assert ("odd", "ValueError", 5) in connection.execute("SELECT name, error.type, count(*) FROM ended GROUP BY ALL").fetchall()

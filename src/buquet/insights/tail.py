@@ -88,7 +88,8 @@ class Tail:
         """Return what happened since the last poll, in order. Raises StoreError: the next poll tells all of it then."""
         known = dict(self._etags), dict(self._claims), dict(self._rings), dict(self._told)
         try:
-            found = [*await self._rung(), *await self._started(), *map(_ended, await self.journal.refresh())]
+            seen = [*await self._rung(), *await self._started()]
+            found = [*seen, *(_ended(line) for line in await self.journal.refresh() if line.kind != "attempt")]
         except BaseException:
             self._etags, self._claims, self._rings, self._told = known
             raise

@@ -6,10 +6,12 @@ events; all others are `other`.
 
 from __future__ import annotations
 
+from collections import Counter as CountOf
 from typing import TYPE_CHECKING
 
 from buquet import keys
 from buquet.errors import UsageError
+from buquet.queue.finished import is_retried
 from buquet.worker.watch import Watcher
 from buquet.workflow.carriers import KINDS
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from buquet.worker.worker import Worker
 
 OTHER = "other"
+MOST_RETRYING = 100_000
+"""Tasks that are kept for the gauge of those that are retried."""
 LOST = {"lost", "taken over"}
 EVENTS = {
     "completed": "completed",
@@ -76,6 +80,8 @@ class Metrics(Watcher):
             buckets=BUCKETS,
             registry=self.registry,
         )
+        self.retrying: dict[str, tuple[int, tuple[str, str]]] = {}
+        """Of each task whose attempt failed here: when the next one is due (milliseconds since 1970), and its labels."""
         self.registry.register(self)
 
     def _which(self, task: Task) -> tuple[str, str]:
@@ -101,6 +107,8 @@ class Metrics(Watcher):
         """See Watcher."""
         which = self._which(task)
         why = task.events[-1].why
+        if is_retried(task) and task.due and len(self.retrying) < MOST_RETRYING:
+            self.retrying[task.id] = task.due, which
         if why in LOST:
             self.tasks.labels(*which, "lost").inc()
             why = task.state  # out of losses it has failed
@@ -119,6 +127,7 @@ class Metrics(Watcher):
         age = worker.clock.monotonic() - worker.keeper.stored_at if worker.keeper.held else 0.0
         yield _gauge("buquet_heartbeat_age_seconds", "Since the last stored heartbeat was sent.", age)
         yield _gauge("buquet_abandoned_threads", "Threads given up on that still run.", worker.keeper.abandoned)
+        yield self._retrying()
         missed = CounterMetricFamily("buquet_claims_lost", "Claims that another worker was quicker with.")
         missed.add_metric([], worker.claimer.missed)
         yield missed
@@ -126,6 +135,17 @@ class Metrics(Watcher):
         for (operation, outcome), number in sorted(dict(self.store.counts).items()):
             requests.add_metric([operation, outcome], number)
         yield requests
+
+    def _retrying(self) -> Metric:
+        """Count the tasks whose attempt failed here and whose next one is not due yet."""
+        now = self.worker.clock.now_ms()
+        for task in [task for task, (due, _) in dict(self.retrying).items() if due <= now]:
+            self.retrying.pop(task, None)
+        text = "Tasks whose attempt failed in this worker, and whose next attempt is not due yet."
+        family = GaugeMetricFamily("buquet_retrying_tasks", text, labels=("queue", "name"))
+        for which, number in CountOf(which for _, which in dict(self.retrying).values()).items():
+            family.add_metric(which, number)
+        return family
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -1,4 +1,4 @@
-"""What the journal says of a task that ended. Pure: from its record to a line, and from an object to its lines."""
+"""What the journal says of a task. Pure: from its record to a line, and from an object to its lines."""
 
 from __future__ import annotations
 
@@ -27,40 +27,67 @@ _decoder = msgspec.json.Decoder(Finished)
 _FRAME = re.compile(r'^[ |+]*File "(.+)", line \d+, in (.+)$', re.MULTILINE)
 
 
+def is_retried(task: Task) -> bool:
+    """Tell whether the last move of a task put it back because an attempt failed or lost its worker.
+
+    >>> is_retried(Task(id="0" * 32, queue="default", name="resize", state="running", created=0))
+    False
+    """
+    if task.state != "pending" or not task.events:
+        return False
+    why = task.events[-1].why
+    # a pack comes back as snoozed; its error says that items failed meanwhile
+    return why in {"retry", "lost"} or (why == "snoozed" and task.pack > 0 and task.error is not None)
+
+
 def finished(task: Task) -> Finished:
-    """Return the journal's line of a task that ended.
+    """Return the journal's line of a task that ended, or of its last attempt where that is retried.
 
     Its times come from the timeline in the record, so one that was retried very often, and lost its first lines, has no `ready`.
     """
+    again = task.state == "pending"
+    at = task.events[-1].at if again else task.finished
     begun, claimed, once = 0, 0, True
+    worker = task.worker
     for event in reversed(task.events):
         if event.why in CLAIMED:
+            worker = worker or event.worker
             claimed = claimed or event.at
         once = once and event.why not in BACK
         if event.why in BEGUN:
             begun = event.at
             break
-    error = msgspec.UNSET if task.error is None or task.state != "failed" else _brief(task.error)
+    failure = _failure(task)
     return Finished(
+        kind="attempt" if again else "task",
         id=task.id,
         name=task.name,
         queue=task.queue,
         status=task.state,
-        at=task.finished,
+        at=at,
         submitted=begun or task.created,
         ready=_ready(task, begun) if once else 0,
         started=task.started,
-        ran=task.finished - claimed if claimed and task.started else 0,
+        ran=at - claimed if claimed and task.started else 0,
         attempts=task.attempt,
         losses=task.losses,
-        worker=task.worker,
-        error=error,
-        group=group(task) if error else "",
+        worker=worker,
+        error=_brief(failure) if failure else msgspec.UNSET,
+        group=_group(task.name, failure) if failure else "",
         run=task.run,
         step=task.step,
         tags=_short(task.tags),
         pack=task.pack,
+        max_attempts=task.max_attempts,
+        due=task.due if again else 0,
     )
+
+
+def _failure(task: Task) -> ErrorInfo | None:
+    """Return why a task failed, or why its last attempt did."""
+    if task.state == "pending" and task.events[-1].why == "lost":
+        return ErrorInfo(type="WorkerLost", message=f"an attempt was lost {task.events[-1].detail}")
+    return task.error if task.state in {"failed", "pending"} else None
 
 
 def _ready(task: Task, begun: int) -> int:
@@ -84,12 +111,9 @@ def _short(tags: dict[str, str]) -> dict[str, str]:
     return kept
 
 
-def group(task: Task) -> str:
+def _group(name: str, error: ErrorInfo) -> str:
     """Return what failures of one kind share. Numbers of lines and texts of messages change too easily to be part of it."""
-    error = task.error
-    if error is None:
-        return ""
-    parts = "\0".join((task.name, error.type, raised_in(error.traceback)))
+    parts = "\0".join((name, error.type, raised_in(error.traceback)))
     return hashlib.sha256(parts.encode()).hexdigest()[:12]
 
 

@@ -176,10 +176,12 @@ def retry(task: Task, token: str, error: ErrorInfo, due: int, now: int) -> Task:
     return _waiting(task, now, due, "retry", _brief(error), failures=task.failures + 1, error=error)
 
 
-def snooze(task: Task, token: str, due: int, now: int, detail: str = "") -> Task:
-    """Put a task back until `due`, without spending an attempt."""
+def snooze(task: Task, token: str, due: int, now: int, detail: str = "", error: ErrorInfo | None = None) -> Task:
+    """Put a task back until `due`, without spending an attempt. `error`: why items of a pack come back."""
     _need_claim(task, token)
-    return stop(task, token, now) if task.cancel_requested else _waiting(task, now, due, "snoozed", detail)
+    if task.cancel_requested:
+        return stop(task, token, now)
+    return _waiting(task, now, due, "snoozed", detail, error=error if task.pack else task.error)
 
 
 def postpone(task: Task, token: str, why: str, now: int) -> Task:

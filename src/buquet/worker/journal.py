@@ -1,4 +1,4 @@
-"""Writes the journal: what ended, many lines an object, for those who look. Nothing is ever decided by it.
+"""Writes the journal: what ended and which attempts failed, many lines an object. Nothing is ever decided by it.
 
 A line is kept in memory for at most 10 s, so a worker that is killed takes its last 10 s of the journal with it; the records are
 not touched by that. While the store is away lines wait, up to 16 MiB of them, and the oldest are left out beyond that.
@@ -70,7 +70,7 @@ class JournalWriter:
         self._full = asyncio.Event()
 
     def add(self, task: Task) -> None:
-        """Enter a task that ended, after its record says so."""
+        """Enter a task that ended, or whose attempt failed, after its record says so."""
         self.enter(finished(task))
 
     def enter(self, what: Finished) -> None:

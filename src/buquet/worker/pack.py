@@ -60,6 +60,8 @@ class PackRunner:
         self._saved = 0
         self._logged = 0
         self._stored_at = self.task.checkpoint_at
+        self._last: tuple[int, ErrorInfo] | None = None
+        """The last item that failed and comes back, and why it failed."""
 
     # ------------------------------------------------------------------ the whole
 
@@ -175,6 +177,7 @@ class PackRunner:
         else:
             wait = self.function.policy.backoff.seconds(failures, self.clock)
             ledger.tries[index] = failures
+            self._last = index, info
             heappush(ledger.later, (self.executor.now() + int(wait * 1000), index))
             ledger.version += 1
         self._logged += 1
@@ -196,7 +199,7 @@ class PackRunner:
     async def _save(self) -> None:
         """Store what is done so far as the pack's checkpoint."""
         run, begun = self.claim, self.clock.monotonic()
-        run.listing.progress = Progress(fraction=self.ledger.settled / self.task.pack)
+        run.listing.progress = Progress(fraction=self.ledger.settled / self.task.pack, message=self._retried_items())
         version, body = self.ledger.snapshot()
         try:
             raw, at = await self.executor.values.put(self.task.id, "checkpoint", body)
@@ -209,6 +212,21 @@ class PackRunner:
             await self._drop_last(at)
         now = self.clock.monotonic()
         self._save_at = max(begun + SAVE_EVERY, now + SAVE_SHARE * (now - begun))
+
+    def _retried_items(self) -> str:
+        """Say how many items failed and are retried. Without an error's text, which may have to be encrypted."""
+        count = len(self.ledger.tries)
+        return f"{count:,} of {self.task.pack:,} items failed and are retried" if count else ""
+
+    def _retry_error(self) -> ErrorInfo | None:
+        """Return why items of this pack are retried; None where none is."""
+        if not self.ledger.tries:
+            return None
+        if self._last is None:  # they failed under an earlier claim
+            return self.task.error
+        index, info = self._last
+        text = f"{self._retried_items()}; the last of them, item {index}: {info.type}: {info.message}"
+        return self.executor.values.hide(self.task.id, ErrorInfo(type="ItemsRetried", message=text))
 
     async def _drop_last(self, at: str) -> None:
         """Delete the payload of the checkpoint that was replaced: a long pack would leave one every second."""
@@ -247,8 +265,8 @@ class PackRunner:
         if ledger.left and (run.stop or not ledger.later):
             return lambda task: transitions.release(task, run.token, executor.now())
         if ledger.left:
-            due = ledger.later[0][0]
-            return lambda task: transitions.snooze(task, run.token, due, executor.now())
+            due, error = ledger.later[0][0], self._retry_error()
+            return lambda task: transitions.snooze(task, run.token, due, executor.now(), error=error)
         executor.keeper.failed += 1
         first = next(islice(ledger.failed.values(), 1))
         count = f"{len(ledger.failed)} of {self.task.pack} items failed"

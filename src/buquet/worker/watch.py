@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from buquet.queue.finished import is_retried
 from buquet.worker.logs import enter_task
 
 if TYPE_CHECKING:
@@ -42,4 +43,5 @@ class Telling:
             watcher.moved(task)
         if task.state != "pending":
             self.client.waiting.ended(task.id)
+        if task.state != "pending" or is_retried(task):
             self.journal.add(task)

@@ -49,6 +49,13 @@ async def send_invoice(customer: str, *, amount: float, currency: str = "EUR") -
     return f"{currency} {amount:.2f} to {customer}"
 
 
+@app.task(max_attempts=8, backoff=Backoff(initial=90))
+async def notify(customer: str) -> None:
+    await asyncio.sleep(random.expovariate(20))
+    msg = "sms.example.org answers 503 Service Unavailable"
+    raise ConnectionError(msg)
+
+
 @app.task(max_attempts=1)
 async def import_rows(path: str, rows: int) -> int:
     columns = {"sku": 0, "count": 1}

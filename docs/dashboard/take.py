@@ -30,7 +30,7 @@ sys.path += [str(HERE), str(HERE.parent.parent / "tests")]
 import msgspec  # noqa: E402
 from browser import run_browser  # noqa: E402 - found by the line above
 from msgspec import UNSET  # noqa: E402
-from scene import Decision, app, approved, import_rows, order, send_invoice, thumbnail, transcode  # noqa: E402
+from scene import Decision, app, approved, import_rows, notify, order, send_invoice, thumbnail, transcode  # noqa: E402
 
 from buquet import RunFailed, keys  # noqa: E402 - after those, as the sorter has it
 from buquet.records import ErrorInfo, Finished  # noqa: E402
@@ -112,6 +112,7 @@ async def fill() -> dict[str, str]:
         await write_past()
         await asyncio.gather(
             thumbnail.asubmit_many([(f"holiday/{n:04}.jpg",) for n in range(240)]),
+            notify.asubmit_many([(f"c{n}",) for n in range(40)]),
             import_rows.asubmit_many([(f"stock-{n}.csv", n) for n in range(1, 26)]),
             send_invoice.options(tags={"tenant": "acme"}).asubmit_many(
                 [{"customer": f"c{n}", "amount": n * 1.5} for n in range(100, 160)]

@@ -125,7 +125,7 @@ def test_every_page_is_shown_and_follows_what_happens(world: World) -> None:
     page = world.pages("/")
     for path in PAGES:
         page.goto(world.address + path)
-        expect(page.locator("#live")).to_have_text("live", timeout=SOON)
+        expect(page.locator("#live.on")).to_have_text(re.compile("^as of [0-9:]{8}$"), timeout=SOON)
         assert page.title() != "owned"
         assert page.locator("nav[aria-label=Pages] a[aria-current]").count() == 1
     page.goto(world.address + "/")
@@ -356,7 +356,7 @@ def test_tasks_are_found_by_id_name_tag_and_state(world: World) -> None:
     page.get_by_role("button", name="Search").click()
     expect(page.locator("tbody tr")).to_have_count(1)
     page.get_by_label("Tag").fill("")
-    page.get_by_label("State").select_option("failed")
+    page.get_by_label("Status").select_option("failed")
     page.get_by_role("button", name="Search").click()
     expect(page.locator("tbody tr")).to_have_count(0)
     apart(waiting.cancel)

@@ -273,12 +273,12 @@ def test_what_it_says() -> None:
         shown = overview(world.feed)
         assert (shown.last.count, shown.last.failed) == (33, 3)
         assert (shown.ready, shown.later, shown.running, shown.alive) == (1100, 1, 0, 0)
-        assert [(each.name, each.count) for each in shown.errors] == [("bad", 3)]
+        assert [(each.group.name, each.group.count, each.waiting) for each in shown.failures] == [("bad", 3, 0)]
         queues = {queue.name: queue for queue in shown.queues}
         assert queues["default"].names == [("good", 1101, False)], "no live worker handles it"
         assert queues["default"].priorities == {2: 1100}
         assert shown.last.duration.p50 >= 200
-        failed = await search(world.feed, Wanted(state="failed"))
+        failed = await search(world.feed, Wanted(status="failed"))
         assert {row.name for row in failed} == {"bad"}
         assert "ValueError" in failed[0].remark
         assert len(await search(world.feed, Wanted(text="no 2"))) == 1

@@ -40,7 +40,10 @@ Url = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Status = Annotated[str | None, typer.Option("--status", "-s", help="Only tasks in this state.")]
+Status = Annotated[
+    str | None,
+    typer.Option("--status", "-s", help="Only tasks of this status; also: retrying."),
+]
 Queue = Annotated[str | None, typer.Option("--queue", "-q", help="Only tasks of this queue.")]
 Name = Annotated[str | None, typer.Option("--name", "-n", help="Only tasks of this name.")]
 Tag = Annotated[list[str] | None, typer.Option("--tag", metavar="K=V", help="Only tasks with this tag; may be given again.")]

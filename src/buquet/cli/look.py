@@ -16,11 +16,11 @@ from buquet.insights.scan import Scan, records
 
 @cli.command()
 def stats(
-    scan: Annotated[bool, typer.Option("--scan", help="Count tasks by state however many there are: a GET for each.")] = False,
+    scan: Annotated[bool, typer.Option("--scan", help="Count tasks by status however many there are: a GET for each.")] = False,
     url: Url = None,
     json: Json = False,
 ) -> None:
-    """Count what waits, runs, has finished and failed."""
+    """Count what waits, runs, is retried, has finished and failed."""
     app = open_app(url)
 
     async def work() -> None:
@@ -29,9 +29,10 @@ def stats(
         listed = await records(app.client)
         counted = scan or len(listed) <= tasks.CHEAP
         states = await tasks.states(reader, listed) if counted else None
-        queues = await fleet.waiting(app.client, crew, reader, states.running if states else None)
         journal = Journal(app.client)
         await journal.refresh()
+        retrying = states.retrying if states else journal.retrying().keys()
+        queues = await fleet.waiting(app.client, crew, reader, states.running if states else None, retrying)
         last_hour = journal.by_queue()
         if json:
             value: dict[str, Any] = {
@@ -39,7 +40,8 @@ def stats(
                 "last_hour": last_hour,
                 "since": journal.since,
                 "records": len(listed),
-                "states": states.counts if states else None,
+                "statuses": states.counts if states else None,
+                "states": states.by_state() if states else None,
                 "unreadable": reader.unreadable,
             }
             print_json(msgspec.to_builtins(value))
@@ -48,9 +50,9 @@ def stats(
         if last_hour:
             _show_last_hour(last_hour, journal.since)
         if states:
-            print_table(("state", "tasks"), sorted(states.counts.items()), "no task yet")
+            print_table(("status", "tasks"), sorted(states.counts.items()), "no task yet")
         else:
-            print(f"{len(listed):,} tasks in all; --scan counts them by state, with a request for each")
+            print(f"{len(listed):,} tasks in all; --scan counts them by status, with a request for each")
         for problem in reader.unreadable:
             to_stderr(f"unreadable: {problem}")
 
@@ -65,13 +67,16 @@ def _show(queues: list[fleet.Waiting]) -> None:
             each.ready,
             ", ".join(f"p{priority}: {count}" for priority, count in sorted(each.priorities.items())),
             each.later,
+            each.retrying or "",
             each.running,
             each.workers,
             moment(each.next_due),
         )
         for each in queues
     ]
-    print_table(("queue", "", "ready", "by priority", "later", "running", "workers", "next due"), rows, "no queue yet")
+    print_table(
+        ("queue", "", "ready", "by priority", "later", "retrying", "running", "workers", "next due"), rows, "no queue yet"
+    )
     for each in queues:
         for name in each.unhandled:
             say(f"in queue {each.queue!r} {each.names[name]:,} of the name {name!r} wait, and no live worker handles that name")
@@ -82,11 +87,20 @@ def _show_last_hour(queues: dict[str, Summary], since: int) -> None:
         return f"{duration(times.p50 / 1000)}, {duration(times.p99 / 1000)}" if times.count else ""
 
     rows = [
-        (queue, each.count, f"{each.per_minute:.1f}", each.failed, each.retried, spread(each.duration), spread(each.delay))
+        (
+            queue,
+            each.count,
+            f"{each.per_minute:.1f}",
+            each.failed,
+            each.failed_attempts,
+            spread(each.duration),
+            spread(each.delay),
+        )
         for queue, each in queues.items()
     ]
     print(f"since {moment(since)}:")
-    print_table(("queue", "ended", "a minute", "failed", "retried", "ran (p50, p99)", "waited (p50, p99)"), rows)
+    columns = ("queue", "ended", "a minute", "failed", "attempts retried", "ran (p50, p99)", "waited (p50, p99)")
+    print_table(columns, rows)
 
 
 @cli.command()

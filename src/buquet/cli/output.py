@@ -19,6 +19,7 @@ LONG = 500
 """From so many records on it is shown how far a scan is."""
 COLOURS = {
     "pending": "yellow",
+    "retrying": "red",
     "running": "cyan",
     "completed": "green",
     "failed": "red",
@@ -64,11 +65,15 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty:
 
 
 def moment(ms: int) -> str:
-    """Return milliseconds since 1970 as a local time, to the millisecond; what is no time as the number that it is, or as `?`."""
+    """Return milliseconds since 1970 as a local time, to the millisecond, with its zone.
+
+    What is no time is returned as the number that it is, or as `?`.
+    """
     if not ms:
         return ""
     try:
-        return datetime.fromtimestamp(ms / 1000, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+        local = datetime.fromtimestamp(ms / 1000, UTC).astimezone()
+        return f"{local:%Y-%m-%d %H:%M:%S}.{local.microsecond // 1000:03d} {local:%Z}"
     except (ValueError, OverflowError, OSError):  # a record may hold any number
         return str(ms) if abs(ms) < LARGEST else "?"
 

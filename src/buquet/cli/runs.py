@@ -12,7 +12,7 @@ from buquet.cli.base import Json, Tag, Target, Url, cli, from_json, load, open_a
 from buquet.cli.output import duration, moment, print_json, print_table, scan_progress, to_stderr
 from buquet.cli.selecting import tags_of
 from buquet.cli.tasks import short
-from buquet.cli.watching import print_run, show, watch
+from buquet.cli.watching import plain, print_run, show, watch
 from buquet.codec import ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord, UsageError
 from buquet.insights import runs
@@ -93,7 +93,7 @@ def get_run(
         signals = await _signals_of(Run[Any](app, run_id))
         if json:
             told = {"signals": signals} | ({} if result is None else {"result": msgspec.Raw(result)})
-            print_json(msgspec.to_builtins(view) | told)
+            print_json(plain(view) | told)
             return
         print_run(view, app.client.clock.now_ms())
         for each in signals:
@@ -131,7 +131,7 @@ async def _result_of(client: Client, view: RunView) -> bytes | None:
 
 @group.command("ls")
 def list_runs(
-    status: Annotated[str | None, typer.Option("--status", "-s", help="Only runs in this state; also: paused.")] = None,
+    status: Annotated[str | None, typer.Option("--status", "-s", help="Only runs of this status; also: paused.")] = None,
     workflow: Annotated[str | None, typer.Option("--workflow", "-n", help="Only runs of this workflow.")] = None,
     tag: Tag = None,
     limit: Annotated[int, typer.Option("--limit", "-l", min=1, help="At most so many, the last changed first.")] = 20,
@@ -147,7 +147,7 @@ def list_runs(
         found = await runs.find(app.client, wanted, limit, scan)
         now = app.client.clock.now_ms()
         if json:
-            print_json(found)
+            print_json([plain(view) for view in found])
         else:
             columns = ("id", "workflow", "status", "steps", "created", "took", "")
             print_table(columns, [_row(view, now) for view in found], "no run fits")

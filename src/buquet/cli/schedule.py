@@ -40,7 +40,7 @@ def ls(url: Url = None, json: Json = False) -> None:
                 each.tz,
                 each.task,
                 each.queue,
-                ", ".join(moment(fire).removesuffix(".000") for fire in each.next) or each.problem,
+                ", ".join(moment(fire).replace(".000 ", " ") for fire in each.next) or each.problem,
                 moment(each.last).removesuffix(".000"),
                 each.last_task,
             )

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from buquet.errors import UsageError
-from buquet.insights.tasks import Filter
-from buquet.records import STATES, State
+from buquet.insights.tasks import STATUSES, Filter, Status, wanted_status
 
 
 def selection(status: str | None, queue: str | None, name: str | None, tag: list[str] | None) -> Filter:
     """Return the filter that --status, --queue, --name and --tag make. Raises UsageError."""
-    states: tuple[State, ...] = tuple(state for state in STATES if state == status)
-    if status is not None and not states:
-        msg = f"--status is one of {', '.join(STATES)}, not {status!r}"
+    known: Status | None = next((each for each in STATUSES if each == status), None)
+    if status is not None and known is None:
+        msg = f"--status is one of {', '.join(STATUSES)}, not {status!r}"
         raise UsageError(msg)
-    return Filter(states, queue, name, tags_of(tag))
+    return Filter(*wanted_status(known), queue, name, tags_of(tag))
 
 
 def tags_of(tag: list[str] | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ from buquet.cli.selecting import selection, tags_of
 from buquet.codec import AGAIN, ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord, UsageError
 from buquet.insights.scan import Scan
-from buquet.insights.tasks import find
+from buquet.insights.tasks import find, status_of
 from buquet.printing import indented, printable
 from buquet.queue.client import Client
 from buquet.queue.handle import ending
@@ -69,12 +69,11 @@ def submit(
         record = await app.client.wait(submitted.id, None)
         if record.state != "completed":
             if json:
-                print_json(
-                    submitted._asdict() | {"state": record.state, "error": msgspec.json.decode(msgspec.json.encode(record.error))}
-                )
+                error = msgspec.json.decode(msgspec.json.encode(record.error))
+                print_json(submitted._asdict() | {"status": record.state, "state": record.state, "error": error})
             raise ending(record)
         result = decode_stored(ANY, await app.client.value_of(record), f"the result of task {record.id}", AGAIN)
-        print_json(submitted._asdict() | {"state": record.state, "result": result} if json else result)
+        print_json(submitted._asdict() | {"status": record.state, "state": record.state, "result": result} if json else result)
 
     run(app, work)
 
@@ -116,7 +115,7 @@ async def _with_values(client: Client, task: Task) -> Task:
 
 def _plain(task: Task) -> dict[str, Any]:
     """Return a record as JSON values, with every field; a value that is not there is null."""
-    fields = {name: getattr(task, name) for name in task.__struct_fields__}
+    fields = {"status": status_of(task)} | {name: getattr(task, name) for name in task.__struct_fields__}
     # by way of JSON: values lie in the record as JSON, also within its error
     return msgspec.json.decode(msgspec.json.encode({name: None if value == ABSENT else value for name, value in fields.items()}))
 
@@ -133,7 +132,7 @@ def _show(task: Task, progress: Progress | None) -> None:
         ("id", task.id),
         ("task", task.name),
         ("queue", task.queue),
-        ("state", task.state),
+        ("status", status_of(task)),
         ("attempt", f"{task.attempt} of {task.max_attempts}{lost}"),
         ("priority", task.priority),
         ("created", moment(task.created)),
@@ -165,7 +164,7 @@ def history(
     url: Url = None,
     json: Json = False,
 ) -> None:
-    """Show every state that a task went through."""
+    """Show every status that a task went through."""
     app = open_app(url)
 
     async def work() -> None:
@@ -174,19 +173,21 @@ def history(
             if json:
                 print_json([{"version": held.version, **_plain(held.record)} for held in kept])
             else:
-                columns = ("rev", "state", "attempt", "worker", "version")
-                print_table(columns, [(task.rev, task.state, task.attempt, task.worker, version) for _, task, _, version in kept])
+                columns = ("rev", "status", "attempt", "worker", "version")
+                print_table(
+                    columns, [(task.rev, status_of(task), task.attempt, task.worker, version) for _, task, _, version in kept]
+                )
             return
         task = (await app.client.read(task_id)).record
         if json:
-            print_json(task.events)
+            print_json([{"status": event.state} | msgspec.to_builtins(event) for event in task.events])
             return
         since = task.events[0].at if task.events else 0
         rows = [
             (moment(at.at), f"+{duration(in_seconds(at.at - since))}", at.state, at.why, at.attempt or "", at.worker, at.detail)
             for at in task.events
         ]
-        print_table(("when", "after", "state", "why", "attempt", "worker", "detail"), rows)
+        print_table(("when", "after", "status", "why", "attempt", "worker", "detail"), rows)
         if task.dropped:
             print(f"({task.dropped} lines between the first and the rest were dropped)")
 
@@ -214,10 +215,10 @@ def ls(
             print_json([_plain(task) for task in found])
         else:
             rows = [
-                (each.id, each.name, each.queue, each.state, each.attempt or "", moment(each.created), _remark(each))
+                (each.id, each.name, each.queue, status_of(each), each.attempt or "", moment(each.created), _remark(each))
                 for each in found
             ]
-            print_table(("id", "task", "queue", "state", "attempt", "created", ""), rows, "no task fits")
+            print_table(("id", "task", "queue", "status", "attempt", "created", ""), rows, "no task fits")
         for problem in scan.unreadable:
             to_stderr(f"unreadable: {problem}")
 
@@ -225,8 +226,9 @@ def ls(
 
 
 def _remark(task: Task) -> str:
-    if task.state == "pending" and task.due:
-        return f"due {moment(task.due)}"
-    if task.error is not None:
-        return f"{task.error.type}: {task.error.message}"[:80]
-    return task.key
+    error = f"{task.error.type}: {task.error.message}"[:80] if task.error else ""
+    due = f"due {moment(task.due)}" if task.state == "pending" and task.due else ""
+    if status_of(task) == "retrying":
+        which = f"attempt {task.attempt} of {task.max_attempts} failed"
+        return ", ".join(filter(None, (which, f"next {due}" if due else "", error)))
+    return due or error or task.key

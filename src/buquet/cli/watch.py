@@ -13,7 +13,7 @@ from buquet.cli.base import Json, Name, Queue, Url, cli, open_app, run
 from buquet.cli.output import duration, moment, print_json, print_table, to_stderr
 from buquet.errors import UsageError
 from buquet.insights.fleet import workers
-from buquet.insights.journal import Journal
+from buquet.insights.journal import ErrorGroup, Journal
 from buquet.insights.scan import Scan
 from buquet.insights.tail import EVENTS, Happening, Tail
 from buquet.printing import printable
@@ -30,7 +30,10 @@ def errors(
     url: Url = None,
     json: Json = False,
 ) -> None:
-    """Show what failed lately by kind: the task, the error's type, and the function that raised it. Drawn from the journal."""
+    """Show what failed lately by kind: the task, the error's type, and the function that raised it. Drawn from the journal.
+
+    It counts the tasks that failed for good, and the attempts that failed and are retried.
+    """
     app = open_app(url)
 
     async def work() -> None:
@@ -46,16 +49,18 @@ def errors(
         rows = [
             (
                 each.count,
+                each.retried,
                 each.name,
                 each.queue,
                 f"{each.type}: {each.message}"[:SHOWN],
                 moment(each.first),
                 moment(each.last),
+                _next(each),
                 each.example,
             )
             for each in found
         ]
-        columns = ("count", "task", "queue", "error (the last one)", "first", "last", "example")
+        columns = ("failed", "attempts retried", "task", "queue", "error (the last one)", "first", "last", "next", "example")
         print_table(columns, rows, f"nothing failed since {moment(journal.since)}, as far as the journal knows")
         for each in refused:
             print(printable(f"worker {each.id} on {each.host} was refused a request, {moment(each.refused_at)}: {each.refused}"))
@@ -63,6 +68,12 @@ def errors(
             to_stderr(f"{journal.unreadable:,} lines of the journal cannot be read, and were left out")
 
     run(app, work)
+
+
+def _next(group: ErrorGroup) -> str:
+    """Say which attempt failed last, and when its task tries again."""
+    attempt = f"attempt {group.attempt} of {group.max_attempts}" if group.max_attempts else ""
+    return f"{attempt}, next {moment(group.due)}" if group.due else attempt
 
 
 @cli.command()

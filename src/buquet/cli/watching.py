@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from buquet.cli.output import print_json, to_stderr
 from buquet.insights import runs
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
 
 EVERY = 0.5
 """Seconds from look to look while a run is followed: a step's start is told by its task, not by its run."""
+
+
+def plain(view: RunView) -> dict[str, Any]:
+    """Return a run as JSON values. A step has its `status` also as `state`, the older name."""
+    value: dict[str, Any] = msgspec.to_builtins(view)
+    value["steps"] = [{"status": step["state"], **step} for step in value["steps"]]
+    return value
 
 
 def show(view: RunView, now: int, width: int = 0) -> str:
@@ -54,7 +63,7 @@ async def watch(client: Client, run_id: str, json: bool) -> None:
     scan = Scan(client)
     if json:
         async for view in _views(client, run_id, scan):
-            print_json(view)
+            print_json(plain(view))
     elif sys.stdout.isatty():
         await _live(client, run_id, scan)
     else:

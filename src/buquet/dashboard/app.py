@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from buquet.app import App
 
     Handler = Callable[[Board, Request], Awaitable[Response]]
+
+log = logging.getLogger("buquet.dashboard")
 
 GET = {
     "/": pages.first,
@@ -65,7 +68,13 @@ def dashboard(
 
     def bound(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            return await handler(board, request)
+            try:
+                return await handler(board, request)
+            except (BuquetError, HTTPException):
+                raise
+            except Exception as error:  # here, within the guard: the page of an error has navigation and headers, too
+                log.exception("%s %s", request.method, request.url.path)
+                return _problem(board, request, error)
 
         return endpoint
 
@@ -102,4 +111,7 @@ def _problem(board: Board, request: Request, error: Exception) -> Response:
         return board.page(request, "problem.html", 404, topic="", title="Not found", text=str(error))
     if isinstance(error, StoreError):
         return board.page(request, "problem.html", 503, topic="", title="The store does not answer", text=str(error))
-    return board.page(request, "problem.html", 409, topic="", title="That does not work", text=str(error))
+    if isinstance(error, BuquetError):
+        return board.page(request, "problem.html", 409, topic="", title="That does not work", text=str(error))
+    said = f"This is a defect of buquet, and the log of the dashboard has the traceback. It is of this page only. {error!r}"
+    return board.page(request, "problem.html", 500, topic="", title="This page cannot be shown", text=said)

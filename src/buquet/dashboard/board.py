@@ -14,10 +14,12 @@ from starlette.responses import HTMLResponse
 
 from buquet import __version__
 from buquet.dashboard import charts, wording
-from buquet.insights.overview import Overview, overview
+from buquet.insights.overview import WINDOWS, Overview, Window, overview, window
 from buquet.printing import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.requests import Request
 
     from buquet.app import App
@@ -53,8 +55,18 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = (wording.lasts, wording.number, wording.size, wording.moment, wording.tags, wording.badge)
-    made.filters.update({each.__name__: each for each in names})
+    names: tuple[Callable[..., Any], ...] = (
+        wording.lasts,
+        wording.number,
+        wording.size,
+        wording.moment,
+        wording.tags,
+        wording.badge,
+        wording.second,
+        wording.staleness,
+    )
+    filters: dict[str, Any] = made.filters
+    filters.update({each.__name__: each for each in names})
     for name in made.list_templates():  # compiled now: the first page need not wait for it
         made.get_template(name)
     return made
@@ -76,14 +88,18 @@ class Board:
     read_only: bool = False
     templates: Environment = field(default_factory=_environment)
     assets: str = field(default_factory=_fingerprint)
-    _overview: tuple[int, Overview] | None = None
+    _overviews: dict[str, tuple[int, Overview]] = field(default_factory=dict[str, "tuple[int, Overview]"])
 
-    def overview(self) -> Overview:
+    def overview(self, request: Request) -> Overview:
         """Return what the first page says, worked out once for all browsers from one state of the feed."""
-        version = self.feed.version("overview")
-        if self._overview is None or self._overview[0] != version:
-            self._overview = (version, overview(self.feed))
-        return self._overview[1]
+        version, name = self.feed.version("overview"), self.window(request).name
+        if name not in self._overviews or self._overviews[name][0] != version:
+            self._overviews[name] = (version, overview(self.feed, name))
+        return self._overviews[name][1]
+
+    def window(self, request: Request) -> Window:
+        """Return how far back the reader wants to look."""
+        return window(self.feed, request.query_params.get("window", ""))
 
     def page(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         """Make a page. What came of the last form is told once, and not to the script that only brings a page up to date."""
@@ -91,6 +107,9 @@ class Board:
         live = "x-live" in request.headers
         said = None if live else self.sessions.unsign("said", request.cookies.get(SAID))
         here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        topic, seen = values.get("topic", ""), self.window(request)
+        kept = {name: value for name, value in request.query_params.items() if name not in {"window", "page"}}
+        now = self.app.clock.now_ms()
         text = self.templates.get_template(template).render(
             charts=charts,
             urlencode=urlencode,
@@ -99,13 +118,17 @@ class Board:
             assets=self.assets,
             store=self.app.url,
             said=None if said is None else unquote(said),
-            problem=self.feed.problem,
+            problem=self.feed.problem(topic),
+            as_of=self.feed.as_of(topic),
+            seen=seen,
+            windows={name: urlencode(kept | {"window": name}) for name in WINDOWS},
+            keep="" if seen.name == next(iter(WINDOWS)) else f"?window={seen.name}",
             read_only=self.read_only,
             can_log_out=self.sessions.password is not None and session.inside,
             token=self.sessions.token(session),
             here=here,
             path=request.url.path,
-            now=self.app.clock.now_ms(),
+            now=now,
             **values,
         )
         response = HTMLResponse(text, status)

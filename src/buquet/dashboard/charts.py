@@ -9,13 +9,13 @@ from markupsafe import Markup
 
 from buquet.dashboard.wording import clock, lasts, number
 from buquet.insights.journal import MINUTE
-from buquet.insights.overview import SPAN
+from buquet.insights.overview import BARS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from buquet.insights.journal import Minute
-    from buquet.insights.overview import Percentiles
+    from buquet.insights.overview import Percentiles, Window
 
 WIDE, HIGH = 600, 100
 
@@ -32,14 +32,15 @@ def round_up(value: float) -> float:
     return next(step * power for step in (1, 2, 5, 10) if step * power >= value * 0.999)
 
 
-def throughput(minutes: Sequence[Minute]) -> Markup:
-    """Draw what ended in each minute: completed, failed, and others on top of each other."""
-    top = round_up(max((each.completed + each.failed + each.other for each in minutes), default=0))
+def throughput(minutes: Sequence[Minute], seen: Window) -> Markup:
+    """Draw what ended in each part of a window, and the attempts that failed and are retried, on top of each other."""
+    top = round_up(max((each.completed + each.failed + each.other + each.retried for each in minutes), default=0))
     step = WIDE / max(len(minutes), 1)
     bars: list[Markup] = []
     for index, minute in enumerate(minutes):
         base = float(HIGH)
-        for kind, count in (("good", minute.completed), ("bad", minute.failed), ("off", minute.other)):
+        parts = (("good", minute.completed), ("bad", minute.failed), ("waits", minute.retried), ("off", minute.other))
+        for kind, count in parts:
             if count:
                 high = max(count / top * HIGH, 1.0)
                 base -= high
@@ -48,27 +49,31 @@ def throughput(minutes: Sequence[Minute]) -> Markup:
                         kind, index * step + step * 0.1, base, step * 0.8, high
                     )
                 )
-        told = f"{clock(minute.at)} UTC: {minute.completed} completed, {minute.failed} failed, {minute.other} others"
+        told = (
+            f"{clock(minute.at)} UTC: {minute.completed} completed, {minute.failed} failed, "
+            f"{minute.retried} attempts retried, {minute.other} others"
+        )
         bars.append(
             Markup('<rect class="hover" x="{:.1f}" y="0" width="{:.1f}" height="{}"><title>{}</title></rect>').format(
                 index * step, step, HIGH, told
             )
         )
     total = sum(each.completed + each.failed + each.other for each in minutes)
-    return _framed(Markup("").join(bars), number(top), f"{total:,} tasks ended in the last {len(minutes)} minutes")
+    return _framed(Markup("").join(bars), number(top), f"{total:,} tasks ended in {seen.hours} h", _ago(seen))
 
 
-def percentiles(points: Sequence[Percentiles], now: int, what: str) -> Markup:
-    """Draw the middle and the slowest hundredth over the last hour, on a logarithmic scale."""
+def percentiles(points: Sequence[Percentiles], seen: Window, what: str) -> Markup:
+    """Draw the middle and the slowest hundredth over a window, on a logarithmic scale."""
     if not points:
-        return _framed(Markup(""), "", f"no {what} in the last {SPAN} minutes", empty=True)
+        return _empty(f"no {what} in {seen.label}")
     most = max(10.0, *(each.p99 for each in points))
     top = 10.0 ** ceil(log10(most) - 1e-9)
     decades = log10(top)
-    first = now - SPAN * MINUTE
+    wide = seen.hours * MINUTE
+    first = seen.now - BARS * wide
 
     def place(at: int, value: float) -> tuple[float, float]:
-        return ((at + MINUTE / 2 - first) / (SPAN * MINUTE) * WIDE, HIGH - log10(max(value, 1.0)) / decades * HIGH)
+        return ((at + wide / 2 - first) / (BARS * wide) * WIDE, HIGH - log10(max(value, 1.0)) / decades * HIGH)
 
     parts = [
         Markup('<line class="grid" x1="0" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>').format(WIDE, y=HIGH - mark / decades * HIGH)
@@ -85,14 +90,14 @@ def percentiles(points: Sequence[Percentiles], now: int, what: str) -> Markup:
             )
         )
     last = points[-1]
-    return _framed(Markup("").join(parts), lasts(top), f"{what}: lately p50 {lasts(last.p50)}, p99 {lasts(last.p99)}")
+    return _framed(Markup("").join(parts), lasts(top), f"{what}: lately p50 {lasts(last.p50)}, p99 {lasts(last.p99)}", _ago(seen))
 
 
 def load(samples: Sequence[tuple[int, int, int]]) -> Markup:
     """Draw how many tasks were ready and how many ran while somebody looked."""
     samples = samples[-240:]
     if len(samples) < 2:  # noqa: PLR2004 - a line has two ends
-        return _framed(Markup(""), "", "drawn from now on, while this page is open", empty=True)
+        return _empty("drawn from now on, while this page is open")
     top = round_up(max(max(ready, ran) for _, ready, ran in samples))
     first, last = samples[0][0], samples[-1][0]
 
@@ -102,7 +107,7 @@ def load(samples: Sequence[tuple[int, int, int]]) -> Markup:
     parts = [*_curve(line(lambda each: each[1]), "ready"), *_curve(line(lambda each: each[2]), "ran")]
     ready, ran = samples[-1][1:]
     told = f"{ready:,} ready and {ran:,} running now; over the last {lasts(last - first)}"
-    return _framed(Markup("").join(parts), number(top), told, left=lasts(last - first) + " ago")
+    return _framed(Markup("").join(parts), number(top), told, lasts(last - first) + " ago")
 
 
 def share(parts: Sequence[tuple[str, int]]) -> Markup:
@@ -128,10 +133,16 @@ def _curve(points: Sequence[tuple[float, float]], kind: str) -> list[Markup]:
     return [Markup('<polyline class="{}" points="{}"/>').format(kind, path)]
 
 
-def _framed(drawing: Markup, top: str, told: str, *, left: str = f"{SPAN} min ago", empty: bool = False) -> Markup:
-    """Put a drawing into its frame: the scale, the axis of time, and what it shows in words."""
-    if empty:
-        return Markup('<div class="chart"><p class="nothing">{}</p></div>').format(told)
+def _ago(seen: Window) -> str:
+    return f"{seen.hours} h ago"
+
+
+def _empty(told: str) -> Markup:
+    return Markup('<div class="chart"><p class="nothing">{}</p></div>').format(told)
+
+
+def _framed(drawing: Markup, top: str, told: str, left: str) -> Markup:
+    """Put a drawing into its frame: the scale, the axis of time from `left` to now, and what it shows in words."""
     svg = Markup('<svg viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" aria-label="{}">{}</svg>').format(
         WIDE, HIGH, told, drawing
     )

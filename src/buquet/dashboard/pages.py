@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from starlette.responses import RedirectResponse
 
 from buquet.insights import overview, taskview
 from buquet.insights.search import Wanted, exact, search
-from buquet.records import State
+from buquet.insights.tasks import STATUSES, Status, status_of
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -21,35 +21,39 @@ if TYPE_CHECKING:
 
 PAGE = 50
 """Tasks on one page."""
-SHOWN: tuple[State, ...] = tuple(state for state in get_args(State) if state != "tombstone")
+SHOWN: tuple[Status, ...] = tuple(status for status in STATUSES if status != "tombstone")
 
 
 async def first(board: Board, request: Request) -> Response:
     """Show how everything is."""
     await board.feed.ensure("overview")
-    return board.page(request, "overview.html", topic="overview", shown=board.overview())
+    return board.page(request, "overview.html", topic="overview", shown=board.overview(request))
 
 
 async def tasks(board: Board, request: Request) -> Response:
     """Show the tasks that a search finds."""
     asked = request.query_params
-    state: State | None = next((each for each in SHOWN if each == asked.get("status")), None)
+    status: Status | None = next((each for each in SHOWN if each == asked.get("status")), None)
+    await board.feed.ensure("tasks")
     wanted = Wanted(
         text=asked.get("q", "").strip(),
-        state=state,
+        status=status,
         queue=asked.get("queue", ""),
         name=asked.get("name", ""),
         key=asked.get("key", ""),
         tag=asked.get("tag", "").strip(),
         everywhere="all" in asked,
+        since=board.window(request).since,
     )
-    await board.feed.ensure("tasks")
     if wanted.text and (task_id := await exact(board.feed, wanted.text)):
         return RedirectResponse(f"/tasks/{task_id}", 303)
-    found = await search(board.feed, wanted)
+    async with board.feed.answering("the search") as more:
+        found = await search(board.feed, wanted, more)
     pages = max(ceil(len(found) / PAGE), 1)
     page = _page(asked.get("page", ""), pages)
-    fields = {name: value for name in ("q", "status", "queue", "name", "key", "tag", "all") if (value := asked.get(name))}
+    fields = {
+        name: value for name in ("q", "status", "queue", "name", "key", "tag", "all", "window") if (value := asked.get(name))
+    }
     queues = sorted(
         {line.queue for line in board.feed.journal.lines} | {each.queue for each in board.feed.backlog.entries.values()}
     )
@@ -64,10 +68,9 @@ async def tasks(board: Board, request: Request) -> Response:
         page=page,
         pages=pages,
         fields=fields,
-        states=SHOWN,
+        statuses=SHOWN,
         queues=queues,
         names=sorted(board.feed.homes),
-        since=board.feed.journal.since,
     )
 
 
@@ -90,6 +93,7 @@ async def task(board: Board, request: Request) -> Response:
         "task.html",
         topic=f"task:{task_id}",
         task=record,
+        shown_as=status_of(record),
         values=await taskview.values(board.app.client, record),
         progress=claim.progress if claim and record.state == "running" else None,
         has_versions=bool(record.prev),
@@ -99,7 +103,8 @@ async def task(board: Board, request: Request) -> Response:
 async def versions(board: Board, request: Request) -> Response:
     """Show the earlier versions of a task's record, and how two of them differ: by default each with the one before."""
     task_id = request.path_params["id"]
-    kept = await taskview.versions(board.app.client, task_id)
+    async with board.feed.answering("the versions of the record") as more:
+        kept = await taskview.versions(board.app.client, task_id, more)
     asked = request.query_params
     new = _version(kept, asked.get("new"), 0)
     at = kept.index(new)
@@ -115,18 +120,10 @@ def _version(kept: list[Held[Task]], rev: str | None, otherwise: int) -> Held[Ta
 
 
 async def errors(board: Board, request: Request) -> Response:
-    """Show what failed, by kind."""
+    """Show what failed for good or is retried, by kind."""
     await board.feed.ensure("errors")
-    journal = board.feed.journal
-    return board.page(
-        request,
-        "errors.html",
-        topic="errors",
-        groups=journal.errors(),
-        failed=journal.failed(20),
-        since=journal.since,
-        share=journal.share,
-    )
+    found = overview.failures(board.feed, board.window(request))
+    return board.page(request, "errors.html", topic="errors", failures=found, share=board.feed.journal.share)
 
 
 async def workers(board: Board, request: Request) -> Response:
@@ -140,9 +137,9 @@ async def workers(board: Board, request: Request) -> Response:
 async def queues(board: Board, request: Request) -> Response:
     """Show the queues."""
     await board.feed.ensure("queues")
-    return board.page(
-        request, "queues.html", topic="queues", queues=overview.queue_states(board.feed, overview.crews(board.feed.workers))
-    )
+    feed = board.feed
+    found = overview.queue_states(feed, overview.crews(feed.workers), board.window(request))
+    return board.page(request, "queues.html", topic="queues", queues=found, share=feed.journal.share)
 
 
 async def schedules(board: Board, request: Request) -> Response:

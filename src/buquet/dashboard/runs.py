@@ -77,10 +77,11 @@ async def runs(board: Board, request: Request) -> Response:
         except RunNotFound:
             pass  # the list says that there is none
     if wanted.everywhere:
-        scan = Scan(feed.direct)
-        found = [row_of(each) for each in await find(feed.direct, RunFilter((status,) if status else ()), MOST, scan)]
+        async with feed.answering("the search") as more:
+            views = await find(feed.direct, RunFilter((status,) if status else ()), MOST, Scan(feed.direct, more))
+        found = [row_of(each) for each in views]
     else:
-        found = feed.open_runs.rows(feed.journal.select(kind="run"))
+        found = feed.open_runs.rows(feed.journal.select(kind="run", since=board.window(request).since))
     shown = [row for row in found if wanted.takes(row)]
     return board.page(
         request,
@@ -88,12 +89,11 @@ async def runs(board: Board, request: Request) -> Response:
         # a search through all runs is not made again every few seconds
         topic="" if wanted.everywhere else "runs",
         wanted=wanted,
-        states=SHOWN,
+        statuses=SHOWN,
         runs=shown[:MOST],
         left=len(shown) - MOST,
         unread=0 if wanted.everywhere or wanted.text or status else feed.open_runs.unread,
         more=feed.open_runs.more,
-        since=feed.journal.since,
     )
 
 

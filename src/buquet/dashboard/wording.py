@@ -13,11 +13,15 @@ from buquet.printing import printable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+OLD = 10
+"""Seconds after which what a page shows is marked as old, and as too old."""
+TOO_OLD = 30
 EXACT = 100
 """Seconds below which their fractions are told."""
 
 STATES = {
     "pending": "waits",
+    "retrying": "bad",
     "running": "runs",
     "completed": "good",
     "failed": "bad",
@@ -57,9 +61,11 @@ def lasts(milliseconds: float) -> str:
 def number(value: float) -> str:
     """Return a number with separators, and a fraction where it is small.
 
-    >>> number(12345), number(3.14), number(0.0)
-    ('12,345', '3.1', '0')
+    >>> number(12345), number(3.14), number(0.0), number(1 / 60)
+    ('12,345', '3.1', '0', '0.017')
     """
+    if 0 < value < 1:
+        return f"{value:.2g}"
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"  # noqa: PLR2004 - as said
 
 
@@ -94,6 +100,22 @@ def moment(milliseconds: int, now: int = 0) -> Markup:
     away = now - milliseconds
     text = f"{lasts(away)} ago" if away >= 1000 else "now" if away > -1000 else f"in {lasts(-away)}"  # noqa: PLR2004 - a second
     return Markup('<time datetime="{}Z" title="{} UTC">{}</time>').format(whole.replace(" ", "T"), whole, text)
+
+
+def staleness(as_of: int, now: int) -> str:
+    """Return the class of a page's age: its colour.
+
+    >>> [staleness(now - age, now) for now in [10**12] for age in (9_000, 10_000, 30_000)], staleness(0, 1)
+    (['on', 'old', 'off'], 'old')
+    """
+    age = (now - as_of) / 1000 if as_of else OLD
+    return "off" if age >= TOO_OLD else "old" if age >= OLD else "on"
+
+
+def second(milliseconds: int) -> Markup:
+    """Return the time of day to the second, with its zone; the script shows it in local time."""
+    at = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return Markup('<time datetime="{}Z" data-show="second">{:%H:%M:%S} UTC</time>').format(at.strftime("%Y-%m-%dT%H:%M:%S"), at)
 
 
 def clock(milliseconds: int) -> str:

@@ -8,18 +8,21 @@ nobody looked, may take what was saved up, at most 600 requests: it reads the ne
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import Counter
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from buquet import keys
-from buquet.errors import BuquetError, RunNotFound
+from buquet.errors import BuquetError, RunNotFound, StoreError, StoreUnavailable
 from buquet.insights.fleet import worker_view
 from buquet.insights.looks import Backlog, BoundedJournal, Folder, Sessions
 from buquet.insights.onerun import MOST_TASKS, OneRun
 from buquet.insights.openruns import OpenRuns, starting
 from buquet.insights.pace import QUICK, SLOW, Pace, PacedStore
+from buquet.insights.taskview import ANSWER
 from buquet.queue.client import Client
 from buquet.records import QueueSettings, Schedule, Task
 
@@ -28,7 +31,10 @@ if TYPE_CHECKING:
 
     from buquet.insights.fleet import WorkerView
     from buquet.insights.runview import RunView
+    from buquet.records import Finished
     from buquet.store.register import Held
+
+log = logging.getLogger("buquet.dashboard")
 
 FIRST = 600
 """Requests that a first look may send at once."""
@@ -52,7 +58,7 @@ ALIVE = 15.0
 TOPICS: dict[str, tuple[str, ...]] = {
     "overview": ("workers", "backlog", "journal", "settings"),
     "tasks": ("workers", "backlog", "journal"),
-    "errors": ("journal",),
+    "errors": ("workers", "backlog", "journal"),
     "workers": ("workers", "journal"),
     "queues": ("workers", "backlog", "journal", "settings"),
     "schedules": ("workers", "schedules", "journal"),
@@ -70,6 +76,11 @@ class _Part:
     quick: float
     slow: float
     looked: float = -math.inf
+    """When it was last looked at, also in vain, by the monotonic clock."""
+    read: int = 0
+    """When the last look that succeeded began, milliseconds since 1970; 0: none has."""
+    problem: str = ""
+    """Why the last look failed; empty when it did not."""
     version: int = 0
 
 
@@ -78,7 +89,7 @@ class Feed:
 
     >>> feed = Feed(app.client)  # doctest: +SKIP
     >>> await feed.ensure("overview")  # doctest: +SKIP
-    >>> feed.backlog.queues  # doctest: +SKIP
+    >>> feed.journal.errors()  # doctest: +SKIP
     """
 
     def __init__(self, client: Client, *, hours: float = HOURS) -> None:
@@ -96,17 +107,13 @@ class Feed:
         self.open_runs = OpenRuns(self.client)
         self._runs: dict[str, OneRun] = {}
         """Those that pages show, the one shown last at the end."""
-        self.problem = ""
-        """Why the last look failed; empty when it did not."""
-        self.at = 0
-        """When something was last read, milliseconds since 1970."""
         self.samples: list[tuple[int, int, int]] = []
         """While somebody looked: when (ms), how many were ready, how many ran."""
         self._parts = {
             "workers": _Part(self._look_at_workers, 2.5, 6),
             "backlog": _Part(self._look_at_backlog, 2.5, 6),
             "journal": _Part(self._look_at_journal, 4, 6),
-            "settings": _Part(lambda: self._look_at(self.settings), 5, 12),
+            "settings": _Part(lambda: self._look_at(self.settings), 5, 8),
             "schedules": _Part(lambda: self._look_at(self.schedules), 3, 6),
             "runs": _Part(self._look_at_runs, 2.5, 6),
         }
@@ -118,6 +125,8 @@ class Feed:
         self._loop: asyncio.Task[None] | None = None
         self._home: asyncio.AbstractEventLoop | None = None
         self._stopped = False
+        self._catching: dict[str, asyncio.Task[None]] = {}
+        """What brings a topic up to date for those who wait for its page."""
         self._active: dict[str, bool] = {}
         """Of each part, whether its last look saw something happen."""
 
@@ -160,11 +169,44 @@ class Feed:
                 self._loop = None
 
     async def ensure(self, topic: str) -> None:
-        """Return once the topic's parts are not too old for a page opened now; `problem` says why they cannot be read."""
+        """Return once the topic's parts are not too old for a page opened now, or after 2 s.
+
+        What takes longer goes on meanwhile. `as_of` says how old the parts are, `problem` why they could not be read.
+        """
         stale = [name for name in self._needed(topic) if self._age(name) > STALE]
         if not stale:
             return
-        await self._catch_up(stale)
+        catching = self._catching.get(topic)
+        if catching is None:
+            catching = self._catching[topic] = asyncio.create_task(self._catch_up(stale))
+            catching.add_done_callback(lambda _: self._catching.pop(topic, None))
+        await asyncio.wait({catching}, timeout=ANSWER)
+
+    def as_of(self, topic: str) -> int:
+        """Return the time of which everything that is known of a topic is, milliseconds since 1970; 0: something is not known."""
+        kind, _, name = topic.partition(":")
+        run = self._runs.get(name) if kind == "run" else None
+        if run is not None:
+            return self.clock.now_ms() - int((self.clock.monotonic() - run.read) * 1000)
+        if topic in TOPICS:
+            return min(self._parts[each].read for each in TOPICS[topic])
+        part = self._parts.get(topic)
+        return part.read if part and part.read else self.clock.now_ms()  # what nobody follows was read for its page
+
+    def problem(self, topic: str) -> str:
+        """Return why what is known of a topic may be old; empty where nothing is wrong."""
+        return next((part.problem for name in self._needed(topic) if (part := self._parts[name]).problem), "")
+
+    @asynccontextmanager
+    async def answering(self, what: str) -> AsyncGenerator[Callable[[int, int], None]]:
+        """Give the store 2 s to answer, and 2 s more whenever what is yielded is called. Raises StoreUnavailable."""
+        try:
+            async with asyncio.timeout(ANSWER) as limit:
+                loop = asyncio.get_running_loop()
+                yield lambda _done, _whole: limit.reschedule(loop.time() + ANSWER)
+        except TimeoutError:
+            msg = f"the store did not answer within {ANSWER:g} s, and {what} was not read. Load the page again to try once more"
+            raise StoreUnavailable(msg) from None
 
     async def _catch_up(self, names: Iterable[str]) -> None:
         """Look at what is stale, with what was saved up while nobody looked."""
@@ -178,20 +220,32 @@ class Feed:
             self.pace.settle()
 
     async def task(self, task_id: str) -> Held[Task]:
-        """Return a task's record, read now or by the last look at it. Raises TaskNotFound, UnreadableRecord."""
+        """Return a task's record, read now or by the last look at it; an older one where the store does not answer within 2 s.
+
+        Raises TaskNotFound, UnreadableRecord, StoreError.
+        """
         part = self._parts.get(f"task:{task_id}")
         held = self.tasks.get(task_id)
-        if part is None or held is None or self.clock.monotonic() - part.looked > part.quick:
-            held = await self.direct.read(task_id)
-            if part is not None:
-                self.tasks[task_id] = held
-                part.looked = self.clock.monotonic()
-        return held
+        if part is not None and held is not None and self.clock.monotonic() - part.looked <= part.quick:
+            return held
+        began = self.clock.now_ms()
+        try:
+            async with self.answering(f"task {task_id}"):
+                fresh = await self.direct.read(task_id)
+        except StoreError as error:
+            if part is None or held is None:
+                raise
+            part.problem = str(error)
+            return held
+        if part is not None:
+            self.tasks[task_id] = fresh
+            part.looked, part.read, part.problem = self.clock.monotonic(), began, ""
+        return fresh
 
     async def run(self, run_id: str) -> OneRun:
-        """Return a run with its steps, read now or lately; `shown` makes what is shown of it.
+        """Return a run with its steps, read now or lately; an older state where the store does not answer within 2 s.
 
-        Raises RunNotFound, UnreadableRecord.
+        `shown` makes what is shown of it. Raises RunNotFound, UnreadableRecord, StoreError.
         """
         run = self._runs.pop(run_id, None) or OneRun(run_id)
         self._runs = {**dict(list(self._runs.items())[1 - KEPT_RUNS :]), run_id: run}
@@ -199,7 +253,12 @@ class Feed:
         good_for = math.inf if run.held and f"run:{run_id}" in self._topics else FRESH
         async with run.turn:
             if self.clock.monotonic() - run.looked > good_for or run.looked == -math.inf:
-                await run.look(self.direct, BUSY_ROOM if run.held else MOST_TASKS)
+                try:
+                    async with self.answering(f"run {run_id}"):
+                        await run.look(self.direct, BUSY_ROOM if run.held else MOST_TASKS)
+                except StoreError:
+                    if run.held is None and run.start is None:
+                        raise
         return run
 
     def shown(self, run: OneRun) -> RunView:
@@ -226,9 +285,10 @@ class Feed:
 
     async def close(self) -> None:
         """Stop following."""
-        if self._loop:
-            self._loop.cancel()
-            await asyncio.gather(self._loop, return_exceptions=True)
+        work = [*self._catching.values(), *([self._loop] if self._loop else [])]
+        for each in work:
+            each.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
 
     # ------------------------------------------------------------------ looking
 
@@ -273,12 +333,15 @@ class Feed:
     async def _look(self, name: str) -> None:
         part = self._parts[name]
         self.pace.rate = QUICK if any(self._active.values()) else SLOW
+        began = self.clock.now_ms()
         try:
             self._active[name] = await part.look()
-            self.problem = ""
-            self.at = self.clock.now_ms()
+            part.read, part.problem = began, ""
         except BuquetError as error:
-            self.problem = str(error)
+            part.problem = str(error)
+        except Exception as error:  # whatever lies in the bucket, those who look go on
+            log.exception("the %s cannot be shown", name)
+            part.problem = f"the {name} cannot be shown, which is a defect of buquet: {error!r}. The log has the traceback"
         part.looked = self.clock.monotonic()
         part.version += name in self._fixed
         await self._tell()
@@ -295,8 +358,7 @@ class Feed:
         known = {queue for session in self.workers.records.values() for queue in session.queues}
         changed = await self.backlog.look(known)
         claimed = self.running
-        ready = sum(each.ready for each in self.backlog.queues.values())
-        ready -= sum(task in claimed and entry.priority is not None for task, entry in self.backlog.entries.items())
+        ready = sum(each.ready for each in self.backlog.count(claimed, (), self.workers.now_ms()).values())
         self.samples = [*self.samples[-719:], (self.clock.now_ms(), ready, len(claimed))]
         return changed
 
@@ -343,6 +405,12 @@ class Feed:
         """The ids of the tasks that live workers say they run."""
         found = ((key, session.claims) for key, session in self.workers.records.items())
         return {claim.task for key, claims in found if self.workers.alive(key) for claim in claims}
+
+    @property
+    def retrying(self) -> dict[str, Finished]:
+        """The last failed attempt, by task, of those tasks that wait for another one."""
+        waiting, running = self.backlog.entries, self.running
+        return {task: line for task, line in self.journal.retrying().items() if task in waiting and task not in running}
 
     @property
     def homes(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,7 +15,7 @@ from buquet.records import Progress, QueueSettings, Session
 from buquet.store.base import Listed, Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
 
     from buquet.queue.client import Client
 
@@ -30,6 +31,8 @@ class Waiting(msgspec.Struct, kw_only=True):
     priorities: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     """The ready ones by priority, "0" first."""
     later: int = 0
+    retrying: int = 0
+    """How many of `ready` and `later` wait for another attempt after one that failed."""
     next_due: int = 0
     """Milliseconds since 1970; 0 when nothing waits for its time."""
     running: int = 0
@@ -151,18 +154,23 @@ async def known_queues(client: Client, fleet: Iterable[WorkerView | Session]) ->
 
 
 async def waiting(
-    client: Client, fleet: list[WorkerView], scan: Scan, running: dict[str, set[str]] | None = None
+    client: Client,
+    fleet: list[WorkerView],
+    scan: Scan,
+    running: dict[str, set[str]] | None = None,
+    retrying: Container[str] = (),
 ) -> list[Waiting]:
     """Count what waits and runs in each queue that has a bell or a worker.
 
     `running` are the running tasks' ids by queue, where they are known from all records; else the sessions tell, and a record is
-    read only of the tasks whose worker serves several queues.
+    read only of the tasks whose worker serves several queues. `retrying` are the ids of tasks whose last attempt failed.
     """
     if running is None:
         running = await _running_by_queue(fleet, scan)
     alive = [worker for worker in fleet if worker.alive]
+    counter = _Counter(client, scan, retrying, int(await store_now(client) * 1000))
     return [
-        await _queue(client, queue, [worker for worker in alive if queue in worker.queues], running.get(queue, set()), scan)
+        await counter.queue(queue, [worker for worker in alive if queue in worker.queues], running.get(queue, set()))
         for queue in sorted({*await known_queues(client, fleet), *filter(keys.is_name, running)})
     ]
 
@@ -181,24 +189,35 @@ async def _running_by_queue(fleet: list[WorkerView], scan: Scan) -> dict[str, se
     return found
 
 
-async def _queue(client: Client, queue: str, fleet: list[WorkerView], running: set[str], scan: Scan) -> Waiting:
-    settings = await scan.many(QueueSettings, [Listed(keys.queue_settings(queue), None, 0, 0)])
-    paused = any(each.paused for _, each in settings)
-    view = Waiting(queue=queue, workers=len(fleet), running=len(running), paused=paused)
-    entries: dict[str, keys.Entry] = {}
-    for lane in keys.lanes(queue):
-        async for page in client.reads.pages(lane):
-            entries.update((entry.task, entry) for each in page if (entry := keys.parse_entry(each.key)))
-    for entry in entries.values():
-        if entry.task in running:
-            continue
-        view.names[entry.name] = view.names.get(entry.name, 0) + 1
-        if entry.priority is None:
-            view.later += 1
-            view.next_due = min(view.next_due or entry.at, entry.at)
-        else:
+@dataclass
+class _Counter:
+    """Counts what waits in one queue after another."""
+
+    client: Client
+    scan: Scan
+    retrying: Container[str]
+    now: int
+
+    async def queue(self, queue: str, fleet: list[WorkerView], running: set[str]) -> Waiting:
+        settings = await self.scan.many(QueueSettings, [Listed(keys.queue_settings(queue), None, 0, 0)])
+        paused = any(each.paused for _, each in settings)
+        view = Waiting(queue=queue, workers=len(fleet), running=len(running), paused=paused)
+        entries: dict[str, keys.Entry] = {}
+        for lane in keys.lanes(queue):
+            async for page in self.client.reads.pages(lane):
+                entries.update((entry.task, entry) for each in page if (entry := keys.parse_entry(each.key)))
+        for entry in entries.values():
+            if entry.task in running:
+                continue
+            view.names[entry.name] = view.names.get(entry.name, 0) + 1
+            view.retrying += entry.task in self.retrying
+            if entry.priority is None and entry.at > self.now:
+                view.later += 1
+                view.next_due = min(view.next_due or entry.at, entry.at)
+                continue
             view.ready += 1
-            view.priorities[str(entry.priority)] = view.priorities.get(str(entry.priority), 0) + 1
-    handled = {name for worker in fleet for name in worker.names}
-    view.unhandled = sorted(name for name in view.names if name not in handled and not (fleet and is_system(name)))
-    return view
+            if entry.priority is not None:
+                view.priorities[str(entry.priority)] = view.priorities.get(str(entry.priority), 0) + 1
+        handled = {name for worker in fleet for name in worker.names}
+        view.unhandled = sorted(name for name in view.names if name not in handled and not (fleet and is_system(name)))
+        return view

@@ -1,4 +1,4 @@
-"""What ended lately, read from the journal: recent tasks, failures by kind, rates, durations. No record is read for it.
+"""What ended or failed lately, read from the journal: recent tasks, failures by kind, rates, durations. No record is read.
 
 A `Journal` is kept by a dashboard for as long as it runs, and made for one look by the command line. `refresh()` does the
 requests; everything else works on what is in memory:
@@ -54,7 +54,7 @@ class Spread(msgspec.Struct, kw_only=True):
 
 
 class Minute(msgspec.Struct, kw_only=True):
-    """What ended in one minute."""
+    """What ended in one minute, or in several."""
 
     at: int
     """Its start, milliseconds since 1970."""
@@ -62,10 +62,15 @@ class Minute(msgspec.Struct, kw_only=True):
     failed: int = 0
     other: int = 0
     """Cancelled or expired."""
+    retried: int = 0
+    """Attempts that failed and are retried. Their tasks have not ended."""
 
 
 class ErrorGroup(msgspec.Struct, kw_only=True):
-    """Failures of one kind: the same task, type of error, and function that raised it."""
+    """Failures of one kind: the same task, type of error, and function that raised it.
+
+    `count` is how many tasks failed for good. Times are milliseconds since 1970.
+    """
 
     group: str
     name: str
@@ -75,10 +80,18 @@ class ErrorGroup(msgspec.Struct, kw_only=True):
     """That of the last one."""
     count: int
     first: int
-    """When the first of them in the window ended, milliseconds since 1970."""
+    """When the first of them in the window ended."""
     last: int
     example: str
     """The id of the last one."""
+    retried: int = 0
+    """How many failed attempts were, or will be, retried."""
+    attempt: int = 0
+    """The number of the last attempt that failed."""
+    max_attempts: int = 0
+    """How many attempts that task has; 0: not known."""
+    due: int = 0
+    """When that task's next attempt is due; 0 where it failed for good, or runs again at once."""
 
 
 class Summary(msgspec.Struct, kw_only=True):
@@ -89,7 +102,9 @@ class Summary(msgspec.Struct, kw_only=True):
     failed: int = 0
     per_minute: float = 0.0
     retried: int = 0
-    """How many took more than one attempt."""
+    """How many of those that ended took more than one attempt."""
+    failed_attempts: int = 0
+    """How many attempts failed, or lost their worker, and are retried; also of tasks that have not ended."""
     lost: int = 0
     """How many lost a worker on the way."""
     duration: Spread = msgspec.field(default_factory=Spread)
@@ -200,16 +215,38 @@ class Journal:
 
     # ------------------------------------------------------------------ answers
 
+    @property
+    def share(self) -> float:
+        """The share of what ended that is in `lines`, above 0 and at most 1."""
+        return 1.0
+
+    def last(self, hours: float) -> int:
+        """Return when the last `hours` began, or `since` where less is known: milliseconds since 1970."""
+        return max(self.since, self.now - int(hours * HOUR))
+
+    def retrying(self) -> dict[str, Finished]:
+        """Return the last failed attempt of each task that has not ended since, by the task's id."""
+        found: dict[str, Finished] = {}
+        for line in self.lines:
+            if line.kind == "attempt":
+                found[line.id] = line
+            elif line.kind == "task":
+                found.pop(line.id, None)
+        return found
+
     def select(
         self,
         *,
         queue: str | None = None,
         name: str | None = None,
         status: State | None = None,
-        kind: Literal["task", "run"] = "task",
+        kind: Literal["task", "run", "attempt"] = "task",
+        since: int = 0,
     ) -> Iterator[Finished]:
-        """Yield the lines that fit, the last that ended first."""
+        """Yield the lines that fit, the last that ended first. `since`: milliseconds since 1970."""
         for line in reversed(self.lines):
+            if line.at < since:
+                return
             if line.kind == kind and queue in {None, line.queue} and name in {None, line.name} and status in {None, line.status}:
                 yield line
 
@@ -223,16 +260,18 @@ class Journal:
         """Return the tasks that failed last, the last first."""
         return self.recent(limit, queue=queue, name=name, status="failed")
 
-    def throughput(self, minutes: int = 60, *, queue: str | None = None, name: str | None = None) -> list[Minute]:
-        """Return what ended in each of the last minutes, the oldest first; the last one is not over."""
-        first = self.now // MINUTE - minutes + 1
-        found = [Minute(at=(first + number) * MINUTE) for number in range(minutes)]
-        for line in self.select(queue=queue, name=name):
-            number = line.at // MINUTE - first
-            if number < 0:
-                break
-            minute = found[min(number, minutes - 1)]  # a worker's clock may be a little ahead
-            if line.status == "completed":
+    def throughput(self, minutes: int = 60, *, queue: str | None = None, name: str | None = None, step: int = 1) -> list[Minute]:
+        """Return what ended in each of the last minutes, or in each `step` of them, the oldest first; the last is not over."""
+        wide, count = MINUTE * step, minutes // step
+        first = self.now // wide - count + 1
+        found = [Minute(at=(first + number) * wide) for number in range(count)]
+        for line in self._since(first * wide):
+            if line.kind == "run" or queue not in {None, line.queue} or name not in {None, line.name}:
+                continue
+            minute = found[min(line.at // wide - first, count - 1)]  # a worker's clock may be a little ahead
+            if line.kind == "attempt":
+                minute.retried += 1
+            elif line.status == "completed":
                 minute.completed += 1
             elif line.status == "failed":
                 minute.failed += 1
@@ -240,61 +279,81 @@ class Journal:
                 minute.other += 1
         return found
 
-    def errors(self, *, queue: str | None = None, name: str | None = None) -> list[ErrorGroup]:
-        """Return the failures by kind, the most frequent first."""
+    def errors(self, *, queue: str | None = None, name: str | None = None, since: int = 0) -> list[ErrorGroup]:
+        """Return the failures by kind, also those of attempts that are retried, the most frequent first."""
         found: dict[str, ErrorGroup] = {}
-        for line in self.select(queue=queue, name=name, status="failed"):
+        ended = self.select(queue=queue, name=name, status="failed", since=since)
+        for line in (*self.select(queue=queue, name=name, kind="attempt", since=since), *ended):
             known = found.get(line.group)
             if known is None:
-                type_, message = (line.error.type, line.error.message) if line.error else ("", "")
-                found[line.group] = ErrorGroup(
-                    group=line.group,
-                    name=line.name,
-                    queue=line.queue,
-                    type=type_,
-                    message=message,
-                    count=1,
-                    first=line.at,
-                    last=line.at,
-                    example=line.id,
-                )
-            else:
-                known.count += 1
-                known.first = line.at
-        return sorted(found.values(), key=lambda each: (-each.count, -each.last))
+                known = found[line.group] = _group_of(line)
+            elif line.at >= known.last:
+                counts = {"first": known.first, "count": known.count, "retried": known.retried}
+                known = found[line.group] = msgspec.structs.replace(_group_of(line), **counts)
+            known.first = min(known.first, line.at)
+            known.count += line.kind == "task"
+            known.retried += line.kind == "attempt"
+        return sorted(found.values(), key=lambda each: (-(each.count + each.retried), -each.last))
 
-    def summary(self, *, queue: str | None = None, name: str | None = None) -> Summary:
-        """Return rate, failures, durations and delays of the whole window."""
-        return self._summary(self.select(queue=queue, name=name))
+    def summary(self, *, queue: str | None = None, name: str | None = None, since: int = 0) -> Summary:
+        """Return rate, failures, durations and delays of the whole window, or of what ended since then."""
+        fits = (line for line in self._since(since) if queue in {None, line.queue} and name in {None, line.name})
+        return self._summary(fits, since)
 
-    def by_queue(self) -> dict[str, Summary]:
-        """Return the summary of each queue in which something ended."""
-        return self._by(lambda line: line.queue)
+    def by_queue(self, *, since: int = 0) -> dict[str, Summary]:
+        """Return the summary of each queue in which something ended, or an attempt failed."""
+        return self._by(lambda line: line.queue, since)
 
-    def by_name(self) -> dict[str, Summary]:
-        """Return the summary of each task of which one ended."""
-        return self._by(lambda line: line.name)
+    def by_name(self, *, since: int = 0) -> dict[str, Summary]:
+        """Return the summary of each task of which one ended, or an attempt failed."""
+        return self._by(lambda line: line.name, since)
 
-    def _by(self, part: Callable[[Finished], str]) -> dict[str, Summary]:
+    def _since(self, since: int) -> list[Finished]:
+        return self.lines[bisect_left(self.lines, since, key=_ended_at) :]
+
+    def _by(self, part: Callable[[Finished], str], since: int) -> dict[str, Summary]:
         parts: dict[str, list[Finished]] = {}
-        for line in self.select():
-            parts.setdefault(part(line), []).append(line)
-        return {name: self._summary(lines) for name, lines in sorted(parts.items())}
+        for line in self._since(since):
+            if line.kind != "run":
+                parts.setdefault(part(line), []).append(line)
+        return {name: self._summary(lines, since) for name, lines in sorted(parts.items())}
 
-    def _summary(self, lines: Iterable[Finished]) -> Summary:
+    def _summary(self, lines: Iterable[Finished], since: int) -> Summary:
+        """Return the summary of lines from `since` on. The rate counts what was left unread, too."""
         lines = list(lines)
-        states = Counter[str](line.status for line in lines)
-        minutes = max((self.now - self.since) / MINUTE, 1)
+        ended = [line for line in lines if line.kind == "task"]
+        states = Counter[str](line.status for line in ended)
+        minutes = max((self.now - max(self.since, since)) / MINUTE, 1)
         return Summary(
-            count=len(lines),
+            count=len(ended),
             states=dict(states),
             failed=states["failed"],
-            per_minute=len(lines) / minutes,
-            retried=sum(line.attempts > 1 for line in lines),
-            lost=sum(line.losses > 0 for line in lines),
-            duration=spread(line.ran for line in lines if line.started),
-            delay=spread(max(line.started - line.ready, 0) for line in lines if line.started and line.ready),
+            per_minute=len(ended) / minutes / self.share,
+            retried=sum(line.attempts > 1 for line in ended),
+            failed_attempts=sum(line.kind == "attempt" for line in lines),
+            lost=sum(line.losses > 0 for line in ended),
+            duration=spread(line.ran for line in ended if line.started),
+            delay=spread(max(line.started - line.ready, 0) for line in ended if line.started and line.ready),
         )
+
+
+def _group_of(line: Finished) -> ErrorGroup:
+    """Return the group that begins with a failure."""
+    type_, message = (line.error.type, line.error.message) if line.error else ("", "")
+    return ErrorGroup(
+        group=line.group,
+        name=line.name,
+        queue=line.queue,
+        type=type_,
+        message=message,
+        count=0,
+        first=line.at,
+        last=line.at,
+        example=line.id,
+        attempt=line.attempts,
+        max_attempts=line.max_attempts,
+        due=line.due,
+    )
 
 
 def _ended_at(line: Finished) -> int:

@@ -16,9 +16,8 @@ from buquet.records import Record, Session
 from buquet.store.base import PAGE, Listed, Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container
 
-    from buquet.insights.journal import Summary
     from buquet.queue.client import Client
     from buquet.records import Finished
 
@@ -81,7 +80,10 @@ class Queued:
 
     queue: str
     ready: int = 0
+    """Those that may run now, also those whose time has come."""
     later: int = 0
+    retrying: int = 0
+    """How many of both wait for another attempt, after one that failed."""
     more: bool = False
     """There are more than were counted."""
     next_due: int = 0
@@ -99,7 +101,8 @@ class Backlog:
         self.client = client
         self.entries: dict[str, keys.Entry] = {}
         """By task."""
-        self.queues: dict[str, Queued] = {}
+        self.more: set[str] = set()
+        """Queues with more entries than were read."""
 
     async def look(self, known: set[str]) -> bool:
         """LIST; tell whether anything changed. `known` are names of queues."""
@@ -116,8 +119,27 @@ class Backlog:
                     more.add(queue)
         changed = entries.keys() != self.entries.keys()
         self.entries = entries
-        self.queues = _count(entries, more)
+        self.more = more
         return changed
+
+    def count(self, running: Container[str], retrying: Container[str], now: int) -> dict[str, Queued]:
+        """Count what waits, by queue. `running` and `retrying` are ids of tasks: one that runs may still have its entry."""
+        found = {queue: Queued(queue, more=True) for queue in self.more}
+        for entry in self.entries.values():
+            if entry.task in running:
+                continue
+            queued = found.setdefault(entry.queue, Queued(entry.queue))
+            queued.names[entry.name] += 1
+            queued.retrying += entry.task in retrying
+            if entry.priority is None and entry.at > now:
+                queued.later += 1
+                queued.next_due = min(queued.next_due or entry.at, entry.at)
+                continue
+            queued.ready += 1
+            queued.oldest = min(queued.oldest or entry.at, entry.at)
+            if entry.priority is not None:
+                queued.priorities[entry.priority] += 1
+        return found
 
     async def _with_bells(self) -> set[str]:
         bells = [each.key async for page in self.client.reads.pages(keys.BELLS) for each in page]
@@ -137,21 +159,6 @@ class Backlog:
 
 def _take(entries: dict[str, keys.Entry], page: list[Listed]) -> None:
     entries.update((entry.task, entry) for each in page if (entry := keys.parse_entry(each.key)))
-
-
-def _count(entries: dict[str, keys.Entry], more: set[str]) -> dict[str, Queued]:
-    found = {queue: Queued(queue, more=True) for queue in more}
-    for entry in entries.values():
-        queued = found.setdefault(entry.queue, Queued(entry.queue))
-        queued.names[entry.name] += 1
-        if entry.priority is None:
-            queued.later += 1
-            queued.next_due = min(queued.next_due or entry.at, entry.at)
-        else:
-            queued.ready += 1
-            queued.oldest = min(queued.oldest or entry.at, entry.at)
-            queued.priorities[entry.priority] += 1
-    return found
 
 
 class BoundedJournal(Journal):
@@ -174,11 +181,6 @@ class BoundedJournal(Journal):
         there = sum(found for _, found, _ in self._chosen)
         return sum(read for _, _, read in self._chosen) / there if there else 1.0
 
-    def summarize(self, lines: Iterable[Finished], minutes: float) -> Summary:
-        """Return the summary of some lines, which all ended within so many minutes."""
-        summary = self._summary(lines)
-        summary.per_minute = summary.count / minutes / self.share
-        return summary
 
     async def _unread(self, since: int) -> list[Listed]:
         first = not self._read

@@ -49,6 +49,8 @@ class OneRun:
         self.graph = Graph()
         self.looked = -math.inf
         """When it was last looked at, by the monotonic clock."""
+        self.read = -math.inf
+        """When the last look that succeeded began, by the monotonic clock."""
         self.turn = asyncio.Lock()
         """For those who share it: one looks, and the others take what that one read."""
         self.unreadable: dict[str, str] = {}
@@ -76,10 +78,11 @@ class OneRun:
         of steps at work first, and of them those that were read longest ago. Raises RunNotFound, UnreadableRecord, StoreError.
         """
         self._looks += 1
+        began = client.clock.monotonic()
         changed = await self._look_at_run(client)
         if self.held is not None:
             changed |= await self._look_at_tasks(client, self.held.record, most)
-        self.looked = client.clock.monotonic()
+        self.looked, self.read = client.clock.monotonic(), began
         return changed
 
     async def _look_at_run(self, client: Client) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from buquet.insights.journal import MINUTE, ErrorGroup, Minute, Summary, spread
+from buquet.insights.duration import duration
+from buquet.insights.journal import HOUR, MINUTE, ErrorGroup, Minute, Summary, spread
 from buquet.insights.schedules import ScheduleView, view_of
 from buquet.queue.parent import is_system
 
@@ -14,8 +15,46 @@ if TYPE_CHECKING:
     from buquet.insights.looks import Queued, Sessions
     from buquet.records import Finished, QueueSettings, Session
 
-SPAN = 60
-"""Minutes that the charts go back."""
+WINDOWS = {"1h": 1, "6h": 6, "24h": 24}
+"""How far a page may look back, in hours."""
+BARS = 60
+"""Parts into which a chart divides its window."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """How far back a page looks: everything on one page that counts what ended counts the same time."""
+
+    name: str
+    """A key of WINDOWS."""
+    since: int
+    """When it begins, or from when on everything is known: milliseconds since 1970."""
+    now: int
+
+    @property
+    def hours(self) -> int:
+        """How many hours were asked for."""
+        return WINDOWS[self.name]
+
+    @property
+    def cut(self) -> bool:
+        """Whether less is known than was asked for."""
+        return self.now - self.since < self.hours * HOUR
+
+    @property
+    def label(self) -> str:
+        """Its true length, for people.
+
+        >>> Window("6h", 0, 6 * 3_600_000).label, Window("6h", 0, 42 * 60_000).label
+        ('6 h', '42 min')
+        """
+        return duration((self.now - self.since) / 1000) if self.cut else f"{self.hours} h"
+
+
+def window(feed: Feed, name: str) -> Window:
+    """Return the window of a name, of the shortest where there is none of that name."""
+    known = name if name in WINDOWS else next(iter(WINDOWS))
+    return Window(known, feed.journal.last(WINDOWS[known]), feed.journal.now)
 
 
 @dataclass(frozen=True)
@@ -37,6 +76,7 @@ class QueueState:
     name: str
     ready: int = 0
     later: int = 0
+    retrying: int = 0
     running: int = 0
     more: bool = False
     next_due: int = 0
@@ -51,11 +91,22 @@ class QueueState:
 
 @dataclass(frozen=True)
 class Percentiles:
-    """The middle and the slowest hundredth of some times in one minute, in milliseconds."""
+    """The middle and the slowest hundredth of some times in one part of a chart, in milliseconds."""
 
     at: int
     p50: float
     p99: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Failures of one kind, and how many of their tasks wait for another attempt."""
+
+    group: ErrorGroup
+    waiting: int
+    """Tasks that wait for another attempt now."""
+    next: int
+    """When the first of them is due, milliseconds since 1970; 0: none, or at once."""
 
 
 @dataclass
@@ -63,20 +114,17 @@ class Overview:
     """Everything that the first page shows."""
 
     now: int
-    since: int
-    """From when on all that ended is known, milliseconds since 1970."""
+    window: Window
     share: float
     """The share of what ended that was read."""
     last: Summary
-    """Of the last hour."""
-    per_minute: float
-    """What ended a minute in the last five minutes."""
+    """Of the window."""
     minutes: list[Minute]
     durations: list[Percentiles]
     delays: list[Percentiles]
     queues: list[QueueState]
     crew: list[Crew]
-    errors: list[ErrorGroup]
+    failures: list[Failure]
     samples: list[tuple[int, int, int]]
 
     @property
@@ -90,6 +138,11 @@ class Overview:
         return sum(queue.later for queue in self.queues)
 
     @property
+    def retrying(self) -> int:
+        """How many of those that wait do so for another attempt, after one that failed."""
+        return sum(queue.retrying for queue in self.queues)
+
+    @property
     def running(self) -> int:
         """How many tasks run."""
         return sum(len(each.session.claims) for each in self.crew if each.alive)
@@ -100,30 +153,35 @@ class Overview:
         return sum(each.alive for each in self.crew)
 
 
-def overview(feed: Feed) -> Overview:
-    """Work out the first page."""
+def overview(feed: Feed, name: str = "1h") -> Overview:
+    """Work out the first page for one of WINDOWS."""
     journal = feed.journal
-    recent = [line for line in journal.lines if line.at > journal.now - SPAN * MINUTE and line.kind == "task"]
-    minutes = max(min(SPAN, (journal.now - journal.since) / MINUTE), 1)
-    last = journal.summarize(recent, minutes)
-    five = sum(line.at > journal.now - 5 * MINUTE for line in recent) / min(minutes, 5) / journal.share
+    seen = window(feed, name)
+    ended = list(journal.select(since=seen.since))
     crew = crews(feed.workers)
     return Overview(
         now=journal.now,
-        since=journal.since,
+        window=seen,
         share=journal.share,
-        last=last,
-        per_minute=five,
-        minutes=journal.throughput(SPAN),
-        durations=percentiles([(line.at, line.ran) for line in recent if line.started], journal.now),
-        delays=percentiles(
-            [(line.at, max(line.started - line.ready, 0)) for line in recent if line.started and line.ready], journal.now
-        ),
-        queues=queue_states(feed, crew),
+        last=journal.summary(since=seen.since),
+        minutes=journal.throughput(BARS * seen.hours, step=seen.hours),
+        durations=percentiles([(line.at, line.ran) for line in ended if line.started], seen),
+        delays=percentiles([(line.at, max(line.started - line.ready, 0)) for line in ended if line.started and line.ready], seen),
+        queues=queue_states(feed, crew, seen),
         crew=crew,
-        errors=journal.errors(),
+        failures=failures(feed, seen),
         samples=feed.samples,
     )
+
+
+def failures(feed: Feed, seen: Window) -> list[Failure]:
+    """Return the failures of a window by kind, the most frequent first."""
+    dues: dict[str, list[int]] = {}
+    for task, line in feed.retrying.items():
+        entry = feed.backlog.entries[task]
+        dues.setdefault(line.group, []).append(entry.at if entry.priority is None else 0)
+    groups = feed.journal.errors(since=seen.since)
+    return [Failure(each, len(dues.get(each.group, ())), min(dues.get(each.group, (0,)))) for each in groups]
 
 
 def crews(workers: Sessions) -> list[Crew]:
@@ -134,32 +192,34 @@ def crews(workers: Sessions) -> list[Crew]:
     return sorted(found, key=lambda each: (not each.alive, each.session.started, each.session.id))
 
 
-def queue_states(feed: Feed, crew: list[Crew]) -> list[QueueState]:
+def queue_states(feed: Feed, crew: list[Crew], seen: Window) -> list[QueueState]:
     """Return the queues in which something waits, runs or has ended, or that a live worker serves, by name."""
     found: dict[str, QueueState] = {}
     handled: dict[str, set[str]] = {}
-    claims: dict[str, str] = {}
     homes = feed.homes
+    running: set[str] = set()
     for session in (each.session for each in crew if each.alive):
         for name in session.queues:
             found.setdefault(name, QueueState(name)).workers += 1
             handled.setdefault(name, set()).update(session.names)
         for claim in session.claims:
-            queue = session.queues[0] if len(session.queues) == 1 else homes.get(claim.name, session.queues[0])
-            claims[claim.task] = queue
-            found.setdefault(queue, QueueState(queue)).running += 1
-    for name, ended in feed.journal.by_queue().items():
+            queue = queue_of(session, claim.name, homes)
+            if queue and claim.task not in running:
+                found.setdefault(queue, QueueState(queue)).running += 1
+            running.add(claim.task)
+    for name, ended in feed.journal.by_queue(since=seen.since).items():
         found.setdefault(name, QueueState(name)).ended = ended
-    for name, queued in feed.backlog.queues.items():
+    for name, queued in feed.backlog.count(running, feed.retrying, feed.workers.now_ms()).items():
         _waits(found.setdefault(name, QueueState(name)), queued, handled.get(name, set()))
-    for entry in (feed.backlog.entries[task] for task in claims.keys() & feed.backlog.entries.keys()):
-        # claimed since its entry was listed, or before the heartbeat that takes the entry away
-        state = found[entry.queue]
-        state.ready -= entry.priority is not None
-        state.later -= entry.priority is None
     for state in found.values():
         state.paused = feed.paused(state.name)
     return sorted(found.values(), key=lambda each: each.name)
+
+
+def queue_of(session: Session, name: str, homes: dict[str, str]) -> str:
+    """Return the queue of a task that a worker runs, as far as it is known: a claim does not name it. Empty: not known."""
+    first = session.queues[0] if session.queues else ""
+    return first if len(session.queues) == 1 else homes.get(name, first)
 
 
 def schedules(feed: Feed) -> list[ScheduleView]:
@@ -171,7 +231,7 @@ def schedules(feed: Feed) -> list[ScheduleView]:
 
 
 def _waits(state: QueueState, queued: Queued, handled: set[str]) -> None:
-    state.ready, state.later, state.more = queued.ready, queued.later, queued.more
+    state.ready, state.later, state.retrying, state.more = queued.ready, queued.later, queued.retrying, queued.more
     state.next_due, state.oldest = queued.next_due, queued.oldest
     state.priorities = dict(sorted(queued.priorities.items()))
     state.names = [
@@ -179,14 +239,15 @@ def _waits(state: QueueState, queued: Queued, handled: set[str]) -> None:
     ]
 
 
-def percentiles(times: list[tuple[int, int]], now: int) -> list[Percentiles]:
-    """Return p50 and p99 of times (when it ended, how long) by minute of the last hour, without those in which nothing ended."""
-    first = now // MINUTE - SPAN + 1
+def percentiles(times: list[tuple[int, int]], seen: Window) -> list[Percentiles]:
+    """Return p50 and p99 of times (when it ended, how long) by part of a window, without those in which nothing ended."""
+    wide = MINUTE * seen.hours
+    first = seen.now // wide - BARS + 1
     parts: dict[int, list[int]] = {}
     for at, value in times:
-        if at // MINUTE >= first:
-            parts.setdefault(at // MINUTE, []).append(value)
-    spreads = ((minute * MINUTE, spread(values)) for minute, values in sorted(parts.items()))
+        if at // wide >= first:
+            parts.setdefault(at // wide, []).append(value)
+    spreads = ((part * wide, spread(values)) for part, values in sorted(parts.items()))
     return [Percentiles(at, each.p50, each.p99) for at, each in spreads]
 
 

@@ -25,9 +25,13 @@ AT_ONCE = 32
 """Records read side by side."""
 
 
-async def records(client: Client) -> list[Listed]:
-    """LIST all task records, the last changed first: one request for a thousand."""
-    found = [each async for page in client.reads.pages(keys.TASKS) for each in page if keys.task_id_of(each.key)]
+async def records(client: Client, progress: Callable[[int, int], None] | None = None) -> list[Listed]:
+    """LIST all task records, the last changed first: one request for a thousand. `progress` is called after each."""
+    found: list[Listed] = []
+    async for page in client.reads.pages(keys.TASKS):
+        found += [each for each in page if keys.task_id_of(each.key)]
+        if progress:
+            progress(0, len(found))
     found.sort(key=newest)
     return found
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from buquet.errors import EncryptionKeyMissing, UnreadableRecord
+from buquet.errors import EncryptionKeyMissing, StoreError, UnreadableRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from msgspec import Raw
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from buquet.store.register import Held
     from buquet.workflow.records import RunRecord
 
+ANSWER = 2.0
+"""Seconds after which a page is shown without what the store has not answered."""
 SHOWN = 64 << 10
 """Characters of a value that are shown."""
 VERSIONS = 200
@@ -54,33 +57,37 @@ class Line:
 
 async def values(client: Client, task: Task) -> dict[str, Value]:
     """Return the task's arguments, checkpoint and result, those that it has. One GET for each that lies outside of the record."""
-    found: dict[str, Value] = {}
-    for name, there, get in (
+    wanted = (
         ("arguments", task.args_at or bytes(task.args), client.values.args),
         ("checkpoint", task.checkpoint_at or bytes(task.checkpoint), client.values.checkpoint),
         ("result", task.result_at or bytes(task.result), client.values.result),
-    ):
-        if not there:
-            continue
-        found[name] = await _read(get(task))
-    return found
+    )
+    return await _read({name: get(task) for name, there, get in wanted if there})
 
 
 async def run_values(client: Client, run: RunRecord) -> dict[str, Value]:
     """Return a run's arguments and result, those that it has. One GET for each that lies outside of the record."""
-    found: dict[str, Value] = {}
+    wanted: dict[str, Awaitable[bytes | Raw]] = {}
     if run.args_at or bytes(run.args):
-        found["arguments"] = await _read(client.values.get(run.id, "args", run.args, run.args_at))
+        wanted["arguments"] = client.values.get(run.id, "args", run.args, run.args_at)
     if run.output_at or bytes(run.output):
-        found["result"] = await _read(client.values.get_of_run(run.id, "result", run.output, run.output_at))
-    return found
+        wanted["result"] = client.values.get_of_run(run.id, "result", run.output, run.output_at)
+    return await _read(wanted)
 
 
-async def _read(value: Awaitable[bytes | Raw]) -> Value:
-    try:
-        return _value(bytes(await value))
-    except (UnreadableRecord, EncryptionKeyMissing) as error:
-        return Value("", 0, str(error))
+async def _read(wanted: Mapping[str, Awaitable[bytes | Raw]]) -> dict[str, Value]:
+    """Read values side by side. One that cannot be read, or not in time, says why and hides no other."""
+
+    async def read(value: Awaitable[bytes | Raw]) -> Value:
+        try:
+            async with asyncio.timeout(ANSWER):
+                return _value(bytes(await value))
+        except TimeoutError:
+            return Value("", 0, f"the store did not answer within {ANSWER:g} s: this value was not read")
+        except (UnreadableRecord, EncryptionKeyMissing, StoreError) as error:
+            return Value("", 0, str(error))
+
+    return dict(zip(wanted, await asyncio.gather(*map(read, wanted.values())), strict=True))
 
 
 def _value(body: bytes) -> Value:
@@ -91,11 +98,13 @@ def _value(body: bytes) -> Value:
     return Value(text[:SHOWN], len(body))
 
 
-async def versions(client: Client, task_id: str) -> list[Held[Task]]:
+async def versions(client: Client, task_id: str, progress: Callable[[int, int], None] | None = None) -> list[Held[Task]]:
     """Return the versions of a task's record that the store still has, the newest first: one GET for each."""
     found: list[Held[Task]] = []
     async for held in client.versions(task_id):
         found.append(held)
+        if progress:
+            progress(len(found), VERSIONS)
         if len(found) == VERSIONS:
             break
     return found

@@ -5,23 +5,53 @@
 "use strict";
 (() => {
   const PAUSE = 2000; // ms between two refreshes at least
+  const OLD = 10; // seconds after which what is shown is marked as old, and as too old
+  const TOO_OLD = 30;
   const mark = document.getElementById("live");
+  const button = document.getElementById("pause");
   const topic = document.body.dataset.topic;
   let source = null;
   let timer = 0;
   let last = 0;
   let busy = false;
+  let paused = false;
+  let pressed = false; // a pointer is down: nothing may move under it
+  let trouble = "";
+  let asOf = 0; // by the server's clock, ms
+  let ahead = 0; // how far the server's clock is ahead of ours, ms
 
-  function say(word, kind) {
-    mark.textContent = word;
-    mark.className = "live " + kind;
+  // ---------------------------------------------------------------- how old this is
+
+  const two = (number, wide = 2) => String(number).padStart(wide, "0");
+  const time = (at) => `${two(at.getHours())}:${two(at.getMinutes())}:${two(at.getSeconds())}`;
+  const day = (at) => `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())}`;
+  const zone = (at) =>
+    new Intl.DateTimeFormat(undefined, { timeZoneName: "short" }).formatToParts(at).find((each) => each.type === "timeZoneName").value;
+
+  function read(page) {
+    asOf = Number(page.dataset.asOf);
+    ahead = Number(page.dataset.now) - Date.now();
+    age();
+  }
+
+  function age() {
+    const seconds = asOf ? (Date.now() + ahead - asOf) / 1000 : OLD;
+    const said = asOf ? `as of ${time(new Date(asOf))}` : "not read yet";
+    const text = [paused ? "paused" : trouble, said].filter(Boolean).join(", ");
+    if (mark.textContent !== text) mark.textContent = text;
+    mark.className = `live ${seconds >= TOO_OLD ? "off" : seconds >= OLD ? "old" : "on"}`;
+    if (asOf) mark.title = `Everything here is of ${day(new Date(asOf))} ${time(new Date(asOf))} ${zone(new Date(asOf))} or later`;
+  }
+
+  function say(what) {
+    trouble = what;
+    age();
   }
 
   // ---------------------------------------------------------------- taking over what differs
 
-  function sameKind(a, b) {
-    return a.nodeType === b.nodeType && a.nodeName === b.nodeName && (a.id || "") === (b.id || "");
-  }
+  const keyOf = (node) => (node.nodeType === Node.ELEMENT_NODE ? node.id || node.dataset.key || "" : "");
+  const sameKind = (a, b) => a.nodeType === b.nodeType && a.nodeName === b.nodeName;
 
   function takeOver(old, fresh) {
     if (old.nodeType === Node.TEXT_NODE) {
@@ -49,46 +79,59 @@
     children(old, fresh);
   }
 
+  // A node with a key is what its key says, wherever it stands: it never becomes another. Others are told by their order.
   function children(old, fresh) {
-    const before = [...old.childNodes];
-    const after = [...fresh.childNodes];
-    let at = 0;
-    for (const node of after) {
-      const here = before[at];
-      if (here && sameKind(here, node)) {
-        takeOver(here, node);
-        at += 1;
-      } else if (here && node.id && before.slice(at).some((each) => sameKind(each, node))) {
-        const there = before.findIndex((each, index) => index >= at && sameKind(each, node));
-        old.insertBefore(before[there], here);
-        before.splice(at, 0, before.splice(there, 1)[0]);
-        takeOver(before[at], node);
-        at += 1;
-      } else {
-        old.insertBefore(document.importNode(node, true), here ?? null);
-      }
+    const keyed = new Map();
+    const loose = [];
+    for (const node of old.childNodes) {
+      const key = keyOf(node);
+      if (key && !keyed.has(key)) keyed.set(key, node);
+      else if (!key) loose.push(node);
     }
-    for (const node of before.slice(at)) node.remove();
+    const pairs = [...fresh.childNodes].map((node) => {
+      const key = keyOf(node);
+      if (key) {
+        const known = keyed.get(key);
+        keyed.delete(key);
+        return [node, known && sameKind(known, node) ? known : null];
+      }
+      const at = loose.findIndex((each) => sameKind(each, node));
+      return [node, at < 0 ? null : loose.splice(0, at + 1)[at]];
+    });
+    const stay = new Set(pairs.map(([, known]) => known));
+    for (const node of [...old.childNodes]) if (!stay.has(node)) node.remove();
+    let here = old.firstChild;
+    for (const [node, known] of pairs) {
+      if (known && known === here) here = here.nextSibling;
+      else old.insertBefore(known ?? document.importNode(node, true), here);
+      if (known) takeOver(known, node);
+    }
   }
 
   async function refresh() {
-    if (busy) return;
+    if (busy || paused || pressed) return;
     busy = true;
     last = Date.now();
     try {
       const answer = await fetch(location.href, { headers: { "x-live": "1" }, redirect: "manual", cache: "no-store" });
       if (answer.ok) {
         const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+        if (paused || pressed) return;
+        const focus = document.activeElement;
         children(document.getElementById("main"), fresh.getElementById("main"));
+        // a node that was moved has lost the focus
+        if (focus !== document.activeElement && focus.isConnected) focus.focus({ preventScroll: true });
         localTimes();
-        say("live", "on");
+        edges();
+        trouble = "";
+        read(fresh.getElementById("live"));
       } else if (answer.type === "opaqueredirect" || answer.status === 401) {
         location.reload();
       } else {
-        say("not current", "off");
+        say(`not current (${answer.status})`);
       }
     } catch {
-      say("not connected", "off");
+      say("not connected");
     } finally {
       busy = false;
     }
@@ -103,11 +146,11 @@
   }
 
   function follow() {
-    if (!topic || source || document.hidden) return;
+    if (!topic || source || paused || document.hidden) return;
     source = new EventSource("/events?topic=" + encodeURIComponent(topic));
-    source.onopen = () => say("live", "on");
+    source.onopen = () => say("");
     source.onmessage = soon;
-    source.onerror = () => say("not connected", "off");
+    source.onerror = () => say("not connected");
   }
 
   function rest() {
@@ -127,14 +170,36 @@
   addEventListener("pagehide", rest);
   addEventListener("pageshow", follow);
 
+  // nothing moves between the press of a button and its release
+  addEventListener("pointerdown", () => (pressed = true));
+  for (const name of ["pointerup", "pointercancel", "blur"]) {
+    addEventListener(name, () => {
+      if (pressed && topic) soon();
+      pressed = false;
+    });
+  }
+
+  button.hidden = !topic;
+  button.addEventListener("click", () => {
+    paused = !paused;
+    button.textContent = paused ? "▶" : "❚❚";
+    button.title = paused ? "Update this page again" : "Stop updating this page";
+    button.setAttribute("aria-label", button.title);
+    if (paused) rest();
+    else {
+      refresh();
+      follow();
+    }
+    age();
+  });
+
   // ---------------------------------------------------------------- comforts
 
   function localTimes() {
     for (const each of document.querySelectorAll("time")) {
+      if (each.closest("#live")) continue;
       const at = new Date(each.dateTime);
-      const two = (number, wide = 2) => String(number).padStart(wide, "0");
-      const day = `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())}`;
-      const text = `${day} ${two(at.getHours())}:${two(at.getMinutes())}:${two(at.getSeconds())}.${two(at.getMilliseconds(), 3)}`;
+      const text = `${day(at)} ${time(at)}.${two(at.getMilliseconds(), 3)} ${zone(at)}`;
       if (each.dataset.show === "whole") {
         if (each.textContent !== text) each.textContent = text;
         each.title = each.dateTime.replace("T", " ").replace("Z", " UTC");
@@ -143,6 +208,15 @@
       }
     }
   }
+
+  // what goes on beyond the edge says so
+  function edges() {
+    for (const each of document.querySelectorAll(".wide")) {
+      each.classList.toggle("more", each.scrollLeft + each.clientWidth < each.scrollWidth - 2);
+    }
+  }
+  document.addEventListener("scroll", edges, true);
+  addEventListener("resize", edges);
 
   document.addEventListener("submit", (event) => {
     const asks = event.target.dataset.confirm;
@@ -172,8 +246,9 @@
     }
   });
 
-  // on a phone the row of pages is longer than the screen
-  document.querySelector("header nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
   localTimes();
+  edges();
+  read(mark);
+  setInterval(age, 1000);
   follow();
 })();

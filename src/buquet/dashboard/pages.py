@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from starlette.responses import RedirectResponse
 
 from buquet.insights import overview, taskview
+from buquet.insights.pace import answering
 from buquet.insights.search import Wanted, exact, search
 from buquet.insights.tasks import STATUSES, Status, status_of
 
@@ -47,7 +48,7 @@ async def tasks(board: Board, request: Request) -> Response:
     )
     if wanted.text and (task_id := await exact(board.feed, wanted.text)):
         return RedirectResponse(f"/tasks/{task_id}", 303)
-    async with board.feed.answering("the search") as more:
+    async with answering("the search") as more:
         found = await search(board.feed, wanted, more)
     pages = max(ceil(len(found) / PAGE), 1)
     page = _page(asked.get("page", ""), pages)
@@ -103,7 +104,7 @@ async def task(board: Board, request: Request) -> Response:
 async def versions(board: Board, request: Request) -> Response:
     """Show the earlier versions of a task's record, and how two of them differ: by default each with the one before."""
     task_id = request.path_params["id"]
-    async with board.feed.answering("the versions of the record") as more:
+    async with answering("the versions of the record") as more:
         kept = await taskview.versions(board.app.client, task_id, more)
     asked = request.query_params
     new = _version(kept, asked.get("new"), 0)

@@ -15,6 +15,7 @@ from buquet.insights.drawing.gantt import as_gantt
 from buquet.insights.drawing.paint import STYLE, tag
 from buquet.insights.drawing.svg import as_svg
 from buquet.insights.openruns import row_of
+from buquet.insights.pace import answering
 from buquet.insights.runs import RunFilter, find
 from buquet.insights.runview import RunStatus
 from buquet.insights.scan import Scan
@@ -77,7 +78,7 @@ async def runs(board: Board, request: Request) -> Response:
         except RunNotFound:
             pass  # the list says that there is none
     if wanted.everywhere:
-        async with feed.answering("the search") as more:
+        async with answering("the search") as more:
             views = await find(feed.direct, RunFilter((status,) if status else ()), MOST, Scan(feed.direct, more))
         found = [row_of(each) for each in views]
     else:

@@ -11,23 +11,20 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from buquet import keys
-from buquet.errors import BuquetError, RunNotFound, StoreError, StoreUnavailable
+from buquet.errors import BuquetError, RunNotFound, StoreError
 from buquet.insights.fleet import worker_view
-from buquet.insights.looks import Backlog, BoundedJournal, Folder, Sessions
+from buquet.insights.looks import Backlog, BoundedJournal, Folder, Part, Sessions
 from buquet.insights.onerun import MOST_TASKS, OneRun
 from buquet.insights.openruns import OpenRuns, starting
-from buquet.insights.pace import QUICK, SLOW, Pace, PacedStore
-from buquet.insights.taskview import ANSWER
+from buquet.insights.pace import ANSWER, QUICK, SLOW, Pace, PacedStore, answering
 from buquet.queue.client import Client
 from buquet.records import QueueSettings, Schedule, Task
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncGenerator, Iterable
 
     from buquet.insights.fleet import WorkerView
     from buquet.insights.runview import RunView
@@ -70,20 +67,6 @@ The journal is followed with each, so that it never has much to catch up with wh
 """
 
 
-@dataclass
-class _Part:
-    look: Callable[[], Awaitable[bool]]
-    quick: float
-    slow: float
-    looked: float = -math.inf
-    """When it was last looked at, also in vain, by the monotonic clock."""
-    read: int = 0
-    """When the last look that succeeded began, milliseconds since 1970; 0: none has."""
-    problem: str = ""
-    """Why the last look failed; empty when it did not."""
-    version: int = 0
-
-
 class Feed:
     """Follows a bucket for any number of browsers. For one event loop.
 
@@ -110,12 +93,12 @@ class Feed:
         self.samples: list[tuple[int, int, int]] = []
         """While somebody looked: when (ms), how many were ready, how many ran."""
         self._parts = {
-            "workers": _Part(self._look_at_workers, 2.5, 6),
-            "backlog": _Part(self._look_at_backlog, 2.5, 6),
-            "journal": _Part(self._look_at_journal, 4, 6),
-            "settings": _Part(lambda: self._look_at(self.settings), 5, 8),
-            "schedules": _Part(lambda: self._look_at(self.schedules), 3, 6),
-            "runs": _Part(self._look_at_runs, 2.5, 6),
+            "workers": Part(self._look_at_workers, 2.5, 6),
+            "backlog": Part(self._look_at_backlog, 2.5, 6),
+            "journal": Part(self._look_at_journal, 4, 6),
+            "settings": Part(lambda: self._look_at(self.settings), 5, 8),
+            "schedules": Part(lambda: self._look_at(self.schedules), 3, 6),
+            "runs": Part(self._look_at_runs, 2.5, 6),
         }
         self._fixed = frozenset(self._parts)
         """Parts that are news whenever they were looked at: they show ages. A record is news when it changed."""
@@ -197,17 +180,6 @@ class Feed:
         """Return why what is known of a topic may be old; empty where nothing is wrong."""
         return next((part.problem for name in self._needed(topic) if (part := self._parts[name]).problem), "")
 
-    @asynccontextmanager
-    async def answering(self, what: str) -> AsyncGenerator[Callable[[int, int], None]]:
-        """Give the store 2 s to answer, and 2 s more whenever what is yielded is called. Raises StoreUnavailable."""
-        try:
-            async with asyncio.timeout(ANSWER) as limit:
-                loop = asyncio.get_running_loop()
-                yield lambda _done, _whole: limit.reschedule(loop.time() + ANSWER)
-        except TimeoutError:
-            msg = f"the store did not answer within {ANSWER:g} s, and {what} was not read. Load the page again to try once more"
-            raise StoreUnavailable(msg) from None
-
     async def _catch_up(self, names: Iterable[str]) -> None:
         """Look at what is stale, with what was saved up while nobody looked."""
         async with self._looking:
@@ -230,7 +202,7 @@ class Feed:
             return held
         began = self.clock.now_ms()
         try:
-            async with self.answering(f"task {task_id}"):
+            async with answering(f"task {task_id}"):
                 fresh = await self.direct.read(task_id)
         except StoreError as error:
             if part is None or held is None:
@@ -254,7 +226,7 @@ class Feed:
         async with run.turn:
             if self.clock.monotonic() - run.looked > good_for or run.looked == -math.inf:
                 try:
-                    async with self.answering(f"run {run_id}"):
+                    async with answering(f"run {run_id}"):
                         await run.look(self.direct, BUSY_ROOM if run.held else MOST_TASKS)
                 except StoreError:
                     if run.held is None and run.start is None:
@@ -298,7 +270,7 @@ class Feed:
         kind, _, name = topic.partition(":")
         if topic not in self._parts and self._topics[topic]:
             look = self._look_at_run if kind == "run" else self._look_at_task
-            self._parts[topic] = _Part(lambda: look(name), 1.5, 2.5)
+            self._parts[topic] = Part(lambda: look(name), 1.5, 2.5)
         if topic not in self._parts:
             return ()
         return (topic, "workers", "journal") if kind == "run" else (topic, "journal")

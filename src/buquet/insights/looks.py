@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -16,7 +17,7 @@ from buquet.records import Record, Session
 from buquet.store.base import PAGE, Listed, Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Awaitable, Callable, Container
 
     from buquet.queue.client import Client
     from buquet.records import Finished
@@ -27,6 +28,22 @@ PAGES = 10
 """Pages of a queue's entries that are read at most; beyond them its backlog is "over so many"."""
 SIDE_BY_SIDE = 16
 LATEST = 2 * HOUR
+
+
+@dataclass
+class Part:
+    """A part of the bucket that is followed."""
+
+    look: Callable[[], Awaitable[bool]]
+    quick: float
+    slow: float
+    looked: float = -math.inf
+    """When it was last looked at, also in vain, by the monotonic clock."""
+    read: int = 0
+    """When the last look that succeeded began, milliseconds since 1970; 0: none has."""
+    problem: str = ""
+    """Why the last look failed; empty when it did not."""
+    version: int = 0
 
 
 class Folder(Generic[R]):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from buquet.errors import StoreUnavailable
+
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
     from buquet.clock import Clock
     from buquet.store.base import Listed, NotModified, Receipt, Store, Stored
 
@@ -15,6 +20,20 @@ SLOW = 1.0
 """Requests a second while nothing does."""
 AHEAD = 2.0
 """Requests that may come at once."""
+ANSWER = 2.0
+"""Seconds after which a page is shown without what the store has not answered."""
+
+
+@asynccontextmanager
+async def answering(what: str) -> AsyncGenerator[Callable[[int, int], None]]:
+    """Give the store 2 s to answer, and 2 s more whenever what is yielded is called. Raises StoreUnavailable."""
+    try:
+        async with asyncio.timeout(ANSWER) as limit:
+            loop = asyncio.get_running_loop()
+            yield lambda _done, _whole: limit.reschedule(loop.time() + ANSWER)
+    except TimeoutError:
+        msg = f"the store did not answer within {ANSWER:g} s, and {what} was not read. Load the page again to try once more"
+        raise StoreUnavailable(msg) from None
 
 
 class Pace:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from buquet.errors import EncryptionKeyMissing, StoreError, UnreadableRecord
+from buquet.insights.pace import ANSWER
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from buquet.store.register import Held
     from buquet.workflow.records import RunRecord
 
-ANSWER = 2.0
-"""Seconds after which a page is shown without what the store has not answered."""
 SHOWN = 64 << 10
 """Characters of a value that are shown."""
 VERSIONS = 200

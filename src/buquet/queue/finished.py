@@ -28,11 +28,7 @@ _FRAME = re.compile(r'^[ |+]*File "(.+)", line \d+, in (.+)$', re.MULTILINE)
 
 
 def is_retried(task: Task) -> bool:
-    """Tell whether the last move of a task put it back because an attempt failed or lost its worker.
-
-    >>> is_retried(Task(id="0" * 32, queue="default", name="resize", state="running", created=0))
-    False
-    """
+    """Tell whether the last move of a task put it back because an attempt failed or lost its worker."""
     if task.state != "pending" or not task.events:
         return False
     why = task.events[-1].why

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container
 
     from buquet.queue.client import Client
-    from buquet.records import Finished
 
 R = TypeVar("R", bound=Record)
 
@@ -197,7 +196,6 @@ class BoundedJournal(Journal):
         """The share of the window's objects that was read, above 0 and at most 1."""
         there = sum(found for _, found, _ in self._chosen)
         return sum(read for _, _, read in self._chosen) / there if there else 1.0
-
 
     async def _unread(self, since: int) -> list[Listed]:
         first = not self._read

@@ -53,6 +53,7 @@ from buquet.queue.attempt import Attempt, current
 from buquet.queue.batch import Batch, BatchProgress
 from buquet.queue.handle import Handle
 from buquet.queue.handles import Handles
+from buquet.queue.schedules import current_fire
 from buquet.queue.task import AsyncTaskFunction, TaskFunction
 from buquet.records import Progress
 from buquet.worker.worker import Worker
@@ -115,6 +116,7 @@ __all__ = [
     "WorkflowFunction",
     "WrongLoop",
     "current",
+    "current_fire",
     "each",
     "sleep",
     "when",

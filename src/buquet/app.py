@@ -431,7 +431,7 @@ class App:
     async def atrigger_schedule(self, name: str) -> Handle[Any]:
         """Do what `trigger_schedule` does, on the running event loop."""
         now = int(await store_now(self.client) * 1000)
-        return Handle(self, await schedules.trigger(self.client, name, now), created=True)
+        return Handle(self, await schedules.trigger(self.client, name, now, self.plans.get(name)), created=True)
 
     def pause_schedule(self, name: str) -> bool:
         """Let a schedule fire no more until it is resumed; tell whether it did before. Raises ScheduleNotFound."""

@@ -1,8 +1,10 @@
 """A workflow is scheduled as a task is: each fire is one run, however many workers keep it."""
 
 import asyncio
+from dataclasses import replace
+from datetime import UTC, datetime
 
-from buquet import App
+from buquet import App, current_fire
 from buquet.insights.scan import Scan
 from buquet.insights.tasks import Filter, find
 from buquet.queue.background import Background
@@ -45,3 +47,146 @@ def test_each_fire_of_a_workflow_is_one_run():
         assert shown.last_task in {task.run for task in starts}
 
     run_virtual(main)
+
+
+def an_app(clock, store, *, body=None, **options):
+    app = App(store=store, clock=clock, **options)
+    app.background = Background(clock.loop)
+
+    @app.task
+    async def seen(times: list[datetime], word: str) -> list[datetime]:
+        return [*times, current_fire()]
+
+    def at(clock):
+        return datetime.fromtimestamp(clock.now(), UTC)
+
+    def nightly(word: str) -> list[datetime]:
+        if body is not None:
+            body()
+        return seen([current_fire(), at(clock)], word)
+
+    app.nightly = app.workflow(name="nightly")(nightly)
+    return app
+
+
+async def at_work(app, clock, seconds):
+    worker = app.worker(heartbeat_thread=False)
+    working = asyncio.ensure_future(worker.arun())
+    await clock.sleep(seconds)
+    worker.stop()
+    await working
+
+
+async def results(app):
+    """Return what the scheduled runs came to, by their fires."""
+    starts = await find(app.client, Filter(name="buquet.start", states=("completed",)), None, Scan(app.client))
+    found = [(datetime.fromisoformat(task.tags["fire"]), await app.nightly.get(task.id).aresult(timeout=5)) for task in starts]
+    return dict(sorted(found))
+
+
+def test_a_workflow_is_called_for_each_fire_and_knows_its_time():
+    async def main(clock):
+        app = an_app(clock, MemoryStore(clock))
+        app.schedule("nightly", app.nightly, every=600, args=("a",), catch_up="all")
+        declared = clock.now()
+        await at_work(app, clock, 1300)
+        await clock.sleep(1300)  # no worker is there
+        await at_work(app, clock, 10)
+        found = await results(app)
+        assert len(found) == 4
+        for fire, (told, now, in_step) in found.items():
+            assert told == in_step == fire
+            assert now.timestamp() >= fire.timestamp() > declared
+        lates = [now.timestamp() - fire.timestamp() for fire, (_, now, __) in found.items()]
+        assert max(lates[:2]) < 5
+        assert min(lates[2:3]) > 60, "it was caught up"
+
+    run_virtual(main)
+
+
+def test_values_in_a_scheduled_graph_may_be_encrypted():
+    async def main(clock):
+        key = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
+        app = an_app(clock, MemoryStore(clock), encryption=key)
+        app.schedule("nightly", app.nightly, every=600, args=("a",))
+        await at_work(app, clock, 700)
+        ((fire, (told, _, in_step)),) = (await results(app)).items()
+        assert told == in_step == fire
+
+    run_virtual(main)
+
+
+def test_where_no_process_has_the_code_a_trigger_starts_what_was_declared():
+    async def main(clock):
+        store = MemoryStore(clock)
+        app = an_app(clock, store)
+        app.schedule("nightly", app.nightly, every=86_400, args=("a",))
+        await at_work(app, clock, 1)
+        await clock.sleep(100)
+        codeless = App(store=store, clock=clock)
+        codeless.background = Background(clock.loop)
+        handles = [await codeless.atrigger_schedule("nightly"), await app.atrigger_schedule("nightly")]
+        await at_work(app, clock, 10)
+        (old, _, __), (fresh, ___, in_step) = [await app.nightly.get(each.id).aresult(timeout=5) for each in handles]
+        assert (fresh - old).total_seconds() > 90
+        assert fresh == in_step
+
+    run_virtual(main)
+
+
+def test_a_function_that_raises_is_told_and_its_fire_comes_once_it_returns(caplog):
+    async def main(clock):
+        broken = []
+
+        def body():
+            if broken:
+                msg = "the calendar is away"
+                raise ValueError(msg)
+
+        app = an_app(clock, MemoryStore(clock), body=body)
+        app.schedule("nightly", app.nightly, every=600, args=("a",))
+        worker = app.worker(heartbeat_thread=False)
+        working = asyncio.ensure_future(worker.arun())
+        await clock.sleep(1)
+        broken.append(True)
+        await clock.sleep(660)
+        assert await results(app) == {}
+        broken.clear()
+        await clock.sleep(60)
+        ((fire, (told, _, __)),) = (await results(app)).items()
+        assert told == fire
+        worker.stop()
+        await working
+
+    run_virtual(main)
+    (record,) = [each for each in caplog.records if "cannot be kept now" in each.message]
+    assert "its function raised ValueError: the calendar is away" in record.message
+    assert record.exc_info
+
+
+def test_where_the_records_arguments_do_not_fit_this_code_its_graph_is_taken():
+    async def main(clock):
+        store = MemoryStore(clock)
+        app = an_app(clock, store)
+        app.schedule("nightly", app.nightly, every=600, args=("a",))
+        old = App(store=store, clock=clock)
+        old.background = Background(clock.loop)
+
+        @old.workflow(name="nightly")
+        def nightly() -> None:
+            raise AssertionError("the other code decides")
+
+        await at_work(app, clock, 1)
+        old.plans = {"nightly": replace(app.plans["nightly"], task=nightly)}
+        await at_work(old, clock, 610)
+        await at_work(app, clock, 10)
+        ((fire, (told, _, in_step)),) = (await results(app)).items()
+        assert in_step == fire
+        assert told < fire
+
+    run_virtual(main)
+
+
+def test_outside_of_a_fire_the_current_time_is_given():
+    before = datetime.now(UTC)
+    assert before <= current_fire() <= datetime.now(UTC)

@@ -1,28 +1,36 @@
 """Schedules as they lie in the bucket: declared, fired, triggered, paused.
 
-Anything that can build a submit can be scheduled (`Schedulable`): a task function today. What it builds is kept in the schedule's
-record as a template; each fire submits that under an id derived from (schedule, fire time), so firing twice is firing once.
+Anything that can build a submit can be scheduled (`Schedulable`): a task function, or a workflow. What it builds is kept in the
+schedule's record as a template; each fire submits that under an id derived from (schedule, fire time), so firing twice is firing
+once. The graph of a workflow is made anew for each fire, by the code of whoever submits it.
 """
 
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from dataclasses import replace as replace_plan
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol, get_args, runtime_checkable
 
 from msgspec import Raw
 from msgspec.structs import replace
 
 from buquet import keys
+from buquet.clock import Clock
 from buquet.codec import encode_record
-from buquet.errors import KeyConflict, ScheduleNotFound, UnreadableRecord, UsageError
+from buquet.errors import InvalidPayload, KeyConflict, ScheduleNotFound, UnreadableRecord, UsageError
+from buquet.queue.attempt import inside_handler
 from buquet.queue.control import whoami
 from buquet.queue.payloads import INLINE
 from buquet.queue.rule import Rule, iso
 from buquet.records import ABSENT, CatchUp, Schedule, Task
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from buquet.queue.client import Client, Submitted
     from buquet.queue.task import Prepared
     from buquet.sealing import Sealer
@@ -50,6 +58,49 @@ class Schedulable(Protocol):
         ...
 
 
+@runtime_checkable
+class Retraceable(Protocol):
+    """A workflow: what it submits is its function's graph, which may depend on the time, so it is made anew for each fire."""
+
+    @property
+    def name(self) -> str:
+        """The name that a start carries as its step."""
+        ...
+
+    def retrace(self, args: bytes | Raw) -> bytes:
+        """Return the graph of a run with these stored arguments, as JSON. Raises InvalidPayload, and what the function raises."""
+        ...
+
+
+_fire: ContextVar[int] = ContextVar("buquet_fire", default=0)
+
+
+def current_fire() -> datetime:
+    """Return the time that a schedule fired for, an aware datetime in UTC, in a workflow's function and in tasks.
+
+    However late a fire is dealt with, this is its own time, so a workflow that takes it for now means the same whenever it
+    starts. A schedule's trigger counts as a fire. In a workflow that is started by hand, and in a plain call, it is the current
+    time.
+
+    >>> current_fire() <= current_fire()
+    True
+    """
+    attempt = inside_handler()
+    if not _fire.get() and attempt is not None and "fire" in attempt.tags:
+        return datetime.fromisoformat(attempt.tags["fire"])
+    return datetime.fromtimestamp((_fire.get() or Clock().now_ms()) / 1000, UTC)
+
+
+@contextmanager
+def firing(fire: int) -> Generator[None]:
+    """Make this the current fire meanwhile, milliseconds since 1970, unless there is one."""
+    token = _fire.set(_fire.get() or fire)
+    try:
+        yield
+    finally:
+        _fire.reset(token)
+
+
 @dataclass(frozen=True)
 class Plan:
     """A schedule as the code declares it."""
@@ -58,6 +109,7 @@ class Plan:
     rule: Rule
     catch_up: CatchUp
     template: Task
+    task: Schedulable
 
     def sealed(self, sealer: Sealer) -> Plan:
         """Return it as it may be stored: with keys, its arguments and the constants of its graph are encrypted."""
@@ -102,6 +154,7 @@ def plan(name: str, task: object, rule: Rule, catch_up: CatchUp, args: tuple[Any
         rule,
         catch_up,
         replace(prepared.task, id="", run="run" if prepared.task.run else "", created=0, args=Raw(prepared.args)),
+        task,
     )
 
 
@@ -119,14 +172,17 @@ def _spec(schedule: Schedule) -> tuple[Any, ...]:
     return (schedule.cron, schedule.tz, schedule.every_ms, schedule.catch_up, encode_record(schedule.template))
 
 
-async def submit_fire(client: Client, schedule: Schedule, fire: int) -> str:
-    """Submit a fire's task unless that was done before, by whomever; return its id."""
+async def submit_fire(client: Client, schedule: Schedule, fire: int, plan: Plan | None = None) -> str:
+    """Submit a fire's task unless that was done before, by whomever; return its id. `plan`: what this process declares.
+
+    Raises UsageError where its workflow's function cannot be called for that fire.
+    """
     task_id = keys.fire_id(schedule.name, fire)
     # read first: a fire submitted before may have ended and been pruned since, and a submit would revive the stub
     try:
         there = await client.register.read(Task, keys.task(task_id))
         if there is None or there.record.state == "tombstone":
-            await _submit(client, schedule, task_id, fire)
+            await _submit(client, schedule, task_id, fire, plan)
     except KeyConflict:
         log.info("schedule %s: the fire of %s was submitted with the arguments of another declaration", schedule.name, iso(fire))
     except UnreadableRecord as error:
@@ -135,7 +191,7 @@ async def submit_fire(client: Client, schedule: Schedule, fire: int) -> str:
     return task_id
 
 
-async def _submit(client: Client, schedule: Schedule, task_id: str, fire: int) -> Submitted:
+async def _submit(client: Client, schedule: Schedule, task_id: str, fire: int, plan: Plan | None) -> Submitted:
     template = schedule.template
     tags = {**template.tags, "schedule": schedule.name, "fire": iso(fire)}
     # a run that is started so has its start's id
@@ -143,8 +199,26 @@ async def _submit(client: Client, schedule: Schedule, task_id: str, fire: int) -
     args, graph = opened(client, schedule)
     task = replace(template, id=task_id, run=run, created=client.clock.now_ms(), tags=tags, args=ABSENT, key_id="")
     if run:
-        task = replace(task, graph=Raw(graph))
+        task = replace(task, graph=Raw(_retraced(schedule, args, fire, plan) or graph))
     return await client.submit(task, bytes(args))
+
+
+def _retraced(schedule: Schedule, args: bytes | Raw, fire: int, plan: Plan | None) -> bytes:
+    """Return the graph that this process's code makes for a fire; an empty one where it has other code than the record's."""
+    workflow = plan.task if plan is not None else None
+    if not isinstance(workflow, Retraceable) or workflow.name != schedule.template.step:
+        return b""
+    try:
+        with firing(fire):
+            return workflow.retrace(args)
+    except InvalidPayload:
+        return b""
+    except Exception as error:
+        msg = (
+            f"workflow {workflow.name} cannot be started for the fire of {iso(fire)}, since its function raised "
+            f"{type(error).__qualname__}: {error}. The fire is tried again, and goes as soon as the function returns"
+        )
+        raise UsageError(msg) from error
 
 
 def opened(client: Client, schedule: Schedule) -> tuple[bytes | Raw, bytes | Raw]:
@@ -167,10 +241,13 @@ async def read(client: Client, name: str) -> Held[Schedule]:
     return held
 
 
-async def trigger(client: Client, name: str, now: int) -> str:
-    """Submit what the schedule submits, now and under an id of its own; return the id. The rule goes on as it was."""
+async def trigger(client: Client, name: str, now: int, plan: Plan | None = None) -> str:
+    """Submit what the schedule submits, now and under an id of its own; return the id. The rule goes on as it was.
+
+    Raises UsageError as `submit_fire` does.
+    """
     held = await read(client, name)
-    submitted = await _submit(client, held.record, client.clock.new_id(), now // 1000 * 1000)
+    submitted = await _submit(client, held.record, client.clock.new_id(), now // 1000 * 1000, plan)
     return submitted.id
 
 

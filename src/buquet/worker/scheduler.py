@@ -108,7 +108,9 @@ class Scheduler:
         except (StoreError, UnreadableRecord, UsageError, EncryptionKeyMissing) as error:
             if self._grieved.get(name) != str(error):
                 self._grieved[name] = str(error)
-                log.error("schedule %s cannot be kept now: %s", name, error)  # noqa: TRY400 - the text says all
+                # the text says all, but where a workflow's function raised
+                raised = error.__cause__ if isinstance(error, UsageError) else None
+                log.error("schedule %s cannot be kept now: %s", name, error, exc_info=raised)  # noqa: TRY400
             wait = AWAY_MS if isinstance(error, StoreUnavailable) else AGAIN_MS
             self._look_at[name] = self.fleet.due_now_ms() + int(wait * self.clock.jitter(0.2))
             return
@@ -156,7 +158,7 @@ class Scheduler:
         for fire in todo.fires[:AT_ONCE]:
             if task and self.clock.monotonic() - begun > STALE:
                 break
-            task = await submit_fire(self.client, schedule, fire)
+            task = await submit_fire(self.client, schedule, fire, self.plans[schedule.name])
             handled = fire
         fresh = replace(schedule, handled=max(handled, schedule.handled), dropped=schedule.dropped + todo.dropped)
         if task:

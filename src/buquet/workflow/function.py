@@ -13,6 +13,7 @@ from buquet.errors import UsageError
 from buquet.queue.attempt import plainly
 from buquet.queue.options import check_key, check_tags
 from buquet.queue.parent import is_system
+from buquet.queue.schedules import firing
 from buquet.queue.task import Prepared
 from buquet.records import Raw, Task
 from buquet.workflow.carriers import START
@@ -20,7 +21,7 @@ from buquet.workflow.handle import Run
 from buquet.workflow.tracing import current_trace, trace_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from buquet.queue.handle import Home
     from buquet.workflow.graph import Graph
@@ -126,8 +127,7 @@ class WorkflowFunction(Generic[P, R]):
         """Make the record of the task that starts a run. No I/O. Raises what `start` raises for wrong arguments."""
         options = self.start_options
         body = self.signature.encode(self.signature.bind(args, kwargs))
-        graph = msgspec.json.encode(trace_of(self.name, self.function, args, kwargs))
-        check_size(graph, f"the graph of {self.name}")
+        graph = self._graph(args, kwargs)
         clock = self._home.clock
         key = options.key
         run_id = clock.new_id() if key is None else keys.keyed_run(self.queue, self.name, key)
@@ -145,6 +145,16 @@ class WorkflowFunction(Generic[P, R]):
             graph=Raw(graph),
         )
         return Prepared(task, body)
+
+    def _graph(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bytes:
+        with firing(self._home.clock.now_ms()):
+            graph = msgspec.json.encode(trace_of(self.name, self.function, args, kwargs))
+        check_size(graph, f"the graph of {self.name}")
+        return graph
+
+    def retrace(self, args: bytes | Raw) -> bytes:
+        """Return the graph of a run with these stored arguments, as JSON. Raises InvalidPayload, and what `trace` raises."""
+        return self._graph(*self.signature.decode(args))
 
     def get(self, run_id: str) -> Run[R]:
         """Return a handle of a run of this workflow, by its id; nothing is read yet."""

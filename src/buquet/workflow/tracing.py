@@ -15,7 +15,7 @@ from buquet.workflow.graph import DEEPEST, Call, Graph, Step, Undo
 from buquet.workflow.placeholder import Value, check_text, expr_of, to_expr, traced
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping, Sequence
 
 
 class Trace:
@@ -158,7 +158,7 @@ def undo_of(undo: BaseTask[..., Any] | None, task: BaseTask[..., Any], *, batch:
     return Undo(call=call_of(undo), result=names[0], args=shared)
 
 
-def trace_of(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Graph:
+def trace_of(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Graph:
     """Call a workflow's function once, and return the graph that its calls make."""
     trace = Trace()
     token, named = tracing.set(trace), traced.set(name)

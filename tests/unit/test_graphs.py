@@ -1,7 +1,11 @@
 """What a workflow may not say: each is an error where it is started, before anything is stored, and says what to write."""
 
 import asyncio
+import contextlib
+import functools
 import math
+from contextlib import nullcontext as open_nothing
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -11,7 +15,7 @@ from uuid import UUID
 
 import pytest
 
-from buquet import App, InvalidArgument, Signal, UsageError, each, sleep, when
+from buquet import App, InvalidArgument, Signal, SignalTimeout, UsageError, each, sleep, when
 from buquet.workflow.expression import depth_of
 from buquet.workflow.graph import DEEPEST, MOST_STEPS
 from buquet.workflow.placeholder import MOST_NODES
@@ -115,6 +119,77 @@ async def gathers():
     return await asyncio.gather(later(1), later(2))
 
 
+def tries():
+    try:
+        found = inc(1)
+    except ValueError:
+        found = inc(2)
+    return found
+
+
+def tries_and_raises():
+    try:
+        return pair(
+            inc(1),
+            2,
+        )
+    except Exception:
+        back(1, "x")
+        raise
+
+
+def tries_a_wait():
+    try:
+        return signal.wait(timeout=3)
+    except SignalTimeout:
+        return 0
+
+
+def tries_at_last():
+    try:
+        return each(inc, [1])
+    finally:
+        inc(2)
+
+
+def tries_groups():
+    try:
+        return inc(1)
+    except* ValueError:
+        pass
+
+
+def tries_in_a_loop():
+    for n in range(3):
+        if n:
+            try:
+                [inc(each) for each in range(n)]
+            except ValueError:
+                return n
+    return 0
+
+
+def suppresses():
+    with suppress(ValueError):
+        return inc(1)
+
+
+def suppresses_by_module():
+    with open_nothing(), contextlib.suppress(ValueError):
+        return when(inc(1) > 1, then=lambda: inc(2))
+
+
+async def awaits_in_a_try():
+    try:
+        return await part(1)
+    except ValueError:
+        return 0
+
+
+def calls_what_tries():
+    return tries()
+
+
 USE = {
     "if": (lambda: 1 if inc(1) == 2 else 2, "use when"),
     "and": (lambda: inc(1) == 2 and inc(2) == 3, "&, | and ~"),
@@ -192,6 +267,16 @@ USE = {
     "undo with no task": (lambda: inc.options(undo=len)(1), "undo= takes a task"),
     "undo that does not fit": (lambda: inc.options(undo=back)(1), "back cannot undo inc"),
     "awaits something": (lambda: asyncio.run(traced_in_a_loop()), "awaits something other than a step"),
+    "try": (tries, r"test_graphs.py, line \d+: `try` around step 'inc' of workflow .* would never catch anything"),
+    "try, and raise again": (tries_and_raises, "`try` around step 'inc'"),
+    "try around a wait": (tries_a_wait, "`try` around step 'signal' .* give a wait a default"),
+    "finally": (tries_at_last, "`try` around step 'inc'"),
+    "try with groups": (tries_groups, "`try` around step 'inc'"),
+    "try in a loop": (tries_in_a_loop, "`try` around step 'inc'"),
+    "suppress": (suppresses, "`with suppress` around step 'inc'"),
+    "contextlib.suppress": (suppresses_by_module, "`with suppress` around step 'inc'"),
+    "try around an await": (awaits_in_a_try, "`try` around step 'later'"),
+    "try in a helper": (calls_what_tries, "`try` around step 'inc'"),
     "not awaited": (lambda: inc(part(1)), "`await` it, in an `async def` workflow"),
     "in an object": (lambda: inc(Order(inc(1), [])), "in a list, a tuple or a dict of arguments"),
     "a pair as a key": (lambda: inc({(1, 2): inc(1)}), "argument 'n' of inc cannot be stored as JSON"),
@@ -210,6 +295,48 @@ class Number(IntEnum):
 
 class Text(StrEnum):
     ONE = "one"
+
+
+def wrapped(function):
+    """A decorator of somebody's that logs what fails: it catches what the whole function raises, when it is traced."""
+
+    @functools.wraps(function)
+    def call(*args):
+        try:
+            return function(*args)
+        except Exception:
+            print("it failed")
+            raise
+
+    return call
+
+
+def catches_nothing_of_a_step():
+    try:
+        n = int("x")
+    except ValueError:
+        n = inc(1)
+    else:
+        n = inc(2)
+
+    @wrapped
+    def helper(n):
+        try:
+            n = n + 1
+        finally:
+            pass
+        return inc(n)
+
+    return pair(n, inc(3))
+
+
+def test_a_try_that_no_step_stands_in_is_python_as_ever():
+    assert list(trace(catches_nothing_of_a_step).steps) == ["inc", "inc_2", "pair"]
+    assert list(trace(wrapped(catches_nothing_of_a_step)).steps) == ["inc", "inc_2", "pair"]
+    assert tries() == 2, "a plain call honours it"
+    names = {"inc": inc}
+    exec("def body():\n try:\n  return inc(1)\n except ValueError: pass", names)  # noqa: S102 - code without source
+    assert list(trace(names["body"]).steps) == ["inc"]
 
 
 async def traced_in_a_loop():

@@ -10,19 +10,23 @@ from typing import TYPE_CHECKING, Any, cast
 from buquet.errors import UsageError
 from buquet.queue.parent import tracing
 from buquet.queue.task import AsyncTaskFunction, BaseTask
+from buquet.workflow.catching import refuse_catching
 from buquet.workflow.expression import NULL, Choose, Expr, Fields, Ref
 from buquet.workflow.graph import DEEPEST, Call, Graph, Step, Undo
 from buquet.workflow.placeholder import Value, check_text, expr_of, to_expr, traced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
+    from types import CodeType
 
 
 class Trace:
     """One trace: the graph as it grows."""
 
-    def __init__(self) -> None:
+    def __init__(self, body: CodeType | None = None) -> None:
         self.steps: dict[str, Step] = {}
+        self.body = body
+        """The code of the workflow's function."""
         self.guards: tuple[tuple[Expr, bool], ...] = ()
         self._inner = 0
 
@@ -40,6 +44,7 @@ class Trace:
         while unique in self.steps:
             number += 1
             unique = f"{name}_{number}"
+        refuse_catching(unique, traced.get(), self.body, trace_of.__code__)
         self.steps[unique] = step
         return Value(Ref(unique))
 
@@ -160,7 +165,7 @@ def undo_of(undo: BaseTask[..., Any] | None, task: BaseTask[..., Any], *, batch:
 
 def trace_of(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Graph:
     """Call a workflow's function once, and return the graph that its calls make."""
-    trace = Trace()
+    trace = Trace(getattr(inspect.unwrap(function), "__code__", None))
     token, named = tracing.set(trace), traced.set(name)
     try:
         output = function(*args, **kwargs)

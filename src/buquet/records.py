@@ -286,6 +286,10 @@ class Session(Record, frozen=True, kw_only=True, omit_defaults=True):
     id: Annotated[str, Meta(pattern=r"^[0-9a-f]{8}\.[0-9a-f]{16}\Z")]
     host: Short
     pid: Count
+    place: Short = ""
+    """Within what `pid` and `born` count: the machine's boot and the process's namespaces; empty: not known."""
+    born: Count = 0
+    """When its process started, ticks since that boot; 0: not known."""
     parent: Short = ""
     """A random name of the process that started this worker and watches it."""
     started: Time
@@ -314,7 +318,7 @@ class Session(Record, frozen=True, kw_only=True, omit_defaults=True):
     """That of its buquet."""
     refused: str = ""
     """The last request, of the last twenty minutes, that the store refused it for good, and why."""
-    refused_at: int = 0
+    refused_at: Time = 0
     """When that was; 0: never."""
 
     def problem(self, key: str) -> str:

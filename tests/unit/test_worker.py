@@ -586,18 +586,18 @@ def test_a_sync_handler_runs_in_a_thread_and_one_that_hangs_is_given_up_on():
     app.close()
 
 
-def test_a_handler_that_blocks_the_event_loop_keeps_its_session():
+def test_a_handler_that_blocks_the_event_loop_for_less_than_the_time_to_live_keeps_its_session():
     import time
 
     app = App("memory:")
 
     @app.task
     async def blocks() -> str:
-        time.sleep(2.5)  # noqa: ASYNC251 - blocks the loop on purpose, for longer than the session lives without a heartbeat
+        time.sleep(3.5)  # noqa: ASYNC251 - blocks the loop on purpose, for longer than the session lives without a heartbeat
         return "done"
 
     handle = blocks.submit()
-    worker = app.worker(drain=True, ttl=1.5)
+    worker = app.worker(drain=True, ttl=5)  # without heartbeats it would be lost after 3.3 s
     worker.run()
     assert handle.result() == "done"
     assert (handle.record().losses, len(handle.history())) == (0, 3)

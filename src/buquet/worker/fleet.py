@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from buquet.errors import StoreError, UnreadableRecord
 from buquet.queue import transitions
 from buquet.records import TERMINAL, Session, Task
 from buquet.store.base import Listed, Stored
+from buquet.worker.neighbours import is_gone, is_neighbour
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("buquet.worker")
 
+AT_ONCE = 32
+"""Sessions read side by side."""
 TRUSTED_OFFSET = 2.0
 """Below this many seconds a difference to the store's clock is taken for its whole-second LastModified and our latency."""
 
@@ -107,6 +111,12 @@ class Fleet:
         """Seconds by which the store's clock is ahead of the local wall clock."""
         self.knows_time = False
         """Whether that was ever learned: before, by a clock that may be wrong, nobody is called dead and no entry old."""
+        self.neighbours: dict[str, Held[Session]] = {}
+        """Workers that are other processes of this machine."""
+        self.met = asyncio.Event()
+        """Set while there are any."""
+        self._known: set[str] = set()
+        """Workers whose session was read to learn where they are; that does not change."""
         self._grieved: set[str] = set()
 
     def store_now(self) -> float:
@@ -140,6 +150,36 @@ class Fleet:
         old = [worker for worker, each in found.items() if worker != self.keeper.id and not self._young(each, now)]
         for worker in old:
             await self.bury(worker)
+        await self._meet([worker for worker in found if worker not in old])
+
+    async def _meet(self, workers: list[str]) -> None:
+        """Read the sessions of workers that are new here, to learn which of them are processes of this machine."""
+        self._known.intersection_update(self.sessions)
+        for gone in self.neighbours.keys() - self.sessions.keys():
+            del self.neighbours[gone]
+        new = [worker for worker in workers if worker not in self._known and worker != self.keeper.id]
+        for start in range(0, len(new), AT_ONCE):
+            await asyncio.gather(*map(self._learn_place, new[start : start + AT_ONCE]))
+
+    async def _learn_place(self, worker: str) -> None:
+        self._known.add(worker)
+        try:
+            held = await self.register.read(Session, keys.session(worker))
+        except UnreadableRecord:
+            return  # it is reported when it is too old
+        if held is not None and is_neighbour(held.record):
+            self.neighbours[worker] = held
+            self.met.set()
+
+    async def look_next_door(self) -> None:
+        """Reap the workers of this machine whose process is gone. Sends no request while none is."""
+        for worker, held in list(self.neighbours.items()):
+            if is_gone(held.record):
+                del self.neighbours[worker]
+                self._known.discard(worker)  # the next LIST shows whether it was reaped
+                await self.bury(worker, lambda held: is_gone(held.record))
+        if not self.neighbours:
+            self.met.clear()
 
     def _young(self, session: Listed, now: float) -> bool:
         return not self.knows_time or now - session.modified <= self.keeper.ttl
@@ -151,10 +191,10 @@ class Fleet:
             self.offset = mine.modified + (self.clock.monotonic() - self.keeper.stored_at) - self.clock.now()
             self.knows_time = True
 
-    async def bury(self, worker: str) -> None:
+    async def bury(self, worker: str, dead: Callable[[Held[Session]], bool] | None = None) -> None:
         """Reap a session that looks dead. An unreadable one is reported once, and left; a refusal of the store each time."""
         try:
-            if await self.reaper.reap(worker, self._dead):
+            if await self.reaper.reap(worker, dead or self._dead):
                 self.sessions.pop(worker, None)
         except UnreadableRecord as error:
             if worker not in self._grieved:

@@ -222,10 +222,13 @@ class Processes:
             elif held.record.pid == pid:
                 found.append(held.record)
 
+        listed: set[str] = set()
         async for page in register.reads.pages(keys.WORKERS):
+            listed.update(each.key for each in page)
             unknown = [each.key for each in page if each.key not in self._foreign]
             for start in range(0, len(unknown), AT_ONCE):
                 await asyncio.gather(*map(look, unknown[start : start + AT_ONCE]))
+        self._foreign &= listed
         return found
 
 

@@ -21,6 +21,7 @@ from buquet.errors import StoreError, StoreFull, StoreRefused, UnreadableRecord
 from buquet.records import Claim, Progress, Session
 from buquet.store.register import Held, Register
 from buquet.store.retrying import pause
+from buquet.worker.neighbours import born, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +57,8 @@ class Listing:
 class SessionKeeper:
     """Keeps one worker's session alive. `lost` is called, once, when that failed; nothing may be claimed any more then.
 
-    It runs in a thread of its own, so that a handler which blocks the worker's event loop does not lose the session.
+    It runs in a thread of its own, so that a handler which blocks the event loop does not lose the session. But it vouches
+    for that loop: where that has stood still for longer than the time-to-live, it lets the session die.
     """
 
     def __init__(
@@ -94,6 +96,9 @@ class SessionKeeper:
         """When, by the monotonic clock, the last stored heartbeat was sent."""
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._worker_loop: asyncio.AbstractEventLoop | None = None
+        self._asked_at: float | None = None
+        """Since when the worker's event loop has not answered."""
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -117,6 +122,8 @@ class SessionKeeper:
                 id=self.id,
                 host=socket.gethostname(),
                 pid=os.getpid(),
+                place=place(),
+                born=max(born(os.getpid()), 0),
                 parent=self.parent,
                 started=now,
                 beat=now,
@@ -148,6 +155,7 @@ class SessionKeeper:
         if not thread:
             self._task = asyncio.get_running_loop().create_task(self._keep())
             return
+        self._worker_loop = asyncio.get_running_loop()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, args=(self._loop,), name="buquet-heartbeat", daemon=True)
         self._thread.start()
@@ -180,6 +188,8 @@ class SessionKeeper:
     async def _keep(self) -> None:
         while not self.lost:
             await self.clock.sleep(BUSY_BEAT * self.ttl / TTL)
+            if self._stands_still():
+                return
             idle = self.clock.monotonic() - self.stored_at < (IDLE_BEAT - 1) * self.ttl / TTL
             if self.claims or not idle:
                 try:
@@ -190,6 +200,28 @@ class SessionKeeper:
                     # without heartbeats others take over soon: better to stop now than to run on unknowing
                     log.exception("a defect of buquet in the heartbeat of worker %s", self.id)
                     self._fence("its heartbeat broke")
+
+    def _stands_still(self) -> bool:
+        """Ask the worker's event loop to answer, and fence the worker when it has not for longer than the time-to-live."""
+        loop, now = self._worker_loop, self.clock.monotonic()
+        if loop is None:  # the heartbeat is on that loop
+            return False
+        if self._asked_at is None:
+            self._asked_at = now
+            try:
+                loop.call_soon_threadsafe(self._answer)
+            except RuntimeError:  # it is closed
+                return True
+        elif now - self._asked_at > self.ttl:
+            names = ", ".join(sorted({each.name for each in list(self.claims.values())})[:5])
+            self._fence(
+                f"its event loop has stood still for {self.ttl:g} s. An async handler that blocks holds up all others, and must "
+                f"be a plain function, which runs in a thread. It was running: {names or 'nothing'}"
+            )
+        return self.lost
+
+    def _answer(self) -> None:
+        self._asked_at = None
 
     async def beat(self) -> None:
         """Store one heartbeat, then delete the entries of the claims that it lists."""

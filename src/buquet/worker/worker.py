@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from buquet.worker.racing import cancel_all, first_of
 from buquet.worker.retention import Retention
 from buquet.worker.scheduler import Scheduler
 from buquet.worker.session import TTL, SessionKeeper
+from buquet.worker.signals import heeded
 from buquet.worker.watch import Telling
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("buquet.worker")
 
 LOOK_AT_FLEET = 20.0
+LOOK_NEXT_DOOR = 1.0
+"""Seconds between two looks whether the processes of other workers of this machine are there, which costs no request."""
 LOOKS = 5.0
 """Seconds for which looking for work waits for a store that is away, before the worker sees whether it is to stop."""
 LONGEST_DENIAL = 30.0
@@ -162,6 +164,9 @@ class Worker:
     def run(self) -> None:
         """Block and run until stopped. In the main thread SIGINT and SIGTERM stop it, and a second one stops it at once.
 
+        Where it does not end within two times-to-live of the second (5 s where its event loop stands still), or at the third,
+        the process is ended by force.
+
         In another thread, or where an event loop is running as in a notebook, it runs on the event loop that carries out the
         App's blocking calls: an async handler that does not give way keeps these waiting, too.
         """
@@ -169,21 +174,9 @@ class Worker:
             # two loops would hand the interpreter's lock to and fro with every look at a SQLite file
             self.client.background.run(self.arun, "run", self.stop)
             return
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with asyncio.Runner(loop_factory=new_loop) as runner:
-                runner.run(self._run_with_signals())
-        finally:
-            for number, handler in handlers.items():
-                if handler is not None:  # None: it was not set by Python
-                    signal.signal(number, handler)
-
-    async def _run_with_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with suppress(NotImplementedError):  # Windows has no such handlers
-                loop.add_signal_handler(number, self.stop)
-        await self.arun()
+        runner = asyncio.Runner(loop_factory=new_loop)
+        with heeded(runner.get_loop(), self.stop, self.clock, 2 * self.keeper.ttl), runner:
+            runner.run(self.arun())
 
     def stop(self) -> None:
         """Ask the worker to end: it claims nothing more, and what it runs has `grace` seconds. Asked again, it has none."""
@@ -244,7 +237,7 @@ class Worker:
         log.info("worker %s serves %s with %d slots", self.keeper.id, ", ".join(self.queues), self.concurrency)
         timer = loop.call_later(self.max_time, self.stop) if self.max_time else None
         aside = [asyncio.create_task(self._look_at_fleet()), asyncio.create_task(self.notes.keep())]
-        aside.append(asyncio.create_task(self.journal.keep()))
+        aside += [asyncio.create_task(self.journal.keep()), asyncio.create_task(self._look_next_door())]
         if self.retention:
             aside.append(asyncio.create_task(self.retention.keep()))
         aside.append(asyncio.create_task(self.scheduler.keep()))
@@ -563,6 +556,12 @@ class Worker:
         log.warning("worker %s goes on as %s", lost.id, self.keeper.id)
 
     # ------------------------------------------------------------------ beside the loop
+
+    async def _look_next_door(self) -> None:
+        while True:
+            await self.fleet.met.wait()
+            await self.clock.sleep(LOOK_NEXT_DOOR * self.clock.jitter(0.5))
+            await self.fleet.look_next_door()
 
     async def _look_at_fleet(self) -> None:
         while True:

@@ -239,3 +239,14 @@ class Snooze(Exception):
             raise UsageError(msg)
         super().__init__(f"come back in {seconds:g} s")
         self.seconds = seconds
+
+
+def install(extra: str) -> str:
+    """Return the command that installs an extra of this version: on PyPI an older project has the same name.
+
+    >>> install("ui")
+    "pip install 'buquet[ui]>=0.2'"
+    """
+    from importlib.metadata import version  # noqa: PLC0415 - only for an error's text
+
+    return f"pip install 'buquet[{extra}]>={'.'.join(version('buquet').split('.')[:2])}'"

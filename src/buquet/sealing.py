@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from buquet.errors import EncryptionKeyMissing, InvalidArgument, UnreadableRecord, UsageError
+from buquet.errors import EncryptionKeyMissing, InvalidArgument, UnreadableRecord, UsageError, install
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -124,7 +124,7 @@ class Keyring(Plain):
             from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - optional, and slow to import
             from cryptography.hazmat.primitives.ciphers.aead import AESSIV  # noqa: PLC0415
         except ImportError:
-            msg = "encryption takes the package cryptography: pip install 'buquet[encryption]'"
+            msg = f"encryption takes the package cryptography: {install('encryption')}"
             raise UsageError(msg) from None
         self._invalid: type[Exception] = InvalidTag
         self._ciphers: dict[str, AESSIV] = {}

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from starlette.datastructures import URL
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from buquet import App, keys
 from buquet.cli.main import cli
+from buquet.clock import Clock
+from buquet.dashboard import guard, serve
 from buquet.dashboard.app import GET, dashboard
 from buquet.dashboard.sessions import CROWD, Sessions
 from buquet.errors import StoreUnavailable, UsageError
+from buquet.insights.feed import MOST_RECORDS
 from buquet.operate.counting import CountingStore
 from buquet.store.base import Stored
 from buquet.store.memory import MemoryStore
@@ -22,8 +27,10 @@ from buquet.testing.fixture import run_until_idle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 HERE = "http://127.0.0.1:8000"
+COOKIE = Sessions(Clock(), None, "memory:").cookie_name("session", URL(HERE))
 HOSTILE = "<script>alert('1')</script>\"&'é\u202e"
 PAGES = [path for path in GET if "{" not in path and path not in {"/events", "/login", "/run.css"}]
 
@@ -31,8 +38,8 @@ PAGES = [path for path in GET if "{" not in path and path not in {"/events", "/l
 class Browser:
     """A client that behaves as a browser does: it keeps cookies, says where a form comes from, and follows redirects."""
 
-    def __init__(self, app: App, **options: Any) -> None:
-        self.client = TestClient(dashboard(app, **options), base_url=HERE, follow_redirects=True)
+    def __init__(self, app: App, at: str = HERE, **options: Any) -> None:
+        self.client = TestClient(dashboard(app, **options), base_url=at, follow_redirects=True)
 
     def get(self, path: str, **headers: str) -> Any:
         return self.client.get(path, headers=headers)
@@ -286,18 +293,54 @@ class TestPassword:
         browser.post("/logout", {"token": browser.token("/")})
         assert browser.get("/tasks").url.path == "/login"
 
+    def test_a_cookie_that_was_copied_opens_nothing_after_the_logout(self, app: App) -> None:
+        browser = Browser(app, password="x")
+        browser.post("/login", {"password": "x", "token": browser.token("/login")})
+        copied = dict(browser.client.cookies)
+        assert browser.get("/tasks").url.path == "/tasks"
+        browser.post("/logout", {"token": browser.token("/")})
+        browser.client.cookies.clear()
+        browser.client.cookies.update(copied)
+        assert browser.get("/tasks").url.path == "/login"
+
+    def test_two_dashboards_on_one_host_leave_each_others_login_alone(self, app: App) -> None:
+        origin = "http://127.0.0.1:8001"
+        first, second = Browser(app, password="x"), Browser(app, origin, password="y")
+        second.client.cookies = first.client.cookies  # browsers tell no ports apart
+        first.post("/login", {"password": "x", "token": first.token("/login")})
+        second.post("/login", {"password": "y", "token": second.token("/login")}, origin=origin)
+        for browser in (first, second, first):
+            assert browser.get("/tasks").url.path == "/tasks"
+        names = {Sessions(Clock(), None, url).cookie_name("session", URL(HERE)) for url in ("s3://a/x", "s3://a/y")}
+        assert len(names) == 2, "so do two stores behind one proxy"
+
+    def test_who_logged_in_and_what_was_done_is_in_the_log(self, app: App, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level("INFO", "buquet.dashboard")
+        task_id, page = with_form(app)
+        browser = Browser(app, password="x")
+        browser.post("/login", {"password": "no", "token": browser.token("/login")})
+        browser.post("/login", {"password": "x", "token": browser.token("/login")})
+        browser.post("/act", {"action": "cancel-task", "target": task_id, "token": browser.token(page)})
+        browser.post("/logout", {"token": browser.token("/")})
+        said = [record.getMessage() for record in caplog.records if record.name == "buquet.dashboard"]
+        who = r"testclient, session \S{8}"
+        expected = ["login with a wrong password: ", "login: ", f"cancel-task {task_id}: ", "logout: "]
+        for line, begins in zip(said, expected, strict=True):
+            assert re.match(re.escape(begins) + who, line)
+        assert said[2].endswith("The task is cancelled.")
+
     def test_a_cookie_of_ones_own_making_opens_nothing(self, app: App) -> None:
         browser = Browser(app, password="x")
         forged = Sessions(app.clock, "x")
         for cookie in (forged.cookie(forged.new(inside=True)), "a.1.9999999999.", "", "é", "a.b.c.d.e"):
             browser.client.cookies.clear()
-            answer = browser.client.get("/", headers={"cookie": f"buquet_session={cookie}".encode()}, follow_redirects=False)
+            answer = browser.client.get("/", headers={"cookie": f"{COOKIE}={cookie}".encode()}, follow_redirects=False)
             assert answer.status_code == 303, cookie
         browser.get("/login")
-        mine = browser.client.cookies["buquet_session"]
+        mine = browser.client.cookies[COOKIE]
         browser.client.cookies.clear()
         raised = mine.replace(".0.", ".1.", 1)
-        answer = browser.client.get("/", headers={"cookie": f"buquet_session={raised}"}, follow_redirects=False)
+        answer = browser.client.get("/", headers={"cookie": f"{COOKIE}={raised}"}, follow_redirects=False)
         assert answer.status_code == 303
 
     def test_the_login_form_needs_its_token_too(self, app: App) -> None:
@@ -319,10 +362,38 @@ async def test_wrong_passwords_are_slow_one_after_another_and_few_at_a_time() ->
             await asyncio.sleep(0)
 
     sessions = Sessions(Slow(), "right")
-    tried = await asyncio.gather(*(sessions.is_password("wrong") for _ in range(CROWD + 5)))
+    tried = await asyncio.gather(*(sessions.is_password("wrong", "here") for _ in range(CROWD + 6)))
     assert tried.count(None) == 5
-    assert sum(slept) == CROWD * 0.5
-    assert await sessions.is_password("right")
+    assert sum(slept) == (CROWD + 1) * 0.5
+    assert await sessions.is_password("right", "here")
+
+
+@pytest.mark.parametrize("origin", ["here", "there"])
+async def test_wrong_passwords_in_flight_do_not_lock_the_right_one_out(origin: str) -> None:
+    import asyncio
+
+    turn = asyncio.Event()
+
+    class Stands(Clock):
+        async def sleep(self, seconds: float) -> None:
+            await turn.wait()
+            turn.clear()
+
+    sessions = Sessions(Stands(), "right")
+    wrong = [asyncio.create_task(sessions.is_password("wrong", "here")) for _ in range(CROWD + 1)]
+    await asyncio.sleep(0)
+    right = asyncio.create_task(sessions.is_password("right", origin))
+    await asyncio.sleep(0)
+    later = [asyncio.create_task(sessions.is_password("wrong", "here")) for _ in range(5 if origin == "there" else 0)]
+    await asyncio.sleep(0)
+    turn.set()  # the one whose turn it was is told that it is wrong
+    async with asyncio.timeout(10):
+        assert await right
+    assert sum(each.done() for each in wrong) <= 2 + len(later), "the others still wait"
+    for each in (*wrong, *later):
+        each.cancel()
+    await asyncio.gather(*wrong, *later, return_exceptions=True)
+    assert await sessions.is_password("right", "here"), "those that were given up on keep nobody waiting"
 
 
 def test_an_old_session_is_worth_nothing() -> None:
@@ -335,7 +406,7 @@ def test_an_old_session_is_worth_nothing() -> None:
             return super().now() + self.ahead
 
     clock = Moved()
-    sessions = Sessions(clock, "x")
+    sessions = Sessions(clock, "x", "memory:")
     cookie = sessions.cookie(sessions.new(inside=True))
     assert sessions.read(cookie)
     clock.ahead = 13 * 3600
@@ -376,8 +447,126 @@ def test_a_store_that_does_not_answer_is_told() -> None:
             assert browser.get("/tasks/" + "0" * 32).status_code == 503
 
 
-def test_events_are_for_what_there_is(app: App) -> None:
-    assert Browser(app).get("/events?topic=secrets").status_code == 404
+@pytest.mark.parametrize("topic", ["secrets", f"task:{'0' * 32}", f"run:{'0' * 32}", "task:x", "run:", "task:"])
+def test_events_are_for_what_there_is(app: App, topic: str) -> None:
+    assert Browser(app).get(f"/events?topic={topic}").status_code == 404
+
+
+def test_events_of_more_records_than_one_feed_follows_are_refused(app: App) -> None:
+    task_id, _ = with_form(app)
+    browser = Browser(app)
+    feed = browser.client.app.state.feed  # type: ignore[attr-defined]
+    feed._topics.update(f"task:{n:032x}" for n in range(MOST_RECORDS))
+    assert browser.get(f"/events?topic=task:{task_id}").status_code == 503
+    assert feed.has_room("overview")
+    assert feed.has_room(f"task:{0:032x}"), "one that is followed already costs nothing more"
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_what_the_page_of_another_site_asks_for_is_refused(app: App, site: str) -> None:
+    _, page = with_form(app)
+    browser = Browser(app)
+    for path in (*PAGES, page, f"{page}/versions", "/events?topic=overview", "/static/live.js"):
+        for mode, dest in (("no-cors", "image"), ("cors", "empty"), ("navigate", "iframe"), ("no-cors", "script")):
+            headers = {"sec-fetch-site": site, "sec-fetch-mode": mode, "sec-fetch-dest": dest}
+            assert browser.get(path, **headers).status_code == 403, (path, mode, dest)
+    for own in ("same-origin", "none"):
+        assert browser.get("/tasks?all=1", **{"sec-fetch-site": own}).status_code == 200
+
+
+def test_a_link_on_another_site_opens_a_page_by_the_dashboards_own_and_takes_no_login(app: App) -> None:
+    browser = Browser(app, password="x")
+    browser.post("/login", {"password": "x", "token": browser.token("/login")})
+    mine = dict(browser.client.cookies)
+    followed = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    browser.client.cookies.clear()  # SameSite=Strict: none is sent along
+    cheap = browser.get("/tasks?status=failed&q=%22%3E%3Cb", **followed)
+    assert '<meta http-equiv="refresh" content="0; url=/tasks?status=failed&amp;q=%22%3E%3Cb">' in cheap.text
+    assert "set-cookie" not in cheap.headers, "it would take the place of the one that was not sent"
+    for costly in ("/tasks?all=1", "/tasks?key=x", "/tasks?tag=a%3Db", "/runs?all=1", f"/tasks/{'0' * 32}/versions"):
+        answer = browser.get(costly, **followed)
+        assert "refresh" not in answer.text
+        assert f'href="{costly}"' in answer.text
+    browser.client.cookies.update(mine)
+    assert browser.get("/tasks").url.path == "/tasks"
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *(("192.0.2.7:8000", 200), ("[2001:db8::1]:8000", 200), ("localhost:8000", 200), ("Board.Internal", 200)),
+        *(("rebound.example:8000", 421), ("", 421), ("board.internal.evil.example", 421)),
+    ],
+)
+def test_read_only_for_others_it_is_served_by_addresses_and_the_names_that_were_allowed(app: App, host: str, status: int) -> None:
+    browser = Browser(app, read_only=True, loopback=False, hosts=["board.internal"])
+    assert browser.get("/", host=host).status_code == status
+
+
+async def test_a_form_that_does_not_come_is_not_waited_for(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    monkeypatch.setattr(guard, "SLOWEST", 0.05)
+    board = dashboard(app)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1:8000"), (b"origin", HERE.encode())]
+    scope = {"type": "http", "method": "POST", "path": "/act", "query_string": b"", "headers": headers, "scheme": "http"}
+    await board({**scope, "server": ("127.0.0.1", 8000)}, asyncio.Event().wait, send)  # type: ignore[arg-type]
+    assert sent[0]["status"] == 408
+
+
+class TestConnections:
+    @pytest.fixture
+    def address(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+        """Serve a dashboard on a thread, with little patience."""
+        import asyncio
+        import threading
+
+        monkeypatch.setattr(serve, "HEADERS", 0.3)
+        monkeypatch.setattr(serve, "CONNECTIONS", 3)
+        sock, _ = serve.listen("127.0.0.1", 0)
+        app = App("memory:")
+        server = serve.make_server(app, password=None, read_only=False, host="127.0.0.1")
+        server.takes_signals = False
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
+        thread.start()
+        yield sock.getsockname()
+        server.should_exit = True
+        thread.join()
+        app.close()
+
+    @pytest.mark.parametrize("begin", [b"", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"])
+    def test_one_that_sends_half_a_header_is_closed(self, address: tuple[str, int], begin: bytes) -> None:
+        with socket.create_connection(address, timeout=10) as half:
+            half.sendall(begin)
+            assert half.recv(1) == b""
+
+    def test_one_that_goes_on_in_halves_is_closed_after_its_first_answer(self, address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as half:
+            half.sendall(b"GET /static/live.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET / HTTP/1.1\r\n")
+            answer = b""
+            while chunk := half.recv(65536):
+                answer += chunk
+            assert answer.count(b"HTTP/1.1 200") == 1
+
+    def test_more_than_there_is_room_for_are_closed_and_those_within_are_served(self, address: tuple[str, int]) -> None:
+        import contextlib
+
+        held = []
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                held.append(stack.enter_context(socket.create_connection(address, timeout=10)))
+                held[-1].sendall(b"GET /static/live.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                assert held[-1].recv(65536).startswith(b"HTTP/1.1 200")
+            with socket.create_connection(address, timeout=10) as more, contextlib.suppress(ConnectionError):
+                more.sendall(b"GET /static/live.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                assert more.recv(1) == b""
+            held[0].sendall(b"GET /static/live.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert held[0].recv(65536)
 
 
 class TestCommand:
@@ -386,6 +575,23 @@ class TestCommand:
         outcome = CliRunner().invoke(cli, ["ui", "--host", host, "--url", "memory:"])
         assert isinstance(outcome.exception, UsageError)
         assert "--password" in str(outcome.exception)
+
+    def test_the_password_is_read_from_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from buquet.cli import ui
+
+        served: list[Any] = []
+        monkeypatch.setattr(ui, "serve", lambda *given, **named: served.append(given))
+        file = tmp_path / "password"
+        file.write_text("open sesame\n")
+        shown = ["ui", "--host", "0.0.0.0", "--url", "memory:"]  # noqa: S104 - it has a password
+        assert CliRunner().invoke(cli, [*shown, "--password-file", str(file)]).exit_code == 0
+        assert CliRunner().invoke(cli, shown, env={"BUQUET_UI_PASSWORD_FILE": str(file)}).exit_code == 0
+        assert CliRunner().invoke(cli, shown, env={"BUQUET_UI_PASSWORD": "open sesame"}).exit_code == 0
+        assert [each[3] for each in served] == ["open sesame"] * 3
+        for wrong in (["--password-file", str(tmp_path / "none")], ["--password-file", str(file), "--password", "x"]):
+            assert isinstance(CliRunner().invoke(cli, [*shown, *wrong]).exception, UsageError)
+        file.write_text("\n")
+        assert isinstance(CliRunner().invoke(cli, [*shown, "--password-file", str(file)]).exception, UsageError)
 
     def test_an_empty_password_is_none(self) -> None:
         outcome = CliRunner().invoke(cli, ["ui", "--password", "", "--url", "memory:"])
@@ -406,4 +612,4 @@ class TestCommand:
         outcome = CliRunner().invoke(cli, ["ui", "--url", "memory:"])
         assert isinstance(outcome.exception, UsageError)
         assert "uvicorn" in str(outcome.exception)
-        assert "pip install 'buquet[ui]'" in str(outcome.exception)
+        assert "pip install 'buquet[ui]>=0.2'" in str(outcome.exception)

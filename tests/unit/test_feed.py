@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from buquet import App, Signal
-from buquet.insights.feed import FIRST, Feed
+from buquet.insights.feed import FIRST, MOST_RECORDS, Feed
 from buquet.insights.overview import overview
 from buquet.insights.search import Wanted, search
 from buquet.operate.counting import CountingStore
@@ -129,7 +129,7 @@ def test_nobody_looking_costs_nothing_also_after_the_last_one_left() -> None:
         left = world.sent
         await world.clock.sleep(3600)
         assert world.sent == left
-        assert world.feed.followers == 0
+        assert not world.feed._topics
 
     in_world(work)
 
@@ -301,3 +301,19 @@ def test_a_task_is_found_by_its_key_and_by_its_tag() -> None:
         assert [row.id for row in await search(world.feed, Wanted(tag="tenant=acme", everywhere=True))] == [tagged.id]
 
     in_world(work)
+
+
+def test_many_single_records_that_are_followed_do_not_starve_the_overview() -> None:
+    async def main(clock: Clock) -> None:
+        world = World(clock)
+        ids = [(await world.good.options(delay=9000).asubmit(n)).id for n in range(MOST_RECORDS)]
+        async with world.looking("overview", 1) as news, AsyncExitStack() as stack:
+            for task_id in ids:
+                await stack.enter_async_context(world.looking(f"task:{task_id}", 1))
+            await clock.sleep(60)
+            before = news[0]
+            await clock.sleep(120)
+            # four parts, of which each would be looked at every 6 s if nobody followed anything else
+            assert news[0] - before >= 120 / 6 * 4 / 3
+
+    run_virtual(main)

@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -11,6 +12,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from buquet import App, Fail, UsageError
+from buquet.operate import metrics as metrics_module
 from buquet.operate.counting import CountingStore
 from buquet.operate.metrics import Metrics, serve
 from buquet.queue.background import Background
@@ -250,6 +252,43 @@ def test_two_processes_serve_at_two_ports_and_log_in_json(tmp_path):
     }
 
 
+def test_half_sent_requests_take_no_thread_each_and_keep_no_scrape_waiting(monkeypatch):
+    monkeypatch.setattr(metrics_module, "SECONDS", 0.5)
+    before = threading.active_count()
+    app = App("memory:")
+
+    @app.task
+    def noop() -> None: ...
+
+    counted = Metrics(app.worker(), CountingStore(app.client.store))
+    port = free_ports()
+    stop = serve(counted, "127.0.0.1", port)
+    try:
+        assert b"buquet_slots" in patiently(f"http://127.0.0.1:{port}/metrics")
+        half = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(20)]
+        for each in half:
+            each.sendall(b"GET /metrics HTTP/1.1\r\n")
+        assert b"buquet_slots" in patiently(f"http://127.0.0.1:{port}/metrics")
+        assert threading.active_count() == before + 1
+        for each in half:
+            assert closed(each)
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as wrong:
+            wrong.sendall(b"GET /secrets HTTP/1.1\r\n\r\n")
+            assert wrong.recv(100).startswith(b"HTTP/1.1 404")
+    finally:
+        stop()
+    assert threading.active_count() == before
+
+
+def closed(connection):
+    """Tell whether the other side closes a connection without an answer."""
+    with connection:
+        try:
+            return connection.recv(1) == b""
+        except ConnectionResetError:
+            return True
+
+
 def patiently(url):
     for _ in range(300):
         try:
@@ -262,5 +301,5 @@ def patiently(url):
 def test_without_its_package_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.delitem(sys.modules, "buquet.operate.metrics")
-    with pytest.raises(UsageError, match=r"pip install 'buquet\[metrics\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'buquet\[metrics\]>=0"):
         __import__("buquet.operate.metrics")

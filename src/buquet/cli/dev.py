@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from buquet.app import App
 from buquet.cli.base import Target, Url, cli
-from buquet.cli.output import say, to_stderr
+from buquet.cli.output import log_to, say, to_stderr
 from buquet.cli.ui import Host, Port, need_ui
 from buquet.errors import UsageError
 
@@ -84,6 +84,7 @@ class _Dev:
             server = make_server(app, password=None, read_only=False, host=self.host)
             server.takes_signals = False
             serving = asyncio.create_task(server.serve(sockets=[sock]))
+            log_to(sys.stderr)
             say(f"dashboard of {app.url}: {address}")
             working = asyncio.create_task(self._work(url, app.client.clock.new_op(), changes))
             try:

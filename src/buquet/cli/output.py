@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from buquet.insights.duration import duration as duration
 from buquet.insights.duration import in_seconds as in_seconds
 from buquet.printing import json_line, printable
+from buquet.worker.logs import JsonLines, TaskFields, TextLines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -99,3 +101,14 @@ def scan_progress() -> Callable[[int, int], None] | None:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     return show
+
+
+def log_to(stream: TextIO, *, as_json: bool = False) -> None:
+    """Log to a stream, unless the user's module has set up logging in its own way; tasks are named in either."""
+    logging.basicConfig(level=logging.INFO, stream=stream)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(TaskFields())
+        if as_json:
+            handler.setFormatter(JsonLines())
+        elif isinstance(handler, logging.StreamHandler) and handler.formatter and handler.formatter._fmt == logging.BASIC_FORMAT:  # noqa: SLF001
+            handler.setFormatter(TextLines())

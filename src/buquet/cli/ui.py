@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from buquet.cli.base import Json, Url, cli, load, open_app
-from buquet.cli.output import print_json, say, to_stderr
-from buquet.errors import UsageError
+from buquet.cli.output import log_to, print_json, say, to_stderr
+from buquet.errors import UsageError, install
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from buquet.app import App
 
 Host = Annotated[str, typer.Option("--host", help="The address to listen on.")]
@@ -27,7 +31,28 @@ def ui(
     port: Port = 8000,
     password: Annotated[
         str | None,
-        typer.Option("--password", envvar="BUQUET_UI_PASSWORD", show_envvar=True, help="Ask each browser for this password."),
+        typer.Option(
+            "--password",
+            envvar="BUQUET_UI_PASSWORD",
+            show_envvar=True,
+            help="Ask each browser for this password; other users of this machine can read it in the command's arguments.",
+        ),
+    ] = None,
+    password_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--password-file",
+            metavar="FILE",
+            envvar="BUQUET_UI_PASSWORD_FILE",
+            show_envvar=True,
+            help="Ask each browser for the password in the first line of this file.",
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host", metavar="NAME", help="Without a password: serve it under this name, too; may be given again."
+        ),
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Show everything, change nothing.")] = False,
     url: Url = None,
@@ -37,14 +62,16 @@ def ui(
     need_ui()
     from buquet.dashboard.guard import is_loopback  # noqa: PLC0415 - needs the extra `ui`
 
+    if password_file is not None:
+        password = _password_in(password_file, password)
     if password is not None and not password:
-        msg = "the password is empty: give one, or leave --password (and BUQUET_UI_PASSWORD) out"
+        msg = "the password is empty: give one, or leave --password, --password-file and their variables out"
         raise UsageError(msg)
     if not is_loopback(host):
         if password is None and not read_only:
             msg = (
                 f"on {host} others can reach this dashboard, and could cancel and redrive tasks. "
-                "Give it --password (or BUQUET_UI_PASSWORD), or --read-only"
+                "Give it a password (--password-file, BUQUET_UI_PASSWORD or --password), or --read-only"
             )
             raise UsageError(msg)
         risk = (
@@ -54,10 +81,25 @@ def ui(
         )
         to_stderr(f"warning: this dashboard listens on {host}: {risk}")
     app = load(target, url) if target else open_app(url)
-    serve(app, host, port, password, read_only, json=json)
+    log_to(sys.stderr)
+    serve(app, host, port, password, read_only, hosts=allow_host or (), json=json)
 
 
-def serve(app: App, host: str, port: int, password: str | None, read_only: bool, *, json: bool) -> None:
+def _password_in(file: Path, beside: str | None) -> str:
+    """Return the password in a file. Raises UsageError where it cannot be read, or another one is given."""
+    if beside is not None:
+        msg = "there are two passwords: one in --password (or BUQUET_UI_PASSWORD), and one in --password-file. Leave one out"
+        raise UsageError(msg)
+    try:
+        return file.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"the password cannot be read from {file}: {error}"
+        raise UsageError(msg) from None
+
+
+def serve(
+    app: App, host: str, port: int, password: str | None, read_only: bool, *, hosts: Collection[str] = (), json: bool
+) -> None:
     """Listen, say where, and serve until stopped."""
     from buquet.dashboard.serve import listen, make_server  # noqa: PLC0415 - needs the extra `ui`
 
@@ -66,7 +108,7 @@ def serve(app: App, host: str, port: int, password: str | None, read_only: bool,
     async def work() -> None:
         async with app:
             await app.client.open()
-            server = make_server(app, password=password, read_only=read_only, host=host)
+            server = make_server(app, password=password, read_only=read_only, host=host, hosts=hosts)
             if json:
                 print_json({"address": address, "url": app.url, "pid": os.getpid()})
             else:
@@ -80,5 +122,5 @@ def need_ui() -> None:
     """Raise UsageError where the dashboard's dependencies are not installed."""
     missing = [name for name in ("jinja2", "starlette", "uvicorn", "watchfiles") if find_spec(name) is None]
     if missing:
-        msg = f"the dashboard needs {', '.join(missing)}, which this Python does not have: pip install 'buquet[ui]'"
+        msg = f"the dashboard needs {', '.join(missing)}, which this Python does not have: {install('ui')}"
         raise UsageError(msg)

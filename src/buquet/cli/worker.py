@@ -5,14 +5,13 @@ from __future__ import annotations
 import enum
 import logging
 import sys
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from buquet.cli.base import Json, Target, Url, cli, load
-from buquet.cli.output import print_json, to_stderr
+from buquet.cli.output import log_to, print_json, to_stderr
 from buquet.errors import UsageError
-from buquet.worker.logs import JsonLines, TaskFields, TextLines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,7 +64,8 @@ def worker(
     if not app.tasks:
         msg = f"{target} has no tasks: decorate a function with @app.task"
         raise UsageError(msg)
-    _log((log_format or (LogFormat.json if json else LogFormat.text)) is LogFormat.json, sys.stdout if json else sys.stderr)
+    lines = log_format or (LogFormat.json if json else LogFormat.text)
+    log_to(sys.stdout if json else sys.stderr, as_json=lines is LogFormat.json)
     counting = _counting(app) if metrics_port is not None and processes == 1 else None
     # made in any case: what is wrong with the options is said here, not by each child
     served = app.worker(queue, concurrency=concurrency, drain=drain, max_time=max_time, grace=grace, ttl=ttl, parent=parent)
@@ -144,14 +144,3 @@ def _tell_empty(app: App, named: Sequence[str]) -> None:
     for queue in dict.fromkeys(named):
         if queue not in own:
             log.warning("no task here is in queue %r; this App's queues are %s", queue, ", ".join(sorted(own)))
-
-
-def _log(as_json: bool, stream: TextIO) -> None:
-    """Log to a stream, unless the user's module has set up logging in its own way; tasks are named in either."""
-    logging.basicConfig(level=logging.INFO, stream=stream)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(TaskFields())
-        if as_json:
-            handler.setFormatter(JsonLines())
-        elif isinstance(handler, logging.StreamHandler) and handler.formatter and handler.formatter._fmt == logging.BASIC_FORMAT:  # noqa: SLF001
-            handler.setFormatter(TextLines())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from starlette.responses import RedirectResponse
 
 from buquet.dashboard import runs
-from buquet.dashboard.board import SAID, local
+from buquet.dashboard.board import local
+from buquet.dashboard.guard import who
 from buquet.errors import BuquetError, Refused
 from buquet.insights.overview import group_of
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from buquet.dashboard.board import Board
 
     Action = Callable[[Board, str, Mapping[str, str]], Awaitable[str]]
+
+log = logging.getLogger("buquet.dashboard")
 
 AT_ONCE = 32
 """Tasks that are redriven side by side."""
@@ -43,10 +47,11 @@ async def act(board: Board, request: Request) -> Response:
             said = await action(board, target, form)
         except (BuquetError, TimeoutError) as error:
             said = f"Not done: {error}"
+    log.info("%s %s: %s. %s", name[:40], target[:200], who(request), said[:LONGEST])
     response = RedirectResponse(local(form.get("back")), 303)
     # quoted: a cookie holds no quotes, line ends, or letters beyond ASCII
     response.set_cookie(
-        SAID,
+        board.sessions.cookie_name("said", request.url),
         board.sessions.sign("said", quote(said[:LONGEST])),
         max_age=60,
         httponly=True,

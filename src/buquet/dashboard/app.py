@@ -20,7 +20,7 @@ from buquet.errors import BuquetError, RunNotFound, StoreError, TaskNotFound
 from buquet.insights.feed import Feed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 
     from starlette.requests import Request
     from starlette.responses import Response
@@ -55,16 +55,18 @@ def dashboard(
     password: str | None = None,
     read_only: bool = False,
     loopback: bool = True,
+    hosts: Collection[str] = (),
 ) -> Starlette:
     """Return the dashboard of an App's store; `feed` of its `state` follows it.
 
     `password`: what a browser must give before it sees anything. `read_only`: no buttons, and no form is taken.
-    `loopback`: it is bound to this machine only, so that without a password other names than this machine's are refused.
+    `loopback`: it is bound to this machine only, so that without a password other names than this machine's are refused; bound
+    elsewhere, addresses are served, too. `hosts`: more names under which it is served without a password; `*` is any.
 
     >>> dashboard(App("memory:"), read_only=True)  # doctest: +ELLIPSIS, +SKIP
     <starlette.applications.Starlette object at ...>
     """
-    board = Board(app, Feed(app.client), Sessions(app.clock, password), read_only)
+    board = Board(app, Feed(app.client), Sessions(app.clock, password, app.url), read_only)
 
     def bound(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -94,7 +96,7 @@ def dashboard(
             *(Route(path, bound(handler), methods=["POST"]) for path, handler in POST.items()),
             Mount("/static", StaticFiles(directory=HERE / "static")),
         ],
-        middleware=[Middleware(Guard, sessions=board.sessions, read_only=read_only, loopback=loopback)],
+        middleware=[Middleware(Guard, sessions=board.sessions, read_only=read_only, loopback=loopback, hosts=hosts)],
         exception_handlers={BuquetError: failed, HTTPException: failed},
         lifespan=lifespan,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from buquet.insights.feed import Feed
 
 HERE = Path(__file__).parent
-SAID = "buquet_said"
-"""The cookie that tells the next page what came of a form."""
 
 NAVIGATION = (
     ("/", "Overview"),
@@ -88,6 +87,8 @@ class Board:
     read_only: bool = False
     templates: Environment = field(default_factory=_environment)
     assets: str = field(default_factory=_fingerprint)
+    following: Counter[str] = field(default_factory=Counter[str])
+    """How many pages follow something, by the address of their browsers."""
     _overviews: dict[str, tuple[int, Overview]] = field(default_factory=dict[str, "tuple[int, Overview]"])
 
     def overview(self, request: Request) -> Overview:
@@ -105,7 +106,8 @@ class Board:
         """Make a page. What came of the last form is told once, and not to the script that only brings a page up to date."""
         session = request.state.session
         live = "x-live" in request.headers
-        said = None if live else self.sessions.unsign("said", request.cookies.get(SAID))
+        cookie = self.sessions.cookie_name("said", request.url)
+        said = None if live else self.sessions.unsign("said", request.cookies.get(cookie))
         here = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         topic, seen = values.get("topic", ""), self.window(request)
         kept = {name: value for name, value in request.query_params.items() if name not in {"window", "page"}}
@@ -133,7 +135,7 @@ class Board:
         )
         response = HTMLResponse(text, status)
         if said is not None:
-            response.delete_cookie(SAID, httponly=True, samesite="strict")
+            response.delete_cookie(cookie, httponly=True, samesite="strict")
         return response
 
 

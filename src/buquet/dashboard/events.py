@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
+from collections import Counter
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING
 
 from starlette.responses import PlainTextResponse, StreamingResponse
 
 from buquet import keys
+from buquet.errors import StoreError
 from buquet.insights.feed import TOPICS
+from buquet.workflow.sending import find_run
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -19,23 +22,36 @@ if TYPE_CHECKING:
     from buquet.dashboard.board import Board
 
 MOST = 500
-"""Browsers that may follow at once."""
+"""Pages that may follow at once, of all browsers."""
+MOST_EACH = 100
+"""Pages that may follow at once, of browsers at one address."""
 
 
 async def events(board: Board, request: Request) -> Response:
-    """Tell of news of one topic until the browser leaves."""
+    """Tell of news of one topic until the browser leaves. Raises TaskNotFound, RunNotFound, UnreadableRecord."""
     topic = request.query_params.get("topic", "")
     kind, _, name = topic.partition(":")
     if topic not in TOPICS and not (kind in {"task", "run"} and keys.is_id(name)):
         return PlainTextResponse("nothing is followed under this name\n", 404)
-    if board.feed.followers >= MOST:
+    origin = request.client.host if request.client else ""
+    if board.following.total() >= MOST or board.following[origin] >= MOST_EACH or not board.feed.has_room(topic):
         return PlainTextResponse("too many follow already\n", 503)
+    with suppress(StoreError):  # a store that does not answer is what the page is to hear of
+        if kind == "task":
+            await board.feed.task(name)
+        elif kind == "run":
+            await find_run(board.app.client, name)
 
     async def stream() -> AsyncGenerator[str]:
-        yield "retry: 3000\n\n"
-        async with aclosing(board.feed.follow(topic)) as ticks:
-            async for version in ticks:
-                yield ":\n\n" if version is None else f"data: {version}\n\n"
+        board.following[origin] += 1
+        try:
+            yield "retry: 3000\n\n"
+            async with aclosing(board.feed.follow(topic)) as ticks:
+                async for version in ticks:
+                    yield ":\n\n" if version is None else f"data: {version}\n\n"
+        finally:
+            board.following[origin] -= 1
+            board.following += Counter()  # drops addresses from where nobody follows
 
     return StreamingResponse(
         stream(), media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"}

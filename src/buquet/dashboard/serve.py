@@ -6,18 +6,61 @@ import socket
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from buquet.dashboard.app import dashboard
 from buquet.dashboard.guard import is_loopback
 from buquet.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    import asyncio
+    from collections.abc import Collection, Generator
     from types import FrameType
 
     from buquet.app import App
     from buquet.insights.feed import Feed
+
+
+HEADERS = 10.0
+"""Seconds in which the whole of a request's header must have come."""
+CONNECTIONS = 700
+"""Connections at once; one more is closed."""
+
+
+class Connection(H11Protocol):
+    """A browser's connection, which must send the whole of a request's header in time."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request, unless too many are connected."""
+        super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
+        else:
+            self._await_header()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what came; what is the beginning of a header must go on in time."""
+        super().data_received(data)
+        self._await_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing more."""
+        super().connection_lost(exc)
+        if self._deadline:
+            self._deadline.cancel()
+
+    def _await_header(self) -> None:
+        # between two requests uvicorn closes what stays idle; it has no limit for a header that began
+        waits = self.conn.their_state is h11.IDLE
+        if waits and self._deadline is None:
+            self._deadline = self.loop.call_later(HEADERS, self.transport.close)
+        elif not waits and self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
 
 
 class Server(uvicorn.Server):
@@ -39,11 +82,20 @@ class Server(uvicorn.Server):
             yield
 
 
-def make_server(app: App, *, password: str | None, read_only: bool, host: str) -> Server:
+def make_server(app: App, *, password: str | None, read_only: bool, host: str, hosts: Collection[str] = ()) -> Server:
     """Return the server of an App's dashboard; give `serve` the sockets of `listen`."""
-    application = dashboard(app, password=password, read_only=read_only, loopback=is_loopback(host))
+    own = {host, socket.gethostname(), *hosts}
+    application = dashboard(app, password=password, read_only=read_only, loopback=is_loopback(host), hosts=own)
     server = Server(
-        uvicorn.Config(application, log_level="warning", access_log=False, timeout_graceful_shutdown=3, server_header=False)
+        uvicorn.Config(
+            application,
+            http=Connection,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=3,
+            server_header=False,
+        )
     )
     server.feed = application.state.feed
     return server

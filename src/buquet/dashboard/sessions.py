@@ -1,4 +1,4 @@
-"""Who may do what: signed cookies, the password, and the token that every form carries."""
+"""Who may do what: signed cookies, the password, the token that every form carries, and whose turn to log in it is."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from starlette.datastructures import URL
+
     from buquet.clock import Clock
 
 LASTS = 12 * 3600
@@ -17,7 +19,7 @@ LASTS = 12 * 3600
 WRONG = 0.5
 """Seconds that a wrong password takes, one after another."""
 CROWD = 20
-"""Logins that may wait for their turn."""
+"""Logins that may wait for their turn; one more, and the one that has waited longest is refused."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,27 @@ class Session:
 class Sessions:
     """Makes and checks cookies and tokens. They are good for as long as this process runs."""
 
-    def __init__(self, clock: Clock, password: str | None) -> None:
+    def __init__(self, clock: Clock, password: str | None, store: str = "") -> None:
         self.clock = clock
         self.password = password
+        self._mark = hashlib.sha256(store.encode()).hexdigest()[:8]
         self._secret = secrets.token_bytes(32)
-        self._turns = asyncio.Lock()
-        self._waiting = 0
+        self._revoked: dict[str, float] = {}
+        """The sessions that were logged out, and until when their cookies would be good."""
+        self._waiting: list[tuple[str, asyncio.Future[bool]]] = []
+        """Logins that wait for their turn, and from where they come; the oldest first."""
+        self._served: str | None = None
+        """From where the login comes whose turn it is."""
+
+    def cookie_name(self, what: str, url: URL) -> str:
+        """Return a cookie's name. Browsers share cookies between the ports of a host, and so between the dashboards on it.
+
+        >>> from buquet.clock import Clock
+        >>> from starlette.datastructures import URL
+        >>> Sessions(Clock(), None, "memory:").cookie_name("session", URL("http://localhost:8000/tasks"))
+        'buquet_session_b656fafe_8000'
+        """
+        return f"buquet_{what}_{self._mark}_{url.port or url.scheme}"
 
     def new(self, *, inside: bool = False) -> Session:
         """Return a session for a browser that has none."""
@@ -55,7 +72,12 @@ class Sessions:
         if text is None:
             return None
         name, inside, ends = text.split(".")
-        return Session(name, inside == "1") if int(ends) > self.clock.now() else None
+        return Session(name, inside == "1") if int(ends) > self.clock.now() and name not in self._revoked else None
+
+    def revoke(self, session: Session) -> None:
+        """Let a session's cookie be worth nothing from now on, wherever it was copied to."""
+        now = self.clock.now()
+        self._revoked = {name: ends for name, ends in self._revoked.items() if ends > now} | {session.name: now + LASTS}
 
     def token(self, session: Session) -> str:
         """Return the token of a session's forms, which a page of another origin cannot know."""
@@ -65,20 +87,46 @@ class Sessions:
         """Tell whether this is the token of a session."""
         return hmac.compare_digest(self.token(session).encode(), token.encode())
 
-    async def is_password(self, given: str) -> bool | None:
-        """Check a password; a wrong one takes half a second, and one is checked after another. None: too many wait."""
-        if self.password is None or self._waiting >= CROWD:
+    async def is_password(self, given: str, origin: str) -> bool | None:
+        """Check a password that comes from `origin`. A wrong one takes half a second, and one is checked after another.
+
+        The newest goes first, and before it one from elsewhere than the last: wrong ones in flight keep no right one waiting.
+        None: too many came after it.
+        """
+        if self.password is None:
             return None
-        self._waiting += 1
+        if len(self._waiting) >= CROWD:
+            _tell(self._waiting.pop(0)[1], turn=False)
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting.append((origin, turn))
+        if self._served is None:
+            self._serve_next("")
         try:
-            async with self._turns:
-                # hashes, so that the time taken tells nothing of the length either
-                right = hmac.compare_digest(_hash(given), _hash(self.password))
-                if not right:
-                    await self.clock.sleep(WRONG)
-                return right
+            if not await turn:
+                return None
+        except asyncio.CancelledError:
+            self._waiting = [each for each in self._waiting if each[1] is not turn]
+            if turn.done() and not turn.cancelled() and turn.result():
+                self._serve_next(origin)
+            raise
+        try:
+            # hashes, so that the time taken tells nothing of the length either
+            right = hmac.compare_digest(_hash(given), _hash(self.password))
+            if not right:
+                await self.clock.sleep(WRONG)
+            return right
         finally:
-            self._waiting -= 1
+            self._serve_next(origin)
+
+    def _serve_next(self, last: str) -> None:
+        """Let the next login have its turn."""
+        self._served = None
+        while self._waiting:
+            index = max(range(len(self._waiting)), key=lambda at: (self._waiting[at][0] != last, at))
+            origin, turn = self._waiting.pop(index)
+            if _tell(turn, turn=True):
+                self._served = origin
+                return
 
     def sign(self, purpose: str, text: str) -> str:
         """Return a text with a signature."""
@@ -91,6 +139,14 @@ class Sessions:
 
     def _mac(self, purpose: str, text: str) -> str:
         return hmac.new(self._secret, f"{purpose}\0{text}".encode(errors="replace"), hashlib.sha256).hexdigest()
+
+
+def _tell(waiter: asyncio.Future[bool], *, turn: bool) -> bool:
+    """Tell a login that it has its turn, or never will; False where nobody waits for that any more."""
+    if waiter.done():
+        return False
+    waiter.set_result(turn)
+    return True
 
 
 def _hash(text: str) -> bytes:

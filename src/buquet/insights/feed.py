@@ -49,6 +49,8 @@ PATIENCE = 5.0
 FRESH = 1.5
 """Seconds for which a run that was read serves all who open it."""
 KEPT_RUNS = 50
+MOST_RECORDS = 32
+"""Tasks and runs that are followed at once, each by any number of pages."""
 ALIVE = 15.0
 """Seconds after which a follower hears that nothing has changed."""
 
@@ -115,10 +117,9 @@ class Feed:
 
     # ------------------------------------------------------------------ who looks
 
-    @property
-    def followers(self) -> int:
-        """How many follow something now."""
-        return self._topics.total()
+    def has_room(self, topic: str) -> bool:
+        """Tell whether one may begin to follow a topic: the requests are shared by all records that are followed."""
+        return topic in TOPICS or topic in self._topics or sum(":" in each for each in self._topics) < MOST_RECORDS
 
     def version(self, topic: str) -> int:
         """Return a number that grows whenever a topic was looked at."""
@@ -291,10 +292,13 @@ class Feed:
         """Look at what is followed, the part that is due longest first, until nobody follows anything."""
         # a page that reads its own record has not waited for the rest, such as a first look at the journal
         await self._catch_up([name for topic in self._topics for name in self._needed(topic)])
+        name = ""
         while self._topics:
-            due, name = min((self._due(name), name) for topic in self._topics for name in self._needed(topic))
-            wait = due - self.clock.monotonic()
-            if wait > 0:
+            parts = sorted((self._due(name), name) for topic in self._topics for name in self._needed(topic))
+            # every other look is for what is no single record, however many of those are followed
+            whole = next(each for each in parts if each[1] in self._fixed)
+            due, name = whole if ":" in name and whole[0] <= self.clock.monotonic() else parts[0]
+            if (wait := due - self.clock.monotonic()) > 0:
                 # in slices, so that a part that somebody begins to follow meanwhile need not wait for the others
                 await self.clock.sleep(min(wait, 0.5))
                 continue

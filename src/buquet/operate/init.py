@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import msgspec
 
 from buquet import keys
-from buquet.errors import AccessDenied, BucketMissing, StoreRefused, UsageError
+from buquet.errors import AccessDenied, BucketMissing, StoreRefused, UsageError, install
 from buquet.records import Layout
 from buquet.store.answers import Place
 
@@ -45,7 +45,7 @@ async def prepare(client: Client, *, keep_versions_days: int = 30) -> AsyncItera
 
     On S3: create the bucket if it is missing, turn versions on, set lifecycle rules under the URL's prefix (earlier versions are
     kept `keep_versions_days`; markers of deleted objects and unfinished uploads go), beside the rules that are there. What the
-    server refuses is told, and the rest goes on. Then write the layout's format. Needs boto3 for S3: `pip install 'buquet[s3]'`.
+    server refuses is told, and the rest goes on. Then write the layout's format. Needs boto3 for S3, the extra `s3`.
     Raises UsageError, AccessDenied, StoreRefused.
     """
     if keep_versions_days < 1:
@@ -121,7 +121,7 @@ class _Bucket:
             self.errors = cast("Any", importlib.import_module("botocore.exceptions"))
         except ImportError:
             msg = (
-                "`buquet init` needs boto3 to prepare a bucket: pip install 'buquet[s3]'. Or create the bucket by other "
+                f"`buquet init` needs boto3 to prepare a bucket: {install('s3')}. Or create the bucket by other "
                 "means and turn its versions on; buquet itself does without boto3"
             )
             raise UsageError(msg) from None

@@ -6,20 +6,24 @@ events; all others are `other`.
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections import Counter as CountOf
+from email.parser import Parser
 from typing import TYPE_CHECKING
 
 from buquet import keys
-from buquet.errors import UsageError
+from buquet.errors import UsageError, install
 from buquet.queue.finished import is_retried
 from buquet.worker.watch import Watcher
 from buquet.workflow.carriers import KINDS
 
 try:
-    from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+    from prometheus_client import CollectorRegistry, Counter, Histogram
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+    from prometheus_client.exposition import choose_encoder
 except ImportError:
-    msg = "metrics need the package prometheus-client: pip install 'buquet[metrics]', or leave --metrics-port out"
+    msg = f"metrics need the package prometheus-client: {install('metrics')}, or leave --metrics-port out"
     raise UsageError(msg) from None
 
 if TYPE_CHECKING:
@@ -34,6 +38,12 @@ if TYPE_CHECKING:
 OTHER = "other"
 MOST_RETRYING = 100_000
 """Tasks that are kept for the gauge of those that are retried."""
+MOST = 32
+"""Connections that are served at once."""
+SECONDS = 5.0
+"""Seconds in which a request must have come and its answer be taken."""
+LONGEST = 16_384
+"""Bytes of a request."""
 LOST = {"lost", "taken over"}
 EVENTS = {
     "completed": "completed",
@@ -153,16 +163,65 @@ def _gauge(name: str, text: str, value: float) -> Metric:
 
 
 def serve(metrics: Metrics, host: str, port: int) -> Callable[[], None]:
-    """Serve metrics at http://host:port/metrics, in a thread; return what ends that. Raises UsageError where it cannot."""
+    """Serve metrics at http://host:port/metrics, in one thread; return what ends that. Raises UsageError where it cannot.
+
+    However many connect, there is no thread more: `MOST` connections are served, each has `SECONDS` for its request, and the rest
+    is closed at once.
+    """
+    loop = asyncio.new_event_loop()
     try:
-        server, thread = start_http_server(port, addr=host, registry=metrics.registry)
+        server = loop.run_until_complete(asyncio.start_server(_Scrapes(metrics.registry).serve, host, port, limit=LONGEST))
     except OSError as error:
+        loop.close()
         msg = f"metrics cannot be served at {host}:{port}: {error.strerror or error}. Choose another --metrics-port"
         raise UsageError(msg) from None
+    thread = threading.Thread(target=loop.run_forever, name="buquet metrics", daemon=True)
+    thread.start()
+
+    async def end() -> None:
+        server.close()
+        scrapes = asyncio.all_tasks() - {asyncio.current_task()}
+        for scrape in scrapes:
+            scrape.cancel()
+        await asyncio.gather(*scrapes, return_exceptions=True)
+        loop.stop()
 
     def close() -> None:
-        server.shutdown()
-        server.server_close()
+        asyncio.run_coroutine_threadsafe(end(), loop)
         thread.join()
+        loop.close()
 
     return close
+
+
+class _Scrapes:
+    """Answers the requests of scrapers."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.open = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Read one request, answer it, and close the connection."""
+        self.open += 1
+        try:
+            if self.open <= MOST:
+                async with asyncio.timeout(SECONDS):
+                    writer.write(self._answer(await reader.readuntil(b"\r\n\r\n")))
+                    await writer.drain()
+        except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError):
+            writer.transport.abort()  # the other side has gone, or never asked, or does not take the answer
+        finally:
+            self.open -= 1
+            writer.close()
+
+    def _answer(self, request: bytes) -> bytes:
+        first, _, rest = request.decode("latin-1").partition("\r\n")
+        method, _, target = first.partition(" ")
+        path = target.partition(" ")[0].partition("?")[0]
+        if method not in {"GET", "HEAD"} or path not in {"/", "/metrics"}:
+            return b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        encode, kind = choose_encoder(Parser().parsestr(rest, headersonly=True).get("accept", ""))
+        body = encode(self.registry)
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        return head.encode() + (body if method == "GET" else b"")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from obstore.exceptions import BaseError
 from obstore.store import S3Store as Client
 
-from buquet.errors import AccessDenied
+from buquet.errors import AccessDenied, install
 from buquet.store.answers import Place
 from buquet.store.objects import ObjectStore, check_place
 
@@ -80,7 +80,7 @@ def _profile() -> Boto3CredentialProvider | None:
     except ImportError:
         if not named:
             return None
-        msg = f"the AWS profile {named!r} takes boto3 to read: pip install 'buquet[s3]', or put the keys into the environment"
+        msg = f"the AWS profile {named!r} takes boto3 to read: {install('s3')}, or put the keys into the environment"
         raise AccessDenied(msg) from None
     try:
         return Boto3CredentialProvider()

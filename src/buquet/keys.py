@@ -285,6 +285,16 @@ def worker_of(key: str) -> str:
     return key.rpartition("/")[2].removesuffix(".json")
 
 
+def session_of(key: str) -> str | None:
+    """Return the worker whose session lies under this key; None for an object that is no session of buquet's.
+
+    >>> session_of(session("0a1b2c3d.0011223344556677")), session_of("workers/.DS_Store")
+    ('0a1b2c3d.0011223344556677', None)
+    """
+    worker = worker_of(key)
+    return worker if is_worker(worker) and key == session(worker) else None
+
+
 def notes(worker: str) -> str:
     """Return the key of the notes to a worker."""
     return f"notes/{worker}"

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from buquet import App, Backoff, Refused, current, keys
-from buquet.errors import StoreError
+from buquet.errors import StoreError, UnreadableRecord
 from buquet.queue.background import Background
 from buquet.records import Session, Task
 from buquet.store.memory import MemoryStore
@@ -1108,7 +1108,8 @@ async def test_a_reaper_that_cannot_read_a_record_keeps_the_session_that_lists_i
     assert await rig.entries() == []
     there = await rig.bucket.get(keys.task(handle.id))
     await rig.bucket.put(keys.task(handle.id), b'{"v":99,' + there.body[1:])
-    await reaper.reap(dead)
+    with pytest.raises(UnreadableRecord, match="cannot be read: 1"):
+        await reaper.reap(dead)
     # the newer worker comes, or the operator restores what was there
     await rig.bucket.put(keys.task(handle.id), there.body)
     await rig.audit()

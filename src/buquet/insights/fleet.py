@@ -104,8 +104,9 @@ async def sessions(client: Client, scan: Scan) -> list[tuple[Stored, Session]]:
     """Read all sessions."""
     found: list[tuple[Stored, Session]] = []
     async for page in client.reads.pages(keys.WORKERS):
-        for start in range(0, len(page), AT_ONCE):
-            found += await scan.many(Session, page[start : start + AT_ONCE])
+        ours = [each for each in page if keys.session_of(each.key)]
+        for start in range(0, len(ours), AT_ONCE):
+            found += await scan.many(Session, ours[start : start + AT_ONCE])
     return found
 
 

@@ -60,10 +60,15 @@ class Folder(Generic[R]):
         self._read_at: dict[str, int] = {}
         self._looks = 0
 
+    def is_ours(self, key: str) -> bool:
+        """Tell whether this can be the key of a record of this kind; strangers are not read."""
+        return key.endswith(".json")
+
     async def look(self, most: int) -> bool:
         """LIST, and GET at most so many of those that changed; tell whether anything did."""
         self._looks += 1
-        listed = {each.key: each async for page in self.client.reads.pages(self.prefix) for each in page}
+        pages = self.client.reads.pages(self.prefix)
+        listed = {each.key: each async for page in pages for each in page if self.is_ours(each.key)}
         gone = [key for key in self.listed if key not in listed]
         for key in gone:
             for known in (self.records, self._tags, self._read_at, self.unreadable):
@@ -224,6 +229,10 @@ class Sessions(Folder[Session]):
     def __init__(self, client: Client) -> None:
         super().__init__(client, keys.WORKERS, Session)
         self._offset: float | None = None
+
+    def is_ours(self, key: str) -> bool:
+        """Tell whether this is the key of a session."""
+        return keys.session_of(key) is not None
 
     async def look(self, most: int) -> bool:
         """LIST and read, see Folder."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from buquet import keys
 from buquet.errors import AccessDenied, AlreadyExists, BucketMissing, Changed, StoreError, StoreUnavailable, UsageError
 from buquet.operate.rights import missing_rights, refused_sessions
+from buquet.operate.strangers import LARGE, is_stranger, strangers
 from buquet.store.base import NOT_MODIFIED, Stored
 from buquet.store.retrying import Retrying
 
@@ -106,6 +107,7 @@ class _Examiner:
             self.list_order,
             self.delete,
             self.versions,
+            self.strangers,
             self.clock_difference,
             self.latency,
             self.workers,
@@ -315,6 +317,17 @@ class _Examiner:
             "a task's timeline is kept all the same, in its record; earlier records are not. `buquet init` turns versions on"
         )
         return _warning("versions", "earlier versions are not kept", meaning)
+
+    async def strangers(self) -> Verdict:
+        found = [key async for key in strangers(self.reads)]
+        for prefix in LARGE:  # there the first page must do: fsck lists all
+            found += [each.key for each in await self.reads.list(prefix) if is_stranger(each.key)]
+        if not found:
+            return _good("strangers", "every object that was listed is one of buquet's", "nothing else writes under this prefix")
+        detail = f"{len(found):,} objects are not buquet's, such as {found[0][:200]}"
+        return _warning(
+            "strangers", detail, "buquet skips them, but lists them again and again. `buquet fsck` names all: move them"
+        )
 
     async def clock_difference(self) -> Verdict:
         key = self.key("clock")

@@ -30,19 +30,19 @@ from buquet import keys
 from buquet.errors import StoreRefused, UnreadableRecord
 from buquet.operate.ages import store_ahead
 from buquet.operate.fsckruns import check_runs
+from buquet.operate.strangers import ADVICE, is_stranger, strangers
 from buquet.operate.sweep import (
     DAY,
     HOUR,
     each_entry,
     each_key,
     each_record,
-    owner_of_payload,
     queue_of_bell,
     side_by_side,
 )
 from buquet.queue import transitions
 from buquet.queue.parent import may_stand_for
-from buquet.records import TERMINAL, Session, Task
+from buquet.records import TERMINAL, Bell, Note, QueueSettings, Record, Schedule, Session, Task
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -51,6 +51,14 @@ if TYPE_CHECKING:
     from buquet.store.base import Listed
     from buquet.store.register import Held
 
+SMALL_RECORDS: dict[str, type[Record]] = {
+    keys.BELLS: Bell,
+    keys.WORKERS: Session,
+    keys.QUEUES: QueueSettings,
+    keys.SCHEDULES: Schedule,
+    keys.NOTES: Note,
+    keys.CONTROL: Note,
+}
 LOOKS = 3
 """How often a record is looked at again that was written meanwhile."""
 SETTLED_MS = 60_000
@@ -108,6 +116,7 @@ class _Checker:
         self.queues: set[str] = set()
         self.moved: set[str] = set()
         """Records that were written while they were looked at."""
+        self.strangers: set[str] = set()
         self.now = 0.0
 
     async def run(self) -> Report:
@@ -118,10 +127,10 @@ class _Checker:
             moved, self.moved = self.moved, set()
             await side_by_side(self._look, moved)
         self.progress(0.9, "old entries")
-        await self._discover_queues()
+        await self._small_records()
         await side_by_side(self._old_entry, self._old_entries())
         self.progress(0.93, "runs")
-        await check_runs(self.register, self._find, repair=self.repair)
+        await check_runs(self.register, self._find, self._foreign, repair=self.repair)
         self.progress(0.95, "payloads")
         await self._payloads()
         self.progress(1.0, "done")
@@ -143,23 +152,28 @@ class _Checker:
 
     # ------------------------------------------------------------------ queues and their entries
 
-    async def _discover_queues(self) -> None:
-        """Learn queues from bells and sessions; the records told of theirs. `ready/` is not listed as a whole, see each_entry."""
-        async for each in each_key(self.reads, keys.BELLS):
-            queue = queue_of_bell(each.key)
-            if keys.is_name(queue) and each.key == keys.bell(queue):
-                self.queues.add(queue)
-            else:
-                self._find("foreign object", each.key, "this is no key of a queue's bell; look at it and move it away")
-        async for each in each_key(self.reads, keys.WORKERS):
-            try:
-                held = await self.register.read(Session, each.key)
-            except UnreadableRecord as error:
-                self._find("unreadable record", each.key, str(error))
-                continue
-            if held is None:
-                continue
-            self.queues.update(held.record.queues)
+    async def _small_records(self) -> None:
+        """Read all records but those of tasks and runs, which told of their queues; learn queues from bells and sessions."""
+        async for key in strangers(self.reads, (keys.JOURNAL,)):
+            self._foreign(key)
+        for prefix, kind in SMALL_RECORDS.items():
+            async for each in each_key(self.reads, prefix):
+                if is_stranger(each.key):
+                    continue
+                if prefix == keys.BELLS:
+                    self.queues.add(queue_of_bell(each.key))
+                try:
+                    held = await self.register.read(kind, each.key)
+                except UnreadableRecord as error:
+                    self._find("unreadable record", each.key, str(error))
+                    continue
+                if held is not None and isinstance(held.record, Session):
+                    self.queues.update(held.record.queues)
+
+    def _foreign(self, key: str) -> None:
+        if key not in self.strangers:
+            self.strangers.add(key)
+            self._find("foreign object", key, ADVICE)
 
     async def _old_entries(self) -> AsyncIterator[Listed]:
         for queue in sorted(self.queues):
@@ -175,7 +189,7 @@ class _Checker:
         if keys.task_id_of(listed.key) is not None:
             await self._look(listed.key)
         elif self.now - listed.modified > HOUR and await self.reads.get(listed.key) is not None:  # doctor's is soon gone
-            self._find("foreign object", listed.key, "this is no key of a task; look at it and move it away")
+            self._foreign(listed.key)
 
     async def _look(self, key: str) -> None:
         try:
@@ -278,15 +292,17 @@ class _Checker:
 
     async def _payloads(self) -> None:
         async def look(listed: Listed) -> None:
-            task_id = owner_of_payload(listed.key)
-            if task_id is None:
-                self._find("foreign object", listed.key, "this is no key of a payload; look at it and move it away")
-            elif await self.reads.get(keys.task(task_id)) is None and await self.reads.list(keys.payloads(task_id), limit=1):
+            task_id = listed.key.split("/")[1]
+            ownerless = await self.reads.get(keys.task(task_id)) is None
+            if ownerless and await self.reads.list(keys.payloads(task_id), limit=1):
                 self._find("orphaned payload", listed.key, "it belongs to no record; `buquet prune` removes it")
 
         old: list[Listed] = []
         last = ""
         async for each in each_key(self.reads, keys.PAYLOADS):
+            if is_stranger(each.key):
+                self._foreign(each.key)
+                continue
             self.report.payloads += 1
             folder = each.key.rpartition("/")[0]
             if self.now - each.modified > HOUR and folder != last:  # one of a task speaks for the others
@@ -299,8 +315,7 @@ class _Checker:
     async def _old_entry(self, listed: Listed) -> None:
         entry = keys.parse_entry(listed.key)
         if entry is None:
-            if await self.reads.get(listed.key) is not None:
-                self._find("foreign object", listed.key, "this is no key of an entry; look at it and move it away")
+            self._foreign(listed.key)
             return
         try:
             held = await self.register.read(Task, keys.task(entry.task))

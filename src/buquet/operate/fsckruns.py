@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Protocol
 
 from buquet import keys
 from buquet.errors import UnreadableRecord
+from buquet.operate.strangers import is_stranger
 from buquet.operate.sweep import each_key, side_by_side
 from buquet.records import TERMINAL, Task
 from buquet.workflow.limits import check_tasks
 from buquet.workflow.records import OVER, RunRecord
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from buquet.store.base import Listed
     from buquet.store.register import Register
 
@@ -24,9 +27,16 @@ class _Find(Protocol):
     def __call__(self, kind: str, key: str, detail: str) -> _Finding: ...
 
 
-async def check_runs(register: Register, find: _Find, *, repair: bool) -> None:
+async def check_runs(register: Register, find: _Find, foreign: Callable[[str], None], *, repair: bool) -> None:
     """Look at every run and at every entry of an open one; with `repair`, put missing entries back and delete stale ones."""
-    await side_by_side(lambda each: _check_run(register, each, find, repair), each_key(register.reads, keys.RUNS))
+
+    async def look(listed: Listed) -> None:
+        if is_stranger(listed.key):
+            foreign(listed.key)
+        else:
+            await _check_run(register, listed, find, repair)
+
+    await side_by_side(look, each_key(register.reads, keys.RUNS))
     await side_by_side(lambda each: _check_entry(register, each, find, repair), each_key(register.reads, keys.OPEN))
 
 
@@ -57,8 +67,7 @@ async def _check_run(register: Register, listed: Listed, find: _Find, repair: bo
 async def _check_entry(register: Register, listed: Listed, find: _Find, repair: bool) -> None:
     parsed = keys.parse_open(listed.key)
     if parsed is None:
-        find("foreign object", listed.key, "this is no key of a run's entry; look at it and move it away")
-        return
+        return  # named with the other strangers
     run_id, gen = parsed
     if not await _is_over(register, run_id, gen):
         return

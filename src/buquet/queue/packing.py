@@ -233,7 +233,9 @@ async def live_workers(client: Client, queue: str) -> int:
     one: dict[str, str] = {}
     async for page in client.reads.pages(keys.WORKERS):
         for each in page:
-            worker = keys.worker_of(each.key)
+            worker = keys.session_of(each.key)
+            if worker is None:
+                continue
             kind = worker.partition(".")[0]
             found.setdefault(kind, []).append(each.modified)
             one[kind] = worker

@@ -72,8 +72,7 @@ class Claimer:
             self.denied = min(self.denied + 1, 10)
             raise
         except UnreadableRecord as error:
-            finder.others(found, "")
-            finder.set_aside(entry.key)
+            finder.shelve(found)
             if key not in self.quarantined:
                 self.quarantined.add(key)
                 log.error("%s", error)  # noqa: TRY400 - the text says all

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from buquet import keys
+from buquet.errors import UnreadableRecord
 from buquet.queue.parent import is_system
 from buquet.records import Session
 
@@ -48,7 +49,10 @@ async def _mates_run(register: Register, fleet: Fleet, names: Container[str]) ->
     """Tell whether another worker runs what may come back to this one."""
     for worker in fleet.mates:
         if worker != fleet.keeper.id:
-            held = await register.read(Session, keys.session(worker))
+            try:
+                held = await register.read(Session, keys.session(worker))
+            except UnreadableRecord:
+                continue  # its worker stops at its next heartbeat, and what it lists waits until the session is mended
             if held is not None and any(claim.name in names or is_system(claim.name) for claim in held.record.claims):
                 return True
     return False

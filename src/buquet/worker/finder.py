@@ -14,7 +14,7 @@ from buquet.errors import UnreadableRecord
 from buquet.queue.bell import news
 from buquet.records import Bell
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, Stored
-from buquet.worker.lane import Found, Lane, own_first
+from buquet.worker.lane import SHELVED, Found, Lane, own_first, priorities_in_use
 from buquet.worker.pausing import Pause
 from buquet.worker.polls import Polls
 
@@ -75,6 +75,7 @@ class QueueFinder:
         self.polls = Polls(clock, fleet)
         self.failed = False
         """Whether the last request of `take` failed: what is in hand goes first then."""
+        self._told: set[str] = set()
 
     # ------------------------------------------------------------------ taking
 
@@ -236,19 +237,11 @@ class QueueFinder:
             lane.restart("" if everything else keys.lane_at(lane.prefix, since))
 
     async def _learn_priorities(self) -> None:
-        """Learn which priorities are in use, with one LIST for each that is and one more."""
+        """Learn which priorities are in use."""
         self.gap = False
         self.learn_at = self.clock.monotonic() + LEARN_EVERY * self.clock.jitter(0.2)
-        prefix = keys.ready_prefix(self.queue)
-        after = prefix
-        self.lane(5)
-        while True:
-            page = await self.reads.list(prefix, after=after, limit=1)
-            entry = keys.parse_entry(page[0].key) if page else None
-            if entry is None or entry.priority is None:
-                return
-            self.lane(entry.priority)
-            after = keys.ready_lane(self.queue, entry.priority) + "~"
+        for priority in {5, *await priorities_in_use(self.reads, self.queue, self._told)}:
+            self.lane(priority)
 
     def lane(self, priority: int | None) -> Lane:
         """Return the lane of a priority, made at first use; that of `later/` for None."""
@@ -340,6 +333,12 @@ class QueueFinder:
         self.skip[found.entry.key] = now + ttl
         # for longer than it takes to call that worker dead: a look back would not come by an old entry again
         self.foreign[found.entry.key] = (worker, found, now + 4 * ttl)
+
+    def shelve(self, found: Found) -> None:
+        """Note that nothing can be done with an entry until somebody has mended something: it is met again much later."""
+        self.set_aside(found.entry.key)
+        at = self.skip[found.entry.key] = self.clock.monotonic() + SHELVED * self.clock.jitter(0.2)
+        self.left[found.entry.key] = (found, SHELVED, at)
 
     def gone(self, worker: str) -> None:
         """Look again at what was left to a worker, which is said to be dead: its session is read directly then."""

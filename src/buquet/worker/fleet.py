@@ -28,6 +28,8 @@ log = logging.getLogger("buquet.worker")
 
 AT_ONCE = 32
 """Sessions read side by side."""
+LEFT_FOR = 600.0
+"""Seconds after which a session that could not be reaped is tried again, unless it has changed before."""
 TRUSTED_OFFSET = 2.0
 """Below this many seconds a difference to the store's clock is taken for its whole-second LastModified and our latency."""
 
@@ -46,7 +48,10 @@ class Reaper:
         """Tasks whose record could not be read; each is told of once."""
 
     async def reap(self, worker: str, still_dead: Callable[[Held[Session]], bool] | None = None) -> bool:
-        """Reap a session; `still_dead` judges it as it is read now. Returns whether this call went through with it."""
+        """Reap a session; `still_dead` judges it as it is read now. Returns whether this call went through with it.
+
+        Raises UnreadableRecord where the session, or a task in its list, cannot be read.
+        """
         key = keys.session(worker)
         held = await self.register.read(Session, key)
         if held is None:
@@ -60,18 +65,19 @@ class Reaper:
             held = write.held
             ran = len(held.record.claims)
             log.warning("worker %s on %s (pid %d) is dead; it ran %d tasks", worker, held.record.host, held.record.pid, ran)
-        whole = True
+        unreadable = 0
         for claim in held.record.claims:
             try:
                 await self.put_back(claim)
             except UnreadableRecord as error:
-                whole = False
+                unreadable += 1
                 if claim.task not in self._grieved:
                     self._grieved.add(claim.task)
                     log.error("%s", error)  # noqa: TRY400 - the text says all
-        if not whole:
+        if unreadable:
             # the session is all that tells of a claim whose record cannot be read (here, or yet): it stays, marked as reaped (I5)
-            return False
+            msg = f"the session of worker {worker} stays; tasks in its list that cannot be read: {unreadable:,}"
+            raise UnreadableRecord(msg)
         await self.register.reads.delete(key)
         await self.register.reads.delete(keys.notes(worker))
         await self.register.reads.delete(keys.control(worker))
@@ -117,7 +123,10 @@ class Fleet:
         """Set while there are any."""
         self._known: set[str] = set()
         """Workers whose session was read to learn where they are; that does not change."""
-        self._grieved: set[str] = set()
+        self._left: dict[str, tuple[str | None, float]] = {}
+        """Dead sessions that could not be reaped: their ETag, and until when they are left while they have it."""
+        self._strange = False
+        """Whether the last LIST showed objects that are no sessions."""
 
     def store_now(self) -> float:
         """Return the store's time, seconds since 1970."""
@@ -135,8 +144,15 @@ class Fleet:
     async def look(self) -> None:
         """LIST the sessions, learn the store's time from my own, and reap the dead."""
         found: dict[str, Listed] = {}
+        strangers: list[str] = []
         async for page in self.register.reads.pages(keys.WORKERS):
-            found.update((keys.worker_of(each.key), each) for each in page)
+            for each in page:
+                worker = keys.session_of(each.key)
+                if worker is None:
+                    strangers.append(each.key)
+                else:
+                    found[worker] = each
+        self._tell(strangers)
         self.sessions = found
         self._learn_time()
         mine = self.keeper.id.partition(".")[0]
@@ -147,6 +163,7 @@ class Fleet:
             if worker.startswith(mine) and (self._young(each, now) or worker == self.keeper.id)
         )
         # a list of its own: whoever meets a running task meanwhile adds to or takes from the sessions that are known
+        self._left = {worker: left for worker, left in self._left.items() if worker in found}
         old = [worker for worker, each in found.items() if worker != self.keeper.id and not self._young(each, now)]
         for worker in old:
             await self.bury(worker)
@@ -181,6 +198,14 @@ class Fleet:
         if not self.neighbours:
             self.met.clear()
 
+    def _tell(self, strangers: list[str]) -> None:
+        if strangers and not self._strange:
+            log.warning(
+                "%d objects under %s are no sessions, such as %s; they are skipped, and `buquet fsck` names them",
+                *(len(strangers), keys.WORKERS, strangers[0]),
+            )
+        self._strange = bool(strangers)
+
     def _young(self, session: Listed, now: float) -> bool:
         return not self.knows_time or now - session.modified <= self.keeper.ttl
 
@@ -192,14 +217,22 @@ class Fleet:
             self.knows_time = True
 
     async def bury(self, worker: str, dead: Callable[[Held[Session]], bool] | None = None) -> None:
-        """Reap a session that looks dead. An unreadable one is reported once, and left; a refusal of the store each time."""
+        """Reap a session that looks dead. One that is unreadable, or lists a task that is, is reported once, and left a while.
+
+        A refusal of the store is reported each time.
+        """
+        listed = self.sessions.get(worker)
+        etag = listed.etag if listed is not None else None
+        before, until = self._left.get(worker, (None, 0.0))
+        if etag == before and self.clock.monotonic() < until:
+            return
         try:
             if await self.reaper.reap(worker, dead or self._dead):
                 self.sessions.pop(worker, None)
         except UnreadableRecord as error:
-            if worker not in self._grieved:
-                self._grieved.add(worker)
+            if worker not in self._left:
                 log.error("%s", error)  # noqa: TRY400 - the text says all
+            self._left[worker] = (etag, self.clock.monotonic() + LEFT_FOR * self.clock.jitter(0.2))
         except StoreError as error:  # the other dead must not wait for it
             self.keeper.note_refusal(error)
             log.error("dead worker %s cannot be reaped yet: %s", worker, error)  # noqa: TRY400 - the text says all

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import zlib
 from typing import TYPE_CHECKING
 
+from buquet import keys
+
 if TYPE_CHECKING:
-    from buquet import keys
     from buquet.clock import Clock
     from buquet.store.base import Listed
+    from buquet.store.retrying import Retrying
+
+log = logging.getLogger("buquet.worker")
+
+SHELVED = 450.0
+"""Seconds after which an entry is looked at again whose record could not be read."""
 
 
 class Found:
@@ -122,6 +130,27 @@ class Lane:
         if self.again:
             self.dirty = True
             self.again = False
+
+
+async def priorities_in_use(reads: Retrying, queue: str, told: set[str]) -> set[int]:
+    """Return the priorities that have entries in a queue, by one LIST for each and one more; ten more where a stranger lies.
+
+    The first object that is no entry is reported once, and then in `told`.
+    """
+    used: set[int] = set()
+    prefix = after = keys.ready_prefix(queue)
+    while page := await reads.list(prefix, after=after, limit=1):
+        entry = keys.parse_entry(page[0].key)
+        if entry is None or entry.priority is None:
+            if not told:
+                told.add(page[0].key)
+                log.warning("%s is no entry of buquet's; it is skipped, and `buquet fsck` names all such objects", page[0].key)
+            # entries of any lane may follow it
+            lanes = {priority: keys.ready_lane(queue, priority) for priority in keys.PRIORITIES if priority not in used}
+            return used | {priority for priority, lane in lanes.items() if await reads.list(lane, limit=1)}
+        used.add(entry.priority)
+        after = keys.ready_lane(queue, entry.priority) + "~"
+    return used
 
 
 def own_first(found: list[Found], mates: list[str], me: str, clock: Clock) -> list[Found]:

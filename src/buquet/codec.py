@@ -5,18 +5,20 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import sys
 import typing
+from contextlib import suppress
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import msgspec
 
 from buquet import keys
+from buquet.declared import Declared, pydantic_model
 from buquet.errors import InvalidArgument, InvalidPayload, InvalidResult, UnreadableRecord, UsageError
 from buquet.records import FORMAT, Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Container
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
@@ -90,33 +92,16 @@ def _refuse_newer(body: bytes, key: str) -> None:
         raise UnreadableRecord(msg)
 
 
-def _pydantic(kind: Any) -> Any:
-    """Return pydantic's BaseModel if `kind` is a model, without ever importing pydantic."""
-    pydantic = sys.modules.get("pydantic")
-    return pydantic.BaseModel if pydantic and isinstance(kind, type) and issubclass(kind, pydantic.BaseModel) else None
-
-
 def _encode_other(value: Any) -> Any:
-    if _pydantic(type(value)):  # pyright: ignore[reportUnknownArgumentType]
-        return value.model_dump(mode="json")
+    if pydantic_model(type(value)):  # pyright: ignore[reportUnknownArgumentType]
+        # by the fields' own names, and without computed fields: what the model itself takes
+        return value.model_dump(mode="json", round_trip=True, by_alias=False, warnings=False)
     if inspect.iscoroutine(value):
         value.close()
         msg = "a coroutine is no JSON value, and nobody awaited it. Is an async function hidden by a decorator that is none?"
         raise TypeError(msg)
     msg = f"{type(value).__module__}.{type(value).__qualname__} is no JSON value"
     raise TypeError(msg)
-
-
-def _decode_other(kind: type, value: Any) -> Any:
-    if _pydantic(kind):
-        try:
-            return kind.model_validate(value)  # pyright: ignore[reportUnknownVariableType,reportUnknownMemberType,reportAttributeAccessIssue]
-        except ValueError as error:
-            raise msgspec.ValidationError(str(error)) from None
-    if isinstance(value, kind):
-        return value
-    msg = f"{kind!r} is neither a type that JSON carries nor a pydantic model"
-    raise msgspec.ValidationError(msg)
 
 
 _values = msgspec.json.Encoder(enc_hook=_encode_other)
@@ -185,43 +170,53 @@ class Signature:
                     "Take a list or a dict instead"
                 )
                 raise UsageError(msg)
-        self._arguments: msgspec.json.Decoder[Any] | None = None
-        self._result: msgspec.json.Decoder[Any] | None = None
-        self._item: msgspec.json.Decoder[Any] | None = None
+        with suppress(_Unresolved):  # else at the first use
+            self._types  # noqa: B018 - resolves them
+
+    @cached_property
+    def _types(self) -> _Types:
+        return _Types(self)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments by parameter name. Raises TypeError as a plain call would."""
         return self.signature.bind(*args, **kwargs).arguments
 
     def encode(self, arguments: dict[str, Any]) -> bytes:
-        """Return bound arguments as a JSON object. Raises InvalidArgument, naming the parameter."""
+        """Return bound arguments as a JSON object.
+
+        Raises InvalidArgument, naming the parameter, for what JSON does not carry, or would not arrive as it is.
+        """
         try:
-            return encode_value(arguments, f"the whole of the arguments of {self.function.__qualname__}")
+            body = encode_value(arguments, f"the whole of the arguments of {self.function.__qualname__}")
         except InvalidArgument:
             for name, value in arguments.items():
                 encode_value(value, f"argument {name!r} of {self.function.__qualname__}")
             raise
+        types = self._types
+        if not all(type(value) in types.parameters[name].safe for name, value in arguments.items()):
+            back = types.read(body, InvalidArgument)
+            for name, value in arguments.items():
+                self._refuse_loss(name, types.parameters[name].lost(value, back[name]))
+        return body
+
+    def _refuse_loss(self, name: str, lost: str) -> None:
+        if lost:
+            msg = f"argument {name!r} of {self.function.__qualname__} does not fit its declared type: {lost}"
+            raise InvalidArgument(msg)
+
+    def check_argument(self, name: str, value: object) -> None:
+        """Raise InvalidArgument for a value that would not arrive at this parameter as it is."""
+        declared = self._types.parameters[name]
+        if type(value) not in declared.safe:
+            what = f"argument {name!r} of {self.function.__qualname__}"
+            back = read_as(declared, encode_value(value, what), f"{what} does not fit its declared type", InvalidArgument)
+            self._refuse_loss(name, declared.lost(value, back))
 
     def decode(self, body: bytes | msgspec.Raw) -> tuple[list[Any], dict[str, Any]]:
         """Return stored arguments as the declared types, for a call. Raises InvalidPayload, naming the field."""
-        if self._arguments is None:
-            self._arguments = self._resolve_arguments()
-        try:
-            values = self._arguments.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            msg = f"the stored arguments do not fit {self.function.__qualname__}{self.signature}: {error}"
-            raise InvalidPayload(msg) from None
-        positional: list[Any] = []
-        named: dict[str, Any] = {}
-        for name, parameter in self.parameters.items():
-            value = getattr(values, name)
-            if value is msgspec.UNSET:
-                continue
-            if parameter.kind is parameter.POSITIONAL_ONLY:
-                positional.append(value)
-            else:
-                named[name] = value
-        return positional, named
+        named = self._types.read(body, InvalidPayload)
+        first = [name for name, each in self.parameters.items() if each.kind is each.POSITIONAL_ONLY and name in named]
+        return [named.pop(name) for name in first], named
 
     def check_batch(self) -> None:
         """Raise UsageError unless the function can be called with one positional argument, an item."""
@@ -233,63 +228,101 @@ class Signature:
             )
             raise UsageError(msg)
 
+    @property
+    def safe_items(self) -> Container[Any]:
+        """The types of which every item of a batch arrives as it is."""
+        return self._types.item.safe
+
+    def check_items(self, values: list[Any], bodies: list[bytes]) -> tuple[int, str] | None:
+        """Return the place of the first item of a batch that would not arrive as it is, and why; None when all do."""
+        item = self._types.item
+        with suppress(Exception):  # told below, by the item
+            if self._types.items.read(b"[" + b",".join(bodies) + b"]") == values:
+                return None
+        for place, (value, body) in enumerate(zip(values, bodies, strict=True)):
+            try:
+                lost = item.lost(value, read_as(item, body, "it does not fit", InvalidArgument))
+            except InvalidArgument as error:
+                lost = str(error)
+            if lost:
+                return place, lost
+        return None
+
     def decode_item(self, body: bytes | msgspec.Raw) -> Any:
         """Return a batch's item as the declared type of the first parameter. Raises InvalidPayload."""
-        if self._item is None:
-            name = next(iter(self.parameters), "")
-            self._item = decoder_for(self._hints().get(name, Any), f"the parameter {name!r} of {self.function.__qualname__}")
-        try:
-            return self._item.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            msg = f"the item does not fit {self.function.__qualname__}{self.signature}: {error}"
-            raise InvalidPayload(msg) from None
+        return read_as(
+            self._types.item, body, f"the item does not fit {self.function.__qualname__}{self.signature}", InvalidPayload
+        )
 
     def check_result(self, value: Any) -> bytes:
-        """Return a result's JSON. Raises InvalidResult when JSON does not carry it or it is not of the declared type."""
+        """Return a result's JSON. Raises InvalidResult when JSON does not carry it, or it would not arrive as it is."""
         body = encode_value(value, f"the result of {self.function.__qualname__}", InvalidResult)
-        try:
-            self.decode_result(body)
-        except InvalidPayload as error:
-            raise InvalidResult(str(error)) from None
+        result = self._types.result
+        if type(value) not in result.safe:
+            what = f"the result of {self.function.__qualname__} is not of its declared type"
+            if lost := result.lost(value, read_as(result, body, what, InvalidResult)):
+                msg = f"{what}: {lost}"
+                raise InvalidResult(msg)
         return body
 
     def decode_result(self, body: bytes | msgspec.Raw) -> Any:
         """Return a stored result as the declared type. Raises InvalidPayload."""
-        if self._result is None:
-            self._result = decoder_for(self._hints().get("return", Any), f"the result of {self.function.__qualname__}")
-        try:
-            return self._result.decode(body)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            msg = f"the result of {self.function.__qualname__} is not of its declared type: {error}"
-            raise InvalidPayload(msg) from None
+        what = f"the result of {self.function.__qualname__} is not of its declared type"
+        return read_as(self._types.result, body, what, InvalidPayload)
 
-    def _hints(self) -> dict[str, Any]:
+
+class _Unresolved(UsageError):
+    """A type in a signature is not declared yet."""
+
+
+class _Types:
+    """The types in a function's signature."""
+
+    def __init__(self, signature: Signature) -> None:
+        self.signature = signature
+        self.name = signature.function.__qualname__
         try:
-            return typing.get_type_hints(self.function, include_extras=True)
+            hints = typing.get_type_hints(signature.function, include_extras=True)
+            self.parameters = {
+                name: Declared(hints.get(name, Any), f"the parameter {name!r} of {self.name}") for name in signature.parameters
+            }
+            self.result = Declared(hints.get("return", Any), f"the result of {self.name}")
         except NameError as error:
-            msg = f"a type in the signature of {self.function.__qualname__} cannot be found: {error}. Declare it at module level"
-            raise UsageError(msg) from None
-
-    def _resolve_arguments(self) -> msgspec.json.Decoder[Any]:
-        hints = self._hints()
+            msg = f"a type in the signature of {self.name} cannot be found: {error}. Declare it at module level"
+            raise _Unresolved(msg) from None
+        self.item = next(iter(self.parameters.values()), self.result)
+        """The type of a batch's items."""
+        self.items = Declared(list[self.item.kind], f"the items of {self.name}")
         fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
-        for name, parameter in self.parameters.items():
-            kind = hints.get(name, Any)
+        for name, parameter in signature.parameters.items():
+            # what pydantic reads is left as JSON at first
+            kind = self.parameters[name].kind if self.parameters[name].native else msgspec.Raw
             if parameter.default is parameter.empty:
                 fields.append((name, kind))
             else:
                 fields.append((name, typing.Union[kind, msgspec.UnsetType], msgspec.UNSET))  # noqa: UP007 - a type made at run time
-        struct = msgspec.defstruct(self.function.__name__, fields, kw_only=True, forbid_unknown_fields=True)
-        return decoder_for(struct, f"the parameters of {self.function.__qualname__}")
+        struct = msgspec.defstruct(signature.function.__name__, fields, kw_only=True, forbid_unknown_fields=True)
+        self.whole = Declared(struct, f"the parameters of {self.name}")
+
+    def read(self, body: bytes | msgspec.Raw, error: type[InvalidArgument | InvalidPayload]) -> dict[str, Any]:
+        """Return the arguments in a JSON object by name, those that are there."""
+        what = "the stored arguments do" if error is InvalidPayload else "an argument does"
+        what += f" not fit {self.name}{self.signature.signature}"
+        values = read_as(self.whole, body, what, error)
+        found = {name: value for name in self.parameters if (value := getattr(values, name)) is not msgspec.UNSET}
+        foreign = {name: each for name, each in self.parameters.items() if name in found and not each.native}
+        return found | {name: read_as(each, found[name], f"{what}: {name}", error) for name, each in foreign.items()}
 
 
-def decoder_for(kind: Any, what: str) -> msgspec.json.Decoder[Any]:
-    """Return what decodes JSON to a declared type, pydantic models too. Raises UsageError for what is no type of JSON."""
+def read_as(
+    declared: Declared, body: bytes | msgspec.Raw, what: str, error: type[InvalidArgument | InvalidPayload | InvalidResult]
+) -> Any:
+    """Read JSON as a declared type. Raises `error`, which begins with `what`."""
     try:
-        return msgspec.json.Decoder(kind, dec_hook=_decode_other)
-    except TypeError as error:
-        msg = f"{what} cannot be declared so: {error}"
-        raise UsageError(msg) from None
+        return declared.read(body)
+    except Exception as problem:  # noqa: BLE001 - types run code of the user's, such as validators
+        msg = f"{what}: {problem}"
+        raise error(msg) from None
 
 
 def decode_stored(decoder: msgspec.json.Decoder[T], body: bytes | msgspec.Raw, what: str, remedy: str) -> T:

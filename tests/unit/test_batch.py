@@ -199,7 +199,12 @@ async def test_bad_items_and_bad_results_fail_alone_and_at_once(rig):
             return "two"
         return n
 
-    batch = await work.abatch([0, "one", 2, {"x": 1}, 4], pack=5)
+    other = App(store=rig.store, clock=rig.clock)  # of a deployment whose items have other types
+    other.background = rig.app.background
+
+    async def untyped(n): ...
+
+    batch = await other.task(name="work", max_attempts=5)(untyped).abatch([0, "one", 2, {"x": 1}, 4], pack=5)
     await rig.drain()
     with pytest.raises(BatchFailed) as caught:
         await batch.aresults()

@@ -313,7 +313,12 @@ async def test_payloads_that_do_not_fit_fail_at_once_and_name_the_field(rig):
     async def unsendable() -> object:
         return object()
 
-    wrong = await add.asubmit("three")  # type: ignore[arg-type]
+    other = App(store=rig.store, clock=rig.clock)  # of a deployment whose task takes another type
+    other.background = rig.app.background
+
+    async def untyped(n): ...
+
+    wrong = await other.task(name="add", max_attempts=5)(untyped).asubmit("three")
     handles = [wrong, await lies.asubmit(), await unsendable.asubmit()]
     await rig.drain()
     for handle, text in zip(handles, [r"\$\.n", "declared type", "no JSON value"], strict=True):

@@ -11,7 +11,7 @@ from buquet.cli.base import Json, Name, Queue, Status, Tag, Target, Url, cli, fr
 from buquet.cli.output import duration, in_seconds, moment, print_json, print_table, scan_progress, to_stderr
 from buquet.cli.selecting import selection, tags_of
 from buquet.codec import AGAIN, ANY, decode_stored
-from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord, UsageError
+from buquet.errors import EncryptionKeyMissing, InvalidArgument, UnreadableRecord, UsageError
 from buquet.insights.scan import Scan
 from buquet.insights.tasks import find, status_of
 from buquet.printing import indented, printable
@@ -55,9 +55,7 @@ def submit(
     async def work() -> None:
         try:
             prepared = task.prepare(tuple(positional), by_name)
-            # the worker would refuse them too, but later and elsewhere
-            task.signature.decode(prepared.args)
-        except (TypeError, InvalidPayload) as error:
+        except (TypeError, InvalidArgument) as error:
             msg = f"{name}{function.signature.signature}: {error}"
             raise UsageError(msg) from None
         submitted = await app.client.submit(*prepared)

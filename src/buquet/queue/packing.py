@@ -32,7 +32,11 @@ KEYED_WORKERS = 16
 FULL = 16 << 20
 """A pack of so many bytes is closed, however few its items are."""
 FRAME = (b'{"items":[', b"]}")
+LARGEST_ITEM = LARGEST - len(b"".join(FRAME))
 CHUNK = 256
+CHECKED = 100
+CHECKED_BYTES = 1 << 20
+"""Items whose types are checked at once: so many, or so many bytes."""
 CHUNK_BYTES = 4 << 20
 """A chunk of packs that is handed over at once has at most so many bytes, and one pack more."""
 
@@ -106,14 +110,16 @@ class Packing:
         bodies: list[bytes] = []
         size = 0
         try:
-            for item in self.items:
-                body = self._encode(item)
-                if bodies and (len(bodies) >= self.size or size + len(body) > self.most_bytes):
+            for body in self._bodies():
+                if bodies and size + len(body) > self.most_bytes:
                     yield self._close(bodies)
                     bodies, size = [], 0
                 bodies.append(body)
                 size += len(body) + 1
                 self.read += 1
+                if len(bodies) >= self.size:
+                    yield self._close(bodies)
+                    bodies, size = [], 0
         except Exception as error:  # noqa: BLE001 - told once what came before it is stored
             self.problem = error
             if self.key:  # submitted again under its key, this pack will be a full one: half of it must not stand in its place
@@ -122,15 +128,47 @@ class Packing:
         if bodies:
             yield self._close(bodies)
 
-    def _encode(self, item: Any) -> bytes:
+    def _bodies(self) -> Iterator[bytes]:
+        """Encode the items, and check those of other than plain types many at once. Those before a bad one come first."""
+        safe, most = self.function.signature.safe_items, min(CHECKED, self.size)
+        block: list[Any] = []
+        bodies: list[bytes] = []
+        size = 0
+        try:
+            for item in self.items:
+                body = self._encode(item, bodies)
+                if not block and type(item) in safe:
+                    yield body
+                    continue
+                block.append(item)
+                bodies.append(body)
+                size += len(body)
+                if len(block) >= most or size >= CHECKED_BYTES:
+                    yield from self._fitting(block, bodies)
+                    size = 0
+        finally:  # also where the items end with an error
+            yield from self._fitting(block, bodies)
+
+    def _fitting(self, block: list[Any], bodies: list[bytes]) -> Iterator[bytes]:
+        """Empty a block. Raises InvalidArgument at the first item that would not arrive as it is."""
+        bad = self.function.signature.check_items(block, bodies) if block else None
+        place, found = self.read, bodies[: bad[0]] if bad else bodies[:]
+        block.clear()
+        bodies.clear()
+        yield from found
+        if bad:
+            msg = f"item {place + bad[0]} of the batch is no argument of {self.function.name}: {bad[1]}"
+            raise InvalidArgument(msg)
+
+    def _encode(self, item: Any, before: list[bytes]) -> bytes:
         try:
             body = encode_value(item, "it")
         except InvalidArgument as error:
-            msg = f"item {self.read} of the batch is no argument of {self.function.name}: {error}"
+            msg = f"item {self.read + len(before)} of the batch is no argument of {self.function.name}: {error}"
             raise InvalidArgument(msg) from None
-        if len(body) > LARGEST - len(b"".join(FRAME)):
+        if len(body) > LARGEST_ITEM:
             msg = (
-                f"item {self.read} of the batch has {len(body):,} bytes as JSON; the most is {LARGEST:,}. "
+                f"item {self.read + len(before)} of the batch has {len(body):,} bytes as JSON; the most is {LARGEST:,}. "
                 "Store it in an object of yours and pass its key"
             )
             raise InvalidArgument(msg)

@@ -37,7 +37,7 @@ def schema_of(kind: Any) -> Raw:
     pydantic = sys.modules.get("pydantic")
     if pydantic is not None:
         with contextlib.suppress(TypeError, ValueError, pydantic.PydanticUserError):
-            return Raw(msgspec.json.encode(pydantic.TypeAdapter(kind).json_schema()))
+            return Raw(msgspec.json.encode(pydantic.TypeAdapter(kind).json_schema(by_alias=False)))
     return ABSENT
 
 

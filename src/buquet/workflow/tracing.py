@@ -11,7 +11,7 @@ from buquet.errors import UsageError
 from buquet.queue.parent import tracing
 from buquet.queue.task import AsyncTaskFunction, BaseTask
 from buquet.workflow.catching import refuse_catching
-from buquet.workflow.expression import NULL, Choose, Expr, Fields, Ref
+from buquet.workflow.expression import NULL, Choose, Const, Expr, Fields, Ref
 from buquet.workflow.graph import DEEPEST, Call, Graph, Step, Undo
 from buquet.workflow.placeholder import Value, check_text, expr_of, to_expr, traced
 
@@ -52,6 +52,9 @@ class Trace:
         """Note a call of a task. Raises TypeError for wrong arguments, UsageError for options that a step cannot have."""
         bound = task.signature.bind(args, kwargs)
         fields = {name: to_expr(value, f"argument {name!r} of {task.name}") for name, value in bound.items()}
+        for name, value in bound.items():
+            if isinstance(fields[name], Const):
+                task.signature.check_argument(name, value)
         options = task.step_options
         if options.allow_failures:
             msg = f"allow_failures is for each(...): a step {task.name} that fails fails its run"
@@ -211,11 +214,17 @@ def fan_out(trace: Trace, task: BaseTask[..., Any], items: object, pack: int) ->
     if not isinstance(cast("object", options.allow_failures), bool):
         msg = f"allow_failures is True or False, not {options.allow_failures!r}"
         raise UsageError(msg)
+    given = items if isinstance(items, Value) else list(cast("Iterable[object]", items))
+    over = to_expr(given, f"the items of {task.name}")
+    if isinstance(over, Const) and isinstance(given, list):
+        name = next(iter(task.signature.parameters))
+        for item in given:
+            task.signature.check_argument(name, item)
     step = Step(
         kind="each",
         call=call_of(task),
         args=Fields({}),
-        over=to_expr(items if isinstance(items, Value) else list(cast("Iterable[object]", items)), f"the items of {task.name}"),
+        over=over,
         item=next(iter(task.signature.parameters)),
         pack=pack,
         allow_failures=options.allow_failures,

@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, TypeVar, cast, overload
 
-import msgspec
-
 from buquet import keys
 from buquet.bounds import MOST_ITEMS
-from buquet.codec import decoder_for, encode_value
+from buquet.codec import encode_value, read_as
+from buquet.declared import Declared
 from buquet.errors import InvalidArgument, SignalTimeout, UsageError
 from buquet.workflow.advance import LONGEST_WAIT
 from buquet.workflow.graph import Step
@@ -161,6 +160,7 @@ class Signal(Generic[T]):
         keys.quoted(name, "signal")
         self.name = name
         self.type: Any = Any if type is _MISSING else type
+        self._declared = Declared(self.type, f"signal {name!r}")
 
     def __repr__(self) -> str:
         """Show the name."""
@@ -210,11 +210,10 @@ class Signal(Generic[T]):
         """Return a value's JSON. Raises InvalidArgument when it is not of this signal's type."""
         what = f"the value of signal {self.name!r}"
         body = encode_value(value, what)
-        try:
-            decoder_for(self.type, what).decode(body)
-        except msgspec.ValidationError as error:
-            msg = f"{what} is not of its type {self.type!r}: {error}"
-            raise InvalidArgument(msg) from None
+        unfit = f"{what} is not of its type {self.type!r}"
+        if lost := self._declared.lost(value, read_as(self._declared, body, unfit, InvalidArgument)):
+            msg = f"{unfit}: {lost}"
+            raise InvalidArgument(msg)
         return body
 
     def send(self, run: Run[Any] | str, value: T = None, *, key: str | None = None, app: Home | None = None) -> None:

@@ -511,7 +511,7 @@ def test_a_bad_item_far_into_a_batch_is_named_and_those_before_it_run(app):
 
 
 def test_unions_go_through_tasks_batches_workflows_and_signals(app):
-    paid = Signal("paid", Card | Transfer)
+    paid, noted = Signal("paid", Card | Transfer), Signal("noted", Aliased)
 
     @app.task
     def show(by: Card | Transfer) -> Card | Transfer:
@@ -524,7 +524,8 @@ def test_unions_go_through_tasks_batches_workflows_and_signals(app):
 
     @app.workflow
     def order(by: Card | Transfer) -> list[Card | Transfer]:
-        return [show(by), show(paid.wait()), *[show(Card("3"))]]
+        note = noted.wait()
+        return [show(by), show(paid.wait()), show.options(after=[note])(Card("3"))]
 
     one, many = name.submit(Bird()), name.submit_many([(Cat(),), {"pet": Bird(), "times": 2}])
     batch = show.batch([Card("1"), Transfer("x")])
@@ -532,6 +533,7 @@ def test_unions_go_through_tasks_batches_workflows_and_signals(app):
     with pytest.raises(InvalidArgument, match="signal 'paid' is not of its type"):
         paid.send(run, {"iban": 7})
     paid.send(run, Transfer("z"))
+    noted.send(run, Aliased(orderId=1, remark="x"))
     run_until_idle(app)
     assert one.result() == "Bird"
     assert [each.result() for each in many] == ["Cat", "BirdBird"]

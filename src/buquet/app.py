@@ -24,7 +24,7 @@ from buquet.queue import control, schedules
 from buquet.queue.background import Background
 from buquet.queue.client import PATIENCE, Client
 from buquet.queue.handle import Handle
-from buquet.queue.options import Policy, SubmitOptions
+from buquet.queue.options import Policy, SubmitOptions, in_seconds
 from buquet.queue.pruning import HOUR
 from buquet.queue.rule import rule_of
 from buquet.queue.schedules import plan
@@ -217,7 +217,7 @@ class App:
         max_attempts: int = 3,
         max_losses: int = 10,
         backoff: Backoff | None = None,
-        timeout: float | None = None,
+        timeout: float | timedelta | None = None,
     ) -> _Decorator: ...
 
     def task(
@@ -229,12 +229,13 @@ class App:
         max_attempts: int = 3,
         max_losses: int = 10,
         backoff: Backoff | None = None,
-        timeout: float | None = None,
+        timeout: float | timedelta | None = None,
     ) -> Any:
         """Declare a plain or async function as a task, under its own name or `name`.
 
         `max_attempts`: how often the handler may fail before the task does; `max_losses`: how many workers may be lost with it.
-        `backoff`: the waits between attempts; `timeout`: seconds for one attempt (an async handler is cancelled, one in a thread
+        `backoff`: the waits between attempts; `timeout`: seconds, or a timedelta, for one attempt (an async handler is
+        cancelled, one in a thread
         is given up on). Raises UsageError for a name declared twice.
 
         >>> @app.task(queue="images", max_attempts=5, timeout=60)  # doctest: +SKIP
@@ -243,7 +244,7 @@ class App:
         if function is not None and not callable(function):
             msg = f"@app.task decorates a function; with options it is @app.task(name=...) and the like, not {function!r}"
             raise UsageError(msg)
-        policy = Policy(max_attempts, max_losses, backoff or Backoff(), timeout)
+        policy = Policy(max_attempts, max_losses, backoff or Backoff(), in_seconds(timeout))
 
         def declare(function: Callable[..., Any]) -> BaseTask[..., Any]:
             kind = AsyncTaskFunction[..., Any] if _is_async(function) else TaskFunction[..., Any]
@@ -312,6 +313,9 @@ class App:
         """
         if name in self.plans:
             msg = f"two schedules of this App are named {name!r}: give one of them another name"
+            raise UsageError(msg)
+        if isinstance(args, str | bytes):
+            msg = f"args of schedule {name!r} are a list of arguments, and each character would be one: args=[{args!r}]"
             raise UsageError(msg)
         if not self._may_schedule(task):
             msg = f"schedule {name!r}: task {task.name!r} belongs to another App. Schedule it there"

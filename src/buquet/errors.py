@@ -43,6 +43,7 @@ Every error's text says what happened, to what, and what to do next.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 
@@ -226,14 +227,16 @@ class Fail(Exception):
 
 
 class Snooze(Exception):
-    """Raise in a handler to come back after ``seconds``, without spending an attempt.
+    """Raise in a handler to come back after ``seconds``, or a timedelta, without spending an attempt.
 
     >>> raise Snooze(30)
     Traceback (most recent call last):
     buquet.errors.Snooze: come back in 30 s
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float | timedelta) -> None:
+        if isinstance(seconds, timedelta):
+            seconds = seconds.total_seconds()
         if not 0 <= seconds < 10 * 366 * 86_400:
             msg = f"Snooze takes seconds from 0 to ten years, not {seconds!r}"
             raise UsageError(msg)

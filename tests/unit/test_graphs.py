@@ -13,9 +13,10 @@ from enum import Enum, IntEnum, StrEnum
 from pathlib import Path
 from uuid import UUID
 
+import msgspec
 import pytest
 
-from buquet import App, InvalidArgument, Signal, SignalTimeout, UsageError, each, sleep, when
+from buquet import App, InvalidArgument, Signal, SignalTimeout, Snooze, SubmitInterrupted, UsageError, each, sleep, when
 from buquet.workflow.expression import depth_of
 from buquet.workflow.graph import DEEPEST, MOST_STEPS
 from buquet.workflow.placeholder import MOST_NODES
@@ -277,6 +278,14 @@ USE = {
     "contextlib.suppress": (suppresses_by_module, "`with suppress` around step 'inc'"),
     "try around an await": (awaits_in_a_try, "`try` around step 'later'"),
     "try in a helper": (calls_what_tries, "`try` around step 'inc'"),
+    "submit": (lambda: inc.submit(1), r"Call it, inc\(...\), and it is a step of the run"),
+    "submit with a step": (lambda: inc.options(key="k").submit(inc(1)), r"Call it, inc\(...\)"),
+    "batch": (lambda: inc.batch([1]), r"for many items write each\(inc, items\)"),
+    "start": (lambda: part.start(1), r"Call it, part\(...\), and its steps are part of this run"),
+    "send": (lambda: signal.send("0" * 32, inc(1), app=app), "send it in a task"),
+    "each over a text": (lambda: each(inc, "lamp"), "each character would be an item: put it in a list"),
+    "each over bytes": (lambda: each(inc, b"lamp"), "each character would be an item: put it in a list"),
+    "a negative timedelta": (lambda: sleep(timedelta(seconds=-1)), "from 0 to ten years"),
     "not awaited": (lambda: inc(part(1)), "`await` it, in an `async def` workflow"),
     "in an object": (lambda: inc(Order(inc(1), [])), "in a list, a tuple or a dict of arguments"),
     "a pair as a key": (lambda: inc({(1, 2): inc(1)}), "argument 'n' of inc cannot be stored as JSON"),
@@ -499,3 +508,72 @@ async def test_a_send_to_what_is_no_run_is_refused():
 
 def test_a_step_that_is_to_start_at_once_is_not_one_that_may_start_at_any_time():
     assert trace(lambda: inc.options(expires=0.0001)(1)).steps["inc"].call.expires_ms == 1
+
+
+def test_many_are_not_submitted_inside_a_workflow_either():
+    with pytest.raises(SubmitInterrupted, match=r"Call it, inc\(...\)"):
+        trace(lambda: inc.submit_many([(1,)]))
+
+
+def test_times_may_be_timedeltas():
+    steps = trace(lambda: [sleep(timedelta(hours=1)), signal.wait(timeout=timedelta(minutes=1))]).steps
+    assert b'"seconds":["const",3600.0]' in msgspec.json.encode(steps["sleep"])
+    assert b'"timeout":["const",60.0]' in msgspec.json.encode(steps["signal"])
+    options = inc.options(delay=timedelta(seconds=2), expires=timedelta(days=1)).submit_options
+    assert (options.delay, options.expires) == (2.0, 86_400.0)
+    assert app.task(name="limited", timeout=timedelta(seconds=5))(abs_of).policy.timeout == 5.0
+    assert Snooze(timedelta(minutes=2)).seconds == 120.0
+    for wrong in (lambda: inc.options(delay=timedelta(seconds=-1)), lambda: Snooze(timedelta(days=-1))):
+        with pytest.raises(UsageError):
+            wrong()
+
+
+def abs_of(n: int) -> int:
+    return abs(n)
+
+
+def test_a_text_is_no_list_of_arguments():
+    with pytest.raises(UsageError, match="each character would be one"):
+        app.schedule("texts", inc, every=60, args="x")
+    with pytest.raises(UsageError, match="put it in a list"):
+        each(inc, "lamp")
+
+
+@app.workflow
+def named_part(n: int) -> int:
+    first = inc.options(step="first")(n)
+    return inc.options(step="second", after=["first", "outer"])(first)
+
+
+@app.workflow
+def orders(n: int) -> int:
+    return pair.options(after=["inc"])(inc(n), 1)
+
+
+def test_a_name_in_after_is_that_of_the_workflow_that_says_it():
+    steps = trace(lambda: [inc(0), orders(1), orders(2)]).steps
+    assert [set(steps[name].needs) for name in ("pair", "pair_2")] == [{"inc_2"}, {"inc_3"}]
+
+
+def named_twice():
+    inc.options(step="outer")(0)
+    return pair(named_part(1), named_part(2))
+
+
+def test_a_workflow_that_names_its_steps_may_be_called_twice():
+    steps = trace(named_twice).steps
+    assert list(steps) == ["outer", "first", "second", "first_2", "second_2", "pair"]
+    assert set(steps["second"].needs) == {"first", "outer"}
+    assert set(steps["second_2"].needs) == {"first_2", "outer"}
+
+
+@app.workflow
+def names_ahead(n: int) -> int:
+    signal.wait(after=["first"])
+    return inc.options(step="first")(n)
+
+
+def test_a_name_that_is_spoken_of_before_its_step_is_not_taken_for_anothers():
+    assert trace(lambda: names_ahead(1)).steps["signal"].needs == ("first",)
+    with pytest.raises(UsageError, match="two steps of this workflow are named 'first'"):
+        trace(lambda: pair(names_ahead(1), names_ahead(2)))

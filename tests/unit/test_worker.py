@@ -754,3 +754,27 @@ async def _damaged_name(rig, caplog):
     assert caplog.text.count("is of task 'treble', and its entry says 'double'") == 1
     assert "defect" not in caplog.text
     assert [(each.kind, each.key) for each in (await fsck(rig.client)).findings] == [("unreadable record", keys.task(handle.id))]
+
+
+class Order:
+    class DoesNotExist(Exception):
+        """An error that belongs to a class, as Django's do."""
+
+
+@virtual
+async def test_an_error_is_named_as_in_a_traceback(rig):
+    @rig.app.task(max_attempts=1)
+    async def find() -> None:
+        raise Order.DoesNotExist("no such order")
+
+    @rig.app.task(max_attempts=1)
+    async def look(n: int) -> None:
+        raise Order.DoesNotExist(n)
+
+    handle, batch = await find.asubmit(), await look.abatch([1])
+    await rig.drain()
+    with pytest.raises(TaskFailed, match=r": .*test_worker\.Order\.DoesNotExist: no such order"):
+        await handle.aresult()
+    assert (await handle.arecord()).error.type == f"{__name__}.Order.DoesNotExist"
+    (failed,) = await batch.afailed()
+    assert failed.error.startswith(f"{__name__}.Order.DoesNotExist: 1")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from numbers import Real
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from buquet import keys
 from buquet.backoff import YEARS, Backoff
@@ -18,11 +18,22 @@ from buquet.errors import UsageError
 if TYPE_CHECKING:
     from buquet.queue.task import BaseTask
 
+T = TypeVar("T")
+
 LONGEST_KEY = 1024
 MOST_TAGS = 16 << 10
 """Bytes of all tags of a task together: they lie in its record, which is written four times and listed in full."""
 LAST_MS = 10**13
 """Entries carry a due time of 13 digits, which ends in 2286."""
+
+
+def in_seconds(time: T | timedelta) -> T | float:
+    """Return a timedelta as seconds, and anything else as it is.
+
+    >>> in_seconds(timedelta(minutes=1)), in_seconds(1.5), in_seconds(None)
+    (60.0, 1.5, None)
+    """
+    return time.total_seconds() if isinstance(time, timedelta) else time
 
 
 @dataclass(frozen=True, slots=True)

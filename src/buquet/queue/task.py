@@ -16,7 +16,7 @@ from buquet.queue.attempt import plainly
 from buquet.queue.batch import Batch
 from buquet.queue.handle import Handle
 from buquet.queue.handles import Handles
-from buquet.queue.options import Policy, StepOptions, SubmitOptions
+from buquet.queue.options import Policy, StepOptions, SubmitOptions, in_seconds
 from buquet.queue.packing import Packing, submit_packs, submit_packs_blocking
 from buquet.queue.parent import SYSTEM, is_system, tracing
 from buquet.records import Task
@@ -24,7 +24,7 @@ from buquet.records import Task
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
     from concurrent.futures import Future
-    from datetime import datetime
+    from datetime import datetime, timedelta
     from typing import Literal
 
     from buquet.queue.client import Submitted
@@ -77,10 +77,10 @@ class BaseTask(Generic[P, R]):
         self,
         *,
         key: str | None = None,
-        delay: float | None = None,
+        delay: float | timedelta | None = None,
         run_at: datetime | None = None,
         priority: int | None = None,
-        expires: float | None = None,
+        expires: float | timedelta | None = None,
         tags: Mapping[str, str] | None = None,
         after: Iterable[Any] | None = None,
         step: str | None = None,
@@ -89,8 +89,9 @@ class BaseTask(Generic[P, R]):
     ) -> Self:
         """Return the same task with other options for its submits, or for its next call in a workflow.
 
-        `key`: a second submit of the same key returns the first one's task. `delay`: seconds; `run_at`: an aware datetime.
-        `priority`: 0 (first) to 9, default 5. `expires`: seconds within which it must be started. `tags`: 16 KiB in all at most.
+        `key`: a second submit of the same key returns the first one's task. `delay`: seconds, or a timedelta; `run_at`: an
+        aware datetime. `priority`: 0 (first) to 9, default 5. `expires`: seconds, or a timedelta, within which it must be
+        started. `tags`: 16 KiB in all at most.
         In a workflow: `after` steps, or their names, that must have ended before; `step`: the step's name;
         `undo`: a task that takes it back, called with its result first (None when it is not known) and with arguments of the
         step by their names; `allow_failures`: an item of an `each` that fails leaves None. Raises UsageError.
@@ -98,7 +99,8 @@ class BaseTask(Generic[P, R]):
         >>> resize.options(key="img-42", delay=60).submit("a.png")  # doctest: +SKIP
         >>> charge.options(undo=refund)(order)  # doctest: +SKIP
         """
-        given = {"key": key, "delay": delay, "run_at": run_at, "priority": priority, "expires": expires, "tags": tags}
+        waits = {"delay": in_seconds(delay), "expires": in_seconds(expires)}
+        given = {"key": key, "run_at": run_at, "priority": priority, "tags": tags, **waits}
         changed = replace(self.submit_options, **{name: value for name, value in given.items() if value is not None})
         other = type(self)(self._home, self.function, self.name, self.queue, self.policy, changed)
         if isinstance(after, str) or not isinstance(cast("object", after), Iterable | None):
@@ -109,7 +111,13 @@ class BaseTask(Generic[P, R]):
         return other
 
     def check_step_options(self) -> None:
-        """Raise UsageError where options are set that only a call in a workflow takes."""
+        """Raise UsageError inside a workflow that is being started, and where options are set that only a call there takes."""
+        if tracing.get() is not None:
+            msg = (
+                f"{self.name} was to be submitted inside a workflow, as a task that is no part of the run. Call it, "
+                f"{self.name}(...), and it is a step of the run; for many items write each({self.name}, items). A task may submit"
+            )
+            raise UsageError(msg)
         if self.step_options != StepOptions():
             msg = f"after, step, undo and allow_failures are for calls of {self.name} in a workflow, not for a task by itself"
             raise UsageError(msg)

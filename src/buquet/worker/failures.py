@@ -34,18 +34,15 @@ class HandlerExit(Exception):
 
 def exit_of(error: BaseException) -> HandlerExit:
     """Return a handler's BaseException as an error like any other."""
-    problem = HandlerExit(f"the handler raised {type(error).__name__}: {_text(error)}")
+    problem = HandlerExit(f"the handler raised {type(error).__qualname__}: {_text(error)}")
     problem.__cause__ = error
     return problem.with_traceback(error.__traceback__)
 
 
 def describe(error: BaseException, *, trace: bool) -> ErrorInfo:
     """Return an error as a record keeps it: type, text, and the traceback from the handler on."""
-    name = (
-        type(error).__name__
-        if type(error).__module__ in {"builtins", __name__}
-        else f"{type(error).__module__}.{type(error).__name__}"
-    )
+    kind = type(error)  # named as in a traceback
+    name = kind.__qualname__ if kind.__module__ in {"builtins", __name__} else f"{kind.__module__}.{kind.__qualname__}"
     return ErrorInfo(
         type=name[:200], message=encodable(_text(error))[:2000], traceback=encodable(trace_of(error)) if trace else ""
     )
@@ -61,7 +58,7 @@ def _text(error: BaseException) -> str:
     try:
         return str(error)
     except Exception as second:  # noqa: BLE001 - even a broken error is to be told
-        return f"its text cannot be had: {type(second).__name__}"
+        return f"its text cannot be had: {type(second).__qualname__}"
 
 
 def _from_handler(trace: Any) -> Any:

@@ -125,6 +125,12 @@ class WorkflowFunction(Generic[P, R]):
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
         """Make the record of the task that starts a run. No I/O. Raises what `start` raises for wrong arguments."""
+        if current_trace() is not None:
+            msg = (
+                f"workflow {self.name} was to be started inside another workflow, as a run of its own. Call it, "
+                f"{self.name}(...), and its steps are part of this run. A task may start runs of their own"
+            )
+            raise UsageError(msg)
         options = self.start_options
         body = self.signature.encode(self.signature.bind(args, kwargs))
         graph = self._graph(args, kwargs)

@@ -28,7 +28,10 @@ class Trace:
         self.body = body
         """The code of the workflow's function."""
         self.guards: tuple[tuple[Expr, bool], ...] = ()
-        self._inner = 0
+        self._scopes: list[dict[str, str]] = [{}]
+        """Of the workflow, and of each called in it that is being traced: its steps by the names that they have there."""
+        self._meant: list[set[str]] = [set()]
+        """Names that `after` spoke of before such a step was there."""
 
     def add(self, wanted: str, name: str, step: Step) -> Value:
         """Add a step under the name that was asked for, or under its task's name and a number. Raises UsageError."""
@@ -36,14 +39,17 @@ class Trace:
             msg = f"the name of a step is a string of printable characters, not {repr(wanted)[:80]}"
             raise UsageError(msg)
         check_text(wanted, "a step's name")
-        if wanted and wanted in self.steps:
+        known = self._scopes[-1]
+        # what is called in a workflow may be called twice there, and its steps are then numbered
+        if wanted and wanted in (self.steps if len(self._scopes) == 1 or wanted in self._meant[-1] else known):
             msg = f"two steps of this workflow are named {wanted!r}: give one of them another name with .options(step=...)"
             raise UsageError(msg)
         number = 1
         unique = wanted or name
         while unique in self.steps:
             number += 1
-            unique = f"{name}_{number}"
+            unique = f"{wanted or name}_{number}"
+        known.setdefault(wanted or name, unique)
         refuse_catching(unique, traced.get(), self.body, trace_of.__code__)
         self.steps[unique] = step
         return Value(Ref(unique))
@@ -63,7 +69,7 @@ class Trace:
             kind="task",
             call=call_of(task),
             args=Fields(fields),
-            after=after_of(options.after),
+            after=after_of(options.after, self),
             guards=self.guards,
             undo=undo_of(options.undo, task, batch=False),
         )
@@ -82,18 +88,28 @@ class Trace:
     @contextmanager
     def inner(self, name: str) -> Generator[None]:
         """Trace a workflow that is called in this one. Raises UsageError where such calls find no end, before Python does."""
-        if self._inner >= DEEPEST:
+        if len(self._scopes) > DEEPEST:
             msg = (
                 f"workflow {name} calls itself, or workflows call each other, more than {DEEPEST} deep: a graph has no "
                 "recursion, since it is traced before it runs, with both branches of a `when`. Use each(task, items), or start a "
                 "run of its own in a task"
             )
             raise UsageError(msg)
-        self._inner += 1
+        self._scopes.append({})
+        self._meant.append(set())
         try:
             yield
         finally:
-            self._inner -= 1
+            self._scopes.pop()
+            self._meant.pop()
+
+    def named(self, name: str) -> str:
+        """Return the step that is meant by a name in `after`: of the workflow that is being traced, or of one that calls it."""
+        for scope in reversed(self._scopes):
+            if name in scope:
+                return scope[name]
+        self._meant[-1].add(name)
+        return name
 
     def graph(self, output: object) -> Graph:
         """Return the whole graph. Raises UsageError when it is not one."""
@@ -121,7 +137,7 @@ def call_of(task: BaseTask[..., Any]) -> Call:
     )
 
 
-def after_of(after: Iterable[Any]) -> tuple[Expr, ...]:
+def after_of(after: Iterable[Any], trace: Trace) -> tuple[Expr, ...]:
     """Return what a step comes after: steps, or names of steps."""
     if isinstance(after, str | Value) or not isinstance(cast("object", after), Iterable):
         shown = "one by itself" if isinstance(after, Value) else repr(after)
@@ -132,7 +148,7 @@ def after_of(after: Iterable[Any]) -> tuple[Expr, ...]:
         if isinstance(each, Value):
             found.append(expr_of(each))
         elif isinstance(each, str):
-            found.append(Ref(each))
+            found.append(Ref(trace.named(each)))
         else:
             msg = f"`after` takes steps of this workflow, or their names, not {each!r}"
             raise UsageError(msg)
@@ -228,7 +244,7 @@ def fan_out(trace: Trace, task: BaseTask[..., Any], items: object, pack: int) ->
         item=next(iter(task.signature.parameters)),
         pack=pack,
         allow_failures=options.allow_failures,
-        after=after_of(options.after),
+        after=after_of(options.after, trace),
         guards=trace.guards,
         undo=undo_of(options.undo, task, batch=pack > 0),
     )

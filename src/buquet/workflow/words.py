@@ -18,6 +18,7 @@ from buquet.bounds import MOST_ITEMS
 from buquet.codec import encode_value, read_as
 from buquet.declared import Declared
 from buquet.errors import InvalidArgument, SignalTimeout, UsageError
+from buquet.queue.options import in_seconds
 from buquet.workflow.advance import LONGEST_WAIT
 from buquet.workflow.graph import Step
 from buquet.workflow.handle import Run, homes
@@ -28,6 +29,7 @@ from buquet.workflow.tracing import after_of, check_task, choose, current_trace,
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator
+    from datetime import timedelta
 
     from buquet.queue.handle import Home
     from buquet.queue.task import AsyncTaskFunction, BaseTask, TaskFunction
@@ -57,6 +59,9 @@ def each(task: BaseTask[..., Any], items: Any, pack: int = 0) -> Any:
         msg = f"pack is the number of items in a task, 1 to {MOST_ITEMS:,}, or 0 for a task an item, not {pack!r}"
         raise UsageError(msg)
     check_task(task, "each")
+    if isinstance(items, str | bytes | bytearray):
+        msg = f"each was given one {type(items).__name__}, of which each character would be an item: put it in a list"
+        raise UsageError(msg)
     if not isinstance(cast("object", items), Iterable):
         msg = f"each runs a task over a list, or over a step's value, not {items!r}"
         raise UsageError(msg)
@@ -134,16 +139,19 @@ class _Slept:
         yield  # pragma: no cover - makes this a generator, which ends at once
 
 
-def sleep(seconds: float, *, after: Iterable[Any] = ()) -> Awaitable[None]:
-    """Wait so many seconds, after some steps; it holds no worker. Put it into another step's `after`.
+def sleep(seconds: float | timedelta, *, after: Iterable[Any] = ()) -> Awaitable[None]:
+    """Wait so many seconds, or a timedelta, after some steps; it holds no worker. Put it into another step's `after`.
 
     >>> ship.options(after=[sleep(3600, after=[paid])])(order)  # doctest: +SKIP
     """
+    seconds = in_seconds(seconds)
     check_seconds(seconds, "sleep")
     trace = current_trace()
     if trace is None:
         return _Slept()
-    step = Step(kind="sleep", seconds=to_expr(seconds, "the seconds of a sleep"), after=after_of(after), guards=trace.guards)
+    step = Step(
+        kind="sleep", seconds=to_expr(seconds, "the seconds of a sleep"), after=after_of(after, trace), guards=trace.guards
+    )
     return cast("Awaitable[None]", trace.add("", "sleep", step))
 
 
@@ -166,12 +174,15 @@ class Signal(Generic[T]):
         """Show the name."""
         return f"<buquet signal {self.name!r}>"
 
-    def wait(self, *, timeout: float | None = None, default: Any = _MISSING, after: Iterable[Any] = (), step: str = "") -> T:
+    def wait(
+        self, *, timeout: float | timedelta | None = None, default: Any = _MISSING, after: Iterable[Any] = (), step: str = ""
+    ) -> T:
         """Wait for the next value on this channel, after some steps; it holds no worker.
 
-        `timeout`: seconds; then `default` is taken, and without one the step fails (SignalTimeout). Signals are taken in the
-        order in which they came; one that came before the wait is kept for it.
+        `timeout`: seconds, or a timedelta; then `default` is taken, and without one the step fails (SignalTimeout). Signals are
+        taken in the order in which they came; one that came before the wait is kept for it.
         """
+        timeout = in_seconds(timeout)
         if timeout is not None:
             check_seconds(timeout, "timeout")
         trace = current_trace()
@@ -183,7 +194,7 @@ class Signal(Generic[T]):
             schema=schema_of(self.type),
             timeout=None if timeout is None else to_expr(timeout, "the timeout of a wait"),
             default=None if default is _MISSING else to_expr(default, "the default of a wait"),
-            after=after_of(after),
+            after=after_of(after, trace),
             guards=trace.guards,
         )
         return cast("T", trace.add(step, self.name, node))
@@ -236,6 +247,9 @@ class Signal(Generic[T]):
 
 
 def _home(run: Run[Any] | str, app: Home | None) -> Home:
+    if current_trace() is not None:
+        msg = "a signal is sent by a task, or by a program, and not inside a workflow that is being started: send it in a task"
+        raise UsageError(msg)
     if isinstance(run, Run):
         return run.home
     if not isinstance(cast("object", run), str):

@@ -520,7 +520,8 @@ class App:
         client = self._let_go()
         if client is not None:
             await client.close()
-        self.background.stop()
+        if self.background.started:  # its thread may take a while to end
+            await asyncio.to_thread(self.background.stop)
 
     def _works(self) -> bool:
         """Tell whether a worker of this App runs in this process."""

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -156,6 +157,7 @@ async def test_large_body_is_one_conditional_request(seaweed: S3Server) -> None:
 
 
 async def test_credentials_of_a_profile(seaweed: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    seaweed.url()  # its bucket is made with the credentials of the environment
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     shared = tmp_path / "credentials"
@@ -170,6 +172,41 @@ async def test_credentials_of_a_profile(seaweed: S3Server, monkeypatch: pytest.M
     monkeypatch.delitem(sys.modules, "obstore.auth.boto3", raising=False)
     with pytest.raises(AccessDenied, match="boto3"):
         await open_store(seaweed.url(), Clock()).put("bell/q", b"")
+
+
+PROCESS = """
+import json, pathlib, time
+folder = pathlib.Path({folder!r})
+(folder / "asked").touch()
+for _ in range(500):
+    if (folder / "answer").exists():
+        break
+    time.sleep(0.01)
+else:
+    (folder / "late").touch()
+print(json.dumps({{"Version": 1, "AccessKeyId": {key!r}, "SecretAccessKey": {secret!r}}}))
+"""
+
+
+async def test_a_profile_that_takes_long_to_give_credentials_does_not_hold_up_the_loop(
+    seaweed: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    url = seaweed.url()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "give.py").write_text(PROCESS.format(folder=str(tmp_path), key=ACCESS_KEY, secret=SECRET_KEY))
+    (tmp_path / "config").write_text(f"[profile slow]\ncredential_process = {sys.executable} {tmp_path}/give.py\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "slow")
+    store = open_store(url, Clock())
+    put = asyncio.create_task(store.put("bell/q", b""))
+    async with asyncio.timeout(60):
+        while not (tmp_path / "asked").exists():  # noqa: ASYNC110 - another process gives no event here
+            await asyncio.sleep(0.01)
+    (tmp_path / "answer").touch()
+    await put
+    assert not (tmp_path / "late").exists()
+    await store.close()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -138,6 +138,11 @@ class Background:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
+    @property
+    def started(self) -> bool:
+        """Whether there is a thread to end."""
+        return self._thread is not None
+
     def stop(self) -> None:
         """End the thread, if one was started, and cancel what other threads still wait for."""
         with self._lock:

@@ -5,6 +5,7 @@ The client's own retries are off: whether a request may be sent again is the cal
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import functools
 import os
@@ -92,7 +93,7 @@ class ObjectStore(ABC):
         return await self._write(key, body, "overwrite", None)
 
     async def _write(self, key: str, body: bytes, mode: PutMode, conflict: StoreError | None) -> Receipt:
-        client = self._open()
+        client = await self._opened()
         # in one part whatever its size: a multipart upload is several requests, and not conditional
         answer = await self._ask(f"PUT {key}", lambda: client.put_async(key, body, mode=mode, use_multipart=False))
         if isinstance(answer, BaseException):
@@ -103,7 +104,7 @@ class ObjectStore(ABC):
 
     async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
         """See Store."""
-        client = self._open()
+        client = await self._opened()
         options: GetOptions = {}
         if unless is not None:
             options["if_none_match"] = unless
@@ -131,7 +132,7 @@ class ObjectStore(ABC):
 
         SeaweedFS walks folders, so with it one LIST must not span folders of which one's name begins with another's.
         """
-        client = self._open()
+        client = await self._opened()
 
         async def fetch() -> list[Listed]:
             page: list[Listed] = []
@@ -154,7 +155,7 @@ class ObjectStore(ABC):
 
     async def delete(self, key: str) -> None:
         """See Store."""
-        client = self._open()
+        client = await self._opened()
         answer = await self._ask(f"DELETE {key}", lambda: client.delete_async(key))
         if isinstance(answer, BaseException) and not is_missing(answer):
             raise self._explain(answer, f"DELETE {key}")
@@ -178,9 +179,8 @@ class ObjectStore(ABC):
 
     async def close(self) -> None:
         """Let go of the client and its connections."""
-        with self._lock:
-            self._closed = True
-            self._client = None
+        self._closed = True  # not under the lock, which may be held for as long as credentials are looked for
+        self._client = None
 
     # ------------------------------------------------------------------ requests and their answers
 
@@ -202,13 +202,21 @@ class ObjectStore(ABC):
     def _explain(self, error: BaseException, what: str) -> BaseException:
         return error if isinstance(error, UsageError) else explain(error, what, self.place, answered=self._answered)
 
-    def _open(self) -> Client:
+    async def _opened(self) -> Client:
+        """Return the client, made at first use: in a thread, since a profile may ask a server or a program for credentials."""
+        self._check_fork()
+        return self._client or await asyncio.to_thread(self._open)
+
+    def _check_fork(self) -> None:
         if _started and _started[0] != os.getpid():
             msg = (
                 f"{self.url} cannot be used here: this process was forked from one that had already used S3, "
                 "and the client's threads do not survive that. Use multiprocessing's 'spawn', or fork before the first use"
             )
             raise UsageError(msg)
+
+    def _open(self) -> Client:
+        self._check_fork()
         client = self._client
         if client is not None:
             return client
@@ -218,8 +226,11 @@ class ObjectStore(ABC):
                 raise UsageError(msg)
             if self._client is None:
                 _started[:] = [os.getpid()]
-                self._client = self._connect()
+                client = self._connect()
                 _let_threads_end(self.clock)
+                if self._closed:
+                    return client
+                self._client = client
             return self._client
 
     def _client_options(self, endpoint: str | None) -> ClientConfig:

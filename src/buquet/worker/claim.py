@@ -10,6 +10,7 @@ from buquet.errors import StoreError, UnreadableRecord
 from buquet.queue import transitions
 from buquet.queue.parent import may_stand_for
 from buquet.records import TERMINAL, Task
+from buquet.worker.reported import Reported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,10 +47,8 @@ class Claimer:
         self.keeper = keeper
         self.moved = moved
         self.sealer = sealer
-        self.locked: set[str] = set()
-        """Ids of the encryption keys that were missed here; each is reported once."""
-        self.quarantined: set[str] = set()
-        """Keys of records that could not be read; each is reported once and left as it is."""
+        self.reported = Reported()
+        """Records that could not be read, and encryption keys that are missing here."""
         self.missed = 0
         """Claims that another worker was quicker with."""
         self.denied = 0
@@ -73,9 +72,7 @@ class Claimer:
             raise
         except UnreadableRecord as error:
             finder.shelve(found)
-            if key not in self.quarantined:
-                self.quarantined.add(key)
-                log.error("%s", error)  # noqa: TRY400 - the text says all
+            self.reported.error(key, error)
             return None
         else:
             self.denied = 0
@@ -148,14 +145,11 @@ class Claimer:
         """Leave a task to a worker that has the key of its arguments; it is met again, in case nobody does."""
         finder.others(found, "")
         finder.set_aside(found.entry.key)
-        if task.key_id not in self.locked:
-            self.locked.add(task.key_id)
-            log.error(
-                "task %s, and maybe others, is encrypted under key %s, which this worker lacks: they are left to workers that "
-                "have it. Put the key into BUQUET_ENCRYPTION_KEYS here, too",
-                task.id,
-                task.key_id,
-            )
+        self.reported.error(
+            f"key {task.key_id}",
+            f"task {task.id}, and maybe others, is encrypted under key {task.key_id}, which this worker lacks: they are left to "
+            f"workers that have it. Put the key into BUQUET_ENCRYPTION_KEYS here, too",
+        )
 
     async def _claim(self, finder: QueueFinder, found: Found, held: Held[Task]) -> Held[Task] | None:
         token = self.clock.new_op()

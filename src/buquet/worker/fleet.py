@@ -15,6 +15,7 @@ from buquet.queue import transitions
 from buquet.records import TERMINAL, Session, Task
 from buquet.store.base import Listed, Stored
 from buquet.worker.neighbours import is_gone, is_neighbour
+from buquet.worker.reported import Reported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,8 +45,8 @@ class Reaper:
         self.clock = clock
         self.added = added
         self.moved = moved
-        self._grieved: set[str] = set()
-        """Tasks whose record could not be read; each is told of once."""
+        self.reported = Reported()
+        """Sessions, and records of tasks, that could not be read."""
 
     async def reap(self, worker: str, still_dead: Callable[[Held[Session]], bool] | None = None) -> bool:
         """Reap a session; `still_dead` judges it as it is read now. Returns whether this call went through with it.
@@ -71,9 +72,7 @@ class Reaper:
                 await self.put_back(claim)
             except UnreadableRecord as error:
                 unreadable += 1
-                if claim.task not in self._grieved:
-                    self._grieved.add(claim.task)
-                    log.error("%s", error)  # noqa: TRY400 - the text says all
+                self.reported.error(claim.task, error)
         if unreadable:
             # the session is all that tells of a claim whose record cannot be read (here, or yet): it stays, marked as reaped (I5)
             msg = f"the session of worker {worker} stays; tasks in its list that cannot be read: {unreadable:,}"

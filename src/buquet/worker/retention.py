@@ -22,6 +22,7 @@ from buquet.queue.finished import decode_lines
 from buquet.queue.pruning import HOUR, NOT_SETTLED, Pruner, is_prunable
 from buquet.records import Task
 from buquet.store.base import PAGE, Stored
+from buquet.worker.reported import Reported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +66,7 @@ class Retention:
         self._after = ""
         self._again: dict[str, float] = {}
         """Objects that were gone through, and when they are to be once more."""
-        self._grieved: set[str] = set()
+        self.reported = Reported()
 
     async def keep(self) -> None:
         """Prune for ever; a store that refuses is asked again a minute later."""
@@ -131,9 +132,7 @@ class Retention:
                 return await self._is_gone(line)
             fate = await self.pruner.look(keys.task(line.id), old=True, ended=line.at)
         except UnreadableRecord as error:
-            if line.id not in self._grieved:
-                self._grieved.add(line.id)
-                log.error("%s", error)  # noqa: TRY400 - the text says all, and the sweep goes on telling of it
+            self.reported.error(line.id, error)  # the sweep goes on telling of it
             return True
         return fate not in NOT_SETTLED
 

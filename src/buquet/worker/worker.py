@@ -51,6 +51,8 @@ LOOKS = 5.0
 """Seconds for which looking for work waits for a store that is away, before the worker sees whether it is to stop."""
 LONGEST_DENIAL = 30.0
 """Seconds, at most, for which a claim that the store refused keeps its slot, so that a lasting no costs few requests."""
+NAMES = 1_000
+"""Names without a handler that are counted, each on its own: an entry may have any name."""
 AFTER_A_DEFECT = 1.0
 """Seconds until a task that met a defect is put back: it may meet it again, and must not go round and round."""
 FINISHING = 4
@@ -328,6 +330,8 @@ class Worker:
         if entry.name in self.tasks or (is_system(entry.name) and self.children is not None):
             return True
         if entry.name not in self.unhandled:
+            if len(self.unhandled) >= NAMES:
+                return False
             log.warning("tasks named %r wait in queue %r, and this worker has no handler of that name", entry.name, entry.queue)
         self.unhandled[entry.name] = self.unhandled.get(entry.name, 0) + 1
         return False

@@ -103,7 +103,8 @@ class Committer:
         if plan is None:
             body = await self.at_rest.get_of_run(run.id, "graph", run.graph, run.graph_at)
             plan = Plan(read_graph(run.id, body))
-            self._plans[run.id] = plan
+            if run.state not in OVER:  # else nothing would ever drop it
+                self._plans[run.id] = plan
         return plan
 
     async def plan_for(self, run: RunRecord, events: list[Event]) -> Plan:
@@ -123,7 +124,7 @@ class Committer:
 
     def values(self, run_id: str, plan: Plan, before: Values | None = None) -> Values:
         """Return what looks up the values of a run's steps for one evaluation: `before`, where that is of the same graph."""
-        if before is not None and before.graph is plan.graph:
+        if before is not None and (before.graph is plan.graph or before.graph == plan.graph):
             return before
         return Values(plan.graph, self._payloads, lambda what, body: self.at_rest.open_of_run(run_id, what, body))
 

@@ -1,0 +1,96 @@
+"""What a process remembers stays bounded, however long it runs and whatever it meets."""
+
+import asyncio
+import threading
+
+import pytest
+
+from buquet import App, RunFailed, keys
+from buquet.queue.background import Background
+from buquet.records import Session
+from buquet.store.memory import MemoryStore
+from buquet.store.register import Register
+from buquet.testing.virtual import run_virtual
+from buquet.worker import reported
+from buquet.worker.processes import Processes
+from buquet.worker.reported import Reported
+from buquet.workflow.event import Event
+
+
+def test_a_problem_is_logged_once_a_subject_and_only_so_many_subjects_are_remembered(caplog, monkeypatch):
+    monkeypatch.setattr(reported, "REMEMBERED", 3)
+    told = Reported()
+    for subject in "aabab":
+        told.error(subject, f"{subject} is broken")
+    assert [record.message for record in caplog.records] == ["a is broken", "b is broken"]
+    for number in range(100):
+        told.error(f"{number}", "so is this")
+    assert len(told._subjects) == 3
+    told.error("a", "a is broken")
+    assert caplog.records[-1].message == "a is broken"
+
+
+async def test_a_parent_forgets_the_sessions_that_are_gone(tmp_path):
+    async with App(f"sqlite:{tmp_path}/bucket.db") as app:
+        register = Register(app.client.store, app.clock)
+        fleet = Processes(app.client, ["tasks:app"], 1)
+        for number in range(40):
+            session = Session(
+                id=f"{0:08}.{number:016}", host="here", pid=7, started=1, beat=1, ttl=30, queues=("q",), concurrency=1
+            )
+            key = keys.session(session.id)
+            await register.create(key, session)
+            assert await fleet._sessions_of(1, register) == []
+            assert fleet._foreign == {key}
+            await app.client.store.delete(key)
+
+
+def test_the_graph_of_a_run_that_is_over_is_not_kept():
+    async def main(clock):
+        app = App(store=MemoryStore(clock), clock=clock)
+        app.background = Background(clock.loop)
+
+        @app.task(max_attempts=1)
+        async def fails() -> int:
+            raise ValueError
+
+        @app.workflow
+        async def flow() -> int:
+            return await fails()
+
+        worker = app.worker(heartbeat_thread=False)
+        working = asyncio.ensure_future(worker.arun())
+        for _ in range(10):
+            run = await flow.astart()
+            with pytest.raises(RunFailed):
+                await run.aresult(timeout=10)
+            committer = worker.children.parent.committer
+            late = Event(id=clock.new_id(), kind="step", step="fails", gen=1, outcome="done")  # it changes nothing any more
+            assert (await committer.commit(run.id, late)).run.state == "failed"
+        assert (committer._plans, committer._held) == ({}, {})
+        worker.stop()
+        await working
+
+    run_virtual(main)
+
+
+async def test_aclose_leaves_the_callers_loop_running_while_the_apps_own_thread_ends():
+    app = App("memory:")
+    began, may_end = threading.Event(), threading.Event()
+    in_time = []
+
+    async def takes_long_to_end():
+        began.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            in_time.append(may_end.wait(5))
+
+    left = app.background.begin(takes_long_to_end)
+    assert await asyncio.to_thread(began.wait, 10)
+    closing = asyncio.create_task(app.aclose())
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().call_later(0.05, may_end.set)
+    await closing
+    assert in_time == [True]
+    assert left.cancelled()

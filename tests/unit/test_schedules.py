@@ -54,7 +54,49 @@ def test_where_clocks_go_back_a_fixed_time_comes_once_and_a_star_follows_real_ti
     assert fires(hourly, "2026-10-24T23:30Z", 4) == [f"2026-10-25T0{hour}:00" for hour in range(4)]
 
 
+def test_six_fields_lose_no_day_where_clocks_go_forward_and_have_none_twice_where_they_go_back():
+    six, often = (Rule(cron=cron, tz="Europe/Berlin") for cron in ("0 30 2 * * *", "*/20 30 2 * * *"))
+    assert fires(six, "2026-03-28T00:00Z", 3) == ["2026-03-28T01:30", "2026-03-29T01:00", "2026-03-30T00:30"]
+    assert fires(six, "2026-10-24T12:00Z", 2) == ["2026-10-25T00:30", "2026-10-26T01:30"]
+    assert fires(often, "2026-03-29T00:00Z", 2) == ["2026-03-29T01:00", "2026-03-30T00:30"]
+
+
+@pytest.mark.parametrize(
+    ("written", "stored"),
+    [
+        ("@daily", "0 0 * * *"),
+        (" @Midnight ", "0 0 * * *"),
+        ("@hourly", "0 * * * *"),
+        ("@weekly", "0 0 * * 0"),
+        ("@monthly", "0 0 1 * *"),
+        ("@yearly", "0 0 1 1 *"),
+        ("@annually", "0 0 1 1 *"),
+        ("0 2 * * fri-mon", "0 2 * * 5,6,0,1"),
+        ("0 2 * * SAT-SUN", "0 2 * * 6,0"),
+        ("0 2 * * 5-1/2", "0 2 * * 5,0"),
+        ("0 2 * * 7-2", "0 2 * * 0,1,2"),
+        ("0 2 * * wed,sat-mon", "0 2 * * wed,6,0,1"),
+        ("0 22-2 * * *", "0 22,23,0,1,2 * * *"),
+        ("0 0 1 nov-feb *", "0 0 1 11,12,1,2 *"),
+        ("0 0 28-2 * *", "0 0 28,29,30,31,1,2 * *"),
+        ("30 0 22-1 * * *", "30 0 22,23,0,1 * * *"),
+        ("0 2 * * mon-fri", "0 2 * * mon-fri"),
+        ("0  2 * * 6-7", "0 2 * * 6-7"),
+    ],
+)
+def test_a_name_or_a_range_over_the_end_is_stored_as_workers_of_every_version_read_it(written, stored):
+    rule = rule_of(written, None, None)
+    assert rule.cron == stored
+    assert fires(rule, "2026-01-01T00:00Z", 1)
+
+
+def test_a_range_over_the_end_of_the_week_fires_on_each_of_its_days():
+    rule = rule_of("0 2 * * fri-mon", None, None)
+    assert [at[8:10] for at in fires(rule, "2026-01-01T00:00Z", 5)] == ["02", "03", "04", "05", "09"]  # the 2nd is a Friday
+
+
 CRONS = ["* * * * *", "*/7 * * * *", "30 2 * * *", "0,45 1-3 * * *", "15 */2 * * *", "0 0 * * 0", "0 3 29 2 *", "5 1 L * *"]
+CRONS += ["0 30 2 * * *", "*/20 15 1,2 * * *"]
 ZONES = ["UTC", "Europe/Berlin", "America/New_York", "Australia/Lord_Howe", "America/Havana", "Asia/Beirut"]
 AROUND = [ms(day) for day in ("2026-03-08T00:00Z", "2026-03-29T00:00Z", "2026-10-25T00:00Z", "2026-11-01T00:00Z")]
 
@@ -93,7 +135,9 @@ def test_a_zone_that_is_none_is_refused(zone):
         rule_of("0 2 * * *", None, zone)
 
 
-@pytest.mark.parametrize("cron", ["", "* * * *", "61 * * * *", "0 2 * * FOO", "L/2 * * * *", "*/0 * * * *", "0 0 30 2 *"])
+@pytest.mark.parametrize(
+    "cron", ["", "* * * *", "61 * * * *", "0 2 * * FOO", "L/2 * * * *", "*/0 * * * *", "0 0 30 2 *", "@reboot", "0 20-25 * * *"]
+)
 def test_a_cron_expression_that_is_none_is_refused(cron):
     with pytest.raises(UsageError, match="cron"):
         rule_of(cron, None, None)

@@ -1,14 +1,15 @@
 """When a schedule fires: a pure function from a rule to times. No clock is asked here.
 
-Times are milliseconds since 1970. Cron expressions are read by cronsim, as Debian's cron reads them. Where the clocks of the time
-zone go forward, a fire at a fixed hour (minute and hour both without a leading `*`) that falls into the gap comes right after it,
-once; where they go back, it comes once, the first time. Rules with a leading `*` in minute or hour follow real time, so an hour
-that comes twice has its fires twice.
+Times are milliseconds since 1970. Cron expressions are read by cronsim, as Debian's cron reads them, with five fields or with
+seconds as a sixth in front. Where the clocks of the time zone go forward, a fire at a fixed hour (minute and hour both without a
+leading `*`) that falls into the gap comes right after it, once; where they go back, it comes once, the first time. Rules with a
+leading `*` in minute or hour follow real time, so an hour that comes twice has its fires twice.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -22,12 +23,26 @@ from buquet.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from datetime import tzinfo
 
 SHORTEST = 1000
 """Milliseconds: no schedule fires more often."""
 LONGEST = 10 * 366 * 86_400_000
 LONGEST_CRON = 1000
 """Characters of a cron expression."""
+NICKNAMES = {
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+    "@monthly": "0 0 1 * *",
+    "@weekly": "0 0 * * 0",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@hourly": "0 * * * *",
+}
+DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+SPANS = ((0, 59, ()), (0, 59, ()), (0, 23, ()), (1, 31, ()), (1, 12, MONTHS), (0, 6, DAYS))
+"""The first and the last value of each field of a cron expression, and the names of its values."""
 FIRST_WINDOW = 1_000_000
 """Milliseconds before the end in which `newest` looks first; then eight times as far back, and so on."""
 
@@ -52,7 +67,7 @@ class Rule:
         try:
             first = next(self._by_cron(0), None)
         except Exception as error:  # noqa: BLE001 - cronsim raises its own errors, and others for what it did not think of
-            msg = f"{self.cron!r} is no cron expression: {error}. It has five fields, minute hour day month weekday: '0 2 * * *'"
+            msg = f"{self.cron!r} is no cron expression: {error}. Write five fields, minute hour day month weekday: '0 2 * * *'"
             raise UsageError(msg) from None
         if first is None:
             msg = f"the cron expression {self.cron!r} never fires: it names a day that no month has"
@@ -81,9 +96,10 @@ class Rule:
 
     def _by_cron(self, at: int) -> Iterator[int]:
         zone = UTC if self.tz == "UTC" else zone_of(self.tz)
-        last = at
-        for moment in CronSim(self.cron, datetime.fromtimestamp(at / 1000, zone)):
-            fire = int(moment.timestamp()) * 1000
+        last, start = at, datetime.fromtimestamp(at / 1000, zone)
+        fixed = not any(field.startswith("*") for field in self.cron.split()[-5:-3])
+        for moment in CronSim(self.cron, start.replace(tzinfo=None) if fixed else start):
+            fire = int((_at(moment, zone) if fixed else moment).timestamp()) * 1000
             # an hour that comes twice is met from its first time on, also by who begins in the second
             if fire > last:
                 last = fire
@@ -109,6 +125,15 @@ class Rule:
             if len(found) > most or start <= after:
                 return found[-most:], len(found) <= most
             window *= 8
+
+
+def _at(local: datetime, zone: tzinfo) -> datetime:
+    """Return the first moment at which clocks show a time, or else the end of the gap that they leap over."""
+    moment = local.replace(tzinfo=zone)
+    while moment.astimezone(UTC).astimezone(zone).replace(tzinfo=None) != local:
+        local = local.replace(second=0) + timedelta(minutes=1)
+        moment = local.replace(tzinfo=zone)
+    return moment
 
 
 def zone_of(name: str) -> ZoneInfo:
@@ -148,7 +173,28 @@ def _cron(cron: Any, tz: Any) -> Rule:
         raise UsageError(msg)
     if tz != "UTC":
         zone_of(tz)
-    return Rule(cron=" ".join(cron.split()), tz=tz)
+    # as cronsim has it, and workers of every version
+    fields = NICKNAMES.get(cron.strip().lower(), cron).split()
+    spans = SPANS[-len(fields) :] if len(fields) in {len(SPANS) - 1, len(SPANS)} else ()
+    fields = [",".join(_unwrapped(term, *span) for term in field.split(",")) for field, span in zip(fields, spans, strict=False)]
+    return Rule(cron=" ".join(fields or cron.split()), tz=tz)
+
+
+def _unwrapped(term: str, first: int, last: int, names: tuple[str, ...]) -> str:
+    """Return a range over the end of its field as a list: `fri-mon` as `5,6,0,1`; anything else as it is."""
+    found = re.fullmatch(r"(\w+)-(\w+)(?:/([1-9]\d*))?", term)
+    if found is None:
+        return term
+    ends = [_number(end.lower(), first, names) for end in (found[1], found[2])]
+    if not all(first <= end <= last + (names is DAYS) for end in ends) or ends[0] <= ends[1]:
+        return term
+    start = ends[0] % 7 if names is DAYS else ends[0]  # 7 is Sunday, too
+    numbers = range(start, ends[1] + 1) if start <= ends[1] else [*range(start, last + 1), *range(first, ends[1] + 1)]
+    return ",".join(map(str, numbers[:: int(found[3] or 1)]))
+
+
+def _number(end: str, first: int, names: tuple[str, ...]) -> int:
+    return names.index(end) + first if end in names else int(end) if end.isdecimal() else -1
 
 
 def iso(fire: int) -> str:

@@ -20,13 +20,13 @@ from msgspec.structs import replace
 from tests.simulation.runbugs import RUN_BUGS
 
 from buquet import keys
-from buquet.errors import AlreadyExists, Changed, Refused, StoreUnavailable
-from buquet.queue import client, transitions
+from buquet.errors import AlreadyExists, Changed, Refused, StoreError, StoreUnavailable
+from buquet.queue import bell, client, transitions
 from buquet.records import TERMINAL, Session, Task
 from buquet.store.base import Stored
 from buquet.store.register import Register, Write
 from buquet.testing.simulation import simulate
-from buquet.worker import claim, executor, finder, fleet, lane, notes, session
+from buquet.worker import claim, executor, finder, fleet, lane, notes, pausing, session
 
 PAGE = Path(__file__).parents[2] / "docs" / "proof.md"
 MOST = 2000
@@ -41,6 +41,10 @@ ORIGINAL = {
         "Register.update": Register,
         "transitions.claim": transitions,
         "transitions.take_over": transitions,
+        "QueueFinder._look_back": finder.QueueFinder,
+        "QueueFinder._list": finder.QueueFinder,
+        "Pause.look": pausing.Pause,
+        "Ringer._ring_now": bell.Ringer,
     }.items()
 }
 
@@ -266,6 +270,43 @@ def drain_forgets(self, found, *, again=False):
 FINDER_LEAVE = finder.QueueFinder.leave
 
 
+async def look_forgotten(self):
+    """Take a look for done before its requests are answered."""
+    now = self.clock.monotonic()
+    everything = now >= self.look_all_at
+    try:
+        await ORIGINAL["QueueFinder._look_back"](self)
+    except StoreError:
+        self.gap = False
+        self.look_back_at = now + finder.LOOK_BACK_EVERY
+        if everything:
+            self.look_all_at = now + finder.LOOK_ALL_EVERY
+        raise
+
+
+async def list_forgotten(self, part):
+    """Take a lane for listed before the LIST is answered."""
+    try:
+        await ORIGINAL["QueueFinder._list"](self, part)
+    except StoreError:
+        part.dirty = False
+        raise
+
+
+async def settings_forgotten(self):
+    try:
+        return await ORIGINAL["Pause.look"](self)
+    except StoreError:
+        self.due = False
+        raise
+
+
+async def ring_forgotten(self, queue, *, first):
+    await ORIGINAL["Ringer._ring_now"](self, queue, first=first)
+    self._added.pop(queue, None)
+    return True
+
+
 def retry_unfenced(task, token):
     if task.state in TERMINAL:
         raise Refused(task.id)
@@ -327,6 +368,22 @@ BUGS = {
     "drain forgets": (
         "an entry met while its task is being claimed is forgotten",
         [(finder.QueueFinder, "leave", drain_forgets)],
+    ),
+    "look forgotten": (
+        "a look at everything is taken for done before its requests are answered",
+        [(finder.QueueFinder, "_look_back", look_forgotten)],
+    ),
+    "list forgotten": (
+        "a lane is taken for listed before the LIST is answered",
+        [(finder.QueueFinder, "_list", list_forgotten)],
+    ),
+    "settings forgotten": (
+        "a queue's settings are taken for read before they are answered",
+        [(pausing.Pause, "look", settings_forgotten)],
+    ),
+    "ring forgotten": (
+        "a ring that the store does not answer is not sent again",
+        [(bell.Ringer, "_ring_now", ring_forgotten)],
     ),
     "no fence": ("a claimant's move needs no claim", [(transitions, "_need_claim", retry_unfenced)]),
     **RUN_BUGS,

@@ -2,8 +2,9 @@
 
 Storm: workers and callers at work while requests go astray, processes crash and stall and clocks jump. Night (some seeds): an
 hour passes with moves half done, and the morning brings them together with prune and with keys that are submitted again. Calm:
-the weather clears, those who are left must finish everything by themselves, and find new work at once. End: everybody dies with
-tasks under way, and a worker that comes fresh must bring every task to its one end, and an hour later leave no litter.
+the weather clears, those who are left must finish everything by themselves, and find new work at once. Outage (some seeds): the
+store refuses one kind of request while idle workers look for work. End: everybody dies with tasks under way, and a worker that
+comes fresh must bring every task to its one end, and an hour later leave no litter. In good weather nothing may start late.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import msgspec
 from buquet.testing.simulation import workload
 from buquet.testing.simulation.clients import Callers
 from buquet.testing.simulation.flows import RunCallers, declare_flows, wrong_run
+from buquet.testing.simulation.lateness import SETTLED, Lateness, due_ms
+from buquet.testing.simulation.outage import Outage
 from buquet.testing.simulation.wire import Weather
 from buquet.testing.simulation.world import Node, World
 from buquet.testing.watch import OVER
@@ -26,6 +29,10 @@ PROMPT = 12.0
 LIMIT = 1500.0
 """Seconds after which a drain that goes on is stuck."""
 MOST_STEPS = 600_000
+LOOK_EVERY = 1.0
+"""Seconds between two looks at how late work starts."""
+OUTAGES = 0.25
+"""The share of seeds in which the store refuses one kind of request after the calm."""
 HOUR = 3600.0
 
 
@@ -48,9 +55,8 @@ class Play:
         self.flows = random.random() < 0.4
         """Whether runs of workflows are among the work."""
         self.run_callers = RunCallers(world)
+        self.lateness = Lateness(world)
         self.made = 0
-        self.jumped = -HOUR
-        """When a clock last jumped."""
 
     # ------------------------------------------------------------------ processes
 
@@ -84,7 +90,10 @@ class Play:
 
     async def pause(self, seconds: float) -> None:
         """Let time pass. Raises what tells that the world does not come to rest."""
-        await self.world.bucket.clock.sleep(seconds)
+        until = self.world.loop.elapsed + seconds
+        while (left := until - self.world.loop.elapsed) > 0:
+            await self.world.bucket.clock.sleep(min(left, LOOK_EVERY))
+            self.lateness.look()
         if self.world.loop.steps > MOST_STEPS:
             self.watch.say(f"stuck: over {MOST_STEPS} steps")
             raise TooLong
@@ -98,6 +107,8 @@ class Play:
             if self.random.random() < 0.12:
                 await self.night()
             await self.calm()
+            if self.random.random() < OUTAGES and not self.watch.found:
+                await Outage(self).run()
             await self.end()
         except TooLong:
             pass
@@ -178,7 +189,7 @@ class Play:
                 random.choice(there).stop_worker()
         elif kind < 0.85 and self.wild_clocks:
             self.some(random.choice("wc")).sim_clock.skew = random.uniform(-240, 240)
-            self.jumped = world.loop.elapsed
+            self.lateness.jumped = world.loop.elapsed
         elif kind < 0.9 and self.severity:
             world.network.weather.away = world.loop.elapsed + random.random() ** 2 * 2 * world.ttl
         elif kind < 0.93:
@@ -247,7 +258,7 @@ class Play:
             await self.pause(self.random.random() * 0.3)
         await self.pause(PROMPT)
         slow = [task for task in ids if self.watch.tasks[task]["state"] == "pending"]
-        if slow and world.loop.elapsed - self.jumped < 90:
+        if slow and world.loop.elapsed - self.lateness.jumped < SETTLED:
             # a cursor that was set while its worker's clock was wrong is set back by the next look back
             await self.pause(40)
             slow = [task for task in slow if self.watch.tasks[task]["state"] == "pending"]
@@ -265,7 +276,7 @@ class Play:
             self.resume_runs()
             if not self.those("w"):
                 self.worker()  # the last one's very first request was refused, before the weather had cleared
-            since = max([since, *(_due(now) / 1000 for now in left)])
+            since = max([since, *(due_ms(now) / 1000 for now in left)])
             # one slot may have to do all of it, one after another
             if any(_unusual(now) for now in left):
                 patience = PATIENCE + LEARNT  # also for what comes of it
@@ -360,12 +371,6 @@ class Play:
             self.watch.say(f"the payload {at} of a task that is {task['state']} is missing")
             return None
         return msgspec.json.decode(body)
-
-
-def _due(now: dict[str, object]) -> int:
-    """Return when a task's time comes, in milliseconds: one that ran too early, by a wrong clock, is met again only then."""
-    lane, _, name = str(now.get("entry", "")).rpartition("/")
-    return max(int(str(now.get("due", 0))), int(name[:13]) if lane.startswith("later/") else 0)
 
 
 def _unusual(task: dict[str, object]) -> bool:

@@ -48,6 +48,9 @@ class Weather:
     """Until when, by the loop's time, nobody is answered."""
     lag: float = 0.0
     """By how much a LIST may lag behind."""
+    spell: tuple[str, str] = ("", "")
+    """The operation (`write`: any that writes) and the keys' prefix of the requests that are refused until `spell_until`."""
+    spell_until: float = 0.0
 
 
 class Change(NamedTuple):
@@ -142,10 +145,23 @@ class Network:
         self.weather = Weather()
         self.trace: Callable[[str, str], None] = lambda _who, _what: None
         self.over = False
+        self.trap: tuple[str, str, Callable[[], None]] | None = None
+        """An operation, a prefix of keys, and what is to happen once a worker has sent such a request."""
 
-    def fate(self, op: str) -> Fate:
+    def refuse(self, spell: tuple[str, str], seconds: float) -> None:
+        """Let one kind of request fail for some seconds."""
+        self.weather.spell, self.weather.spell_until = spell, self.loop.elapsed + seconds
+
+    def fate(self, op: str, key: str) -> Fate:
         """Draw what becomes of a request."""
         weather, random = self.weather, self.random
+        kind, prefix = weather.spell
+        if (
+            self.loop.elapsed < weather.spell_until
+            and key.startswith(prefix)
+            and (op == kind or (kind == "write" and op in WRITES))
+        ):
+            return "refuse"
         if self.loop.elapsed < weather.away:
             return random.choice(("refuse", "refuse", "refuse", "late"))
         if not weather.faults or random.random() >= weather.faults:
@@ -175,7 +191,10 @@ class Network:
     def carry(self, who: str, op: str, key: str, apply: Callable[[], Coroutine[Any, Any, Any]]) -> asyncio.Future[Any]:
         """Carry a request to the bucket and its answer back."""
         future: asyncio.Future[Any] = self.loop.create_future()
-        fate = self.fate(op)
+        fate = self.fate(op, key)
+        if self.trap and who.startswith("w") and op == self.trap[0] and key.startswith(self.trap[1]):
+            spring, self.trap = self.trap[2], None
+            spring()
         there, back = self.delay(), self.delay()
         if fate == "lose" and self.random.random() < 0.7:
             back += self.random.random() * self.weather.slowest  # that no answer comes is known when the wait for it is over

@@ -81,6 +81,7 @@ class App:
     processes that are forked after it was made. A bucket raises UsageError in a child whose parent had used one before the fork.
     `encryption`: keys, 32 bytes in base64 each, under which arguments, results, checkpoints and the texts of errors are
     encrypted: the first encrypts, all decrypt. By default those of the environment's BUQUET_ENCRYPTION_KEYS, with commas between.
+    `encrypted_only`: refuse values that are not encrypted (docs/security.md); by default as BUQUET_ENCRYPTED_ONLY says, 0 or 1.
 
     `retention`: how long ended tasks are kept, a timedelta or seconds, an hour at least. This App's workers then prune older ones
     of the queues that they serve, bit by bit. None: until `buquet prune`.
@@ -101,6 +102,7 @@ class App:
         clock: Clock | None = None,
         retention: timedelta | float | None = None,
         encryption: Sequence[str] | str | None = None,
+        encrypted_only: bool | None = None,
     ) -> None:
         if not isinstance(cast("object", url), str | None):
             msg = f"an App takes the URL of its store, a string such as 'sqlite:path.db', not {url!r}"
@@ -114,6 +116,7 @@ class App:
         self._given = url
         self._store = store
         self._encryption = encryption
+        self._encrypted_only = encrypted_only
         self._named = url is not None or store is not None
         self._client: Client | None = None
         self._opened: bool = False
@@ -175,7 +178,8 @@ class App:
                     if self._store is None:
                         self._store = open_store(self.url, self.clock)
                         self._opened = True
-                    client = Client(self._store, self.clock, self.background, self.patience, sealer(self._encryption))
+                    sealing = sealer(self._encryption, only=self._encrypted_only)
+                    client = Client(self._store, self.clock, self.background, self.patience, sealing)
                     self._client = client
                     if not self._exits:
                         self._exits = True

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from msgspec import Raw
 
 ENVIRONMENT = "BUQUET_ENCRYPTION_KEYS"
+ONLY = "BUQUET_ENCRYPTED_ONLY"
+"""The environment's switch for the mode that refuses values which are not encrypted."""
 HIDDEN = "(encrypted)"
 """What stands for a text that is encrypted, where people read."""
 KEY_BYTES = 32
@@ -49,7 +51,7 @@ class Sealer(Protocol):
         ...
 
     def can_open(self, key_id: str) -> bool:
-        """Tell whether a value sealed under this key can be opened here; the empty id is that of plain values."""
+        """Tell whether a value sealed under this key may be opened here; the empty id is that of plain values."""
         ...
 
     def seal(self, body: bytes, context: str) -> bytes:
@@ -100,8 +102,14 @@ class Plain:
     def open(self, body: bytes | Raw, context: str) -> bytes | Raw:
         """See Sealer."""
         sealed = _sealed(body)
-        if not sealed:
+        if not sealed and (self.can_open("") or not bytes(body)):
             return body
+        if not sealed:
+            msg = (
+                f"the value {context!r} is not encrypted, and this App takes only encrypted values ({ONLY}). Whoever wrote it "
+                "has no key: submit the task anew with the keys, or turn the mode off"
+            )
+            raise UnreadableRecord(msg)
         key_id, _, text = sealed.partition(".")
         return self._unseal(key_id, text, context)
 
@@ -112,14 +120,14 @@ class Plain:
 class Keyring(Plain):
     """Seals with its first key, and opens with any: so keys are rotated, the new one being put first.
 
-    `keys`: 32 bytes each, in base64. Raises UsageError, which never shows a key.
+    `keys`: 32 bytes each, in base64. `only`: refuse values that are not sealed. Raises UsageError, which never shows a key.
 
     >>> ring = Keyring(["MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="])
     >>> bytes(ring.open(ring.seal(b"[1]", "a task"), "a task"))
     b'[1]'
     """
 
-    def __init__(self, keys: Iterable[str]) -> None:
+    def __init__(self, keys: Iterable[str], *, only: bool = False) -> None:
         try:
             from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - optional, and slow to import
             from cryptography.hazmat.primitives.ciphers.aead import AESSIV  # noqa: PLC0415
@@ -136,6 +144,7 @@ class Keyring(Plain):
             msg = f"encryption needs a key at least: 32 random bytes in base64, as `openssl rand -base64 {KEY_BYTES}` prints them"
             raise UsageError(msg)
         self.key_id = next(iter(self._ciphers))
+        self._only = only
 
     def __repr__(self) -> str:
         """Show the public ids."""
@@ -143,7 +152,7 @@ class Keyring(Plain):
 
     def can_open(self, key_id: str) -> bool:
         """See Sealer."""
-        return not key_id or key_id in self._ciphers
+        return key_id in self._ciphers if key_id else not self._only
 
     def seal(self, body: bytes, context: str) -> bytes:
         """See Sealer."""
@@ -183,9 +192,26 @@ def _derived(key: bytes, what: str) -> bytes:
     return hmac.digest(key, f"buquet {what}".encode(), hashlib.sha512)
 
 
-def sealer(keys: Iterable[str] | str | None) -> Sealer:
-    """Return the sealer for an App's `encryption`: None means the environment's keys, and none at all Plain."""
+def sealer(keys: Iterable[str] | str | None, *, only: bool | None = None) -> Sealer:
+    """Return the sealer for an App's `encryption`: None means the environment's keys, and none at all Plain.
+
+    `only` refuses plain values; None means the environment's BUQUET_ENCRYPTED_ONLY. Raises UsageError for that mode without keys.
+    """
     text = os.environ.get(ENVIRONMENT, "") if keys is None else keys
     each = text.split(",") if isinstance(text, str) else text
     found = [one for one in each if one.strip()]
-    return Keyring(found) if found else Plain()
+    if only is None:
+        only = _switched_on(os.environ.get(ONLY, ""))
+    if found:
+        return Keyring(found, only=only)
+    if only:
+        msg = f"an App that takes only encrypted values needs keys: set {ENVIRONMENT}, or pass encryption=[...]"
+        raise UsageError(msg)
+    return Plain()
+
+
+def _switched_on(text: str) -> bool:
+    if text not in {"", "0", "1"}:
+        msg = f"{ONLY} is 1 (on) or 0 (off), not {text[:20]!r}"
+        raise UsageError(msg)
+    return text == "1"

@@ -631,9 +631,9 @@ async def test_init_keeps_rules_of_others(moto_server):
 
 def test_only_a_prefixs_own_rule_is_replaced():
     there = lifecycle_rules("a", 1) + lifecycle_rules("ab", 1) + lifecycle_rules("a/b", 1) + lifecycle_rules("", 1)
-    assert len({rule["ID"] for rule in there}) == len(there) == 24
+    assert len({rule["ID"] for rule in there}) == len(there) == 28
     now = merged(there, lifecycle_rules("a", 9))
-    assert sorted(rule["NoncurrentVersionExpiration"]["NoncurrentDays"] for rule in now) == [*[1] * 23, 9]
+    assert sorted(rule["NoncurrentVersionExpiration"]["NoncurrentDays"] for rule in now) == [*[1] * 27, 9]
     assert len({lifecycle_rules("long/" * 60 + end, 1)[0]["ID"] for end in "ab"}) == 2
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from buquet import App, Fail, RunFailed, Signal, each, keys, when
+from buquet import App, Fail, RunFailed, Signal, each, keys, sleep, when
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
@@ -14,10 +14,11 @@ KEY = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
 SECRETS = ("argument-s3cret", "constant-s3cret", "result-s3cret", "signal-s3cret", "default-s3cret", "large-s3cret")
 
 
-def test_values_of_a_run_are_sealed_and_it_ends_as_a_plain_one_does():
+@pytest.mark.parametrize("only", [False, True])
+def test_values_of_a_run_are_sealed_and_it_ends_as_a_plain_one_does(only):
     async def main(clock):
         store = MemoryStore(clock)
-        app = App(store=store, clock=clock, encryption=KEY)
+        app = App(store=store, clock=clock, encryption=KEY, encrypted_only=only)
         app.background = Background(clock.loop)
         note = Signal("note", str)
 
@@ -39,7 +40,7 @@ def test_values_of_a_run_are_sealed_and_it_ends_as_a_plain_one_does():
             made = make(argument, "constant-s3cret")
             items = each(item, list(range(20)), pack=3)
             first = note.wait(after=[made])
-            late = note.wait(timeout=5, default="default-s3cret", after=[first])
+            late = note.wait(timeout=5, default="default-s3cret", after=[first, sleep(1, after=[made])])
             return when(made.text == "result-s3cret", then=lambda: join(made, items, first, late))
 
         run = await flow.astart("argument-s3cret")
@@ -228,3 +229,30 @@ def test_a_schedules_arguments_are_sealed_and_its_fires_have_them(caplog):
 
     run_virtual(main)
     assert "is encrypted under key" in caplog.text
+
+
+def test_a_schedule_whose_arguments_are_plain_is_declared_anew_where_only_encrypted_values_are_taken():
+    async def main(clock):
+        store = MemoryStore(clock)
+        seen = []
+
+        def app_with(**options):
+            app = App(store=store, clock=clock, **options)
+            app.background = Background(clock.loop)
+
+            @app.task
+            async def note(text: str) -> None:
+                seen.append(text)
+
+            app.schedule("s", note, every=60, args=("mine",))
+            return app
+
+        plain = app_with(encryption=[])
+        await plain.worker(heartbeat_thread=False, max_time=1).arun()
+        key = keys.schedule("s")
+        await store.put(key, (await store.get(key)).body.replace(b"mine", b"forged"))
+        await app_with(encryption=KEY, encrypted_only=True).worker(heartbeat_thread=False, max_time=200).arun()
+        assert set(seen) == {"mine"}
+        assert b"mine" not in (await store.get(key)).body
+
+    run_virtual(main)

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buquet import App, EncryptionKeyMissing, InvalidArgument, KeyConflict, TaskFailed, UnreadableRecord, UsageError, current
+from buquet import (
+    App,
+    EncryptionKeyMissing,
+    InvalidArgument,
+    KeyConflict,
+    TaskFailed,
+    UnreadableRecord,
+    UsageError,
+    current,
+    keys,
+)
 from buquet.queue.background import Background
 from buquet.sealing import Keyring, Plain, key_id_of, sealer
 from buquet.store.memory import MemoryStore
@@ -26,9 +36,9 @@ def virtual(test):
     return run
 
 
-def make_app(clock, store, encryption):
+def make_app(clock, store, encryption, *, only=False):
     """An App with tasks that take, return, keep and tell a secret."""
-    app = App(store=store, clock=clock, encryption=encryption)
+    app = App(store=store, clock=clock, encryption=encryption, encrypted_only=only)
     app.background = Background(clock.loop)
 
     @app.task
@@ -199,6 +209,42 @@ def test_a_users_value_is_never_taken_for_a_sealed_one():
     assert bytes(ring.open(ring.seal(looks_sealed, "x"), "x")) == looks_sealed
     near = b'{"buquet.sealed":"abc.def","more":1}'
     assert Plain().open(Plain().seal(near, "x"), "x") == near
+
+
+def test_plain_values_are_refused_where_only_encrypted_ones_are_taken(caplog):
+    async def main(clock):
+        store = MemoryStore(clock)
+        app, keyless = make_app(clock, store, [ONE], only=True), make_app(clock, store, [])
+        ours, theirs = await app.tasks["echo"].asubmit(SECRET), await keyless.tasks["echo"].asubmit("from who has no key")
+        swapped = await app.tasks["echo"].asubmit(SECRET)
+        key = keys.task(swapped.id)
+        await store.put(key, json.dumps({**json.loads((await store.get(key)).body), "args": {"text": "forged"}}).encode())
+        await app.worker(heartbeat_thread=False, max_time=300).arun()
+        assert await ours.aresult(timeout=1) == SECRET
+        assert await theirs.astatus() == "pending"
+        with pytest.raises(TaskFailed, match="is not encrypted, and this App takes only encrypted values"):
+            await swapped.aresult(timeout=1)
+        key = keys.task(ours.id)
+        await store.put(key, json.dumps({**json.loads((await store.get(key)).body), "result": "forged"}).encode())
+        with pytest.raises(UnreadableRecord, match="is not encrypted"):
+            await app.tasks["echo"].get(ours.id).aresult(timeout=1)
+        # the mode was turned on too early: without it what waits is run
+        await drain(make_app(clock, store, [ONE]))
+        assert await theirs.astatus() == "completed"
+
+    run_virtual(main)
+    assert sum("takes only encrypted values: they are left" in line for line in caplog.messages) == 1
+
+
+def test_the_mode_without_plain_values_comes_from_the_environment_and_needs_keys(monkeypatch):
+    monkeypatch.setenv("BUQUET_ENCRYPTED_ONLY", "1")
+    assert not sealer([ONE]).can_open("")
+    assert sealer([ONE], only=False).can_open("")
+    with pytest.raises(UsageError, match="needs keys"):
+        sealer([])
+    monkeypatch.setenv("BUQUET_ENCRYPTED_ONLY", "yes")
+    with pytest.raises(UsageError, match=r"is 1 .on. or 0 .off., not 'yes'"):
+        sealer([ONE])
 
 
 @pytest.mark.parametrize("bad", ["hello", "c2hvcnQ=", ONE + "A", "é" * 44])

@@ -10,6 +10,7 @@ from buquet import keys
 from buquet.errors import Refused, StoreError, TaskNotFound
 from buquet.queue import transitions
 from buquet.queue.parent import Later, is_system
+from buquet.queue.payloads import context
 from buquet.records import ErrorInfo, Raw, Task
 from buquet.store.retrying import pause
 
@@ -80,7 +81,8 @@ class Children:
         if ending is None or ending.state == "cancelled":
             return transitions.stop(task, run.token, now)
         if ending.state == "completed":
-            return transitions.complete(task, run.token, Raw(b"null"), "", now)  # its run holds the result
+            nothing = Raw(self.client.sealer.seal(b"null", context(task.id, "result")))  # its run holds the result
+            return transitions.complete(task, run.token, nothing, "", now)
         error = ending.error or ErrorInfo(type="StepFailed", message="its run holds it as failed")
         return transitions.fail(task, run.token, error, now)
 

@@ -10,6 +10,7 @@ from buquet.errors import StoreError, UnreadableRecord
 from buquet.queue import transitions
 from buquet.queue.parent import may_stand_for
 from buquet.records import TERMINAL, Task
+from buquet.sealing import ONLY
 from buquet.worker.reported import Reported
 
 if TYPE_CHECKING:
@@ -145,11 +146,14 @@ class Claimer:
         """Leave a task to a worker that has the key of its arguments; it is met again, in case nobody does."""
         finder.others(found, "")
         finder.set_aside(found.entry.key)
-        self.reported.error(
-            f"key {task.key_id}",
-            f"task {task.id}, and maybe others, is encrypted under key {task.key_id}, which this worker lacks: they are left to "
-            f"workers that have it. Put the key into BUQUET_ENCRYPTION_KEYS here, too",
+        why = (
+            f"is encrypted under key {task.key_id}, which this worker lacks: they are left to workers that have it. Put the key "
+            "into BUQUET_ENCRYPTION_KEYS here, too"
+            if task.key_id
+            else "is not encrypted, and this worker takes only encrypted values: they are left. Cancel those that none of yours "
+            f"submitted; a worker without {ONLY} runs the others"
         )
+        self.reported.error(f"key {task.key_id}", f"task {task.id}, and maybe others, {why}")
 
     async def _claim(self, finder: QueueFinder, found: Found, held: Held[Task]) -> Held[Task] | None:
         token = self.clock.new_op()

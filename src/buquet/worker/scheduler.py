@@ -130,8 +130,11 @@ class Scheduler:
                 held = (await self.register.create(keys.schedule(plan.name), plan.record(now))).held
                 continue
             schedule = held.record
-            opened(self.client, schedule)  # without its key nothing here may take its place
-            todo = self._due(schedule, now)
+            # one that this App refuses as plain fires nothing, and what this code declares takes its place
+            refused = not schedule.template.key_id and not self.client.sealer.can_open("")
+            if not refused:
+                opened(self.client, schedule)  # without its key nothing here may take its place
+            todo = Due([], 0, more=False) if refused else self._due(schedule, now)
             if todo.fires or todo.dropped:
                 held = await self._fire(held, todo, now)
             elif plan.name not in self._declared and not same_spec(schedule, plan.onto(schedule)):

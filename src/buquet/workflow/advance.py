@@ -135,7 +135,7 @@ class _Advance:
             return None
         step = self.graph.steps[event.step]
         if step.kind == "sleep":
-            return self._end(event.step, "done", result=Raw(b"null"))
+            return self._come_to(event.step, None)
         if step.default is None:
             error = ErrorInfo(type="SignalTimeout", message=f"no signal {step.signal!r} came in time")
             self._fail(event.step, error)
@@ -302,11 +302,11 @@ class _Advance:
         if isinstance(value, Fault):
             return self._fault(name, value)
         result = Raw(msgspec.json.encode(value))
-        return (
-            self._fault(name, Fault(f"the default {LOOKS_SEALED}"))
-            if key_id_of(result)
-            else self._end(name, "done", result=result)
-        )
+        if key_id_of(result):
+            return self._fault(name, Fault(f"the default {LOOKS_SEALED}"))
+        ended = self._end(name, "done", result=result)
+        self.values.learn(name, self.run.step(name), value)  # it is not encrypted before it is stored
+        return ended
 
     def _fault(self, name: str, fault: Fault) -> set[str]:
         error = ErrorInfo(type="InvalidPayload", message=fault.reason)

@@ -103,6 +103,10 @@ class Values:
             known = self._known[name] = (record, self._value(name, record))
         return known[1]
 
+    def learn(self, name: str, record: StepRecord, value: Any) -> None:
+        """Take note of what a step came to just now: its record does not hold it as it will be stored."""
+        self._known[name] = (record, value)
+
     def _value(self, name: str, record: StepRecord) -> Any:
         if record.fan is not None:
             pack = self.graph.steps[name].pack

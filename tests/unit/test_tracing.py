@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from buquet import App, current
+from buquet import App, Backoff, Fail, current
 from buquet.queue import tracing
 from buquet.queue.background import Background
 from buquet.records import Task
@@ -182,6 +182,54 @@ def test_every_line_of_a_tasks_code_carries_the_task_whoever_logs_it():
     assert ids[own.task] == "async 2"
     line = json.loads(JsonLines().format(own))
     assert (line["task"], line["task_name"], line["attempt"], line["level"]) == (own.task, "also", 1, "warning")
+
+
+def test_the_log_tells_where_a_handler_failed(caplog):
+    app = App("memory:")
+
+    def deep(n):
+        raise ValueError("x" * 20_000 if n else "no luck")
+
+    @app.task(max_attempts=2, backoff=Backoff(initial=0))
+    def sync(n: int) -> None:
+        deep(n)
+
+    @app.task(max_attempts=1)
+    async def also() -> None:
+        raise Fail("not at all") from KeyError("cause")
+
+    @app.task(max_attempts=1)
+    def item(n: int) -> None:
+        deep(n)
+
+    @app.task
+    def lies() -> int:
+        return "text"
+
+    with in_memory(app):
+        sync.submit(0)
+        also.submit()
+        item.batch([0, 1])
+        lies.submit()
+        run_until_idle(app)
+    lines = [record for record in caplog.records if record.name == "buquet.task" and " failed" in record.getMessage()]
+    told = {record.getMessage().partition("(")[2].partition(":")[0]: record for record in lines}
+    assert len(told) == 7
+    for start in ("sync) attempt 1", "sync) attempt 2", "item) item 0", "item) item 1"):
+        record = next(record for text, record in told.items() if text.startswith(start))
+        record.exc_text = None  # what pytest's own formatter has put there
+        text = TextLines().format(record)
+        assert len(text) < 11_000
+        assert (
+            json.loads(JsonLines().format(record))["traceback"].rstrip().endswith("no luck" if "item 1" not in start else "xxx")
+        )
+        if "item 1" not in start:
+            assert "in deep" in text
+            assert "worker" not in text, "our own frames are left out"
+    (fail,) = (record for text, record in told.items() if text.startswith("also"))
+    assert "KeyError: 'cause'" in TextLines().format(fail)
+    (plain,) = (record for text, record in told.items() if text.startswith("lies"))
+    assert plain.exc_info is None
 
 
 def test_a_line_of_text_names_the_task_once():

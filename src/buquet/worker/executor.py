@@ -29,7 +29,7 @@ from buquet.queue.background import running_loop
 from buquet.queue.payloads import Values
 from buquet.records import TERMINAL, Progress, Task
 from buquet.store.retrying import pause
-from buquet.worker.failures import AttemptTimeout, TaskLogger, describe, exit_of
+from buquet.worker.failures import AttemptTimeout, TaskLogger, describe, exit_of, raised
 from buquet.worker.pack import PackRunner
 from buquet.worker.permits import Permits
 from buquet.worker.session import Listing
@@ -341,7 +341,8 @@ class Executor:
             return lambda task: transitions.stop(task, run.token, self.now())
         self.keeper.failed += 1
         info = describe(error, trace=trace)
-        log.error("task %s (%s) failed for good: %s: %s", run.listing.task, run.listing.name, info.type, info.message)
+        text = "task %s (%s) failed for good: %s: %s"
+        log.error(text, run.listing.task, run.listing.name, info.type, info.message, exc_info=raised(error))
         info = self.values.hide(run.listing.task, info)
         return lambda task: transitions.fail(task, run.token, info, self.now())
 
@@ -362,6 +363,7 @@ class Executor:
             "for good" if last else f"next in {wait / 1000:.1f} s",
             info.type,
             info.message,
+            exc_info=raised(error),
         )
         info = self.values.hide(run.listing.task, info)
         return lambda task: transitions.retry(task, run.token, info, self.now() + wait, self.now())

@@ -6,6 +6,7 @@ import logging
 import traceback
 from typing import Any
 
+from buquet.errors import Fail, InvalidPayload, InvalidResult, UnreadableRecord, UsageError
 from buquet.printing import encodable
 from buquet.records import ErrorInfo
 
@@ -46,6 +47,13 @@ def describe(error: BaseException, *, trace: bool) -> ErrorInfo:
     return ErrorInfo(
         type=name[:200], message=encodable(_text(error))[:2000], traceback=encodable(trace_of(error)) if trace else ""
     )
+
+
+def raised(error: BaseException) -> tuple[type[BaseException], BaseException, Any] | None:
+    """Return an error as `exc_info` of a log's line, with the traceback from the handler on; None where the text says all."""
+    if isinstance(error, Fail | InvalidPayload | InvalidResult | UnreadableRecord | UsageError) and error.__cause__ is None:
+        return None
+    return type(error), error, _from_handler(error.__traceback__)
 
 
 def trace_of(error: BaseException) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from buquet.printing import encodable, indented, json_line, printable
+from buquet.worker.failures import LONGEST_TRACE
 
 if TYPE_CHECKING:
     from buquet.records import Task
@@ -35,7 +36,13 @@ class TaskFields(logging.Filter):
         return True
 
 
-class TextLines(logging.Formatter):
+class _Lines(logging.Formatter):
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
+        """Return a traceback, of a long one the end."""
+        return super().formatException(ei)[-LONGEST_TRACE:]
+
+
+class TextLines(_Lines):
     """Readable lines. One that a task's code logs begins with the task, unless its text names it already."""
 
     def __init__(self) -> None:
@@ -57,7 +64,7 @@ class TextLines(logging.Formatter):
         return indented(super().format(record))
 
 
-class JsonLines(logging.Formatter):
+class JsonLines(_Lines):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -16,7 +16,7 @@ from buquet.errors import Fail, InvalidPayload, InvalidResult, Snooze, StoreErro
 from buquet.queue import transitions
 from buquet.queue.attempt import Attempt
 from buquet.records import ABSENT, ErrorInfo, Progress, Task
-from buquet.worker.failures import TaskLogger, describe
+from buquet.worker.failures import TaskLogger, describe, raised
 from buquet.worker.lanes import AsyncLane, ThreadLane
 from buquet.worker.ledger import Ledger
 
@@ -184,7 +184,8 @@ class PackRunner:
         if self._logged <= LOGGED:
             what = "for good" if final else f"next in {wait:.1f} s"
             text = "task %s (%s) item %d attempt %d failed, %s: %s: %s"
-            log.warning(text, self.task.id, self.task.name, index, failures, what, info.type, info.message)
+            values = self.task.id, self.task.name, index, failures, what, info.type, info.message
+            log.warning(text, *values, exc_info=raised(error))
 
     # ------------------------------------------------------------------ checkpoints
 

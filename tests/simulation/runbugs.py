@@ -78,7 +78,7 @@ async def race_not_run_again(self, run_id, queue, taken):
             run = await self._after(held.record, plan, [event for event, _ in taken], values)
             break
         except Missing as missing:
-            await self.fetch(values, missing)
+            await self.fetch(missing)
     if run is not held.record:
         await self.register.update(held, run)
     return Known(run, plan, values)

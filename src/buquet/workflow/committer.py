@@ -128,8 +128,9 @@ class Committer:
             return before
         return Values(plan.graph, self._payloads, lambda what, body: self.at_rest.open_of_run(run_id, what, body))
 
-    async def fetch(self, values: Values, missing: Missing) -> None:
+    async def fetch(self, missing: Missing) -> None:
         """Fetch payloads, so that what needs them can be computed again. Raises UnreadableRecord when one is gone."""
+        values = missing.values
         async with values.fetching:  # the follow-ups of one event miss the same payloads
             absent = missing.keys - values.payloads.keys()
             for key, body in zip(absent, await asyncio.gather(*map(self._payload, absent)), strict=True):
@@ -225,7 +226,7 @@ class Committer:
             try:
                 run = await self._after(held.record, plan, [event for event, _ in taken], values)
             except Missing as missing:
-                await self.fetch(values, missing)
+                await self.fetch(missing)
                 continue
             if run is held.record:
                 if fresh:

@@ -297,4 +297,4 @@ class Engine:
             try:
                 return arguments(run, follow, plan, values)
             except Missing as missing:
-                await self.committer.fetch(values, missing)
+                await self.committer.fetch(missing)

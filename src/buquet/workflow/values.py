@@ -25,11 +25,12 @@ T = TypeVar("T")
 
 
 class Missing(Exception):
-    """Values lie in payload objects that are not at hand. `keys` names them."""
+    """Values lie in payload objects that are not at hand. `keys` names them, and `values` is what they are needed in."""
 
-    def __init__(self, keys: set[str]) -> None:
+    def __init__(self, keys: set[str], values: Values) -> None:
         super().__init__(f"{len(keys)} payloads are to be fetched first")
         self.keys = keys
+        self.values = values
 
 
 class _Entry(msgspec.Struct):
@@ -150,7 +151,7 @@ class Values:
                 else:
                     self.payloads[key] = body
         if absent:
-            raise Missing(absent)
+            raise Missing(absent, self)
 
 
 def _read(body: bytes | Raw, what: str, decoder: msgspec.json.Decoder[T]) -> T:

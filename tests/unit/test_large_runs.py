@@ -5,14 +5,14 @@ from collections import Counter
 
 import pytest
 
-from buquet import App, Refused, RunCancelled, Signal, each, keys
+from buquet import App, Refused, RunCancelled, RunFailed, Signal, each, keys
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
 from buquet.workflow import committer, limits
 from buquet.workflow.advance import advance
 from buquet.workflow.event import Event
-from buquet.workflow.expression import Const, Raw
+from buquet.workflow.expression import Const, Fault, Items, Raw, Ref, check_size
 from buquet.workflow.graph import Graph, Step
 from buquet.workflow.plan import Plan
 from buquet.workflow.records import RunRecord
@@ -224,3 +224,50 @@ def test_the_start_of_a_thousand_steps_walks_through_them_once():
     assert len(after.steps) == 1000
     assert run.steps == {}
     assert plan.first.walks == 1
+
+
+def test_arguments_and_results_that_repeat_large_values_too_often_fail_their_step_and_run(monkeypatch):
+    monkeypatch.setattr(keys, "LARGEST", 1_000_000)
+
+    async def main(clock):
+        app = an_app(clock)
+
+        @app.task
+        async def large() -> str:
+            return "x" * 15_000
+
+        @app.task
+        async def parts(texts: list[str]) -> int:
+            return len(texts)
+
+        @app.workflow
+        def wide(times: int) -> int:
+            return parts([large()] * times)
+
+        @app.workflow
+        def output(times: int) -> dict[str, list[str]]:
+            return {"a": [large()] * times}
+
+        runs = [await wide.astart(70), await output.astart(70), await wide.astart(60)]
+        await app.worker(heartbeat_thread=False, drain=True).arun()
+        with pytest.raises(RunFailed, match="step 'parts' failed: InvalidPayload: a value has at most 1,000,000 bytes"):
+            await runs[0].aresult(timeout=1)
+        with pytest.raises(RunFailed, match="the run's result has no value: a value has at most 1,000,000 bytes"):
+            await runs[1].aresult(timeout=1)
+        assert await runs[2].aresult(timeout=1) == 60
+
+    run_virtual(main)
+
+
+def test_a_value_that_doubles_at_each_level_is_measured_without_being_written():
+    value = expr = Ref("a")
+    for _ in range(12):
+        expr, value = Items((expr, expr)), [value, value]
+    text = ["x" * 10_000]
+
+    def filled(part):
+        return [filled(part[0])] * 2 if isinstance(part, list) else text
+
+    assert check_size(expr, filled(value)) == filled(value)
+    large = filled([value] * 2)
+    assert isinstance(check_size(Items((expr, expr)), large), Fault)

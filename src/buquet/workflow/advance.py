@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from buquet.records import ErrorInfo
 from buquet.sealing import key_id_of
 from buquet.workflow import ranges
-from buquet.workflow.expression import PENDING, SKIPPED, Fault, is_mark, no_condition, show, strongest
+from buquet.workflow.expression import PENDING, SKIPPED, Fault, check_size, is_mark, no_condition, show, strongest
 from buquet.workflow.limits import kept_errors, takes_no_more
 from buquet.workflow.records import OVER, Fan, ItemError, RunRecord, Sent, StepRecord
 from buquet.workflow.reopening import again, well_ended
@@ -259,7 +259,7 @@ class _Advance:
                 return self._fault(name, found if isinstance(found, Fault) else no_condition(found))
         if any(self.values.of(self.run, each) is PENDING for each in step.after):
             return set()
-        inputs = [self.values.of(self.run, each) for each in self.plan.inputs[name]]
+        inputs = [check_size(each, self.values.of(self.run, each)) for each in self.plan.inputs[name]]
         mark = strongest(inputs)
         if mark is SKIPPED:
             return self._end(name, "skipped")
@@ -327,7 +327,7 @@ class _Advance:
             self.run = replace(self.run, state="failing", error=told)
 
     def _complete(self) -> None:
-        value = self.values.of(self.run, self.graph.output)
+        value = check_size(self.graph.output, self.values.of(self.run, self.graph.output))
         if isinstance(value, Fault):
             self._fail_whole(f"the run's result has no value: {value.reason}")
             return

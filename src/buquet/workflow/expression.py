@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, Union, cast
 import msgspec
 from msgspec import Raw
 
+from buquet import keys
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -121,6 +123,8 @@ LOGIC: dict[str, Any] = {
 }
 MOST_NODES = 10_000
 """How large an expression may be: at every event of its run it may be worked out again."""
+FEW = 8
+"""Parts of an expression that cannot repeat large values often enough to use up a worker's memory."""
 _LARGEST = 1 << 20
 """What arithmetic comes to has at most so many characters or items: a graph is data, and may come from anywhere."""
 
@@ -153,6 +157,34 @@ def evaluate(expr: Expr, lookup: Lookup) -> Any:
             return no_condition(condition)
         return evaluate(expr.then if condition else expr.otherwise, lookup)
     return _apply(expr, [evaluate(each, lookup) for each in expr.args])
+
+
+def check_size(expr: Expr, value: Any) -> Any:
+    """Return what an expression came to, or a Fault where its JSON would be too large: what is used twice stands in it twice.
+
+    It is measured without being written, each value that is used many times once.
+    """
+    if expr.size <= FEW or is_mark(value):
+        return value
+    sizes: dict[int, int] = {}
+    left = 2 * MOST_NODES
+
+    def measure(part: Any) -> int:
+        nonlocal left
+        known = sizes.get(key := id(part))
+        if known is None:
+            if left and isinstance(part, list | dict):
+                left -= 1
+                inner = cast("list[Any]", part) if isinstance(part, list) else cast("dict[str, Any]", part).values()
+                known = sum(measure(each) + 1 for each in inner)
+            else:
+                known = len(msgspec.json.encode(part))
+            sizes[key] = known
+        return known
+
+    if measure(value) > keys.LARGEST:
+        return Fault(f"a value has at most {keys.LARGEST:,} bytes as JSON, and this would have more: it repeats large ones")
+    return value
 
 
 def no_condition(value: Any) -> Fault:

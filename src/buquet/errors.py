@@ -177,7 +177,15 @@ class TaskCancelled(TaskError):
 
 
 class RunFailed(TaskFailed):
-    """A run of a workflow failed. ``task_id`` is the run's id, ``error`` names the step and why."""
+    """A run of a workflow failed. ``task_id`` is the run's id, ``error`` names the step and why.
+
+    ``step`` is the step's name, empty where no step failed, ``traceback`` where its error was raised, and ``__cause__`` the error
+    of its task: TaskFailed; BatchFailed, with the failed items, for a pack of an `each`; SignalTimeout for a wait.
+    """
+
+    def __init__(self, message: str, task_id: str = "", *, error: str = "", traceback: str = "", step: str = "") -> None:
+        super().__init__(message, task_id, error=error, traceback=traceback)
+        self.step = step
 
 
 class SignalTimeout(TaskFailed):

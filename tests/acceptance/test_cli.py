@@ -180,6 +180,22 @@ def test_a_damaged_value_is_told_and_the_rest_is_shown(shell):
         assert f"the args of task {bad} cannot be read" in told.stderr
 
 
+def test_a_pack_that_failed_shows_its_failed_items_and_where_they_broke(shell):
+    code = "from tasks import breaks; print(breaks.batch(['a', 'b']).task_ids[0])"
+    pack = subprocess.run(
+        [sys.executable, "-c", code], cwd=shell.folder, env=shell.env, stdout=subprocess.PIPE, check=True, text=True
+    )
+    task_id = pack.stdout.strip()
+    shell.run("worker", "tasks:app", "--drain")
+    shown = shell.run("get", task_id).stdout
+    assert "2 of 2 items have failed:\n" in shown
+    assert '  item 0, "a": ValueError: it is broken\n' in shown
+    assert shown.count('raise ValueError("it is broken")') == 2
+    assert '"done"' not in shown, "no ranges"
+    items = shell.json("get", task_id)["failed_items"]
+    assert [(each["index"], each["item"], each["attempts"]) for each in items] == [(0, "a", 1), (1, "b", 1)]
+
+
 def test_the_log_for_programs(shell):
     shell.run("submit", "tasks:app", "breaks")
     lines = [json.loads(line) for line in shell.run("worker", "tasks:app", "--drain", "--json").stdout.splitlines()]

@@ -126,6 +126,17 @@ def test_what_comes_from_a_task_is_escaped_on_every_page(app: App) -> None:
     assert shown >= 6, "it is shown"
 
 
+def test_a_pack_shows_its_failed_items_and_where_they_broke(app: App) -> None:
+    batch = app.tasks[HOSTILE].batch([HOSTILE, "two"])
+    run_until_idle(app)
+    text = Browser(app).get(f"/tasks/{batch.task_ids[0]}").text
+    assert "2 of 2 items have failed" in text
+    assert "<summary>item 1: RuntimeError: two</summary>" in text
+    assert text.count("raise RuntimeError(value)") == 2
+    assert "<script>alert" not in text
+    assert "Checkpoint" not in text, "its ranges say less"
+
+
 @pytest.mark.parametrize("at", [10**15, 10**400, -(10**17)], ids=["a little", "far", "before"])
 def test_a_time_that_none_can_be_hides_no_page(app: App, at: int) -> None:
     task_id = waiting(app)

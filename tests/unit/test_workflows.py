@@ -9,6 +9,7 @@ import pytest
 
 from buquet import (
     App,
+    BatchFailed,
     Fail,
     InvalidArgument,
     KeyConflict,
@@ -17,6 +18,8 @@ from buquet import (
     RunFailed,
     RunNotFound,
     Signal,
+    SignalTimeout,
+    TaskFailed,
     UnreadableRecord,
     each,
     keys,
@@ -546,3 +549,45 @@ def test_a_step_that_never_began_is_stopped_once_its_run_is_over():
     assert [step.status for step in run.steps()] == ["waiting", "waiting"]
     run_until_idle(app)
     assert [step.status for step in run.steps()] == ["failed", "stopped"]
+
+
+def failing():
+    """Return what a run raises that has failed by its step `breaks`."""
+
+    @app.task(max_attempts=1)
+    async def breaks(n: int) -> int:
+        if n:
+            raise ValueError(f"{n} breaks")
+        return n
+
+    return breaks
+
+
+@pytest.mark.parametrize("pack", [None, 0, 2])
+def test_a_failed_run_says_by_which_step_why_and_where(pack):
+    app.tasks.pop("breaks", None)
+    breaks = failing()
+    run = as_run(lambda: inc(breaks(1)) if pack is None else each(breaks, [0, 0, 0, 3, 4], pack=pack))
+    with pytest.raises(RunFailed) as caught:
+        run.result(timeout=5)
+    error, cause = caught.value, caught.value.__cause__
+    assert (error.step, error.task_id) == ("breaks", run.id)
+    assert "raise ValueError(f" in error.traceback
+    assert isinstance(cause, BatchFailed if pack else TaskFailed)
+    assert "raise ValueError(f" in "".join(cause.__notes__)
+    if pack:
+        assert [(each.index, each.item, each.error) for each in cause.failed] == [(3, 3, "ValueError: 3 breaks")]
+    else:
+        assert cause.error == f"ValueError: {1 if pack is None else 3} breaks"
+        assert cause.task_id in {step.task_id for step in run.steps()} or pack == 0
+
+
+def test_a_failed_run_whose_step_has_no_task_says_so_too():
+    run = as_run(lambda: inc(number.wait(timeout=0.01)))
+    with pytest.raises(RunFailed) as caught:
+        run.result(timeout=5)
+    assert (caught.value.step, type(caught.value.__cause__)) == ("number", SignalTimeout)
+    run = as_run(no_output, 3)
+    with pytest.raises(RunFailed, match="has no value") as caught:
+        run.result(timeout=5)
+    assert (caught.value.step, caught.value.traceback, caught.value.__cause__) == ("", "", None)

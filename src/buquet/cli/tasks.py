@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -14,6 +15,7 @@ from buquet.codec import AGAIN, ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, InvalidArgument, UnreadableRecord, UsageError
 from buquet.insights.scan import Scan
 from buquet.insights.tasks import find, status_of
+from buquet.insights.taskview import failed_in_pack
 from buquet.printing import indented, printable
 from buquet.queue.client import Client
 from buquet.queue.handle import ending
@@ -21,9 +23,14 @@ from buquet.records import ABSENT, Progress, Task
 from buquet.sealing import HIDDEN
 from buquet.workflow.carriers import START
 
+if TYPE_CHECKING:
+    from buquet.errors import FailedItem
+
 Id = Annotated[str, typer.Argument(metavar="ID", help="A task's id.")]
 SHOWN = 2000
 """Characters of a value that people are shown; --json gives all of it."""
+SHOWN_ITEMS = 20
+"""Failed items of a pack that people are shown."""
 
 
 @cli.command()
@@ -82,12 +89,16 @@ def get(task_id: Id, url: Url = None, json: Json = False) -> None:
     app = open_app(url)
 
     async def work() -> None:
-        task = await _with_values(app.client, (await app.client.read(task_id)).record)
+        record = (await app.client.read(task_id)).record
+        failed = await failed_in_pack(app.client, record)
+        task = await _with_values(app.client, record)
         progress = await app.client.progress(task)
         if json:
-            print_json(_plain(task) | {"progress": msgspec.to_builtins(progress)})
+            items = {"failed_items": [asdict(each) for each in failed]} if task.pack else {}
+            print_json(_plain(task) | {"progress": msgspec.to_builtins(progress)} | items)
         else:
             _show(task, progress)
+            _show_items(task, failed)
             if task.name == START:
                 to_stderr(f"it starts a run of workflow {task.step!r}: `buquet run get {task.run}` shows that")
 
@@ -146,13 +157,25 @@ def _show(task: Task, progress: Progress | None) -> None:
         ("worker", task.worker if task.state == "running" else ""),
         ("cancel", "requested" if task.cancel_requested and task.state == "running" else ""),
         ("arguments", short(task.args, task.args_at)),
-        ("checkpoint", short(task.checkpoint, task.checkpoint_at)),
+        ("checkpoint", "" if task.pack else short(task.checkpoint, task.checkpoint_at)),
         ("result", short(task.result, task.result_at)),
         ("error", f"{task.error.type}: {task.error.message}" if task.error else ""),
     ]
     print_table(("field", "value"), [*rows, *(row for row in optional if row[1])])
     if task.error and task.error.traceback:
         print(f"    {indented(task.error.traceback.rstrip())}")
+
+
+def _show_items(task: Task, failed: list[FailedItem]) -> None:
+    """Print the items of a pack that failed, with their tracebacks where there are."""
+    if failed:
+        print(f"{len(failed):,} of {task.pack:,} items have failed:")
+    for each in failed[:SHOWN_ITEMS]:
+        print(f"  item {each.index}, {short(msgspec.json.encode(each.item))}: {printable(each.error)}")
+        if each.traceback:
+            print(f"    {indented(each.traceback.rstrip())}")
+    if len(failed) > SHOWN_ITEMS:
+        print(f"  and {len(failed) - SHOWN_ITEMS:,} more: --json shows all")
 
 
 @cli.command()

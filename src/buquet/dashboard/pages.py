@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -89,13 +90,16 @@ async def task(board: Board, request: Request) -> Response:
     held = await board.feed.task(task_id)
     record = held.record
     claim = next((claim for each in board.feed.workers.records.values() for claim in each.claims if claim.task == task_id), None)
+    client = board.app.client
+    values, failed = await asyncio.gather(taskview.values(client, record), taskview.failed_in_pack(client, record))
     return board.page(
         request,
         "task.html",
         topic=f"task:{task_id}",
         task=record,
         shown_as=status_of(record),
-        values=await taskview.values(board.app.client, record),
+        values=values,
+        failed=failed,
         progress=claim.progress if claim and record.state == "running" else None,
         has_versions=bool(record.prev),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,12 +12,14 @@ import msgspec
 
 from buquet.errors import EncryptionKeyMissing, StoreError, UnreadableRecord
 from buquet.insights.pace import ANSWER
+from buquet.queue.batch import failed_items
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from msgspec import Raw
 
+    from buquet.errors import FailedItem
     from buquet.queue.client import Client
     from buquet.records import Task
     from buquet.store.register import Held
@@ -62,6 +65,14 @@ async def values(client: Client, task: Task) -> dict[str, Value]:
         ("result", task.result_at or bytes(task.result), client.values.result),
     )
     return await _read({name: get(task) for name, there, get in wanted if there})
+
+
+async def failed_in_pack(client: Client, task: Task) -> list[FailedItem]:
+    """Return the items of a pack that have failed; none where that cannot be read, which `values` tells of the checkpoint."""
+    with suppress(EncryptionKeyMissing, UnreadableRecord, StoreError, TimeoutError):
+        async with asyncio.timeout(ANSWER):
+            return await failed_items(client, task) if task.pack and task.state != "completed" else []
+    return []
 
 
 async def run_values(client: Client, run: RunRecord) -> dict[str, Value]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from buquet.codec import Signature
+    from buquet.queue.client import Client
     from buquet.queue.handle import Home
 
 R_co = TypeVar("R_co", covariant=True)
@@ -104,7 +105,7 @@ class Batch(Generic[R_co]):
             if task.state != "completed":
                 return await self._unwell(task)
             body = await self._home.client.value_of(task)
-            results = decode_stored(_results, body, f"the results of {self._pack(task)}", AGAIN).results
+            results = decode_stored(_results, body, f"the results of {_pack(task, self._of)}", AGAIN).results
             return [self._signature.decode_result(each) for each in results]
 
         outcomes = await self._each(outcome)
@@ -135,7 +136,7 @@ class Batch(Generic[R_co]):
             task = await self._read(index)
             if task.state == "completed":
                 return task.pack, 0, 0
-            state = await self._state(task)
+            state = await _state_of(self._home.client, task, self._of)
             done = sum(end - start for start, end in state.done)
             failed = task.pack - done if task.state in TERMINAL else len(state.failed)
             return done, failed, task.pack - done - failed
@@ -192,8 +193,9 @@ class Batch(Generic[R_co]):
 
     # ------------------------------------------------------------------ packs
 
-    def _pack(self, task: Task) -> str:
-        return f"task {task.id}, a pack of batch {self.id},"
+    @property
+    def _of(self) -> str:
+        return f"batch {self.id}"
 
     async def _each(self, work: Callable[[int], Awaitable[T]]) -> list[T]:
         """Do something for each pack, a few side by side; the answers come in their order."""
@@ -220,43 +222,11 @@ class Batch(Generic[R_co]):
             raise ending(task)
         return task
 
-    async def _state(self, task: Task) -> PackState:
-        """Return what is stored of a pack's items; nothing of failures that a redrive has put behind."""
-        for _ in range(3):
-            if not bytes(task.checkpoint) and not task.checkpoint_at:
-                return PackState(started=task.started)
-            try:
-                body = await self._home.client.values.checkpoint(task)
-            except UnreadableRecord:  # the pack has stored a later one, and removed this
-                task = (await self._home.client.read(task.id)).record
-                continue
-            state = decode_stored(_state, body, f"what became of the items of {self._pack(task)}", AGAIN)
-            return state if state.started == task.started else replace(state, started=task.started, failed=[], waiting=[])
-        return PackState(started=task.started)
-
     async def _unwell(self, task: Task) -> _Unwell:
         """Return the failed items of a pack that is not completed."""
-        task = self._home.client.values.shown(task)
         if task.state == "pruned":
             raise ending(task)
-        state = await self._state(task)
-        stored = {each.index: each for each in state.failed}
-        items: list[msgspec.Raw] = []
-        if stored or task.state in TERMINAL:
-            items = decode_stored(
-                _items, await self._home.client.values.args(task), f"the items of {self._pack(task)}", AGAIN
-            ).items
-        failed = [
-            FailedItem(at, decode_any(items[at]), f"{each.type}: {each.message}", each.traceback, each.attempts, task.id)
-            for at, each in stored.items()
-        ]
-        if task.state in TERMINAL:
-            error = task.error if task.state == "failed" else None
-            why = f"{error.type}: {error.message}" if error else f"{task.state} with its pack"
-            done = {at for start, end in state.done for at in range(start, end)}
-            rest = [at for at in range(task.pack) if at not in done and at not in stored]
-            failed += [FailedItem(at, decode_any(items[at]), why, task_id=task.id) for at in rest]
-        return _Unwell(task.pack, sorted(failed, key=lambda each: each.index))
+        return _Unwell(task.pack, await failed_items(self._home.client, task, self._of))
 
     def _failure(self, failed: list[FailedItem]) -> BatchFailed:
         shown = "; ".join(f"item {each.index}: {each.error[:200]}" for each in failed[:3])
@@ -266,6 +236,51 @@ class Batch(Generic[R_co]):
             "`.failed` lists them; redrive() runs them again"
         )
         return BatchFailed(msg, failed[0].task_id, failed=failed)
+
+
+def _pack(task: Task, of: str) -> str:
+    return f"task {task.id}, a pack of {of or (f'run {task.run}' if task.run else f'batch {task.batch}')},"
+
+
+async def failed_items(client: Client, task: Task, of: str = "") -> list[FailedItem]:
+    """Return the items of a pack that have failed, by their places in it; once it has ended, all that have no result.
+
+    `of` says in errors what it is a pack of.
+
+    Raises UnreadableRecord, EncryptionKeyMissing.
+    """
+    task = client.values.shown(task)
+    state = await _state_of(client, task, of)
+    stored = {each.index: each for each in state.failed}
+    items: list[msgspec.Raw] = []
+    if stored or task.state in TERMINAL:
+        items = decode_stored(_items, await client.values.args(task), f"the items of {_pack(task, of)}", AGAIN).items
+    failed = [
+        FailedItem(at, decode_any(items[at]), f"{each.type}: {each.message}", each.traceback, each.attempts, task.id)
+        for at, each in stored.items()
+    ]
+    if task.state in TERMINAL:
+        error = task.error if task.state == "failed" else None
+        why = f"{error.type}: {error.message}" if error else f"{task.state} with its pack"
+        done = {at for start, end in state.done for at in range(start, end)}
+        rest = [at for at in range(task.pack) if at not in done and at not in stored]
+        failed += [FailedItem(at, decode_any(items[at]), why, task_id=task.id) for at in rest]
+    return sorted(failed, key=lambda each: each.index)
+
+
+async def _state_of(client: Client, task: Task, of: str) -> PackState:
+    """Return what is stored of a pack's items; nothing of failures that a redrive has put behind."""
+    for _ in range(3):
+        if not bytes(task.checkpoint) and not task.checkpoint_at:
+            return PackState(started=task.started)
+        try:
+            body = await client.values.checkpoint(task)
+        except UnreadableRecord:  # the pack has stored a later one, and removed this
+            task = (await client.read(task.id)).record
+            continue
+        state = decode_stored(_state, body, f"what became of the items of {_pack(task, of)}", AGAIN)
+        return state if state.started == task.started else replace(state, started=task.started, failed=[], waiting=[])
+    return PackState(started=task.started)
 
 
 class _Unwell(NamedTuple):

@@ -20,7 +20,7 @@ from buquet.workflow import ranges
 from buquet.workflow.expression import PENDING, SKIPPED, Fault, check_size, is_mark, no_condition, show, strongest
 from buquet.workflow.limits import kept_errors, takes_no_more
 from buquet.workflow.records import OVER, Fan, ItemError, RunRecord, Sent, StepRecord
-from buquet.workflow.reopening import again, well_ended
+from buquet.workflow.reopening import again, opened, well_ended
 from buquet.workflow.values import kept
 
 if TYPE_CHECKING:
@@ -201,9 +201,7 @@ class _Advance:
             return None
         self._apply()
         todo = again(run, self.plan)
-        self.run = replace(
-            self.run, state="running", gen=run.gen + 1, unwinding=False, paused=False, error=None, finished=0, by=event.id
-        )
+        self.run = opened(self.run, event.id)
         for name in sorted(
             todo.steps, key=lambda name: (-run.step(name).order, name)
         ):  # signals go back in the order in which they came
@@ -324,7 +322,7 @@ class _Advance:
     def _fail(self, name: str, error: ErrorInfo) -> None:
         if self.run.state == "running":
             told = ErrorInfo(type=error.type, message=f"step {name!r} failed: {error.type}: {error.message}"[:2000])
-            self.run = replace(self.run, state="failing", error=told)
+            self.run = replace(self.run, state="failing", error=told, failed=name)
 
     def _complete(self) -> None:
         value = check_size(self.graph.output, self.values.of(self.run, self.graph.output))

@@ -9,9 +9,10 @@ import msgspec
 
 from buquet import keys
 from buquet.codec import ANY, decode_stored
-from buquet.errors import EncryptionKeyMissing, InvalidPayload, RunCancelled, RunFailed, TaskNotFound, UnreadableRecord
+from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord
 from buquet.queue.attempt import inside_handler
 from buquet.workflow import ranges, sending
+from buquet.workflow.failure import run_ending
 from buquet.workflow.graph import RESTORE
 from buquet.workflow.hiding import shown
 from buquet.workflow.records import OVER, RunRecord
@@ -189,7 +190,7 @@ class Run(Generic[R_co]):
         )
         run = held.record
         if run.state != "completed":
-            raise run_ending(shown(run, client.values))
+            raise await run_ending(client, shown(run, client.values))
         body = await client.values.get_of_run(self.id, "result", run.output, run.output_at)
         if self._signature is None:
             return cast("R_co", decode_stored(ANY, body, f"the result of run {self.id} ({run.workflow})", RESTORE))
@@ -285,20 +286,6 @@ async def _shown(client: Client, run: RunRecord, signal: _Signal, *, inline: boo
         sender=signal.sender,
         sent=signal.sent,
         task_id=signal.event,
-    )
-
-
-def run_ending(run: RunRecord) -> Exception:
-    """Return the error that tells how a run ended, other than well."""
-    what = f"run {run.id} ({run.workflow})"
-    if run.state == "pruned":
-        return TaskNotFound(f"{what} was pruned: its result is gone")
-    again = f"`buquet run retry {run.id}` goes on with it"
-    if run.state == "cancelled":
-        return RunCancelled(f"{what} was cancelled. {again}", run.id)
-    reason = run.error.message if run.error else "no reason was recorded"
-    return RunFailed(
-        f"{what} failed: {reason}. {again}", run.id, error=reason, traceback=run.error.traceback if run.error else ""
     )
 
 

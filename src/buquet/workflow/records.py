@@ -150,6 +150,8 @@ class RunRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
     by: str = ""
     """The event that ended it, or opened it again."""
     error: ErrorInfo | None = None
+    failed: str = ""
+    """The step by which it failed."""
     output: Raw = ABSENT
     output_at: PayloadKey = ""
 

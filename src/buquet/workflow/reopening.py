@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from msgspec.structs import replace
+
 from buquet.workflow import ranges
 from buquet.workflow.expression import steps_of
 from buquet.workflow.records import Fan
@@ -25,6 +27,12 @@ class Again(NamedTuple):
     """Those without a good outcome of their own; the others take the value of one that runs again."""
     asked: set[str]
     """Waits whose signal is not put back: its value did not fit, so another one is waited for."""
+
+
+def opened(run: RunRecord, by: str) -> RunRecord:
+    """Return a run that is over as one that goes on under the next generation."""
+    fresh = replace(run, unwinding=False, paused=False, error=None, failed="", finished=0)
+    return replace(fresh, state="running", gen=run.gen + 1, by=by)
 
 
 def again(run: RunRecord, plan: Plan) -> Again:

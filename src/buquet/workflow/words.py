@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta  # noqa: TC003 - the types of `wait` are resolved where it is itself a workflow
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, TypeVar, cast, overload
 
 from buquet import keys
@@ -29,7 +30,6 @@ from buquet.workflow.tracing import after_of, check_task, choose, current_trace,
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator
-    from datetime import timedelta
 
     from buquet.queue.handle import Home
     from buquet.queue.task import AsyncTaskFunction, BaseTask, TaskFunction

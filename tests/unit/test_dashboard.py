@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.datastructures import URL
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
@@ -182,6 +185,183 @@ def test_a_queue_that_none_can_be_called_hides_no_page(app: App) -> None:
     for path in (*PAGES, "/tasks?key=k", "/tasks?all=1&status=pending"):
         assert browser.get(path).status_code == 200, path
     assert queue not in browser.get("/queues").text, "nothing can be asked of it"
+
+
+def test_a_worker_without_a_queue_hides_no_page(app: App) -> None:
+    """A session is written by anybody who may write there: one of no queue, with a claim, made three pages fail for all."""
+    store, now = app.client.store, app.clock.now_ms()
+    worker = f"{'0' * 8}.{'0' * 16}"
+    session = {"id": worker, "host": "h", "pid": 1, "started": now, "beat": now, "ttl": 60, "concurrency": 1, "names": ["n"]}
+    claims = [{"task": "0" * 32, "token": "t", "name": "n", "since": now}]
+    app.background.run(
+        lambda: store.put(keys.session(worker), json.dumps({**session, "queues": [], "claims": claims}).encode()), "damage"
+    )
+    browser = Browser(app)
+    for path in PAGES:
+        assert browser.get(path).status_code == 200, path
+
+
+ODD_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, -1, 1, 2**31, 2**53, 10**15, -(10**17), 10**400]),
+    st.floats(),
+    st.text(max_size=20),
+    st.sampled_from([[], {}, [[]], [{}], "x" * 5000, "\x00\u202e</b>"]),
+)
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_every_page_survives_every_record(data: st.DataObject) -> None:
+    with App("memory:") as app:
+        now, task_id, worker = app.clock.now_ms(), app.clock.new_id(), f"{'0' * 8}.{'0' * 16}"
+        entry = keys.entry("default", 5, now, 0, task_id, 0, "n")
+        error = {"type": "E", "message": "m", "traceback": "t"}
+        event = {"at": now, "state": "pending", "why": "submitted"}
+        task = {"id": task_id, "queue": "default", "name": "n", "state": "pending", "created": now, "entry": entry, "args": {}}
+        task |= {"error": error, "events": [event], "failures": 1, "attempt": 1, "tags": {"a": "b"}, "pack": 0, "due": now}
+        claim = {"task": task_id, "token": "t", "name": "n", "since": now, "progress": {"fraction": 0.5}}
+        session = {"id": worker, "host": "h", "pid": 1, "started": now, "beat": now, "ttl": 60, "concurrency": 1, "names": ["n"]}
+        session |= {"queues": ["default"], "claims": [claim], "rss": 1, "schedules": ["s"], "version": "1"}
+        line = {"id": task_id, "name": "n", "queue": "default", "status": "failed", "at": now, "submitted": now, "error": error}
+        line |= {"kind": "task", "started": now, "ready": now, "ran": 1, "run": task_id, "pack": 1, "due": now, "group": "abc"}
+        schedule = {"name": "s", "cron": "* * * * *", "tz": "UTC", "template": task, "last": now, "handled": now, "dropped": 1}
+        run = {"id": task_id, "workflow": "w", "queue": "default", "created": now, "started": now, "graph": {"steps": {}}}
+        run |= {"graph": {"steps": {"one": {"kind": "wait", "signal": "go"}}}, "steps": {"one": {"state": "due", "due": now}}}
+        paused = {"paused": True, "since": now, "by": "me"}
+        places = (
+            (keys.task(task_id), task),
+            (keys.session(worker), session),
+            (keys.journal(now, worker, 1), line),
+            (keys.schedule("s"), schedule),
+            (keys.run(task_id), run),
+            (keys.queue_settings("default"), paused),
+        )
+        objects = {key: damaged(data, record) for key, record in places}
+
+        async def write() -> None:
+            for key, body in objects.items():
+                await app.client.store.put(key, body)
+            for key in (entry, keys.open_run(task_id, 1), keys.bell("default")):
+                await app.client.store.put(key, b"")
+
+        app.background.run(write, "damage")
+        browser = Browser(app)
+        for path in (*PAGES, "/tasks?all=1", "/runs?all=1", "/tasks?tag=a", "/tasks?key=k", "/?window=24h"):
+            assert browser.get(path).status_code == 200, path
+        for path in (f"/tasks/{task_id}", f"/tasks/{task_id}/versions", f"/runs/{task_id}"):
+            answer = browser.get(path)
+            assert answer.status_code in {200, 404, 409}, path
+            assert 'aria-label="Pages"' in answer.text, path
+
+
+def damaged(data: st.DataObject, record: dict[str, Any]) -> bytes:
+    """A record with one or two fields that are odd, anywhere in it; or left as it is."""
+    record = json.loads(json.dumps(record))
+    for _ in range(data.draw(st.integers(0, 2))):
+        at: Any = record
+        while True:
+            place = data.draw(st.sampled_from([*at] if isinstance(at, dict) else range(len(at))))
+            if not (isinstance(at[place], dict | list) and at[place] and data.draw(st.booleans())):
+                break
+            at = at[place]
+        at[place] = data.draw(ODD_VALUES)
+    return json.dumps(record).encode()
+
+
+def test_a_page_that_fails_keeps_navigation_and_headers() -> None:
+    class Odd(MemoryStore):
+        async def get(self, key: str, **options: Any) -> Any:
+            if key.startswith(keys.TASKS):
+                raise ZeroDivisionError("a defect <b>")
+            return await super().get(key, **options)
+
+        async def list(self, prefix: str, **options: Any) -> Any:
+            if prefix == keys.WORKERS:
+                raise ZeroDivisionError("another defect")
+            return await super().list(prefix, **options)
+
+    app = App("memory:")
+    with app.on_store(Odd(app.clock)):
+        browser = Browser(app)
+        answer = browser.get(f"/tasks/{'0' * 32}")
+        assert answer.status_code == 500
+        assert 'aria-label="Pages"' in answer.text
+        assert "a defect &lt;b&gt;" in answer.text
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        answer = browser.get("/queues")
+        assert answer.status_code == 200, "what can be read is shown"
+        assert "another defect" in answer.text
+
+
+def test_a_page_says_of_when_it_is(app: App) -> None:
+    shown = Browser(app).get("/").text
+    found = re.search(
+        r'<span class="live on" id="live" data-as-of="(\d+)" data-now="(\d+)"[^>]*>as of <time[^>]*>[0-9:]{8} UTC</time>', shown
+    )
+    assert found
+    assert 0 <= int(found[2]) - int(found[1]) < 10_000
+
+
+def test_a_store_that_hangs_holds_up_no_page() -> None:
+    class Silent(MemoryStore):
+        async def get(self, *_: Any, **__: Any) -> Any:
+            await asyncio.Event().wait()
+
+        list = get
+
+    app = App("memory:")
+    with app.on_store(Silent(app.clock)):
+        browser = Browser(app)
+        for path in ("/", "/tasks?all=1", f"/tasks/{'0' * 32}", f"/runs/{'0' * 32}"):
+            answer = browser.get(path)
+            assert answer.status_code == (200 if path == "/" else 503), path
+            assert 'aria-label="Pages"' in answer.text
+            assert "answer" in answer.text
+        assert "not read yet" in browser.get("/").text
+
+
+@pytest.mark.parametrize("path", ["/", "/errors", "/queues", "/tasks", "/runs"])
+def test_the_reader_chooses_one_window_for_a_page(app: App, path: str) -> None:
+    app.tasks[HOSTILE].submit(HOSTILE)
+    run_until_idle(app)
+    browser = Browser(app)
+    for window in ("1h", "6h", "24h"):
+        text = browser.get(f"{path}?window={window}&q=").text
+        chosen = re.findall(r'<a href="[^"]*window=([0-9a-z]+)" aria-current="true">', text)
+        assert chosen == [window]
+        assert {"1 h", "6 h", "24 h"} & set(re.findall(r"(?:the last|in|[·,]|<i>) ?(\d+ h)\b", text)) <= {
+            window.replace("h", " h")
+        }
+
+
+def test_a_list_of_tasks_leaves_out_what_carries_a_runs_events_and_names_the_run(app: App) -> None:
+    good = app.tasks["good"]
+
+    @app.workflow
+    def flow(value: str) -> None:
+        good(value)
+
+    run = flow.start("x")
+    run_until_idle(app)
+    browser = Browser(app)
+    text = browser.get("/tasks").text
+    assert ">buquet.start<" not in text
+    assert f'href="/runs/{run.id}"' in text
+    assert ">buquet.start<" in browser.get("/tasks?name=buquet.start").text
+
+
+def test_a_confirmation_names_what_it_is_about(app: App) -> None:
+    task_id, page = with_form(app)
+    app.tasks[HOSTILE].submit(HOSTILE)
+    app.worker(["default"], max_time=1).run()
+    browser = Browser(app)
+    assert f'data-confirm="Cancel task good {task_id} in queue default?"' in browser.get(page).text
+    assert 'data-confirm="Pause queue default?' in browser.get("/queues").text
+    for text in (browser.get(path).text for path in (*PAGES, page)):
+        for asked in re.findall(r'data-confirm="([^"]*)"', text):
+            assert not re.search(r"\b(this|these)\b", asked), asked
 
 
 def test_a_page_here_can_do_what_its_button_says(app: App) -> None:
@@ -361,8 +541,6 @@ class TestPassword:
 
 
 async def test_wrong_passwords_are_slow_one_after_another_and_few_at_a_time() -> None:
-    import asyncio
-
     from buquet.clock import Clock
 
     slept: list[float] = []

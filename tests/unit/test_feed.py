@@ -6,9 +6,12 @@ import asyncio
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from buquet import App, Signal
-from buquet.insights.feed import FIRST, MOST_RECORDS, Feed
-from buquet.insights.overview import overview
+from buquet.errors import StoreUnavailable
+from buquet.insights.feed import FIRST, MOST_RECORDS, TOPICS, Feed
+from buquet.insights.overview import WINDOWS, crews, overview, queue_states, window
 from buquet.insights.search import Wanted, search
 from buquet.operate.counting import CountingStore
 from buquet.store.memory import MemoryStore
@@ -20,12 +23,30 @@ if TYPE_CHECKING:
     from buquet.clock import Clock
 
 
+class Hanging(MemoryStore):
+    """A store that stops answering, as one behind a dead network does: no request fails, none ends."""
+
+    silent = False
+
+    async def get(self, key: str, **options: Any) -> Any:
+        await self._silence()
+        return await super().get(key, **options)
+
+    async def list(self, prefix: str, **options: Any) -> Any:
+        await self._silence()
+        return await super().list(prefix, **options)
+
+    async def _silence(self) -> None:
+        while self.silent:
+            await self.clock.sleep(1000)
+
+
 class World:
     """An App with tasks on a store that counts, and a feed on the same store."""
 
     def __init__(self, clock: Clock, *, can_wait: bool = True) -> None:
         self.clock = clock
-        self.inner = MemoryStore(clock, can_wait=can_wait)
+        self.inner = Hanging(clock, can_wait=can_wait)
         self.app = App(store=self.inner, clock=clock)
         self.counting = CountingStore(self.inner)
         self.looker = App(store=self.counting, clock=clock)
@@ -317,3 +338,142 @@ def test_many_single_records_that_are_followed_do_not_starve_the_overview() -> N
             assert news[0] - before >= 120 / 6 * 4 / 3
 
     run_virtual(main)
+
+
+async def seconds(world: World, work: Any) -> float:
+    begun = world.clock.monotonic()
+    await work
+    return world.clock.monotonic() - begun
+
+
+def test_a_page_is_answered_in_two_seconds_of_what_is_known_while_the_store_hangs() -> None:
+    async def work(world: World) -> None:
+        await world.good.asubmit_many([(n,) for n in range(30)])
+        await world.drain()
+        await world.feed.ensure("overview")
+        read = world.feed.as_of("overview")
+        assert world.clock.now_ms() - read < 1000
+        world.inner.silent = True
+        for _ in range(5):
+            await world.clock.sleep(60)
+            for topic in TOPICS:
+                assert await seconds(world, world.feed.ensure(topic)) <= 2.01
+            assert overview(world.feed).last.count == 30
+            assert world.feed.as_of("overview") == read, "and it says how old that is"
+        world.inner.silent = False
+        await world.clock.sleep(1000)
+        await world.feed.ensure("overview")
+        assert world.clock.now_ms() - world.feed.as_of("overview") < 3000
+        await world.feed.close()
+
+    in_world(work)
+
+
+def test_what_was_never_read_is_of_no_time() -> None:
+    async def work(world: World) -> None:
+        world.inner.silent = True
+        assert await seconds(world, world.feed.ensure("overview")) <= 2.01
+        assert world.feed.as_of("overview") == 0
+        assert overview(world.feed).queues == []
+        await world.feed.close()
+
+    in_world(work)
+
+
+def test_a_task_and_a_run_are_shown_as_they_were_while_the_store_hangs() -> None:
+    async def work(world: World) -> None:
+        handle = await world.good.asubmit(1)
+        run = await world.wide.astart(1)
+        await world.drain()
+        async with world.looking(f"task:{handle.id}", 1), world.looking(f"run:{run.id}", 1):
+            await world.feed.task(handle.id)
+            await world.feed.run(run.id)
+            await world.clock.sleep(5)
+            world.inner.silent = True
+            await world.clock.sleep(60)
+            for topic, look in ((f"task:{handle.id}", world.feed.task), (f"run:{run.id}", world.feed.run)):
+                assert await seconds(world, look(topic.partition(":")[2])) <= 2.01
+                assert 50_000 < world.clock.now_ms() - world.feed.as_of(topic) < 70_000
+            for look in (world.feed.task, world.feed.run):
+                with pytest.raises(StoreUnavailable, match="did not answer within 2 s"):
+                    await look("0" * 32)
+        await world.feed.close()
+
+    in_world(work)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_what_is_followed_is_never_ten_seconds_old_while_the_store_answers(busy: bool) -> None:
+    async def work(world: World) -> None:
+        worker = world.app.worker(heartbeat_thread=False)
+        running = asyncio.create_task(worker.arun())
+        if busy:
+            await world.good.asubmit_many([(n,) for n in range(3000)])
+        async with world.looking("overview", 3):
+            await world.clock.sleep(30)
+            ages: list[float] = []
+            for _ in range(300):
+                await world.clock.sleep(0.2)
+                ages.append((world.clock.now_ms() - world.feed.as_of("overview")) / 1000)
+            assert max(ages) < 10
+        worker.stop()
+        await running
+
+    in_world(work)
+
+
+def test_all_figures_of_a_page_are_of_one_window_and_two_pages_agree() -> None:
+    async def work(world: World) -> None:
+        for hours in (20, 4, 0):  # how long ago
+            await world.bad.asubmit_many([(n,) for n in range(10)])
+            await world.drain()
+            await world.clock.sleep(3600 * (20 - 4 if hours == 20 else 4 if hours else 1))
+        await world.good.asubmit_many([(n,) for n in range(6)])
+        await world.drain()
+        await world.feed.ensure("overview")
+        for name, failed in (("1h", 0), ("6h", 20), ("24h", 30)):
+            shown = overview(world.feed, name)
+            assert shown.window.label == f"{WINDOWS[name]} h"
+            assert (shown.last.failed, shown.last.count) == (failed, failed + 6)
+            assert sum(failure.group.count for failure in shown.failures) == failed
+            assert sum(minute.failed for minute in shown.minutes) == failed
+            queues = queue_states(world.feed, crews(world.feed.workers), window(world.feed, name))
+            assert sum(queue.ended.failed for queue in queues) == failed
+            assert sum(queue.ended.per_minute for queue in queues) == pytest.approx(shown.last.per_minute)
+            assert shown.last.per_minute == pytest.approx((failed + 6) / 60 / WINDOWS[name])
+            ended = [row for row in await search(world.feed, Wanted(since=shown.window.since)) if row.status == "failed"]
+            assert len(ended) == failed
+
+    in_world(work)
+
+
+def test_a_task_that_runs_does_not_wait_as_well() -> None:
+    async def work(world: World) -> None:
+        stop = asyncio.Event()
+
+        @world.app.task
+        async def slow(n: int) -> int:
+            await stop.wait()
+            return n
+
+        await slow.asubmit_many([(n,) for n in range(3)])
+        await slow.options(delay=5).asubmit_many([(n,) for n in range(3)])
+        await world.clock.sleep(6)
+        await world.feed.ensure("overview")
+        shown = overview(world.feed)
+        assert (shown.ready, shown.later) == (6, 0), "whose time has come is ready"
+        entries = dict(world.feed.backlog.entries)
+        worker = world.app.worker(heartbeat_thread=False)
+        running = asyncio.create_task(worker.arun())
+        await world.clock.sleep(12)
+        await world.feed.ensure("overview")
+        world.feed.backlog.entries = entries  # as a listing made just before the claims
+        shown = overview(world.feed)
+        assert (shown.ready, shown.later, shown.running) == (0, 0, 6)
+        (queue,) = [queue for queue in shown.queues if queue.name == "default"]
+        assert (queue.names, queue.oldest, queue.next_due) == ([], 0, 0)
+        stop.set()
+        worker.stop()
+        await running
+
+    in_world(work)

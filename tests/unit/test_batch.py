@@ -1,6 +1,7 @@
 """Batches: packs of items, each with its own outcome. In virtual time on the memory store; sync functions in real time."""
 
 import asyncio
+import json
 import logging
 import threading
 
@@ -14,6 +15,7 @@ from buquet import (
     Fail,
     Handles,
     KeyConflict,
+    RunFailed,
     Snooze,
     SubmitInterrupted,
     TaskNotFound,
@@ -30,6 +32,7 @@ from buquet.store.memory import MemoryStore
 from buquet.testing.auditor import Auditor, read_bucket
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
+from buquet.workflow.words import each as fan_out
 
 NOW = Backoff(initial=0, jitter=0)
 
@@ -917,3 +920,59 @@ async def test_damaged_values_of_a_pack_are_told_with_the_pack_and_what_to_do(ri
         await rig.app.client.register.update(held, replace(held.record, checkpoint=ABSENT, checkpoint_at=payload))
         with pytest.raises(UnreadableRecord, match=rf"items of task {pack.id}, a pack of batch {bad.id}, .*Restore it"):
             await bad.aprogress()
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {"done": [[0, 2]], "results": [1]},
+        {"done": [[0, 5]], "results": [1, 2, 3, 4, 5]},
+        {"done": [[2, 1]], "results": []},
+        {"done": [[1, 2], [0, 1]], "results": [1, 2]},
+        {"done": [[0, 10**15]], "results": [1]},
+        {"failed": [{"index": 9, "type": "E", "message": "m"}]},
+        {"waiting": [[9, 1, 0]]},
+        {"waiting": [[0, -1, 0]]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("in_a_run", [False, True])
+def test_a_damaged_checkpoint_is_named_and_no_lost_worker(checkpoint, in_a_run, caplog):
+    async def check(rig):
+        @rig.app.task
+        async def work(n: int) -> int:
+            return n
+
+        @rig.app.workflow
+        async def flow() -> list[int]:
+            return fan_out(work, [1, 2, 3], pack=3)
+
+        if in_a_run:
+            run = await flow.astart()
+            working = asyncio.ensure_future(rig.worker(concurrency=1, max_time=1).arun())
+            await rig.app.apause_queue("default")
+            await working
+            (task_id,) = [keys.follow_up(run.id, "step", "work", 0, 1)]
+        else:
+            batch = await work.abatch([1, 2, 3], pack=3)
+            (task_id,) = batch.task_ids
+        key = keys.task(task_id)
+        record = json.loads((await rig.store.get(key)).body)
+        if record["state"] != "pending":
+            pytest.skip("the step ran before the queue was paused")
+        state = {"started": 0, **checkpoint}
+        await rig.store.put(key, json.dumps({**record, "checkpoint": state}).encode())
+        await rig.app.aresume_queue("default")
+        await rig.drain()
+        task = (await rig.app.client.read(task_id)).record
+        assert (task.state, task.losses) == ("failed", 0)
+        assert f"the checkpoint of task {task_id} (work)" in task.error.message
+        if in_a_run:
+            with pytest.raises(RunFailed, match="the checkpoint of task"):
+                await run.aresult(timeout=1)
+        else:
+            with pytest.raises(UnreadableRecord, match="the checkpoint of the items of task"):
+                await batch.aresults(timeout=1)
+
+    run_virtual(lambda clock: check(Rig(clock)))
+    assert "a defect of buquet" not in caplog.text

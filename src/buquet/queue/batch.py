@@ -15,6 +15,7 @@ from buquet.codec import AGAIN, decode_any, decode_stored
 from buquet.errors import BatchFailed, FailedItem, Refused, UnreadableRecord, UsageError
 from buquet.queue.attempt import inside_handler
 from buquet.queue.handle import ending
+from buquet.queue.packing import read_state
 from buquet.records import TERMINAL, PackItems, PackResults, PackState, Task
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ AT_ONCE = 16
 _ID = re.compile(r"([0-9a-f]{32})\.([0-9]{1,12})\.([0-9]{1,12})")
 _results = msgspec.json.Decoder(PackResults)
 _items = msgspec.json.Decoder(PackItems)
-_state = msgspec.json.Decoder(PackState)
 
 
 class BatchProgress(NamedTuple):
@@ -255,6 +255,9 @@ async def failed_items(client: Client, task: Task, of: str = "") -> list[FailedI
     items: list[msgspec.Raw] = []
     if stored or task.state in TERMINAL:
         items = decode_stored(_items, await client.values.args(task), f"the items of {_pack(task, of)}", AGAIN).items
+        if len(items) != task.pack:
+            msg = f"the items of {_pack(task, of)} are {len(items):,}, and it should hold {task.pack:,}. {AGAIN}"
+            raise UnreadableRecord(msg)
     failed = [
         FailedItem(at, decode_any(items[at]), f"{each.type}: {each.message}", each.traceback, each.attempts, task.id)
         for at, each in stored.items()
@@ -278,7 +281,7 @@ async def _state_of(client: Client, task: Task, of: str) -> PackState:
         except UnreadableRecord:  # the pack has stored a later one, and removed this
             task = (await client.read(task.id)).record
             continue
-        state = decode_stored(_state, body, f"what became of the items of {_pack(task, of)}", AGAIN)
+        state = read_state(task, body, f"the items of {_pack(task, of)}")
         return state if state.started == task.started else replace(state, started=task.started, failed=[], waiting=[])
     return PackState(started=task.started)
 

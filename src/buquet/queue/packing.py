@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from buquet import keys
 from buquet.bounds import MOST_ITEMS
-from buquet.codec import encode_value
+from buquet.codec import AGAIN, decode_stored, encode_value
 from buquet.errors import InvalidArgument, KeyConflict, SubmitInterrupted, UnreadableRecord, UsageError
 from buquet.queue.payloads import LARGEST
-from buquet.records import Session, Task
+from buquet.records import PackState, Session, Task
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -39,6 +41,21 @@ CHECKED_BYTES = 1 << 20
 """Items whose types are checked at once: so many, or so many bytes."""
 CHUNK_BYTES = 4 << 20
 """A chunk of packs that is handed over at once has at most so many bytes, and one pack more."""
+
+
+_state = msgspec.json.Decoder(PackState)
+
+
+def read_state(task: Task, body: bytes | msgspec.Raw, of: str = "") -> PackState:
+    """Return what the checkpoint of a pack says of its items. Raises UnreadableRecord for what no such pack can have stored."""
+    if not bytes(body):
+        return PackState(started=task.started)
+    what = f"the checkpoint of {of or f'task {task.id} ({task.name}), a pack of {task.pack} items,'}"
+    state = decode_stored(_state, body, what, AGAIN)
+    if not state.fits(task.pack):
+        msg = f"{what} names items that the pack does not have. {AGAIN}"
+        raise UnreadableRecord(msg)
+    return state
 
 
 class Packed(NamedTuple):

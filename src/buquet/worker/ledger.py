@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Raw
 
 from buquet.errors import InvalidPayload, InvalidResult
+from buquet.queue.packing import read_state
 from buquet.queue.payloads import LARGEST
 from buquet.records import ErrorInfo, ItemFailure, PackItems, PackState, Task
 
@@ -25,7 +26,6 @@ ROOM = LARGEST - (8 << 20)
 """The most bytes of a pack's results: failures must find room beside them."""
 
 _items = msgspec.json.Decoder(PackItems)
-_state = msgspec.json.Decoder(PackState)
 _encoder = msgspec.json.Encoder()
 
 
@@ -67,14 +67,13 @@ class Ledger:
         body = await values.checkpoint(task)
         try:
             self.items = _items.decode(args).items
-            state = _state.decode(body) if bytes(body) else PackState(started=task.started)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             msg = f"task {task.id} is no pack as buquet makes them ({error}). Submit the batch anew"
             raise InvalidPayload(msg) from None
         if len(self.items) != task.pack:
             msg = f"task {task.id} should hold {task.pack} items and holds {len(self.items)}. Submit the batch anew"
             raise InvalidPayload(msg)
-        self._restore(state)
+        self._restore(read_state(task, body))
 
     def _restore(self, state: PackState) -> None:
         self.results = [None] * len(self.items)

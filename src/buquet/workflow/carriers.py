@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 from msgspec import Raw
 
 from buquet import keys
+from buquet.errors import UnreadableRecord
 from buquet.queue.parent import SYSTEM
 from buquet.records import Task
+from buquet.workflow.values import MEND
 
 if TYPE_CHECKING:
     from buquet.workflow.event import Kind
     from buquet.workflow.follow import Follow
     from buquet.workflow.graph import Step
     from buquet.workflow.plan import Plan
-    from buquet.workflow.records import RunRecord, StepRecord
+    from buquet.workflow.records import Fan, RunRecord, StepRecord
     from buquet.workflow.values import Values
 
 START = f"{SYSTEM}start"
@@ -91,19 +93,32 @@ def _pack_size(step: Step, record: StepRecord, index: int) -> int:
 
 
 def arguments(run: RunRecord, follow: Follow, plan: Plan, values: Values) -> bytes:
-    """Return the arguments of a follow-up as JSON. Raises Missing for values that are not at hand."""
+    """Return the arguments of a follow-up as JSON. Raises Missing for values that are not at hand, and UnreadableRecord."""
     step, record = plan.graph.steps[follow.step], run.step(follow.step)
     if follow.what in {"timer", "no timer"}:
         return b"{}"
-    args: dict[str, Any] = values.of(run, step.args) or {}
+    args: Any = values.of(run, step.args) or {}
+    if not isinstance(args, dict):
+        msg = f"the arguments of step {follow.step!r} of run {run.id} are no object. {MEND}"
+        raise UnreadableRecord(msg)
+    args = cast("dict[str, Any]", args)
     if follow.what == "undo":
         return msgspec.json.encode(_undo_arguments(run, follow, step, args, values))
     if record.fan is not None:
-        items = values.of(run, step.over)
+        items = _items(run, follow, step, record.fan, values)
         if step.pack:
             return msgspec.json.encode({"items": items[follow.item * step.pack : (follow.item + 1) * step.pack]})
         args = {**args, step.item: items[follow.item]}
     return msgspec.json.encode(args)
+
+
+def _items(run: RunRecord, follow: Follow, step: Step, fan: Fan, values: Values) -> list[Any]:
+    """Return the list that an `each` runs over, which must be the one that it began with."""
+    items = values.of(run, step.over)
+    if not isinstance(items, list) or len(cast("list[Any]", items)) != fan.items:
+        msg = f"the list of step {follow.step!r} of run {run.id} is not the one of {fan.items} items that it began with. {MEND}"
+        raise UnreadableRecord(msg)
+    return cast("list[Any]", items)
 
 
 def _undo_arguments(run: RunRecord, follow: Follow, step: Step, args: dict[str, Any], values: Values) -> dict[str, Any]:
@@ -112,9 +127,8 @@ def _undo_arguments(run: RunRecord, follow: Follow, step: Step, args: dict[str, 
     if record.fan is None:
         result = values.step(run, follow.step) if record.state == "done" else None
         return {undo.result: result, **{name: args[name] for name in undo.args if name in args}}
-    result = values.results(follow.step, record.fan).get(follow.item)
+    results = values.results(follow.step, record.fan)
     if step.pack:
-        size = _pack_size(step, record, follow.item)
-        return {"items": result["results"] if result else [None] * size}
-    taken = {**args, step.item: values.of(run, step.over)[follow.item]} if undo.args else {}
-    return {undo.result: result, **{name: taken[name] for name in undo.args if name in taken}}
+        return {"items": values.of_pack(follow.step, record.fan, follow.item, results)}
+    taken = {**args, step.item: _items(run, follow, step, record.fan, values)[follow.item]} if undo.args else {}
+    return {undo.result: results.get(follow.item), **{name: taken[name] for name in undo.args if name in taken}}

@@ -8,7 +8,9 @@ import msgspec
 from msgspec import Raw
 
 from buquet.codec import decode_stored
-from buquet.records import ErrorInfo, PackState, Task
+from buquet.errors import UnreadableRecord
+from buquet.queue.packing import read_state
+from buquet.records import ErrorInfo, Task
 from buquet.workflow.carriers import KINDS, SENDER, Orders
 from buquet.workflow.event import Event
 from buquet.workflow.limits import KEPT_ERRORS
@@ -22,7 +24,6 @@ INLINE = 2 << 10
 """The most bytes of a result that the run's record holds itself."""
 
 _orders = msgspec.json.Decoder(Orders)
-_state = msgspec.json.Decoder(PackState)
 
 
 async def event_of(task: Task, ended: Task | None, values: Values, *, holds: bool) -> Event:
@@ -95,10 +96,12 @@ def left_nothing(task: Task) -> bool:
 
 async def _of_pack(event: Event, task: Task, ended: Task, values: Values) -> Event:
     """Tell of a pack that failed: which items did, and the results of the others."""
-    body = await values.checkpoint(ended)
-    if not bytes(body):
+    try:
+        state = read_state(ended, await values.checkpoint(ended))
+    except UnreadableRecord:
+        return event  # the pack may have failed by just that: no item of it is known to be done
+    if not state.done and not state.failed:
         return event
-    state = decode_stored(_state, body, f"the checkpoint of task {task.id}", "Restore it, or cancel the run")
     results = [Raw(b"null")] * task.pack
     places = (at for start, end in state.done for at in range(start, end))
     for at, result in zip(places, state.results, strict=True):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 from msgspec import Raw
 
 from buquet.codec import ANY, decode_stored
+from buquet.errors import UnreadableRecord
 from buquet.records import ABSENT
 from buquet.workflow.expression import PENDING, SKIPPED, evaluate
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+MEND = "Something other than buquet changed it: restore it, or cancel the run"
 
 
 class Missing(Exception):
@@ -110,18 +113,26 @@ class Values:
 
     def _value(self, name: str, record: StepRecord) -> Any:
         if record.fan is not None:
-            pack = self.graph.steps[name].pack
             results = self.results(name, record.fan)
-            each = [results.get(index) for index in range(record.fan.tasks)]
-            if not pack:
-                return each
-            sizes = [min(pack, record.fan.items - pack * index) for index in range(record.fan.tasks)]
-            parts = [part["results"] if part else [None] * size for part, size in zip(each, sizes, strict=True)]
-            return [item for part in parts for item in part]
+            if not self.graph.steps[name].pack:
+                return [results.get(index) for index in range(record.fan.tasks)]
+            return [item for index in range(record.fan.tasks) for item in self.of_pack(name, record.fan, index, results)]
         self._need([record.result_at] if record.result_at else [])
         body = self.payloads[record.result_at] if record.result_at else record.result
         what = of_signal(self.graph.steps[name].signal) if record.signal else of_step(name, 0)
         return _read(self.opened(what, body), record.result_at or f"what step {name!r} came to", ANY)
+
+    def of_pack(self, name: str, fan: Fan, index: int, results: dict[int, Any]) -> list[Any]:
+        """Return what the items of a pack came to, None for each where the pack has no result."""
+        pack = self.graph.steps[name].pack
+        size = min(pack, fan.items - pack * index)
+        if index not in results:
+            return [None] * size
+        found: object = results[index].get("results") if isinstance(results[index], dict) else None
+        if not isinstance(found, list) or len(cast("list[Any]", found)) != size:
+            msg = f"the result of pack {index} of step {name!r} is not that of {size} items. {MEND}"
+            raise UnreadableRecord(msg)
+        return cast("list[Any]", found)
 
     def results(self, name: str, fan: Fan) -> dict[int, Any]:
         """Return what the tasks of a step that is an `each` came to, by their index; those without a result are not in it."""
@@ -155,4 +166,4 @@ class Values:
 
 
 def _read(body: bytes | Raw, what: str, decoder: msgspec.json.Decoder[T]) -> T:
-    return decode_stored(decoder, body, what, "Something other than buquet changed it: restore it, or cancel the run")
+    return decode_stored(decoder, body, what, MEND)

@@ -17,7 +17,7 @@ from buquet.insights.journal import Journal
 from buquet.insights.tail import Tail
 from buquet.queue.background import Background
 from buquet.queue.client import Client
-from buquet.records import Finished
+from buquet.records import Finished, Session
 from buquet.store.memory import MemoryStore
 from buquet.store.open import open_store
 from buquet.testing.faulty import FaultyStore
@@ -236,3 +236,31 @@ def test_what_a_poll_that_failed_had_read_is_told_by_the_next(away):
         assert [each.event for each in told] == ["submitted", "started", "retried", "started", "failed"]
 
     run_virtual(lambda clock: test(Rig(clock)))
+
+
+def test_errors_and_workers_say_what_the_store_refuses_a_worker(tmp_path):
+    url = f"sqlite:{tmp_path}/bucket.db"
+
+    async def write():
+        async with App(url) as app:
+            await app.client.open()
+            session = Session(
+                id=f"{0:08}.{0:016}",
+                host="far",
+                pid=7,
+                started=1,
+                beat=1,
+                ttl=30,
+                queues=("q",),
+                concurrency=1,
+                refused="GET payloads/x was denied",
+                refused_at=1_800_000_000_000,
+            )
+            await app.client.register.create(keys.session(session.id), session)
+
+    asyncio.run(write())
+    for command in ("errors", "workers"):
+        assert "on far was refused a request, 2027-01-15" in (said := buquet(tmp_path, command, "--url", url))
+        assert "GET payloads/x was denied" in said
+    (refused,) = json.loads(buquet(tmp_path, "errors", "--json", "--url", url))["refused"]
+    assert (refused["host"], refused["message"]) == ("far", "GET payloads/x was denied")

@@ -270,3 +270,23 @@ def test_doctor_raises_where_nothing_is_allowed():
             [verdict async for verdict in examine(rig.store, rig.clock)]
 
     run_virtual(main)
+
+
+@virtual
+async def test_a_packs_checkpoint_that_is_refused_is_tried_ever_more_seldom_and_its_outcome_waits(rig, caplog):
+    @rig.app.task
+    async def slow(n: int) -> str:
+        await rig.clock.sleep(20)
+        return LARGE
+
+    batch = await slow.abatch(range(30), pack=30)
+    rig.store.denied.add(("PUT", "payloads/"))
+    rig.start(concurrency=1)
+    await rig.clock.sleep(580)
+    assert rig.store.asked["PUT", "payloads/"] < 20
+    await rig.clock.sleep(300)
+    assert rig.store.asked["PUT", "payloads/"] > 60, "the outcome is tried every 5 s"
+    assert caplog.text.count("its result cannot be stored yet") <= 8, "and told of ever more seldom"
+    rig.store.denied.clear()
+    assert await batch.aresults(timeout=10) == [LARGE] * 30
+    await rig.stop()

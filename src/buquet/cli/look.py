@@ -148,8 +148,15 @@ def workers(url: Url = None, json: Json = False) -> None:
             "buquet",
         )
         print_table(columns, rows, "no worker is running")
+        print_refused([each for each in crew if each.alive and each.refused])
 
     run(app, work)
+
+
+def print_refused(crew: list[fleet.WorkerView]) -> None:
+    """Say what the store lately refused these workers."""
+    for each in crew:
+        say(f"worker {each.id} on {each.host} was refused a request, {moment(each.refused_at)}: {each.refused}")
 
 
 def _word(worker: fleet.WorkerView) -> str:

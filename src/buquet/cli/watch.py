@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 from buquet.cli.base import Json, Name, Queue, Url, cli, open_app, run
+from buquet.cli.look import print_refused
 from buquet.cli.output import duration, moment, print_json, print_table, to_stderr
 from buquet.errors import UsageError
 from buquet.insights.fleet import workers
@@ -62,8 +63,7 @@ def errors(
         ]
         columns = ("failed", "attempts retried", "task", "queue", "error (the last one)", "first", "last", "next", "example")
         print_table(columns, rows, f"nothing failed since {moment(journal.since)}, as far as the journal knows")
-        for each in refused:
-            print(printable(f"worker {each.id} on {each.host} was refused a request, {moment(each.refused_at)}: {each.refused}"))
+        print_refused(refused)
         if journal.unreadable:
             to_stderr(f"{journal.unreadable:,} lines of the journal cannot be read, and were left out")
 

@@ -48,8 +48,7 @@ class Children:
                 run.shelved = later.shelved
                 return lambda task: transitions.snooze(task, run.token, due, self._now())
             except StoreError as error:  # a lasting no; the claim is still ours, so it goes on
-                self.worker.keeper.note_refusal(error)
-                log.error("run %s cannot be told yet: %s", run.held.record.run, error)  # noqa: TRY400 - the text says all
+                self.worker.keeper.report(f"run {run.held.record.run} cannot be told yet", error, tries)
                 await pause(self.worker.clock, tries)
                 tries += 1
 

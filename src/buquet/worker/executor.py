@@ -173,8 +173,7 @@ class Executor:
                 log.warning("task %s: this worker's outcome is not recorded: %s", run.listing.task, reason)
                 return None
             except StoreError as error:  # a lasting no, such as a full disk; the claim is still ours, so it goes on
-                self.keeper.note_refusal(error)
-                log.error("task %s: its outcome cannot be stored yet: %s", run.listing.task, error)  # noqa: TRY400
+                self.keeper.report(f"task {run.listing.task}: its outcome cannot be stored yet", error, tries)
                 await pause(self.clock, tries)
                 tries += 1
                 continue
@@ -309,8 +308,7 @@ class Executor:
             try:
                 return await self.values.put(run.listing.task, what, body)
             except StoreError as error:
-                self.keeper.note_refusal(error)
-                log.error("task %s: its result cannot be stored yet: %s", run.listing.task, error)  # noqa: TRY400
+                self.keeper.report(f"task {run.listing.task}: its {what} cannot be stored yet", error, tries)
                 await pause(self.clock, tries)
                 tries += 1
 
@@ -330,8 +328,7 @@ class Executor:
 
     def _postponed(self, run: Running, error: StoreError) -> Callable[[Task], Task]:
         """Put back a task whose values the store refuses to give or to take: rights may change, or another worker have them."""
-        self.keeper.note_refusal(error)
-        log.error("task %s (%s) is put back, since the store refuses: %s", run.listing.task, run.listing.name, error)
+        self.keeper.report(f"task {run.listing.task} ({run.listing.name}) is put back, since the store refuses", error)
         why = str(error)
         return lambda task: transitions.postpone(task, run.token, why, self.now())
 

@@ -233,8 +233,7 @@ class Fleet:
                 log.error("%s", error)  # noqa: TRY400 - the text says all
             self._left[worker] = (etag, self.clock.monotonic() + LEFT_FOR * self.clock.jitter(0.2))
         except StoreError as error:  # the other dead must not wait for it
-            self.keeper.note_refusal(error)
-            log.error("dead worker %s cannot be reaped yet: %s", worker, error)  # noqa: TRY400 - the text says all
+            self.keeper.report(f"dead worker {worker} cannot be reaped yet", error)
 
     def _dead(self, held: Held[Session]) -> bool:
         """Judge a session by its own time-to-live, which may be longer than mine, and by its last LIST."""

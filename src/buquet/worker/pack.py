@@ -32,6 +32,8 @@ log = logging.getLogger("buquet.task")
 
 SAVE_EVERY = 1.0
 """Seconds from one checkpoint to the next, at least."""
+LONGEST_PAUSE = 60.0
+"""Seconds, at most, until a checkpoint that the store refused is tried again."""
 SAVE_SHARE = 10
 """And at least so many times as long as the last one took to store: large ones are stored less often."""
 TICK = 1.0
@@ -59,6 +61,8 @@ class PackRunner:
         self._save_at = self.clock.monotonic() + SAVE_EVERY
         self._saved = 0
         self._logged = 0
+        self._refused = 0
+        """Checkpoints in a row that the store refused."""
         self._stored_at = self.task.checkpoint_at
         self._last: tuple[int, ErrorInfo] | None = None
         """The last item that failed and comes back, and why it failed."""
@@ -205,9 +209,11 @@ class PackRunner:
         try:
             raw, at = await self.executor.values.put(self.task.id, "checkpoint", body)
         except StoreError as error:
-            log.warning("task %s: its checkpoint could not be stored: %s", self.task.id, error)
-            self._save_at = self.clock.monotonic() + SAVE_EVERY
+            self.executor.keeper.report(f"task {self.task.id}: its checkpoint could not be stored", error, self._refused)
+            self._save_at = self.clock.monotonic() + min(SAVE_EVERY * 2**self._refused, LONGEST_PAUSE)
+            self._refused = min(self._refused + 1, 10)
             return
+        self._refused = 0
         if await self.executor.move(run, lambda task: transitions.checkpoint(task, run.token, raw, at)):
             self._saved = version
             await self._drop_last(at)

@@ -286,8 +286,10 @@ class SessionKeeper:
             self.stored_at = sent
             return True
 
-    def note_refusal(self, error: StoreError) -> None:
-        """Have the next heartbeat tell what the store refused. Nothing is noted of an error that may pass by itself."""
+    def report(self, what: str, error: StoreError, tries: int = 0) -> None:
+        """Log what the store does not do; of tries in a row the first, second, fourth and so on. Heartbeats tell of refusals."""
+        if not tries & (tries - 1):
+            log.error("%s: %s", what, error)
         if isinstance(error, StoreRefused):
             self.refused = (str(error)[:500], self.clock.now_ms())
 

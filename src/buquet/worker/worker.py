@@ -364,8 +364,7 @@ class Worker:
                 await self._rest()
                 tries = 0
             except StoreError as error:
-                self.keeper.note_refusal(error)
-                log.error("looking for work failed, trying again: %s", error)  # noqa: TRY400 - the text says all
+                self.keeper.report("looking for work failed, trying again", error, tries)
                 others = [self._listen(finder) for finder in self.finders if not finder.failed]
                 await first_of(self._wake.wait(), pause(self.clock, tries + 3), *others)
                 tries += 1
@@ -474,8 +473,7 @@ class Worker:
         try:
             held = await self.claimer.claim(finder, found)
         except StoreError as error:
-            self.keeper.note_refusal(error)
-            log.error("claiming task %s failed: %s", found.entry.task, error)  # noqa: TRY400 - the text says all
+            self.keeper.report(f"claiming task {found.entry.task} failed", error)
             finder.leave(found, again=True)
             await self.clock.sleep(min(2.0 ** (self.claimer.denied - 1), LONGEST_DENIAL) * self.clock.jitter(0.2))
         finally:
@@ -529,8 +527,7 @@ class Worker:
             try:
                 await self.register.reads.delete(run.listing.entry)
             except StoreError as error:  # whoever meets it finds it stale, and deletes it
-                self.keeper.note_refusal(error)
-                log.error("the entry %s of an ended claim stays: %s", run.listing.entry, error)  # noqa: TRY400
+                self.keeper.report(f"the entry {run.listing.entry} of an ended claim stays", error)
 
     def _let_go(self, run: Running) -> None:
         self.running.pop(run.token, None)

@@ -30,6 +30,8 @@ FLAGS = {
     "no-learn": "priorities are not learnt after a blind ring",
     "forgets": "what was left to another worker is not remembered",
     "no-gap": "priorities are not learnt when a session was reaped",
+    "moves-on": "a request that fails counts as one that was answered",
+    "drops-hint": "a hint that lies behind the page in hand is dropped, as if a LIST would show it anyway",
 }
 
 
@@ -145,13 +147,19 @@ def read(state, flag):
         for entry in state.entries:
             lanes.setdefault(entry.lane, Lane())
         yield "reader: learns priorities", state._replace(reader=reader._replace(gap=False, lanes=tuple(sorted(lanes.items()))))
+        if flag == "moves-on":  # by the rule a request that fails changes nothing, so that it is no step
+            yield "reader: learning fails", state._replace(reader=reader._replace(gap=False))
     if state.session == "gone" and reader.left:
         hinted = (*reader.hinted, *sorted(reader.left - set(reader.hinted)))
         yield "reader: looks again", state._replace(reader=reader._replace(left=frozenset(), hinted=hinted))
-    if reader.hinted:
-        entry, *hinted = reader.hinted
-        yield f"reader: GET of {entry}", met(state._replace(reader=reader._replace(hinted=tuple(hinted))), entry, flag)
     for priority, lane in reader.lanes:
+        if entry := min((each for each in reader.hinted if each.lane == priority), default=None):
+            without = state._replace(reader=reader._replace(hinted=tuple(each for each in reader.hinted if each != entry)))
+            if lane.hand and (entry.at, entry.task) > lane.last:
+                if flag == "drops-hint":
+                    yield f"reader: drops {entry}", without
+            elif lane.hand or not lane.dirty:
+                yield f"reader: GET of {entry}", met(without, entry, flag)
         if lane.hand and lane.fetched < state.tick and flag != "keeps-hand":
             yield "reader: drops a page", with_lane(state, priority, lane._replace(hand=(), dirty=True))
         elif lane.hand:
@@ -164,7 +172,10 @@ def read(state, flag):
             last = (keys[-1].at, keys[-1].task) if keys else lane.cursor
             hand = tuple(each for each in keys if each not in reader.left)
             then = lane._replace(hand=hand, last=last, fetched=state.tick, full=len(keys) == PAGE, dirty=False)
-            yield f"reader: LIST {keys}", with_lane(state, priority, then if hand else passed(then, state, flag))
+            fresh = state._replace(reader=reader._replace(hinted=tuple(each for each in reader.hinted if each not in keys)))
+            yield f"reader: LIST {keys}", with_lane(fresh, priority, then if hand else passed(then, state, flag))
+            if flag == "moves-on":
+                yield "reader: LIST fails", with_lane(state, priority, lane._replace(dirty=False))
 
 
 def heard(state, flag):
@@ -178,8 +189,8 @@ def heard(state, flag):
         if ring == "session":
             reader = reader._replace(gap=reader.gap or flag != "no-gap")
         else:
-            lanes.setdefault(ring.lane, Lane())
-            if ring not in reader.hinted:
+            lane = lanes.setdefault(ring.lane, Lane())
+            if ring not in (*reader.hinted, *lane.hand):
                 reader = reader._replace(hinted=(*reader.hinted, ring))
     return reader._replace(lanes=tuple(sorted(lanes.items())))
 

@@ -25,6 +25,7 @@ FLAGS = {
     "early": "the ring comes before the entry",
     "no-trail": "the cursor does not trail",
     "due-ignored": "a hint of what is due later is dropped",
+    "moves-on": "a LIST that fails counts as one that was answered",
 }
 
 
@@ -125,6 +126,8 @@ def read(state, flag):
         yield "reader", "something is due", state._replace(reader=reader._replace(next_due=0, dirty=True))
     if reader.dirty:
         yield "reader", "LIST", state._replace(reader=listed(state, flag))
+        if flag == "moves-on":  # by the rule a request that fails changes nothing, so that it is no step
+            yield "reader", "LIST fails", state._replace(reader=reader._replace(dirty=False))
     elif reader.etag != state.writes and state.bell is not None:
         n, hints = state.bell
         seen = reader._replace(seen=n, etag=state.writes)

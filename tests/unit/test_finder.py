@@ -220,6 +220,29 @@ async def test_a_queue_whose_requests_fail_does_not_hold_up_another(rig):
     await rig.stop(worker)
 
 
+class Breaks(FaultyStore):
+    """A store with a defect: one request raises what no store may raise."""
+
+    broken = False
+
+    async def get(self, key, **options):
+        if key.startswith("tasks/") and not self.broken:
+            self.broken = True
+            raise ZeroDivisionError
+        return await super().get(key, **options)
+
+
+@virtual
+async def test_an_entry_whose_claim_met_a_defect_is_met_again_within_a_minute(rig):
+    rig.store = Breaks(rig.bucket, rig.clock)
+    worker = await rig.start()
+    since = rig.clock.monotonic()
+    await rig.other.note.asubmit("defect")
+    assert await rig.late("defect", since) < 60
+    assert rig.store.broken
+    await rig.stop(worker)
+
+
 @virtual
 async def test_what_is_rung_for_while_a_look_is_under_way_is_looked_for_once_more(rig):
     """The answer may have been made before the ring, so none of the looks may take itself for the later one."""

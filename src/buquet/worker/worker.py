@@ -476,6 +476,9 @@ class Worker:
             self.keeper.report(f"claiming task {found.entry.task} failed", error)
             finder.leave(found, again=True)
             await self.clock.sleep(min(2.0 ** (self.claimer.denied - 1), LONGEST_DENIAL) * self.clock.jitter(0.2))
+        except Exception:
+            finder.others(found, "")  # a defect, which `_pursued` logs: the entry is met again after the next look at the fleet
+            raise
         finally:
             if held is None:
                 self._busy -= 1

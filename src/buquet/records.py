@@ -146,6 +146,8 @@ class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
     """The generation of the step, or of the run, that it is meant for."""
     undoes: bool = False
     """Whether it undoes its step."""
+    allowed: bool = False
+    """Whether it may fail, as an item of an `each`: that counts as no failure."""
     workflow: Name = ""
     """The workflow of its run, for the handler to see."""
     each: bool = False
@@ -201,7 +203,6 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     attempts: Count = 0
     losses: Count = 0
     worker: Short = ""
-    """Who ran it last."""
     error: ErrorInfo | msgspec.UnsetType = msgspec.UNSET
     group: Short = ""
     """12 hex digits that failures of one kind share: the task's name, the error's type and the function that raised it."""
@@ -213,6 +214,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     """How many attempts the task has; 0: not known."""
     due: Time = 0
     """Of an attempt: when the next one is due; 0: at once."""
+    allowed: bool = False
 
 
 class PackItems(msgspec.Struct, frozen=True):

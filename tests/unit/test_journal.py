@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from buquet import App, Fail, keys
+from buquet import each as over
 from buquet.errors import StoreUnavailable
 from buquet.insights.journal import Journal
 from buquet.queue.background import Background
@@ -508,3 +509,35 @@ def test_the_sql_of_the_documentation_runs_on_a_copy_of_a_journal(tmp_path, monk
     assert rows
     assert connection.execute("SELECT count(*) FROM journal WHERE kind = 'attempt'").fetchall() == [(5,)]
     assert ("odd", "ValueError", 5) in connection.execute("SELECT name, error.type, count(*) FROM ended GROUP BY ALL").fetchall()
+
+
+@pytest.mark.parametrize("pack", [0, 2])
+def test_an_item_that_may_fail_counts_as_no_failure(pack):
+    @virtual
+    async def test(rig):
+        @rig.app.task(max_attempts=1)
+        async def odd(n: int) -> int:
+            if n % 2 == 0:
+                raise ValueError(n)
+            return n
+
+        @rig.app.workflow
+        def lenient() -> list[int]:
+            return over(odd.options(allow_failures=True), [1, 2, 3])
+
+        @rig.app.workflow
+        def strict() -> list[int]:
+            return over(odd, [1, 2, 3], pack=pack)
+
+        runs = [await lenient.astart(), await strict.astart()]
+        worker = rig.worker(drain=True)
+        await worker.arun()
+        assert [await run.astatus() for run in runs] == ["completed", "failed"]
+        journal = Journal(rig.client)
+        await journal.refresh()
+        assert sum(line.allowed and line.status == "failed" for line in journal.lines) == 1
+        assert [(group.name, group.count) for group in journal.errors()] == [("odd", 1)]
+        assert (journal.summary().failed, sum(each.failed for each in journal.throughput())) == (1, 1)
+        assert worker.keeper.failed == 1
+
+    test()

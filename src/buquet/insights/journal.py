@@ -273,7 +273,7 @@ class Journal:
                 minute.retried += 1
             elif line.status == "completed":
                 minute.completed += 1
-            elif line.status == "failed":
+            elif is_failure(line):
                 minute.failed += 1
             else:
                 minute.other += 1
@@ -282,7 +282,7 @@ class Journal:
     def errors(self, *, queue: str | None = None, name: str | None = None, since: int = 0) -> list[ErrorGroup]:
         """Return the failures by kind, also those of attempts that are retried, the most frequent first."""
         found: dict[str, ErrorGroup] = {}
-        ended = self.select(queue=queue, name=name, status="failed", since=since)
+        ended = filter(is_failure, self.select(queue=queue, name=name, status="failed", since=since))
         for line in (*self.select(queue=queue, name=name, kind="attempt", since=since), *ended):
             known = found.get(line.group)
             if known is None:
@@ -327,7 +327,7 @@ class Journal:
         return Summary(
             count=len(ended),
             states=dict(states),
-            failed=states["failed"],
+            failed=sum(map(is_failure, ended)),
             per_minute=len(ended) / minutes / self.share,
             retried=sum(line.attempts > 1 for line in ended),
             failed_attempts=sum(line.kind == "attempt" for line in lines),
@@ -335,6 +335,11 @@ class Journal:
             duration=spread(line.ran for line in ended if line.started),
             delay=spread(max(line.started - line.ready, 0) for line in ended if line.started and line.ready),
         )
+
+
+def is_failure(line: Finished) -> bool:
+    """Tell whether a line is of a task that failed and that nobody has allowed to."""
+    return line.kind == "task" and line.status == "failed" and not line.allowed
 
 
 def _group_of(line: Finished) -> ErrorGroup:

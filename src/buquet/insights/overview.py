@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from buquet.insights.duration import duration
-from buquet.insights.journal import HOUR, MINUTE, ErrorGroup, Minute, Summary, spread
+from buquet.insights.journal import HOUR, MINUTE, ErrorGroup, Minute, Summary, is_failure, spread
 from buquet.insights.schedules import ScheduleView, view_of
 from buquet.queue.parent import is_system
 
@@ -253,4 +253,4 @@ def percentiles(times: list[tuple[int, int]], seen: Window) -> list[Percentiles]
 
 def group_of(lines: list[Finished], group: str) -> list[Finished]:
     """Return the failures of one group, the last that ended first."""
-    return [line for line in reversed(lines) if line.kind == "task" and line.status == "failed" and line.group == group]
+    return [line for line in reversed(lines) if is_failure(line) and line.group == group]

@@ -107,7 +107,8 @@ def _reason(
 ) -> str:
     if record.fan is not None and record.fan.errors and not record.error:
         first = record.fan.errors[0]
-        return f"{len(record.fan.errors)} items failed, such as {first.index}: {first.message}"
+        allowed = ", which is allowed" if step.allow_failures else ""
+        return f"{len(record.fan.errors)} items failed{allowed}, such as {first.index}: {first.message}"
     if state not in {"ready", "running"}:
         return ""
     if step.kind in {"wait", "sleep"}:

@@ -122,7 +122,7 @@ class Metrics(Watcher):
         if why in LOST:
             self.tasks.labels(*which, "lost").inc()
             why = task.state  # out of losses it has failed
-        if why in EVENTS:
+        if why in EVENTS and not (why == "failed" and task.allowed):
             self.tasks.labels(*which, EVENTS[why]).inc()
         since = next((event.at for event in reversed(task.events) if event.why in {"claimed", "taken over"}), None)
         if task.worker == self.worker.id and task.state != "pending" and since is not None:

@@ -76,6 +76,7 @@ def finished(task: Task) -> Finished:
         pack=task.pack,
         max_attempts=task.max_attempts,
         due=task.due if again else 0,
+        allowed=task.allowed,
     )
 
 

@@ -336,10 +336,11 @@ class Executor:
         """Return the move of an attempt that failed for good."""
         if run.stop == "cancel":
             return lambda task: transitions.stop(task, run.token, self.now())
-        self.keeper.failed += 1
+        self.keeper.failed += not run.held.record.allowed
         info = describe(error, trace=trace)
         text = "task %s (%s) failed for good: %s: %s"
-        log.error(text, run.listing.task, run.listing.name, info.type, info.message, exc_info=raised(error))
+        level = logging.WARNING if run.held.record.allowed else logging.ERROR
+        log.log(level, text, run.listing.task, run.listing.name, info.type, info.message, exc_info=raised(error))
         info = self.values.hide(run.listing.task, info)
         return lambda task: transitions.fail(task, run.token, info, self.now())
 
@@ -349,10 +350,11 @@ class Executor:
         info = describe(error, trace=True)
         failures = run.held.record.failures + 1
         last = failures >= run.held.record.max_attempts
-        self.keeper.failed += last
+        counts = last and not run.held.record.allowed
+        self.keeper.failed += counts
         wait = 0 if last else int(function.policy.backoff.seconds(failures, self.clock) * 1000)
         log.log(
-            logging.ERROR if last else logging.WARNING,
+            logging.ERROR if counts else logging.WARNING,
             "task %s (%s) attempt %d failed, %s: %s: %s",
             run.listing.task,
             run.listing.name,

@@ -274,10 +274,11 @@ class PackRunner:
         if ledger.left:
             due, error = ledger.later[0][0], self._retry_error()
             return lambda task: transitions.snooze(task, run.token, due, executor.now(), error=error)
-        executor.keeper.failed += 1
+        executor.keeper.failed += not self.task.allowed
         first = next(islice(ledger.failed.values(), 1))
         count = f"{len(ledger.failed)} of {self.task.pack} items failed"
         text = f"{count}; the first of them, item {first.index}: {first.type}: {first.message}"
-        log.error("task %s (%s) failed for good: %s", self.task.id, self.task.name, text)
+        level = logging.WARNING if self.task.allowed else logging.ERROR
+        log.log(level, "task %s (%s) failed for good: %s", self.task.id, self.task.name, text)
         info = executor.values.hide(self.task.id, ErrorInfo(type="ItemsFailed", message=text))
         return lambda task: transitions.fail(task, run.token, info, executor.now())

@@ -81,6 +81,7 @@ def of_step(run: RunRecord, follow: Follow, plan: Plan, now: int) -> Task:
         index=follow.item,
         gen=follow.gen,
         undoes=undo,
+        allowed=step.allow_failures and not undo,
         workflow=run.workflow,
         each=record.fan is not None,
         undone=record.undone,

@@ -236,6 +236,53 @@ def test_it_fits_on_a_phone(world: World) -> None:
     for path in (*PAGES, f"/tasks/{failed.id}", f"/tasks/{failed.id}/versions", f"/runs/{run.id}"):
         page.goto(world.address + path)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, f"{path} scrolls sideways as a whole"
+        cut = """[...document.querySelectorAll("header nav a, .wide td, .wide tbody th")]
+            .filter((each) => each.getBoundingClientRect().right > innerWidth || each.getBoundingClientRect().left < 0)
+            .map((each) => each.textContent)"""
+        assert page.evaluate(cut) == [], f"{path} cuts something off"
+    graph = page.get_by_role("region", name="Graph of the steps")
+    wide = graph.evaluate("(each) => each.scrollWidth > each.clientWidth + 2")
+    assert graph.locator("xpath=following-sibling::p").is_visible() == wide, "what is cut off says so"
+
+
+def test_a_refresh_turns_no_row_into_another(world: World) -> None:
+    chosen = apart(tasks.good.options(delay=5000).submit, "chosen")
+    page = world.pages("/tasks?name=good&status=pending")
+    link = page.locator(f"a[href='/tasks/{chosen.id}']")
+    link.focus(timeout=SOON)
+    page.evaluate("document.activeElement.closest('tr').mine = true")
+    sooner = apart(tasks.good.options(delay=3000).submit, "sooner")  # its row comes before the other
+    before = page.locator(f"a[href='/tasks/{sooner.id}']")
+    expect(before).to_have_count(1, timeout=SOON)
+    focused = "[document.activeElement.getAttribute('href'), document.activeElement.closest('tr').mine]"
+    assert page.evaluate(focused) == [f"/tasks/{chosen.id}", True]
+    apart(sooner.cancel)
+    expect(before).to_have_count(0, timeout=SOON)
+    assert page.evaluate(focused) == [f"/tasks/{chosen.id}", True]
+    apart(chosen.cancel)
+    expect(link).to_have_count(0, timeout=SOON)
+    assert page.evaluate("document.activeElement === document.body"), "what is gone leaves the focus to no other"
+
+
+def test_a_page_says_how_old_it_is_and_stands_still_when_asked(world: World) -> None:
+    page = world.pages("/tasks?name=good&status=pending")
+    page.clock.install()
+    page.reload()
+    mark = page.locator("#live")
+    expect(mark).to_have_class("live on", timeout=SOON)
+    page.get_by_role("button", name="Stop updating this page").click()
+    expect(mark).to_have_text(re.compile("^paused, as of [0-9:]{8}$"))
+    handle = apart(tasks.good.options(delay=4000).submit, "unseen")
+    page.clock.fast_forward(10_000)
+    expect(mark).to_have_class("live old")
+    page.clock.fast_forward(20_000)
+    expect(mark).to_have_class("live off")
+    row = page.locator(f"a[href='/tasks/{handle.id}']")
+    assert row.count() == 0
+    page.get_by_role("button", name="Update this page again").click()
+    expect(row).to_have_count(1, timeout=SOON)
+    expect(mark).to_have_class("live on", timeout=SOON)
+    apart(handle.cancel)
 
 
 def test_the_keyboard_reaches_everything_and_shows_where_it_is(world: World) -> None:

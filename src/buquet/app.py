@@ -37,6 +37,7 @@ from buquet.workflow.engine import Engine
 from buquet.workflow.finished import finished_run
 from buquet.workflow.function import AsyncWorkflowFunction, StartOptions, WorkflowFunction
 from buquet.workflow.handle import Run, homes
+from buquet.workflow.limits import check_max_items
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
@@ -83,6 +84,9 @@ class App:
     encrypted: the first encrypts, all decrypt. By default those of the environment's BUQUET_ENCRYPTION_KEYS, with commas between.
     `encrypted_only`: refuse values that are not encrypted (docs/security.md); by default as BUQUET_ENCRYPTED_ONLY says, 0 or 1.
 
+    `max_items`: the most items that an `each` may run over, in workflows that are started here and in those that its workers
+    carry out. None: 10,000 tasks, or what the `each` says.
+
     `retention`: how long ended tasks are kept, a timedelta or seconds, an hour at least. This App's workers then prune older ones
     of the queues that they serve, bit by bit. None: until `buquet prune`.
 
@@ -103,6 +107,7 @@ class App:
         retention: timedelta | float | None = None,
         encryption: Sequence[str] | str | None = None,
         encrypted_only: bool | None = None,
+        max_items: int | None = None,
     ) -> None:
         if not isinstance(cast("object", url), str | None):
             msg = f"an App takes the URL of its store, a string such as 'sqlite:path.db', not {url!r}"
@@ -115,6 +120,8 @@ class App:
         self.clock = clock or Clock()
         self._given = url
         self._store = store
+        check_max_items(max_items)
+        self.max_items = max_items
         self._encryption = encryption
         self._encrypted_only = encrypted_only
         self._named = url is not None or store is not None
@@ -180,6 +187,7 @@ class App:
                         self._opened = True
                     sealing = sealer(self._encryption, only=self._encrypted_only)
                     client = Client(self._store, self.clock, self.background, self.patience, sealing)
+                    client.max_items = self.max_items
                     self._client = client
                     if not self._exits:
                         self._exits = True
@@ -379,7 +387,7 @@ class App:
 
     def _runs(self, worker: Worker) -> Engine:
         """Return what a worker asks about runs."""
-        engine = Engine(worker.register, worker.clock, worker.fleet.due_now_ms, worker.client.sealer)
+        engine = Engine(worker.register, worker.clock, worker.fleet.due_now_ms, worker.client.sealer, self.max_items)
 
         def ended(run: RunRecord) -> None:
             worker.client.waiting.ended(run.id)

@@ -55,6 +55,8 @@ class Measured(NamedTuple):
 class _Bench:
     """One process's side: a client whose requests are counted, and the two tasks."""
 
+    max_items: int | None = None
+
     def __init__(self, url: str, queue: str, clock: Clock) -> None:
         self.clock = clock
         self.queue = queue

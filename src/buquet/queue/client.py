@@ -80,6 +80,8 @@ class Client:
         self.waiting = Waiting(self.register, clock)
         self.listeners: list[Callable[[str, str], None]] = []
         """Called with queue and entry when this process added one: its own workers need no bell."""
+        self.max_items: int | None = None
+        """The most items of an `each` that its App allows."""
         self.control_only = True
         """Whether `control/` alone pauses and drains workers; known once this is open."""
         self._open = False

@@ -40,6 +40,11 @@ class Home(Protocol):
         """The loop of blocking calls."""
         ...
 
+    @property
+    def max_items(self) -> int | None:
+        """The most items of an `each`; None: each says how many."""
+        ...
+
 
 class Handle(Generic[R_co]):
     """A task that was submitted: look at it, wait for it, cancel or redrive it. A blocking method has an async twin with an a.

@@ -69,6 +69,11 @@ class BaseTask(Generic[P, R]):
             msg = f"names that begin with {SYSTEM!r} are buquet's own: give task {name!r} another one, @app.task(name=...)"
             raise UsageError(msg)
 
+    @property
+    def max_items(self) -> int | None:
+        """The most items of an `each` that its App allows; None: each says how many."""
+        return self._home.max_items
+
     def __repr__(self) -> str:
         """Show name and queue."""
         return f"<buquet task function {self.name!r} on queue {self.queue!r}>"

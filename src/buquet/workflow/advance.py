@@ -18,7 +18,7 @@ from buquet.records import ErrorInfo
 from buquet.sealing import key_id_of
 from buquet.workflow import ranges
 from buquet.workflow.expression import PENDING, SKIPPED, Fault, check_size, is_mark, no_condition, show, strongest
-from buquet.workflow.limits import kept_errors, takes_no_more
+from buquet.workflow.limits import kept_errors, takes_no_more, too_many
 from buquet.workflow.records import OVER, Fan, ItemError, RunRecord, Sent, StepRecord
 from buquet.workflow.reopening import again, opened, well_ended
 from buquet.workflow.values import kept
@@ -272,6 +272,8 @@ class _Advance:
             if not isinstance(items, list):
                 return self._fault(name, Fault(f"each runs over a list, and this came to {show(items)}"))
             size = len(items)  # pyright: ignore[reportUnknownArgumentType]
+            if record.fan is None and (problem := too_many(size, step.pack, step.max_items, self.plan.max_items)):
+                return self._fault(name, Fault(problem))
             fan = record.fan or Fan(tasks=-(-size // (step.pack or 1)), items=size)
             self._put(name, replace(record, fan=fan))
             return self._end(name, "done") if ranges.count(fan.ended) >= fan.tasks else set()

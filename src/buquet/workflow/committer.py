@@ -58,11 +58,14 @@ class Known(NamedTuple):
 class Committer:
     """The only one that writes runs' records in a process."""
 
-    def __init__(self, register: Register, clock: Clock, now: Callable[[], int], sealer: Sealer) -> None:
+    def __init__(
+        self, register: Register, clock: Clock, now: Callable[[], int], sealer: Sealer, max_items: int | None = None
+    ) -> None:
         self.register = register
         self.at_rest = ValuesAtRest(register.reads, sealer)
         self.clock = clock
         self.now = now
+        self.max_items = max_items
         self.lost_races = 0
         """Writes that met another one."""
         self._held: dict[str, Held[RunRecord]] = {}
@@ -102,7 +105,7 @@ class Committer:
         plan = self._plans.get(run.id)
         if plan is None:
             body = await self.at_rest.get_of_run(run.id, "graph", run.graph, run.graph_at)
-            plan = Plan(read_graph(run.id, body))
+            plan = Plan(read_graph(run.id, body), self.max_items)
             if run.state not in OVER:  # else nothing would ever drop it
                 self._plans[run.id] = plan
         return plan

@@ -54,10 +54,12 @@ CARRIED = Ending("completed")
 class Engine:
     """One worker's side of all runs."""
 
-    def __init__(self, register: Register, clock: Clock, now: Callable[[], int], sealer: Sealer) -> None:
+    def __init__(
+        self, register: Register, clock: Clock, now: Callable[[], int], sealer: Sealer, max_items: int | None = None
+    ) -> None:
         self.register = register
         self.clock = clock
-        self.committer = Committer(register, clock, now, sealer)
+        self.committer = Committer(register, clock, now, sealer, max_items)
         self.arriving = Arriving(register, now)
         self.now = now
         self.ended: Callable[[RunRecord], None] = lambda _run: None

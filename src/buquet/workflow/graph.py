@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Meta, Raw
 
 from buquet import keys
-from buquet.bounds import AtLeastOne, Due, PackSize  # noqa: TC001 - decoding reads the annotations
+from buquet.bounds import AtLeastOne, Due, PackSize, Place  # noqa: TC001 - decoding reads the annotations
 from buquet.codec import decode_stored
 from buquet.errors import UnreadableRecord, UsageError
 from buquet.records import ABSENT
@@ -60,6 +60,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of an `each`: the name of the parameter that takes an item."""
     pack: PackSize = 0
     """Of an `each`: items in a task; 0: one task an item, with arguments of its own."""
+    max_items: Place = 0
+    """Of an `each`: the most items that it may run over; 0: as many as MOST_FANNED tasks hold."""
     allow_failures: bool = False
     after: tuple[Expr, ...] = ()
     """What must have ended before, skipped or not."""

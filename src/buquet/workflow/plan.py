@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 class Plan:
     """The steps that each one needs, those that follow it, and its inputs."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, max_items: int | None = None) -> None:
         self.graph = graph
+        self.max_items = max_items
+        """The most items of an `each` that the App of this process allows."""
         self.needs: dict[str, frozenset[str]] = {name: frozenset(step.needs) for name, step in graph.steps.items()}
         self.followers: dict[str, list[str]] = {name: [] for name in graph.steps}
         for name, needs in self.needs.items():

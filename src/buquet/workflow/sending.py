@@ -147,7 +147,7 @@ async def _send_recorded(
     """
     task, created = await _send(client, run_id, run, name, task_id, orders, **more)
     offset = await _store_ahead(client, task) if created else 0
-    engine = Engine(client.register, client.clock, lambda: client.clock.now_ms() + offset, client.sealer)
+    engine = Engine(client.register, client.clock, lambda: client.clock.now_ms() + offset, client.sealer, client.max_items)
     try:
         recorded = await engine.record(task)
     except (StoreRefused, UnreadableRecord, EncryptionKeyMissing):

@@ -13,6 +13,7 @@ from buquet.queue.task import AsyncTaskFunction, BaseTask
 from buquet.workflow.catching import refuse_catching
 from buquet.workflow.expression import NULL, Choose, Const, Expr, Fields, Ref
 from buquet.workflow.graph import DEEPEST, Call, Graph, Step, Undo
+from buquet.workflow.limits import too_many
 from buquet.workflow.placeholder import Value, check_text, expr_of, to_expr, traced
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def choose(trace: Trace, condition: Value, then: Callable[[], Any], otherwise: C
     return Value(Choose(expr, first, second))
 
 
-def fan_out(trace: Trace, task: BaseTask[..., Any], items: object, pack: int) -> Value:
+def fan_out(trace: Trace, task: BaseTask[..., Any], items: object, pack: int, max_items: int | None = None) -> Value:
     """Note an `each`."""
     task.signature.check_batch()
     options = task.step_options
@@ -231,6 +232,8 @@ def fan_out(trace: Trace, task: BaseTask[..., Any], items: object, pack: int) ->
         msg = f"allow_failures is True or False, not {options.allow_failures!r}"
         raise UsageError(msg)
     given = items if isinstance(items, Value) else list(cast("Iterable[object]", items))
+    if isinstance(given, list) and (problem := too_many(len(given), pack, max_items or 0, task.max_items)):
+        raise UsageError(problem)
     over = to_expr(given, f"the items of {task.name}")
     if isinstance(over, Const) and isinstance(given, list):
         name = next(iter(task.signature.parameters))
@@ -243,6 +246,7 @@ def fan_out(trace: Trace, task: BaseTask[..., Any], items: object, pack: int) ->
         over=over,
         item=next(iter(task.signature.parameters)),
         pack=pack,
+        max_items=max_items or 0,
         allow_failures=options.allow_failures,
         after=after_of(options.after, trace),
         guards=trace.guards,

@@ -23,6 +23,7 @@ from buquet.queue.options import in_seconds
 from buquet.workflow.advance import LONGEST_WAIT
 from buquet.workflow.graph import Step
 from buquet.workflow.handle import Run, homes
+from buquet.workflow.limits import check_max_items
 from buquet.workflow.placeholder import Value, to_expr
 from buquet.workflow.schemas import schema_of
 from buquet.workflow.sending import send_signal
@@ -44,20 +45,26 @@ _given: ContextVar[dict[str, list[Any]] | None] = ContextVar("buquet_signals", d
 
 
 @overload
-def each(task: AsyncTaskFunction[Concatenate[T, ...], R], items: Iterable[T], pack: int = 0) -> Awaitable[list[R]]: ...
+def each(
+    task: AsyncTaskFunction[Concatenate[T, ...], R], items: Iterable[T], pack: int = 0, *, max_items: int | None = None
+) -> Awaitable[list[R]]: ...
 @overload
-def each(task: TaskFunction[Concatenate[T, ...], R], items: Iterable[T], pack: int = 0) -> list[R]: ...
-def each(task: BaseTask[..., Any], items: Any, pack: int = 0) -> Any:
+def each(
+    task: TaskFunction[Concatenate[T, ...], R], items: Iterable[T], pack: int = 0, *, max_items: int | None = None
+) -> list[R]: ...
+def each(task: BaseTask[..., Any], items: Any, pack: int = 0, *, max_items: int | None = None) -> Any:
     """Run a task on every item of a list, or of a step's value, side by side; the results come in the order of the items.
 
     `pack`: so many items to a task object, 1 to 10,000; 0: a task an item. One item that fails for good fails the step, unless
-    `task.options(allow_failures=True)`, which leaves None in its place. Raises UsageError.
+    `task.options(allow_failures=True)`, which leaves None in its place. `max_items`: the most items, by default 10,000, or as
+    many as 10,000 packs hold. More are refused at the start or, of a step's value, fail the step. Raises UsageError.
 
     >>> labels = each(label, order.items, pack=50)  # doctest: +SKIP
     """
     if isinstance(pack, bool) or not isinstance(cast("object", pack), int) or not 0 <= pack <= MOST_ITEMS:
         msg = f"pack is the number of items in a task, 1 to {MOST_ITEMS:,}, or 0 for a task an item, not {pack!r}"
         raise UsageError(msg)
+    check_max_items(max_items)
     check_task(task, "each")
     if isinstance(items, str | bytes | bytearray):
         msg = f"each was given one {type(items).__name__}, of which each character would be an item: put it in a list"
@@ -67,7 +74,7 @@ def each(task: BaseTask[..., Any], items: Any, pack: int = 0) -> Any:
         raise UsageError(msg)
     trace = current_trace()
     if trace is not None:
-        return fan_out(trace, task, items, pack)
+        return fan_out(trace, task, items, pack, max_items)
     allow = task.step_options.allow_failures
     if is_async(task):
         return _gather(task, list(items), allow=allow)

@@ -43,3 +43,16 @@ def test_blocking_calls_and_twins_in_one_notebook(folder):
         "print(await handles[1].aresult(timeout=60))\napp.close()\nprint(handles[1].result(timeout=60))",
     )
     assert said == ["pending", "2", "4", "6", "8", "10", "4", "4"]
+
+
+def test_a_notebook_works_its_tasks_off(folder):
+    said = printed(
+        folder,
+        "from tasks import app, double\nfrom buquet.testing import advance, arun_until_idle, in_memory, run_until_idle",
+        "memory = in_memory(app)\nmemory.__enter__()",
+        "handle = double.options(delay=86_400).submit(1)\nadvance(app, 60)\nprint(handle.status())",
+        "run_until_idle(app)\nprint(handle.result(timeout=60))",
+        "handle = double.options(delay=86_400).submit(2)\nawait arun_until_idle(app)\nprint(await handle.aresult())",
+        "double.submit(3)\nrun_until_idle(app, virtual=True)\nrun_until_idle(app, inline=True)\nprint('idle')",
+    )
+    assert said == ["pending", "2", "4", "idle"]

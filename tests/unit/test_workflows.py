@@ -26,7 +26,7 @@ from buquet import (
     sleep,
     when,
 )
-from buquet.testing import run_until_idle
+from buquet.testing import advance, run_until_idle
 from buquet.workflow.values import Values
 
 app = App("memory:")
@@ -90,7 +90,7 @@ def as_run(body, *args, send=()):
     run = app.workflow(name=f"w{len(app.workflows)}")(body).start(*args)
     for signal, value in send:
         signal.send(run, value)
-    run_until_idle(app, virtual=True)
+    advance(app, 86_400, virtual=True)
     return run
 
 
@@ -300,6 +300,7 @@ def test_signals_queue_in_their_order_and_a_default_is_taken_in_the_end():
     for value in (7, 8):
         number.send(run, value)
         run_until_idle(app, virtual=True)
+    advance(app, 5)
     assert run.result(timeout=1) == as_call(three_waits, 9, send=[(number, 7), (number, 8)]) == [7, 8, 9]
 
 

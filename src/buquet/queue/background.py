@@ -53,6 +53,7 @@ class Background:
         self._loop = loop
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._meanwhile: tuple[int, Callable[[Future[Any]], None]] | None = None
         forking.watch(self)
 
     def after_fork(self) -> None:
@@ -67,11 +68,18 @@ class Background:
         """The loop, started if need be."""
         forking.check()
         with self._lock:
-            if self._loop is None:
-                self._loop = new_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name="buquet", daemon=True)
-                self._thread.start()
-            return self._loop
+            return self._loop or self._begin(new_loop())
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Run a loop of the caller's choice in the thread."""
+        with self._lock:
+            self._begin(loop)
+
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
+        self._loop = loop
+        self._thread = threading.Thread(target=loop.run_forever, name="buquet", daemon=True)
+        self._thread.start()
+        return loop
 
     @contextmanager
     def serving(self, loop: asyncio.AbstractEventLoop) -> Generator[None]:
@@ -101,6 +109,15 @@ class Background:
                 stacklevel=4,
             )
 
+    @contextmanager
+    def meanwhile(self, work: Callable[[Future[Any]], None]) -> Generator[None]:
+        """Have this thread do some work, until the future that it is given is done, whenever it waits for a blocking call."""
+        self._meanwhile = (threading.get_ident(), work)
+        try:
+            yield
+        finally:
+            self._meanwhile = None
+
     def begin(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         """Start a coroutine; the future may be waited for in any other thread."""
         return asyncio.run_coroutine_threadsafe(work(), self.loop)
@@ -114,6 +131,8 @@ class Background:
         future = self.begin(work)
         while True:
             try:
+                if self._meanwhile is not None and self._meanwhile[0] == threading.get_ident():
+                    self._meanwhile[1](future)
                 return future.result()
             except CancelledError:
                 msg = f"the App was closed while {blocking}() was at it"

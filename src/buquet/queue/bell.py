@@ -41,11 +41,6 @@ class Ringer:
         """Until when, by the monotonic clock, the rings of a queue use up their share of one each 0.1 s."""
         self._closing = False
 
-    def use(self, clock: Clock, background: Background) -> None:
-        """Go by another clock, and ring on another loop. Nothing may be due: flush first."""
-        self.clock, self.background = clock, background
-        self._paid.clear()  # times of the other clock: by this one they may be days away
-
     def added(self, queue: str, entry: str) -> None:
         """Tell that an entry was added. Returns at once; the ring follows within 0.1 s."""
         with self._lock:

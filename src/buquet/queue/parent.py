@@ -82,6 +82,10 @@ class Parent(Protocol):
         """
         ...
 
+    async def only_bounds_a_wait(self, task: Task) -> bool:
+        """Tell whether a task is the timer of a wait for a signal: nothing is left to do there until somebody sends it."""
+        ...
+
     async def prune(self, pruner: Pruner, run_id: str) -> bool:
         """Prune a run that is over for long enough, with its tasks; tell whether nothing is left. Raises UnreadableRecord."""
         ...

@@ -5,6 +5,6 @@
 """
 
 from buquet.testing.attempt import FakeAttempt
-from buquet.testing.fixture import MemoryApp, in_memory, run_until_idle
+from buquet.testing.fixture import MemoryApp, aadvance, advance, arun_until_idle, in_memory, run_until_idle
 
-__all__ = ["FakeAttempt", "MemoryApp", "in_memory", "run_until_idle"]
+__all__ = ["FakeAttempt", "MemoryApp", "aadvance", "advance", "arun_until_idle", "in_memory", "run_until_idle"]

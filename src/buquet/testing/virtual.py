@@ -46,6 +46,50 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self.elapsed
 
 
+class _Skipping(selectors.DefaultSelector):
+    loop: SkippingLoop
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        if timeout is None or timeout <= 0 or self.loop.is_busy():
+            return super().select(timeout)
+        events = super().select(0)
+        if not events:
+            self.loop.clock.ahead += timeout
+        return events
+
+
+class SkippingLoop(asyncio.SelectorEventLoop):
+    """An event loop that moves a clock on instead of waiting for a timer, unless a thread is at work for it meanwhile."""
+
+    def __init__(self, clock: Clock) -> None:
+        selector = _Skipping()
+        selector.loop = self
+        self.clock = clock
+        self.busy: Callable[[], bool] = lambda: False
+        """Tells whether something else than this loop's own executor is at work."""
+        self._calls = 0
+        super().__init__(selector)
+        self._clock_resolution = 1e-6  # as above
+
+    def is_busy(self) -> bool:
+        """Tell whether a thread is at work."""
+        return self._calls > 0 or self.busy()
+
+    def time(self) -> float:
+        """Return the clock's time."""
+        return self.clock.monotonic()
+
+    def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]
+        """See asyncio."""
+        self._calls += 1
+        future = super().run_in_executor(executor, func, *args)
+        future.add_done_callback(self._called)
+        return future
+
+    def _called(self, _future: asyncio.Future[Any]) -> None:
+        self._calls -= 1
+
+
 class VirtualClock(Clock):
     """The clock of a virtual loop. `skew` seconds are added to the wall clock of who uses it, as if it were wrong."""
 

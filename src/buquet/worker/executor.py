@@ -33,7 +33,7 @@ from buquet.worker.failures import AttemptTimeout, TaskLogger, describe, exit_of
 from buquet.worker.pack import PackRunner
 from buquet.worker.permits import Permits
 from buquet.worker.session import Listing
-from buquet.worker.threads import Raised, Threads
+from buquet.worker.threads import Raised, Threads, in_this_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -53,6 +53,8 @@ log = logging.getLogger("buquet.task")
 
 WITHOUT_KEY = 30_000
 """Milliseconds for which a task is put back that cannot be decrypted here."""
+STAY = 5.0
+"""Where all that is left of a pack comes back later than in so many seconds, the pack is given back until then."""
 CANCEL_GRACE = 10.0
 """Seconds that a handler in a thread has to see that it was cancelled."""
 
@@ -151,6 +153,7 @@ class Executor:
         self.tasks = tasks
         self.values = Values(register.reads, sealer)
         self.threads = Threads()
+        self.stay = STAY
         self.permits = Permits(keeper.concurrency)
         self.children: Children | None = None
         """Speaks with the runs that tasks belong to."""
@@ -199,7 +202,7 @@ class Executor:
         """Run the handler, and do what `execute` does."""
         task = run.held.record
         function = self.tasks[task.name]
-        run.is_async = function.is_async
+        run.is_async = function.is_async and not self.threads.inline
         try:
             if task.pack:
                 return await PackRunner(self, run, function).run()
@@ -260,12 +263,13 @@ class Executor:
         limit = asyncio.timeout(function.policy.timeout)
         try:
             async with limit:
-                if function.is_async:
+                if run.is_async:
                     enter(run.attempt)
                     return await function.function(*args, **kwargs)
+                call = in_this_thread(function.function) if function.is_async else function.function
                 context = contextvars.copy_context()
                 context.run(enter, run.attempt)
-                future = self.threads.call(functools.partial(context.run, function.function, *args, **kwargs))
+                future = self.threads.call(functools.partial(context.run, call, *args, **kwargs))
                 try:
                     return await future
                 except asyncio.CancelledError:
@@ -273,7 +277,7 @@ class Executor:
                     raise
         except TimeoutError as error:
             if limit.expired():
-                where = "" if function.is_async else "; its thread goes on unheeded, since a thread cannot be stopped"
+                where = "" if run.is_async else "; its thread goes on unheeded, since a thread cannot be stopped"
                 msg = f"the attempt took longer than its timeout of {function.policy.timeout:g} s{where}"
                 raise AttemptTimeout(msg) from error
             raise

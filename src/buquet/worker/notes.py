@@ -31,6 +31,7 @@ class Notes:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.clock = worker.clock
+        self.every = EVERY
         self.rung = False
         """Whether the bell told of a request to this worker."""
         self._held: dict[str, Held[Note]] = {}
@@ -39,9 +40,9 @@ class Notes:
         self._looked = self._settled = self.clock.monotonic()
 
     async def keep(self) -> None:
-        """Look every 2 s, for as long as the worker is there."""
+        """Look every 2 s (or `every`), for as long as the worker is there."""
         while True:
-            await self.clock.sleep(EVERY)
+            await self.clock.sleep(self.every)
             now = self.clock.monotonic()
             idle = now - self._looked >= IDLE
             if not (self.worker.is_busy or idle):

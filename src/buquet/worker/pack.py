@@ -37,8 +37,6 @@ LONGEST_PAUSE = 60.0
 SAVE_SHARE = 10
 """And at least so many times as long as the last one took to store: large ones are stored less often."""
 TICK = 1.0
-STAY = 5.0
-"""Where all that is left comes back later than in so many seconds, the pack is given back until then."""
 FIRST_LOOK = 0.001
 """Seconds after which a first lane in a thread is judged slow, and joined by others."""
 LOGGED = 10
@@ -101,16 +99,19 @@ class PackRunner:
         ledger, run = self.ledger, self.claim
         while ledger.left and not (run.stop or run.keeper.lost):
             self._call_in()
-            if not ledger.ready and not self.lanes and self._idle_for() > STAY:
+            if self._is_all_later():
                 return
             await self._open_lanes()
-            if ledger.left and (self.lanes or not ledger.ready):
+            if ledger.left and (self.lanes or not ledger.ready) and not self._is_all_later():
                 await self._wait()
             self._save_now_and_then()
         while self.lanes and run.stop and not run.keeper.lost:
             for lane in self.lanes.values():
                 lane.tell_cancelled()
             await self._wait()
+
+    def _is_all_later(self) -> bool:
+        return not self.ledger.ready and not self.lanes and self._idle_for() > self.executor.stay
 
     def _call_in(self) -> None:
         """Put the items whose time has come at the head of the row: at its end they might wait far beyond their backoff."""

@@ -85,6 +85,11 @@ class Scheduler:
         self._declared: set[str] = set()
         self._grieved: dict[str, str] = {}
 
+    @property
+    def next_look(self) -> int | None:
+        """When the next schedule is to be looked at, in milliseconds since 1970; at the latest when it fires next."""
+        return min(self._look_at.values(), default=None)
+
     async def begin(self) -> None:
         """Write down what is declared and not there yet, or changed, and deal with what is due. Never raises for the store."""
         for name in self.plans:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import sys
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
+    from concurrent.futures import Future
 
 _Job = tuple["Callable[[], Any]", asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
 
@@ -17,11 +19,16 @@ _Job = tuple["Callable[[], Any]", asyncio.AbstractEventLoop, "asyncio.Future[Any
 class Threads:
     """A pool that grows when no thread is idle; the caller bounds how many calls are under way."""
 
+    inline = False
+    """Whether the calls are made in a thread that waits for the worker."""
+
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._idle = 0
         self._threads = 0
+        self.busy = 0
+        """Calls whose outcome the loop does not know yet. Only the loop's thread changes it."""
 
     def call(self, function: Callable[[], Any]) -> asyncio.Future[Any]:
         """Call a function in a thread; the future belongs to the running loop."""
@@ -31,24 +38,44 @@ class Threads:
             if self._idle:
                 self._idle -= 1
             else:
-                self._threads += 1
-                threading.Thread(target=self._work, name="buquet-handler", daemon=True).start()
+                self._grow()
+            self.busy += 1
         self._jobs.put((function, loop, future))
         return future
 
+    def _grow(self) -> None:
+        self._threads += 1
+        threading.Thread(target=self._work, name="buquet-handler", daemon=True).start()
+
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            function, loop, future = job
-            result, error = None, None
-            try:
-                result = function()
-            except BaseException as raised:  # noqa: BLE001 - whatever a handler raises is its attempt's outcome
-                error = raised
+            self._do(job)
+            del job
             with self._lock:
                 self._idle += 1
-            with suppress(RuntimeError):  # the loop is closed: the worker gave up on this call and ended
-                loop.call_soon_threadsafe(_settle, future, result, error)
-            del job, function, loop, future, result, error
+
+    def _do(self, job: _Job) -> BaseException | None:
+        """Make a call and hand its outcome to its loop; return what it raised."""
+        function, loop, future = job
+        result, error = None, None
+        try:
+            result = function()
+        except BaseException as raised:  # noqa: BLE001 - whatever a handler raises is its attempt's outcome
+            error = raised
+        with suppress(RuntimeError):  # the loop is closed: the worker gave up on this call and ended
+            loop.call_soon_threadsafe(self._settle, future, result, error)
+        return error
+
+    def _settle(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+        self.busy -= 1
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            # a future takes neither StopIteration nor SystemExit: both would escape from the loop
+            carried = isinstance(error, StopIteration) or not isinstance(error, Exception)
+            future.set_exception(Raised(error) if carried else error)
 
     def close(self) -> None:
         """End the idle threads, and the others when they return."""
@@ -57,14 +84,34 @@ class Threads:
                 self._jobs.put(None)
 
 
-def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        # a future takes neither StopIteration nor SystemExit: both would escape from the loop
-        future.set_exception(Raised(error) if isinstance(error, StopIteration) or not isinstance(error, Exception) else error)
+class InlineThreads(Threads):
+    """Makes the calls in a thread that waits for the worker, such as a test's with its connection to a database."""
+
+    inline = True
+
+    def _grow(self) -> None:
+        """Start no thread."""
+
+    def work_until(self, over: Future[Any]) -> None:
+        """Make the calls that come, in this thread, until a future is done. KeyboardInterrupt in a call is raised here, too."""
+        over.add_done_callback(lambda _: self._jobs.put(None))
+        while not over.done():
+            job = self._jobs.get()
+            error = job and self._do(job)
+            if isinstance(error, KeyboardInterrupt):
+                raise error
+
+
+def in_this_thread(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+    """Return an async function as a plain one. With asgiref, as in Django, what it hands to threads runs in the caller's, too."""
+    asgiref = sys.modules.get("asgiref.sync")
+    if asgiref is not None:
+        return asgiref.async_to_sync(function)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return asyncio.run(function(*args, **kwargs))
+
+    return call
 
 
 class Raised(Exception):

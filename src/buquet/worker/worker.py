@@ -13,11 +13,12 @@ from buquet.errors import StoreError, StoreFull, StoreRefused, UsageError
 from buquet.queue import tracing
 from buquet.queue.background import new_loop, running_loop
 from buquet.queue.parent import is_system
+from buquet.records import Task
 from buquet.store.register import Register
 from buquet.store.retrying import pause
 from buquet.worker.children import Children
 from buquet.worker.claim import Claimer
-from buquet.worker.drained import drained
+from buquet.worker.drained import drained, next_due
 from buquet.worker.entries import put_back, put_entry_back
 from buquet.worker.executor import Executor, Running
 from buquet.worker.finder import QueueFinder
@@ -38,13 +39,15 @@ if TYPE_CHECKING:
     from buquet.queue.parent import Parent
     from buquet.queue.schedules import Plan
     from buquet.queue.task import BaseTask
-    from buquet.records import Task
     from buquet.store.register import Held
+    from buquet.worker.drained import Waits
     from buquet.worker.lane import Found
 
 log = logging.getLogger("buquet.worker")
 
 LOOK_AT_FLEET = 20.0
+LONGEST_DRAIN_WAIT = 2.0
+"""Seconds after which a worker that drains looks again whether the others are done."""
 LOOK_NEXT_DOOR = 1.0
 """Seconds between two looks whether the processes of other workers of this machine are there, which costs no request."""
 LOOKS = 5.0
@@ -73,8 +76,8 @@ class Worker:
     >>> app.worker(concurrency=8, drain=True).run()  # doctest: +SKIP
     """
 
-    longest_drain_wait = 2.0
-    """Seconds after which a worker that drains looks again whether the others are done."""
+    drain_waits: Waits
+    """Tells whether a worker that drains waits for an entry that is not due yet."""
 
     def __init__(
         self,
@@ -147,6 +150,7 @@ class Worker:
         """Whether it waits for new work with room to spare: that something ended is no news to it then."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_wait = 0.1
+        self.drain_waits, self._bounds_of_waits = self.is_work, set[str]()
 
     def _now_ms(self) -> int:
         return self.fleet.due_now_ms()
@@ -359,7 +363,7 @@ class Worker:
                 if await self._take(room):
                     tries = 0
                     continue
-                if self.drain and not self._pursuits and await drained(self.looks, self.fleet, self.finders, self.tasks):
+                if self.drain and not self._pursuits and await self._drained():
                     return
                 await self._rest()
                 tries = 0
@@ -368,6 +372,24 @@ class Worker:
                 others = [self._listen(finder) for finder in self.finders if not finder.failed]
                 await first_of(self._wake.wait(), pause(self.clock, tries + 3), *others)
                 tries += 1
+
+    async def _drained(self) -> bool:
+        return await drained(self.looks, self.fleet, self.finders, self.tasks, self.drain_waits)
+
+    async def next_due(self, waits: Waits) -> int | None:
+        """Return when work of this worker is due next, in milliseconds; only entries count that `waits` names."""
+        return await next_due(self.looks, self.fleet, self.finders, self.tasks, waits)
+
+    async def is_work(self, entry: keys.Entry) -> bool:
+        """Tell whether an entry is more than the timer of a run's wait for a signal, which may well be sent before."""
+        if not is_system(entry.name) or self.children is None:
+            return True
+        if entry.task not in self._bounds_of_waits:
+            held = await self.looks.read(Task, keys.task(entry.task))
+            if held is None or not await self.children.parent.only_bounds_a_wait(held.record):
+                return True
+            self._bounds_of_waits.add(entry.task)
+        return False
 
     async def _take(self, room: int) -> bool:
         taken, trouble = 0, None
@@ -450,9 +472,9 @@ class Worker:
 
     async def _rest(self) -> None:
         rests: list[Coroutine[Any, Any, object]] = [finder.rest() for finder in self.finders]
-        if self.drain:
+        if self.drain and not self._pursuits:  # one that ends wakes this worker
             rests.append(self.clock.sleep(self._drain_wait))
-            self._drain_wait = min(self._drain_wait * 2, self.longest_drain_wait)
+            self._drain_wait = min(self._drain_wait * 2, LONGEST_DRAIN_WAIT)
         self._resting = not self.drain
         try:
             await first_of(self._wake.wait(), *rests)

@@ -203,6 +203,17 @@ class Engine:
         if held is not None and held.record.state not in TERMINAL:
             await self._start(held.record, await event_of(held.record, None, self.committer.at_rest, holds=False))
 
+    async def only_bounds_a_wait(self, task: Task) -> bool:
+        """Tell whether a task is the timer of a wait for a signal."""
+        if task.name != TIMER:
+            return False
+        try:
+            held = await self.committer.read(task.run)
+            step = (await self.committer.plan(held.record)).graph.steps.get(task.step) if held else None
+        except (UnreadableRecord, EncryptionKeyMissing):
+            return False
+        return step is not None and step.kind == "wait"
+
     async def _signal_comes(self, timer: Task) -> bool:
         """Tell whether a signal for a timer's wait was sent in time and is not recorded yet: all workers may have been away."""
         held = await self.committer.read(timer.run)

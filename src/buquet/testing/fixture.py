@@ -14,7 +14,7 @@ from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import SkippingLoop
 from buquet.worker.session import TTL
-from buquet.worker.threads import InlineThreads
+from buquet.worker.threads import CallerThread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,7 +167,7 @@ class _Course:
             worker.drain_waits = _never
             worker.executor.stay = 0
         if self.inline:
-            worker.executor.threads = InlineThreads()
+            worker.executor.threads = CallerThread()
         if self.virtual is not None:
             worker.notes.every = RARELY
             cast("SkippingLoop", self.virtual.loop).busy = lambda: worker.executor.threads.busy > 0
@@ -195,7 +195,7 @@ class _Course:
 
         background = self.virtual or self.app.background
         threads = worker.executor.threads
-        if isinstance(threads, InlineThreads):
+        if isinstance(threads, CallerThread):
             with background.meanwhile(threads.work_until), self.app.background.meanwhile(threads.work_until):
                 background.run(lambda: self._run(worker), "run_until_idle", interrupt)
         else:

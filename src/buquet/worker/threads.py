@@ -84,7 +84,7 @@ class Threads:
                 self._jobs.put(None)
 
 
-class InlineThreads(Threads):
+class CallerThread(Threads):
     """Makes the calls in a thread that waits for the worker, such as a test's with its connection to a database."""
 
     inline = True

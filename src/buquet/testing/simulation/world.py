@@ -34,6 +34,8 @@ DEFECT = "a defect of buquet"
 class InlineThreads:
     """Stands in for the worker's threads: a plain function runs on the loop, some time after it was handed over."""
 
+    inline = False
+
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 

@@ -13,6 +13,7 @@ from buquet.errors import UsageError
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import SkippingLoop
+from buquet.worker.drained import everything, nothing
 from buquet.worker.session import TTL
 from buquet.worker.threads import CallerThread
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from typing import Self, TypeAlias
 
-    from buquet import keys
     from buquet.worker.worker import Worker
 
     Until: TypeAlias = datetime | Callable[[], object]
@@ -164,7 +164,7 @@ class _Course:
     def _worker(self) -> Worker:
         worker = self.app.worker(drain=True, heartbeat_thread=not self.in_memory, ttl=RARELY if self.in_memory else TTL)
         if self.in_memory:  # nobody else has to see that this worker lives: a handler that sleeps for a day takes no beats
-            worker.drain_waits = _never
+            worker.drain_waits = nothing
             worker.executor.stay = 0
         if self.inline:
             worker.executor.threads = CallerThread()
@@ -178,7 +178,7 @@ class _Course:
         if not self.in_memory:
             return
         timed = self.end is not None or self.asked is not None
-        self.next = await worker.next_due(_always if timed else worker.is_work)
+        self.next = await worker.next_due(everything if timed else worker.is_work)
         fire = worker.scheduler.next_look
         if timed and fire is not None:
             self.next = fire if self.next is None else min(self.next, fire)
@@ -210,14 +210,6 @@ class _Course:
             await self._run(worker)
         else:
             await asyncio.wrap_future(self.virtual.begin(lambda: self._run(worker)))
-
-
-async def _always(_entry: keys.Entry) -> bool:
-    return True
-
-
-async def _never(_entry: keys.Entry) -> bool:
-    return False
 
 
 class in_memory(ContextDecorator):  # noqa: N801 - it is used as a function

@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("buquet.worker")
 
 
+async def everything(_entry: keys.Entry) -> bool:
+    """Wait for all that is not due yet."""
+    return True
+
+
+async def nothing(_entry: keys.Entry) -> bool:
+    """Wait for nothing that is not due yet."""
+    return False
+
+
 async def drained(register: Register, fleet: Fleet, finders: Iterable[QueueFinder], names: Container[str], waits: Waits) -> bool:
     """Tell whether nothing is left that a worker with these handlers could run, here or under another worker.
 

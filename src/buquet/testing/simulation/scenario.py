@@ -19,6 +19,7 @@ from buquet.testing.simulation.outage import Outage
 from buquet.testing.simulation.wire import Weather
 from buquet.testing.simulation.world import Node, World
 from buquet.testing.watch import OVER
+from buquet.worker.drained import everything
 
 PATIENCE = 120.0
 """Seconds within which, in good weather, what is due must be done."""
@@ -335,6 +336,8 @@ class Play:
         """Let a fresh worker work off everything."""
         node = self.node("fresh")
         node.work(drain=True, ttl=self.world.ttl, concurrency=8)
+        if node.worker_here is not None:
+            node.worker_here.drain_waits = everything  # also for the time-outs of waits, whose signals nobody sends any more
         began = self.world.loop.elapsed
         while node.alive and not self.watch.found:
             await self.pause(2)

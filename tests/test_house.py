@@ -24,6 +24,9 @@ LONGER = {
 }
 """Files that may be longer, each with the reason."""
 
+MANY = ("PROCESSES", "report['lines']", "len(self.steps)", "min(named, 10**18)")
+"""Numbers before a noun that are known to be more than one."""
+
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 OWNERS = {
@@ -106,6 +109,17 @@ def test_no_file_is_too_long() -> None:
 def test_no_file_is_a_drawer() -> None:
     drawers = [name_of(path) for path in SOURCES if DRAWERS & {part.lower().strip("_") for part in (*path.parts, path.stem)}]
     assert not drawers, f"say what is in it: {drawers}"
+
+
+def test_every_counted_noun_agrees_with_its_number() -> None:
+    """ "1 tasks" is no English. Constants, which are never 1, are excepted, and so is `done/whole`."""
+    nouns = "tasks|items|runs|workers|packs|attempts|lines|records|entries|payloads|stubs|objects|handles|handlers|slots|steps"
+    wrong = re.compile(rf"(?<!/)\{{+ ?(?!MOST|[A-Z_]+[:,}}])[^{{}}]*\}}+ (running |worker )?({nouns})\b(?!/)")
+    package = ROOT / "src" / "buquet"
+    pages = [path for path in (*SOURCES, *(package / "dashboard" / "templates").glob("*.html")) if "testing" not in path.parts]
+    found = {f"{path.relative_to(package)}: {hit[0]}" for path in pages for hit in wrong.finditer(path.read_text())}
+    excepted = {each for each in found if any(text in each for text in MANY)}
+    assert found == excepted, "use counted() of buquet.printing"
 
 
 @pytest.mark.parametrize("package", OWNERS)

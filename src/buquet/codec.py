@@ -181,8 +181,8 @@ class Signature:
         """Return the arguments by parameter name. Raises TypeError as a plain call would."""
         return self.signature.bind(*args, **kwargs).arguments
 
-    def encode(self, arguments: dict[str, Any]) -> bytes:
-        """Return bound arguments as a JSON object.
+    def encode(self, arguments: dict[str, Any], *, lenient: bool = False) -> bytes:
+        """Return bound arguments as a JSON object; `lenient`: unchecked where a type cannot be found.
 
         Raises InvalidArgument, naming the parameter, for what JSON does not carry, or would not arrive as it is.
         """
@@ -192,7 +192,12 @@ class Signature:
             for name, value in arguments.items():
                 encode_value(value, f"argument {name!r} of {self.function.__qualname__}")
             raise
-        types = self._types
+        try:
+            types = self._types
+        except _Unresolved:
+            if lenient:
+                return body
+            raise
         if not all(type(value) in types.parameters[name].safe for name, value in arguments.items()):
             back = types.read(body, InvalidArgument)
             for name, value in arguments.items():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from buquet.errors import UsageError
+from buquet.printing import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -132,7 +133,7 @@ def _lost(given: Any, back: Any, path: str, *, loose: bool) -> str:
         return ""
     if _is(given, list | tuple) and _is(back, list | tuple):  # JSON has one kind of list
         if len(given) != len(back):
-            return f"`{path}` would arrive with {len(back)} items, not {len(given)}"
+            return f"`{path}` would arrive with {counted(len(back), 'item')}, not {len(given):,}"
         pairs = enumerate(zip(given, back, strict=True))
         return next(filter(None, (_lost(*pair, f"{path}[{index}]", loose=loose) for index, pair in pairs)), "")
     if _is(given, dict):

@@ -36,6 +36,15 @@ def printable(text: str, keep: str = "", mark: Callable[[str], str] = _escape) -
     return "".join(mark(each) if category(each) in UNSAFE and each not in keep and each not in JOINERS else each for each in text)
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """Return a number with its noun, or with what else depends on it.
+
+    >>> counted(1, "task"), counted(1200, "task"), counted(0, "entry", "entries"), counted(2, "run goes", "runs go")
+    ('1 task', '1,200 tasks', '0 entries', '2 runs go')
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def indented(text: str) -> str:
     r"""Return a text of several lines; all but the first are indented, so that none passes for a line of the program's own.
 

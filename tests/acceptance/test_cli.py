@@ -188,7 +188,7 @@ def test_a_pack_that_failed_shows_its_failed_items_and_where_they_broke(shell):
     task_id = pack.stdout.strip()
     shell.run("worker", "tasks:app", "--drain")
     shown = shell.run("get", task_id).stdout
-    assert "2 of 2 items have failed:\n" in shown
+    assert "failed: 2 of 2 items\n" in shown
     assert '  item 0, "a": ValueError: it is broken\n' in shown
     assert shown.count('raise ValueError("it is broken")') == 2
     assert '"done"' not in shown, "no ranges"

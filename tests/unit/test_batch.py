@@ -828,7 +828,7 @@ async def test_a_call_of_submit_many_is_a_tuple_or_a_dict(app):
         return text * n
 
     assert len(await work.asubmit_many([("a",), ["b", 2], {"text": "c", "n": 3}])) == 3
-    with pytest.raises(SubmitInterrupted, match=r"after 1 tasks.*not 'b': for one argument write \('b',\)") as caught:
+    with pytest.raises(SubmitInterrupted, match=r"after 1 task,.*not 'b': for one argument write \('b',\)") as caught:
         await work.asubmit_many([("a",), "b"])
     assert len(caught.value.ids) == 1
     with pytest.raises(SubmitInterrupted, match="before anything was stored: a call is a tuple"):

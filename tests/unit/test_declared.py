@@ -427,6 +427,15 @@ def test_a_type_that_is_declared_later_is_read_at_the_first_use():
     takes.prepare((Later(1),), {})
 
 
+def test_a_type_that_cannot_be_found_keeps_a_task_from_being_submitted_but_not_a_run_from_its_start(app):
+    def takes(value: "Nowhere") -> int:  # noqa: F821 - as one that is imported for type checkers only
+        return 1
+
+    with pytest.raises(UsageError, match="Nowhere"):
+        app.task(takes).submit(1)
+    assert app.workflow(takes).start(1).id
+
+
 # ---------------------------------------------------------------------- every door
 
 

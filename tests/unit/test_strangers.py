@@ -100,7 +100,7 @@ def test_objects_that_are_no_sessions_are_not_read_and_told_once(caplog):
         assert rig.sent("get", "workers/") == 0
 
     run_virtual(lambda clock: check(Rig(clock)))
-    assert sum("301 objects under workers/" in line for line in caplog.messages) == 1
+    assert sum("301 stray objects under workers/" in line for line in caplog.messages) == 1
 
 
 def test_sessions_that_cannot_be_read_are_seldom_read_again_and_told_once(caplog):

@@ -15,6 +15,7 @@ from buquet.cli.selecting import selection
 from buquet.errors import BuquetError, UsageError
 from buquet.insights.scan import AT_ONCE, Scan
 from buquet.insights.tasks import Filter, find
+from buquet.printing import counted
 from buquet.records import State
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _change(
     async def work() -> bool:
         chosen = await search()
         asks = bool(chosen) and not dry_run and not unasked and sys.stdin.isatty()
-        if asks and not typer.confirm(f"{change.verb} {len(chosen):,} tasks?", err=True):
+        if asks and not typer.confirm(f"{change.verb} {counted(len(chosen), 'task')}?", err=True):
             raise typer.Exit(1)
         outcomes = await _side_by_side(one, chosen)
         if json:

@@ -21,6 +21,7 @@ from buquet import keys
 from buquet.cli.base import Json, Url, cli
 from buquet.cli.output import print_json, print_table
 from buquet.errors import BuquetError, UsageError
+from buquet.printing import counted
 from buquet.records import ENDED, Session
 from buquet.worker.processes import Processes
 
@@ -166,7 +167,7 @@ class _Demo:
         begun = self.clock.monotonic()
         self.screen.say(f"store: {self.app.url}")
         handles = await self._submit(paths)
-        self.screen.say(f"{len(handles)} tasks were submitted: each indexes a file of {sysconfig.get_path('stdlib')}")
+        self.screen.say(f"submitted {counted(len(handles), 'task')}: each indexes a file of {sysconfig.get_path('stdlib')}")
         options = ["--url", self.app.url, "--concurrency", str(SLOTS)]
         workers = Processes(self.client, [TARGET, *options], PROCESSES, quiet=True)
         running = asyncio.create_task(workers.arun())
@@ -224,9 +225,8 @@ class _Demo:
                     if caught:
                         os.kill(child.pid, signal.SIGKILL)
                         self.killed += 1
-                        self.screen.say(
-                            f"killed worker process {child.pid} with SIGKILL, in the middle of {caught} tasks; another follows"
-                        )
+                        middle = f"in the middle of {counted(caught, 'task')}"
+                        self.screen.say(f"killed worker process {child.pid} with SIGKILL, {middle}; another follows")
                         return
                     os.kill(child.pid, signal.SIGCONT)
             await self.clock.sleep(0.05)

@@ -12,6 +12,7 @@ from buquet.cli.output import duration, moment, print_json, print_table, say, sc
 from buquet.insights import fleet, tasks
 from buquet.insights.journal import Journal, Spread, Summary
 from buquet.insights.scan import Scan, records
+from buquet.printing import counted
 
 
 @cli.command()
@@ -27,8 +28,8 @@ def stats(
         reader = Scan(app.client, scan_progress())
         crew = await fleet.workers(app.client, reader)
         listed = await records(app.client)
-        counted = scan or len(listed) <= tasks.CHEAP
-        states = await tasks.states(reader, listed) if counted else None
+        exact = scan or len(listed) <= tasks.CHEAP
+        states = await tasks.states(reader, listed) if exact else None
         journal = Journal(app.client)
         await journal.refresh()
         retrying = states.retrying if states else journal.retrying().keys()
@@ -52,7 +53,7 @@ def stats(
         if states:
             print_table(("status", "tasks"), sorted(states.counts.items()), "no task yet")
         else:
-            print(f"{len(listed):,} tasks in all; --scan counts them by status, with a request for each")
+            print(f"{counted(len(listed), 'task')} in all; --scan counts them by status, with a request for each")
         for problem in reader.unreadable:
             to_stderr(f"unreadable: {problem}")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from buquet.insights.duration import duration as duration
 from buquet.insights.duration import in_seconds as in_seconds
-from buquet.printing import json_line, printable
+from buquet.printing import counted, json_line, printable
 from buquet.worker.logs import JsonLines, TaskFields, TextLines
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def scan_progress() -> Callable[[int, int], None] | None:
 
     def show(done: int, whole: int) -> None:
         if whole >= LONG:
-            text = "" if done == whole else f"{done:,} of {whole:,} records read"
+            text = "" if done == whole else f"{done:,} of {counted(whole, 'record')} read"
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     return show

@@ -12,7 +12,7 @@ import typer
 from buquet.cli.base import Json, Url, cli, open_app, run
 from buquet.cli.output import print_json, print_table, say, to_stderr
 from buquet.errors import UsageError
-from buquet.printing import printable
+from buquet.printing import counted, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,7 +107,8 @@ def fsck(
     if json:
         print_json(report)
     else:
-        to_stderr(f"{report.records:,} records, {report.entries:,} entries and {report.payloads:,} payloads checked")
+        entries = counted(report.entries, "entry", "entries")
+        to_stderr(f"checked {counted(report.records, 'record')}, {entries} and {counted(report.payloads, 'payload')}")
         rows = [(each.kind, each.key, each.detail, "repaired" if each.repaired else "") for each in report.findings]
         print_table(("finding", "key", "what it is", ""), rows, "nothing is wrong")
         if report.left and not repair:
@@ -141,10 +142,11 @@ def prune(
         print_json(done)
         return
     would = "would be " if dry_run else ""
-    print(f"{done.looked:,} records looked at: {done.pruned:,} tasks {would}pruned")
-    print(f"{done.stubs:,} stubs, {done.payloads:,} payloads and {done.journal:,} objects of the journal {would}removed")
+    print(f"{counted(done.looked, 'record')} looked at: {counted(done.pruned, 'task')} {would}pruned")
+    objects = f"{counted(done.payloads, 'payload')} and {counted(done.journal, 'object')} of the journal"
+    print(f"{counted(done.stubs, 'stub')}, {objects} {would}removed")
     if done.unreadable:
-        to_stderr(f"{done.unreadable:,} objects cannot be read and were left; `buquet fsck` names records among them")
+        to_stderr(f"left {counted(done.unreadable, 'object')} that cannot be read; `buquet fsck` names records among them")
 
 
 def seconds(age: str) -> float:

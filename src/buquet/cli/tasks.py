@@ -16,7 +16,7 @@ from buquet.errors import EncryptionKeyMissing, InvalidArgument, UnreadableRecor
 from buquet.insights.scan import Scan
 from buquet.insights.tasks import find, status_of
 from buquet.insights.taskview import failed_in_pack
-from buquet.printing import indented, printable
+from buquet.printing import counted, indented, printable
 from buquet.queue.client import Client
 from buquet.queue.handle import ending
 from buquet.records import ABSENT, Progress, Task
@@ -169,7 +169,7 @@ def _show(task: Task, progress: Progress | None) -> None:
 def _show_items(task: Task, failed: list[FailedItem]) -> None:
     """Print the items of a pack that failed, with their tracebacks where there are."""
     if failed:
-        print(f"{len(failed):,} of {task.pack:,} items have failed:")
+        print(f"failed: {len(failed):,} of {counted(task.pack, 'item')}")
     for each in failed[:SHOWN_ITEMS]:
         print(f"  item {each.index}, {short(msgspec.json.encode(each.item))}: {printable(each.error)}")
         if each.traceback:
@@ -210,7 +210,7 @@ def history(
         ]
         print_table(("when", "after", "status", "why", "attempt", "worker", "detail"), rows)
         if task.dropped:
-            print(f"({task.dropped} lines between the first and the rest were dropped)")
+            print(f"(dropped between the first and the rest: {counted(task.dropped, 'line')})")
 
     run(app, work)
 

@@ -17,7 +17,7 @@ from buquet.insights.fleet import workers
 from buquet.insights.journal import ErrorGroup, Journal
 from buquet.insights.scan import Scan
 from buquet.insights.tail import EVENTS, Happening, Tail
-from buquet.printing import printable
+from buquet.printing import counted, printable
 
 SHOWN = 80
 COLOURS = {"completed": "32", "failed": "31", "retried": "33", "lost": "33", "cancelled": "35", "expired": "35", "started": "36"}
@@ -65,7 +65,7 @@ def errors(
         print_table(columns, rows, f"nothing failed since {moment(journal.since)}, as far as the journal knows")
         print_refused(refused)
         if journal.unreadable:
-            to_stderr(f"{journal.unreadable:,} lines of the journal cannot be read, and were left out")
+            to_stderr(f"left out, since unreadable: {counted(journal.unreadable, 'line')} of the journal")
 
     run(app, work)
 

@@ -12,6 +12,7 @@ from buquet.cli.output import print_json, to_stderr
 from buquet.insights import runs
 from buquet.insights.drawing import as_text, words
 from buquet.insights.scan import Scan
+from buquet.printing import counted
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -54,7 +55,8 @@ def _rich(view: RunView, now: int, most: int | None = None) -> Text:
 
     lines = as_text(view, now, shutil.get_terminal_size().columns)
     if most is not None and len(lines) > most:
-        lines = [*lines[: most - 1], [(f"… {len(lines) - most + 1} more lines: `buquet run get {view.id}` shows all", "dim")]]
+        rest = counted(len(lines) - most + 1, "more line")
+        lines = [*lines[: most - 1], [(f"… {rest}: `buquet run get {view.id}` shows all", "dim")]]
     return Text("\n", no_wrap=True).join(Text.assemble(*line) for line in lines)
 
 

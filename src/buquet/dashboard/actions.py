@@ -14,6 +14,7 @@ from buquet.dashboard.board import local
 from buquet.dashboard.guard import who
 from buquet.errors import BuquetError, Refused
 from buquet.insights.overview import group_of
+from buquet.printing import counted
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -112,9 +113,9 @@ def _told(redriven: int, retried: int, refused: int, left: int) -> str:
     """Say what came of a group that was run again."""
     said: list[str] = []
     if redriven or not retried:
-        said.append(f"{redriven:,} task{' waits' if redriven == 1 else 's wait'} again.")
+        said.append(f"{counted(redriven, 'task waits', 'tasks wait')} again.")
     if retried:
-        said.append(f"{retried:,} run{' goes' if retried == 1 else 's go'} on from the failed steps.")
+        said.append(f"{counted(retried, 'run goes', 'runs go')} on from the failed steps.")
     if refused:
         said.append(f"{refused:,} refused: not failed any more, or gone.")
     if left > 0:

@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse
 from buquet import __version__
 from buquet.dashboard import charts, wording
 from buquet.insights.overview import WINDOWS, Overview, Window, overview, window
-from buquet.printing import printable
+from buquet.printing import counted, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +59,7 @@ def _environment() -> Environment:
     names: tuple[Callable[..., Any], ...] = (
         wording.lasts,
         wording.number,
+        counted,
         wording.size,
         wording.moment,
         wording.tags,

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from buquet.dashboard.wording import clock, lasts, number
 from buquet.insights.journal import MINUTE
 from buquet.insights.overview import BARS
+from buquet.printing import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,7 +52,7 @@ def throughput(minutes: Sequence[Minute], seen: Window) -> Markup:
                 )
         told = (
             f"{clock(minute.at)} UTC: {minute.completed} completed, {minute.failed} failed, "
-            f"{minute.retried} attempts retried, {minute.other} others"
+            f"{counted(minute.retried, 'attempt')} retried, {counted(minute.other, 'other')}"
         )
         bars.append(
             Markup('<rect class="hover" x="{:.1f}" y="0" width="{:.1f}" height="{}"><title>{}</title></rect>').format(
@@ -59,7 +60,7 @@ def throughput(minutes: Sequence[Minute], seen: Window) -> Markup:
             )
         )
     total = sum(each.completed + each.failed + each.other for each in minutes)
-    return _framed(Markup("").join(bars), number(top), f"{total:,} tasks ended in {seen.hours} h", _ago(seen))
+    return _framed(Markup("").join(bars), number(top), f"{counted(total, 'task')} ended in {seen.hours} h", _ago(seen))
 
 
 def percentiles(points: Sequence[Percentiles], seen: Window, what: str) -> Markup:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from buquet import keys
 from buquet.insights.duration import duration, in_seconds
 from buquet.insights.runview import StepView
+from buquet.printing import counted
 from buquet.workflow import ranges
 from buquet.workflow.handle import never_began
 
@@ -108,7 +109,7 @@ def _reason(
     if record.fan is not None and record.fan.errors and not record.error:
         first = record.fan.errors[0]
         allowed = ", which is allowed" if step.allow_failures else ""
-        return f"{len(record.fan.errors)} items failed{allowed}, such as {first.index}: {first.message}"
+        return f"{counted(len(record.fan.errors), 'item')} failed{allowed}, such as {first.index}: {first.message}"
     if state not in {"ready", "running"}:
         return ""
     if step.kind in {"wait", "sleep"}:

@@ -16,6 +16,7 @@ from buquet.clock import Clock
 from buquet.errors import BuquetError, StoreUnfit
 from buquet.operate.counting import CountingStore
 from buquet.operate.sweep import each_key, side_by_side
+from buquet.printing import counted
 from buquet.queue.background import Background
 from buquet.queue.client import Client
 from buquet.queue.options import Policy, SubmitOptions
@@ -106,11 +107,11 @@ async def bench(
     ids: list[str] = []
     try:
         await one.client.open()
-        tell(f"submitting {tasks:,} tasks")
+        tell(f"submitting {counted(tasks, 'task')}")
         submit_rate, submit_requests = await _submit(one, tasks, ids)
         tell(f"draining them with one worker, {concurrency} at once")
         drain_rate, run_requests = await _drain(one, tasks, concurrency)
-        tell(f"{samples} tasks, one at a time, for a worker that is idle")
+        tell(f"{counted(samples, 'task')}, one at a time, for a worker that is idle")
         waits = sorted(await _latencies(one, url, samples, ids))
     finally:
         tell("cleaning up")
@@ -149,7 +150,8 @@ async def _drain(one: _Bench, tasks: int, concurrency: int) -> tuple[float, dict
         while worker.keeper.completed < tasks or worker.running:
             await one.clock.sleep(0.002)
             if running.done() or one.clock.monotonic() - begun > LONGEST:
-                msg = f"only {worker.keeper.completed} of {tasks} tasks were done in {LONGEST:g} s. Run `buquet doctor`"
+                done = f"only {worker.keeper.completed:,} of {counted(tasks, 'task')} completed"
+                msg = f"{done} in {LONGEST:g} s. Run `buquet doctor`"
                 raise StoreUnfit(msg)
         took = one.clock.monotonic() - begun
         requests = _each(one, tasks)

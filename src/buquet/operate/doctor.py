@@ -15,6 +15,7 @@ from buquet import keys
 from buquet.errors import AccessDenied, AlreadyExists, BucketMissing, Changed, StoreError, StoreUnavailable, UsageError
 from buquet.operate.rights import missing_rights, refused_sessions
 from buquet.operate.strangers import LARGE, is_stranger, strangers
+from buquet.printing import counted
 from buquet.store.base import NOT_MODIFIED, Stored
 from buquet.store.retrying import Retrying
 
@@ -324,7 +325,7 @@ class _Examiner:
             found += [each.key for each in await self.reads.list(prefix) if is_stranger(each.key)]
         if not found:
             return _good("strangers", "every object that was listed is one of buquet's", "nothing else writes under this prefix")
-        detail = f"{len(found):,} objects are not buquet's, such as {found[0][:200]}"
+        detail = f"{counted(len(found), 'object is', 'objects are')} not buquet's, such as {found[0][:200]}"
         return _warning(
             "strangers", detail, "buquet skips them, but lists them again and again. `buquet fsck` names all: move them"
         )

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from buquet import keys
 from buquet.codec import AGAIN, decode_any, decode_stored
 from buquet.errors import BatchFailed, FailedItem, Refused, UnreadableRecord, UsageError
+from buquet.printing import counted
 from buquet.queue.attempt import inside_handler
 from buquet.queue.handle import ending
 from buquet.queue.packing import read_state
@@ -232,7 +233,7 @@ class Batch(Generic[R_co]):
         shown = "; ".join(f"item {each.index}: {each.error[:200]}" for each in failed[:3])
         more = f"; and {len(failed) - 3:,} more" if len(failed) > 3 else ""  # noqa: PLR2004 - as many as are shown
         msg = (
-            f"{len(failed):,} of {len(self):,} items of batch {self.id} have no result: {shown}{more}. "
+            f"batch {self.id}: {len(failed):,} of {counted(len(self), 'item')} without a result: {shown}{more}. "
             "`.failed` lists them; redrive() runs them again"
         )
         return BatchFailed(msg, failed[0].task_id, failed=failed)

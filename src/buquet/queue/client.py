@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from buquet import forking, keys
 from buquet.codec import AGAIN, ANY, decode_any, decode_stored
 from buquet.errors import AccessDenied, KeyConflict, SubmitInterrupted, TaskNotFound, UnreadableRecord
+from buquet.printing import counted
 from buquet.queue import transitions
 from buquet.queue.bell import Ringer
 from buquet.queue.payloads import INLINE, Values, context, run_context
@@ -270,7 +271,7 @@ class Client:
         await asyncio.gather(*(lane() for _ in range(min(IN_FLIGHT, len(tasks)))))
         done = [result for result in results if result]
         if problems:
-            msg = f"{len(done)} of {len(tasks)} tasks were submitted, then: {problems[0]}"
+            msg = f"{len(done):,} of {counted(len(tasks), 'submit')} succeeded, then: {problems[0]}"
             raise SubmitInterrupted(msg, [result.id for result in done]) from problems[0]
         return done
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
 
 from buquet.codec import AGAIN, ANY, Signature, decode_stored
 from buquet.errors import TaskCancelled, TaskExpired, TaskFailed, TaskNotFound
+from buquet.printing import counted
 from buquet.queue.attempt import inside_handler
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def ending(task: Task) -> Exception:
         return TaskNotFound(f"{what} was pruned: its result is gone")
     error = task.error
     reason = f"{error.type}: {error.message}" if error else "no reason was recorded"
-    attempts = f"{task.failures} attempt{'s' if task.failures != 1 else ''}"
+    attempts = counted(task.failures, "attempt")
     return TaskFailed(
         f"{what} failed after {attempts}: {reason}. `buquet redrive {task.id}` runs it again",
         task.id,

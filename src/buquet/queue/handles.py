@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar, overload
 
+from buquet.printing import counted
 from buquet.queue.handle import Handle
 
 if TYPE_CHECKING:
@@ -70,4 +71,4 @@ class Handles(Sequence[Handle[R_co]]):
 
     def __repr__(self) -> str:
         """Show how many there are."""
-        return f"<{len(self)} handles of buquet tasks>"
+        return f"<{counted(len(self), 'handle')} of buquet tasks>"

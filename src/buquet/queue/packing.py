@@ -12,6 +12,7 @@ from buquet import keys
 from buquet.bounds import MOST_ITEMS
 from buquet.codec import AGAIN, decode_stored, encode_value
 from buquet.errors import InvalidArgument, KeyConflict, SubmitInterrupted, UnreadableRecord, UsageError
+from buquet.printing import counted
 from buquet.queue.payloads import LARGEST
 from buquet.records import PackState, Session, Task
 
@@ -50,7 +51,8 @@ def read_state(task: Task, body: bytes | msgspec.Raw, of: str = "") -> PackState
     """Return what the checkpoint of a pack says of its items. Raises UnreadableRecord for what no such pack can have stored."""
     if not bytes(body):
         return PackState(started=task.started)
-    what = f"the checkpoint of {of or f'task {task.id} ({task.name}), a pack of {task.pack} items,'}"
+    pack = f"task {task.id} ({task.name}), a pack of {counted(task.pack, 'item')},"
+    what = f"the checkpoint of {of or pack}"
     state = decode_stored(_state, body, what, AGAIN)
     if not state.fits(task.pack):
         msg = f"{what} names items that the pack does not have. {AGAIN}"
@@ -231,7 +233,8 @@ class Packing:
         again = "; submit the batch again under its key to go on" if self.key and not conflict else ""
         stored = "before anything was stored" + again
         if ids:
-            stored = f"after {self.stored_items:,} items in {len(ids):,} packs, which are stored and will run "
+            packs = counted(len(ids), "pack, which is", "packs, which are")
+            stored = f"after {counted(self.stored_items, 'item')} in {packs} stored and will run "
             stored += f"(their ids in `.ids`{known}{again})"
         msg = f"the batch of {self.function.name} stopped {stored}: {error}"
         return SubmitInterrupted(msg, ids, batch_id=self.id if whole else "")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, NamedTuple, ParamSp
 from buquet import keys
 from buquet.codec import Signature
 from buquet.errors import SubmitInterrupted, UsageError
+from buquet.printing import counted
 from buquet.queue.attempt import plainly
 from buquet.queue.batch import Batch
 from buquet.queue.handle import Handle
@@ -246,7 +247,7 @@ class BaseTask(Generic[P, R]):
                 ids += problem.ids
             elif future and problem is None:
                 ids += [each.id for each in future.result()]
-        known = f"after {len(ids):,} tasks, which are stored and will run (ids in `.ids`)"
+        known = f"after {counted(len(ids), 'task, which is', 'tasks, which are')} stored and will run (ids in `.ids`)"
         msg = f"submit_many of {self.name} stopped {known if ids else 'before anything was stored'}: {error}"
         return SubmitInterrupted(msg, ids)
 

@@ -23,6 +23,7 @@ from msgspec.structs import replace
 
 from buquet import keys
 from buquet.errors import Refused
+from buquet.printing import counted
 from buquet.queue.parent import END, is_system
 from buquet.records import ABSENT, ENDED, TERMINAL, ErrorInfo, Event, Raw, State, Task
 
@@ -148,9 +149,8 @@ def _lost_for_good(task: Task, now: int) -> Task | None:
 
 def _lost_too_often(task: Task, now: int, losses: int) -> Task:
     again = "retry its run" if task.run else "redrive it"
-    text = (
-        f"{losses} workers were lost while they ran it: it may be what kills them. Look at memory and native code, then {again}"
-    )
+    lost = counted(losses, "worker was", "workers were")
+    text = f"{lost} lost while running it: it may be what kills them. Look at memory and native code, then {again}"
     return _over(task, "failed", now, "lost", text, losses=losses, error=ErrorInfo(type="WorkerLost", message=text))
 
 

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from buquet import keys
 from buquet.codec import decode_record
 from buquet.errors import StoreError, UnreadableRecord
+from buquet.printing import counted
 from buquet.queue import transitions
 from buquet.records import TERMINAL, Session, Task
 from buquet.store.base import Listed, Stored
@@ -64,8 +65,8 @@ class Reaper:
             if not write.landed or write.held is None:
                 return False
             held = write.held
-            ran = len(held.record.claims)
-            log.warning("worker %s on %s (pid %d) is dead; it ran %d tasks", worker, held.record.host, held.record.pid, ran)
+            ran = counted(len(held.record.claims), "task")
+            log.warning("worker %s on %s (pid %d) is dead; it ran %s", worker, held.record.host, held.record.pid, ran)
         unreadable = 0
         for claim in held.record.claims:
             try:
@@ -200,8 +201,12 @@ class Fleet:
     def _tell(self, strangers: list[str]) -> None:
         if strangers and not self._strange:
             log.warning(
-                "%d objects under %s are no sessions, such as %s; they are skipped, and `buquet fsck` names them",
-                *(len(strangers), keys.WORKERS, strangers[0]),
+                "%s under %s, such as %s; buquet skips these, and `buquet fsck` names them",
+                *(
+                    counted(len(strangers), "stray object"),
+                    keys.WORKERS,
+                    strangers[0],
+                ),
             )
         self._strange = bool(strangers)
 

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Raw
 
 from buquet.errors import InvalidPayload, InvalidResult
+from buquet.printing import counted
 from buquet.queue.packing import read_state
 from buquet.queue.payloads import LARGEST
 from buquet.records import ErrorInfo, ItemFailure, PackItems, PackState, Task
@@ -71,7 +72,7 @@ class Ledger:
             msg = f"task {task.id} is no pack as buquet makes them ({error}). Submit the batch anew"
             raise InvalidPayload(msg) from None
         if len(self.items) != task.pack:
-            msg = f"task {task.id} should hold {task.pack} items and holds {len(self.items)}. Submit the batch anew"
+            msg = f"task {task.id} should hold {counted(task.pack, 'item')} and holds {len(self.items)}. Submit the batch anew"
             raise InvalidPayload(msg)
         self._restore(read_state(task, body))
 

@@ -13,6 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from buquet.errors import Fail, InvalidPayload, InvalidResult, Snooze, StoreError, UnreadableRecord, UsageError
+from buquet.printing import counted
 from buquet.queue import transitions
 from buquet.queue.attempt import Attempt
 from buquet.records import ABSENT, ErrorInfo, Progress, Task
@@ -224,7 +225,9 @@ class PackRunner:
     def _retried_items(self) -> str:
         """Say how many items failed and are retried. Without an error's text, which may have to be encrypted."""
         count = len(self.ledger.tries)
-        return f"{count:,} of {self.task.pack:,} items failed and are retried" if count else ""
+        return (
+            f"{count:,} of {counted(self.task.pack, 'item')} failed and {'is' if count == 1 else 'are'} retried" if count else ""
+        )
 
     def _retry_error(self) -> ErrorInfo | None:
         """Return why items of this pack are retried; None where none is."""
@@ -277,7 +280,7 @@ class PackRunner:
             return lambda task: transitions.snooze(task, run.token, due, executor.now(), error=error)
         executor.keeper.failed += not self.task.allowed
         first = next(islice(ledger.failed.values(), 1))
-        count = f"{len(ledger.failed)} of {self.task.pack} items failed"
+        count = f"{len(ledger.failed):,} of {counted(self.task.pack, 'item')} failed"
         text = f"{count}; the first of them, item {first.index}: {first.type}: {first.message}"
         level = logging.WARNING if self.task.allowed else logging.ERROR
         log.log(level, "task %s (%s) failed for good: %s", self.task.id, self.task.name, text)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from buquet import keys
 from buquet.errors import BuquetError, UnreadableRecord, UsageError
+from buquet.printing import counted
 from buquet.records import Session
 from buquet.store.register import Register
 from buquet.worker.fleet import Reaper
@@ -201,7 +202,7 @@ class Processes:
                 count = len(session.claims)
                 if await reaper.reap(session.id):
                     self.reaped += 1
-                    log.info("the session of pid %d was reaped: %d tasks that it listed are looked after", pid, count)
+                    log.info("the session of pid %d was reaped, and %s with it", pid, counted(count, "claim"))
             await journal.flush()
         except BuquetError as error:
             log.error("the session of pid %d could not be reaped now; others will, when it is too old: %s", pid, error)  # noqa: TRY400

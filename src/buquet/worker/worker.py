@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from buquet import keys
 from buquet.errors import StoreError, StoreFull, StoreRefused, UsageError
+from buquet.printing import counted
 from buquet.queue import tracing
 from buquet.queue.background import new_loop, running_loop
 from buquet.queue.parent import is_system
@@ -267,7 +268,8 @@ class Worker:
             await self.journal.close(self.keeper.ttl / 3)
             self.executor.threads.close()
             log.info(
-                "worker %s has ended; %d tasks completed, %d failed", self.keeper.id, self.keeper.completed, self.keeper.failed
+                "worker %s has ended; %s completed, %d failed",
+                *(self.keeper.id, counted(self.keeper.completed, "task"), self.keeper.failed),
             )
 
     async def _begin(self, *, first: bool = True) -> None:
@@ -289,7 +291,7 @@ class Worker:
             while self._pursuits and self._patient and not self.keeper.lost:
                 self._wake.clear()
                 await self._wake.wait()
-            log.info("waiting up to %g s for %d running tasks", self.grace, len(self._pursuits))
+            log.info("waiting up to %g s for %s", self.grace, counted(len(self._pursuits), "running task"))
             deadline = self.clock.monotonic() + self.grace
             while self._pursuits and not self._hasty and not self.keeper.lost and self.clock.monotonic() < deadline:
                 # a pursuit that ends wakes it, and the last one may do so before this wait has begun

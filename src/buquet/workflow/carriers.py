@@ -9,6 +9,7 @@ from msgspec import Raw
 
 from buquet import keys
 from buquet.errors import UnreadableRecord
+from buquet.printing import counted
 from buquet.queue.parent import SYSTEM
 from buquet.records import Task
 from buquet.workflow.values import MEND
@@ -117,7 +118,8 @@ def _items(run: RunRecord, follow: Follow, step: Step, fan: Fan, values: Values)
     """Return the list that an `each` runs over, which must be the one that it began with."""
     items = values.of(run, step.over)
     if not isinstance(items, list) or len(cast("list[Any]", items)) != fan.items:
-        msg = f"the list of step {follow.step!r} of run {run.id} is not the one of {fan.items} items that it began with. {MEND}"
+        before = counted(fan.items, "item")
+        msg = f"the list of step {follow.step!r} of run {run.id} is not the one of {before} that it began with. {MEND}"
         raise UnreadableRecord(msg)
     return cast("list[Any]", items)
 

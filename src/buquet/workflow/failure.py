@@ -18,6 +18,7 @@ from buquet.errors import (
     TaskNotFound,
     UnreadableRecord,
 )
+from buquet.printing import counted
 from buquet.queue.batch import failed_items
 from buquet.records import Task
 from buquet.workflow import ranges
@@ -73,7 +74,7 @@ async def _cause(client: Client, run: RunRecord) -> TaskError | None:
 async def _of_pack(client: Client, task: Task, size: int) -> BatchFailed:
     found = [replace(each, index=task.index * size + each.index) for each in await failed_items(client, task)]
     shown = "; ".join(f"item {each.index}: {each.error[:200]}" for each in found[:3])
-    msg = f"{len(found):,} of {task.pack:,} items in task {task.id} ({task.name}) have no result: {shown}"
+    msg = f"{len(found):,} of {counted(task.pack, 'item')} in task {task.id} ({task.name}) without a result: {shown}"
     return _noted(BatchFailed(msg, task.id, failed=found), next((each.traceback for each in found if each.traceback), ""))
 
 

@@ -132,7 +132,7 @@ class WorkflowFunction(Generic[P, R]):
             )
             raise UsageError(msg)
         options = self.start_options
-        body = self.signature.encode(self.signature.bind(args, kwargs))
+        body = self.signature.encode(self.signature.bind(args, kwargs), lenient=True)  # no worker reads them as their types
         graph = self._graph(args, kwargs)
         clock = self._home.clock
         key = options.key

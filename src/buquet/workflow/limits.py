@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from buquet.errors import UnreadableRecord, UsageError
+from buquet.printing import counted
 
 if TYPE_CHECKING:
     from buquet.workflow.graph import Graph
@@ -51,7 +52,7 @@ def too_many(size: int, pack: int, max_items: int, allowed: int | None) -> str:
         most = allowed
     if size <= most:
         return ""
-    told = f"each would run over {size:,} items, and the most is {most:,}"
+    told = f"each would run over {counted(size, 'item')}, and the most is {most:,}"
     if most == allowed:
         return f"{told} (max_items of the App)"
     return f"{told}: say each(..., pack=50) or max_items={size}"

@@ -10,6 +10,7 @@ from msgspec import Raw
 
 from buquet.codec import ANY, decode_stored
 from buquet.errors import UnreadableRecord
+from buquet.printing import counted
 from buquet.records import ABSENT
 from buquet.workflow.expression import PENDING, SKIPPED, evaluate
 
@@ -31,7 +32,7 @@ class Missing(Exception):
     """Values lie in payload objects that are not at hand. `keys` names them, and `values` is what they are needed in."""
 
     def __init__(self, keys: set[str], values: Values) -> None:
-        super().__init__(f"{len(keys)} payloads are to be fetched first")
+        super().__init__(f"to be fetched first: {counted(len(keys), 'payload')}")
         self.keys = keys
         self.values = values
 
@@ -130,7 +131,7 @@ class Values:
             return [None] * size
         found: object = results[index].get("results") if isinstance(results[index], dict) else None
         if not isinstance(found, list) or len(cast("list[Any]", found)) != size:
-            msg = f"the result of pack {index} of step {name!r} is not that of {size} items. {MEND}"
+            msg = f"the result of pack {index} of step {name!r} is not that of {counted(size, 'item')}. {MEND}"
             raise UnreadableRecord(msg)
         return cast("list[Any]", found)
 

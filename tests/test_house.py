@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from buquet.errors import install
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "src" / "buquet").rglob("*.py"))
 MOST_LINES = 400
@@ -191,3 +193,11 @@ def test_every_link_between_pages_leads_somewhere() -> None:
         targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
         broken += [f"{page.name}: {to}" for to in targets if "://" not in to and not (page.parent / to).exists()]
     assert not broken
+
+
+def test_whoever_is_told_to_install_an_extra_is_told_its_version() -> None:
+    """An older project of the same name is on an index: without the version, pip would take that one."""
+    command = re.compile(r"pip install '?buquet\[")
+    told = [str(path) for path in SOURCES if command.search(path.read_text()) and path.name != "errors.py"]
+    assert not told, "take errors.install"
+    assert re.fullmatch(r"pip install 'buquet\[ui\]>=\d+\.\d+'", install("ui"))

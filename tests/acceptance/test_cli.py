@@ -313,6 +313,7 @@ def test_what_is_wrong_is_said_in_a_line(shell, words, status, says):
     (shell.folder / "ends.py").write_text("raise SystemExit(3)\n")
     (shell.folder / "empty.py").write_text("import buquet\napp = buquet.App()\n")
     (shell.folder / "needs.py").write_text("import surely_not_installed\n")
+    shell.run("init")
     done = shell.run(*words, status=status)
     assert says in done.stderr
 
@@ -321,9 +322,9 @@ def test_a_slip_in_a_queue_or_path_is_noted(shell):
     done = shell.run("worker", "tasks:app", "--drain", "--queue", "slwo", "--queue", "slow")
     assert "no task here is in queue 'slwo'; this App's queues are default, slow" in done.stderr
     assert "queue 'slow';" not in done.stderr
-    for said in (True, False):
-        done = shell.run("ls", "--url", "sqlite:slip/of/the.db")
-        assert ("note: there was no file" in done.stderr) == said
+    done = shell.run("ls", "--url", "sqlite:slip/of/the.db", status=1)
+    assert "there is no store at sqlite:" in done.stderr
+    assert not (shell.folder / "slip").exists()
 
 
 def test_a_file_that_is_no_database_is_left_alone(shell):

@@ -76,6 +76,7 @@ def shell(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_schedules_from_the_command_line(shell):
+    shell.run("init")
     assert shell.json("schedule", "ls") == []
     assert "no schedule" in shell.run("schedule", "trigger", "nightly", status=1).stdout
     worker = shell.start("worker", "tasks:app")

@@ -122,6 +122,40 @@ def test_a_change_is_taken_up_a_mistake_is_survived_and_ctrl_c_ends_it_cleanly(d
     assert "Traceback" not in output
 
 
+@pytest.mark.timeout(300)
+def test_what_runs_is_finished_before_a_restart_and_only_for_modules_that_were_imported(dev: Dev) -> None:
+    with App(f"sqlite:{dev.folder}/.buquet/buquet.db") as app:
+
+        @app.task
+        def version(seconds: float = 0) -> int: ...
+
+        dev.says("worker .* serves")
+        assert dev.runs(app) == 1
+        (dev.folder / "notes.py").write_text("not even Python (")
+        first = version.submit(seconds=8)
+        while first.status() != "running":
+            time.sleep(0.05)
+        dev.write(TASKS.replace("return 1", "return 2"))
+        said = dev.says("changed: the worker starts again")
+        assert said.string.startswith("tasks.py changed"), "nothing imports notes.py"
+        dev.write(TASKS.replace("return 1", "return 3"))  # while the task runs on
+        assert first.result(timeout=PATIENCE) == 1
+        assert [event.why for event in first.history()] == ["submitted", "claimed", "completed"]
+        dev.says("worker .* serves")
+        assert dev.runs(app) == 3
+        # one that runs long gives way to Ctrl-C, though a restart waits for it
+        running = version.submit(seconds=600)
+        while running.status() != "running":
+            time.sleep(0.05)
+        dev.write(TASKS.replace("return 1", "return 4"))
+        dev.says("changed: the worker starts again")
+        dev.process.send_signal(signal.SIGINT)
+        assert dev.process.wait(PATIENCE) == 0
+        assert running.status() == "pending"
+    output = "".join(iter(lambda: dev.lines.get(timeout=5) if not dev.lines.empty() else "", ""))
+    assert "changed" not in output, "what was saved while it finished its work starts it only once"
+
+
 @pytest.mark.timeout(200)
 def test_a_module_that_does_not_import_at_first_is_waited_for(tmp_path: Path) -> None:
     class Broken(Dev):

@@ -287,4 +287,6 @@ def test_wrong_usage_and_what_is_not_there(shell):
     assert "Expected `str`, got `int`" in wrong.stderr
     assert "--status takes one of pending" in shell.run("ls", "--status", "odd", status=2).stderr
     assert "JSON value" in shell.run("signal", "0" * 32, "approved", "--value", "{", status=2).stderr
+    assert "there is no store" in shell.run("get", "0" * 32, status=1).stderr
+    assert shell.start("init").wait() == 0
     assert "there is no run" in shell.run("get", "0" * 32, status=1).stderr

@@ -184,7 +184,7 @@ def test_the_commands_on_a_file(tmp_path):
         text=True,
     )
     try:
-        assert "there was no file" in watching.stderr.readline()
+        assert "there is no store at" in watching.stderr.readline()
         assert "Ctrl-C" in watching.stderr.readline()
         odd.submit_many([(n,) for n in range(3)])
         app.worker(drain=True).run()

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import msgspec
 import typer
 
+from buquet import keys
 from buquet.app import App
 from buquet.cli.output import to_stderr
-from buquet.errors import UsageError
+from buquet.errors import BucketMissing, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -56,10 +57,15 @@ def open_app(url: str | None) -> App:
     app = App(url)
     app.patience = PATIENCE
     tell_default(app, url)
-    path: object = getattr(app.client.store, "path", None)
-    if isinstance(path, Path) and not path.exists():
-        to_stderr(f"note: there was no file {path}. It is made now, and empty")
     return app
+
+
+async def lacks_store(app: App) -> str:
+    """Return what to say where nothing was ever stored; empty where something was. A look creates no store."""
+    reads = app.client.reads
+    if await reads.get(keys.LAYOUT) is not None or await reads.list(keys.TASKS, limit=1):
+        return ""
+    return f"there is no store at {app.url}: nothing was ever submitted there. `buquet init` or the first submit creates it"
 
 
 def tell_default(app: App, url: str | None) -> None:
@@ -68,11 +74,13 @@ def tell_default(app: App, url: str | None) -> None:
         to_stderr(f"store: {app.url}")
 
 
-def run(app: App, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a command's coroutine, and close the App after it."""
+def run(app: App, work: Callable[[], Coroutine[Any, Any, T]], *, creates: bool = False) -> T:
+    """Run a command's coroutine, and close the App after it. Raises BucketMissing where no store is, unless it `creates` one."""
 
     async def whole() -> T:
         async with app:
+            if not creates and (problem := await lacks_store(app)):
+                raise BucketMissing(problem)
             return await work()
 
     return asyncio.run(whole())

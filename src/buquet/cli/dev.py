@@ -1,4 +1,4 @@
-"""The command for writing tasks: a worker that starts again when a source file changes, and the dashboard, in one terminal."""
+"""The command for writing tasks: a worker that starts again when one of its modules changes, and the dashboard, in one go."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from buquet.app import App
@@ -19,8 +21,12 @@ from buquet.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from buquet.clock import Clock
+
 GRACE = 1.0
-"""Seconds that running tasks get when the worker is to start again; then they are given back, and the next one runs them."""
+"""Seconds that running tasks get when the command ends; then they are given back."""
+PATIENT = 10 * 366 * 86_400
+"""Seconds that running tasks get when the worker is to start again: as long as they take."""
 OVERDUE = 10.0
 """Seconds after which a worker that does not end is killed; its tasks are then taken over when its session is too old."""
 PROBE = (
@@ -37,9 +43,10 @@ PROBE = (
 
 @cli.command()
 def dev(target: Target, host: Host = "127.0.0.1", port: Port = 8000, url: Url = None) -> None:
-    """Run a worker and the dashboard while you write tasks; the worker starts again when a Python file here changes.
+    """Run a worker and the dashboard while you write tasks; the worker starts again when a module that it imported changes.
 
-    A module that does not import is told, and waited for. Ctrl-C ends both; what runs is given back.
+    Before that it finishes what it runs. A module that does not import is told, and waited for. Ctrl-C ends both, and gives back
+    what runs.
     """
     need_ui()
     from buquet.dashboard.guard import is_loopback  # noqa: PLC0415 - needs the extra `ui`
@@ -62,6 +69,8 @@ class _Dev:
         self.url = url
         self.stopping = asyncio.Event()
         self.child: asyncio.subprocess.Process | None = None
+        self.versions: dict[Path, int] = {}
+        """The modules of the worker, and when each was changed before the worker started (nanoseconds since 1970)."""
 
     async def run(self) -> None:
         """Serve and work until interrupted."""
@@ -129,52 +138,91 @@ class _Dev:
 
     async def _work(self, url: str, nonce: str, changes: AsyncIterator[set[Any]]) -> None:
         """Keep a worker running, a new one after each change."""
-        while not self.stopping.is_set():
-            command = [
-                sys.executable,
-                "-m",
-                "buquet",
-                "worker",
-                self.target,
-                "--url",
-                url,
-                "--grace",
-                str(GRACE),
-                "--parent",
-                nonce,
-            ]
-            self.child = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, start_new_session=True)
-            ended = asyncio.create_task(self._told_end(self.child))
-            changed = await self._next(changes, quiet=True)
-            ended.cancel()
-            await self._end()
-            if changed is None:
-                return
-            names = ", ".join(sorted({Path(each[1]).name for each in changed}))
-            to_stderr(f"{names} changed: the worker starts again")
+        with TemporaryDirectory() as folder:
+            report = Path(folder) / "modules"
+            words = [self.target, "--url", url, "--grace", str(PATIENT), "--parent", nonce, "--report-modules", str(report)]
+            while not self.stopping.is_set():
+                self.versions = {module: _changed_at(module) for module in _reported(report)}
+                report.unlink(missing_ok=True)
+                command = [sys.executable, "-m", "buquet", "worker", *words]
+                self.child = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE, start_new_session=True)
+                ended = asyncio.create_task(self._told_end(self.child))
+                names = ""
+                async for change in changes:
+                    if names := self._concerns(change, report):
+                        break
+                ended.cancel()
+                if not names:
+                    return
+                to_stderr(f"{names} changed: the worker starts again, after what it runs")
+                await self._end(patient=True)
+
+    def _concerns(self, change: set[Any], report: Path) -> str:
+        """Return the names of what changed, where the worker is to start again for it."""
+        child, modules = self.child, _reported(report)
+        paths = {Path(each[1]).resolve() for each in change}
+        if child is not None and child.returncode is None and modules:
+            # what was saved while the worker before finished its work is what this one has read
+            paths = {path for path in paths & modules if _changed_at(path) != self.versions.get(path)}
+        return ", ".join(sorted(path.name for path in paths))
 
     async def _told_end(self, child: asyncio.subprocess.Process) -> None:
         """Say so when the worker ends by itself; what it printed says why."""
         status = await child.wait()
         to_stderr(f"the worker ended with status {status}; it starts again when a Python file changes")
 
-    async def _next(self, changes: AsyncIterator[set[Any]], *, quiet: bool = False) -> set[Any] | None:
+    async def _next(self, changes: AsyncIterator[set[Any]]) -> set[Any] | None:
         """Wait for a change; None when stopped."""
-        if not quiet:
-            to_stderr("waiting for a Python file to change")
+        to_stderr("waiting for a Python file to change")
         return await anext(changes, None)
 
-    async def _end(self) -> None:
-        """Stop the worker, and wait until what it ran is finished or given back."""
-        child, self.child = self.child, None
-        if child is None or child.returncode is not None:
+    async def _end(self, *, patient: bool = False) -> None:
+        """Stop the worker; what it runs is given back. `patient`: it finishes that first, unless this command ends."""
+        child = self.child
+        if child is None:
             return
-        with suppress(ProcessLookupError):
-            child.send_signal(signal.SIGTERM)
-        try:
-            async with asyncio.timeout(OVERDUE):
-                await child.wait()
-        except TimeoutError:
-            with suppress(ProcessLookupError):
-                child.kill()
-            await child.wait()
+        ended, stopped = asyncio.create_task(child.wait()), asyncio.create_task(self.stopping.wait())
+        first = (signal.SIGTERM, {ended, stopped}, None) if patient else (signal.SIGTERM, {ended}, GRACE)
+        # a second signal makes the worker give back what it runs
+        for number, until, seconds in (first, (signal.SIGTERM, {ended}, OVERDUE), (signal.SIGKILL, {ended}, None)):
+            if not ended.done():
+                with suppress(ProcessLookupError):
+                    child.send_signal(number)
+                await asyncio.wait(until, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+
+
+def _reported(report: Path) -> set[Path]:
+    """Return the files of the modules that the worker has imported; none before it says so."""
+    try:
+        return {Path(line) for line in report.read_text(encoding="utf-8").splitlines()}
+    except FileNotFoundError:
+        return set()
+
+
+def _changed_at(path: Path) -> int:
+    """Return when a file was changed, nanoseconds since 1970; -1 where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
+def report_modules(report: Path, clock: Clock) -> None:
+    """Write the files of the modules that this process has imported, and again whenever there are more, for `buquet dev`."""
+
+    def write() -> int:
+        known = len(sys.modules)
+        files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+        fresh = report.with_suffix(".new")
+        fresh.write_text("\n".join(sorted(str(Path(each).resolve()) for each in files if each)), encoding="utf-8")
+        fresh.replace(report)
+        return known
+
+    def keep(known: int) -> None:
+        with suppress(FileNotFoundError):  # the command has ended, and its folder is gone
+            while True:
+                clock.block(0.5)
+                known = write() if len(sys.modules) != known else known
+
+    threading.Thread(target=keep, args=(write(),), daemon=True).start()

@@ -71,7 +71,7 @@ def start(
         result = await Run[Any](app, begun.id).aresult()
         print_json({"id": begun.id, "created": begun.created, "status": "completed", "result": result} if json else result)
 
-    run(app, work)
+    run(app, work, creates=True)
 
 
 @group.command("get")

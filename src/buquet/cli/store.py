@@ -48,7 +48,7 @@ def init(
         if json:
             print_json({"url": app.url, "steps": steps})
 
-    run(app, work)
+    run(app, work, creates=True)
 
 
 @cli.command()
@@ -73,7 +73,7 @@ def doctor(url: Url = None, json: Json = False) -> None:
             say(f"{app.url} is {'fit' if fit else 'NOT fit'} for buquet")
         return fit
 
-    if not run(app, work):
+    if not run(app, work, creates=True):
         raise typer.Exit(1)
 
 

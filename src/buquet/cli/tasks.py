@@ -80,7 +80,7 @@ def submit(
         result = decode_stored(ANY, await app.client.value_of(record), f"the result of task {record.id}", AGAIN)
         print_json(submitted._asdict() | {"status": record.state, "state": record.state, "result": result} if json else result)
 
-    run(app, work)
+    run(app, work, creates=True)
 
 
 @cli.command()

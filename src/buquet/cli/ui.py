@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from buquet.cli.base import Json, Url, cli, load, open_app
+from buquet.cli.base import Json, Url, cli, lacks_store, load, open_app
 from buquet.cli.output import log_to, print_json, say, to_stderr
-from buquet.errors import UsageError, install
+from buquet.errors import BucketMissing, UsageError, install
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -107,7 +107,8 @@ def serve(
 
     async def work() -> None:
         async with app:
-            await app.client.open()
+            if problem := await lacks_store(app):
+                raise BucketMissing(problem)
             server = make_server(app, password=password, read_only=read_only, host=host, hosts=hosts)
             if json:
                 print_json({"address": address, "url": app.url, "pid": os.getpid()})

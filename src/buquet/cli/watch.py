@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from buquet.cli.base import Json, Name, Queue, Url, cli, open_app, run
+from buquet.cli.base import Json, Name, Queue, Url, cli, lacks_store, open_app, run
 from buquet.cli.look import print_refused
 from buquet.cli.output import duration, moment, print_json, print_table, to_stderr
 from buquet.errors import UsageError
@@ -94,6 +94,8 @@ def tail(
     app = open_app(url)
 
     async def work() -> None:
+        if problem := await lacks_store(app):
+            to_stderr(f"note: {problem}")
         events = Tail(app.client, queue=queue, name=name, event=status)
         await events.poll()
         to_stderr("watching; Ctrl-C ends it")
@@ -106,7 +108,7 @@ def tail(
                     print(_line(each), flush=True)
 
     with suppress(KeyboardInterrupt):
-        run(app, work)
+        run(app, work, creates=True)
 
 
 def _line(each: Happening) -> str:

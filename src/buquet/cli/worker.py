@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -55,6 +56,7 @@ def worker(
     url: Url = None,
     json: Json = False,
     parent: Annotated[str, typer.Option("--parent", hidden=True)] = "",
+    report: Annotated[Path | None, typer.Option("--report-modules", hidden=True)] = None,
 ) -> None:
     """Run tasks until stopped. Ctrl-C or SIGTERM lets running tasks finish; a second one gives them back at once.
 
@@ -89,6 +91,10 @@ def worker(
         )
         with app:
             raise typer.Exit(fleet.run())
+    if report is not None:
+        from buquet.cli.dev import report_modules  # noqa: PLC0415 - only for its worker
+
+        report_modules(report, app.clock)
     if parent:
         from buquet.worker.processes import watch_parent  # noqa: PLC0415 - only for children
 

@@ -59,8 +59,8 @@ async def pause_worker(client: Client, worker: str, *, paused: bool) -> None:
 
 async def _note(client: Client, worker: str, **asked: bool) -> None:
     """Merge what is asked into a worker's control object, and ring."""
-    await client.open()
     session = await _session(client, worker)
+    await client.open()
     # workers of a layout without `control` may be older ones, which read their notes only
     places = [keys.control(worker)] if client.control_only else [keys.control(worker), keys.notes(worker)]
     for key in places:

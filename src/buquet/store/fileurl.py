@@ -17,3 +17,14 @@ def url_of(path: Path) -> str:
     """
     text = str(path.absolute()).replace("%", "%25").replace("?", "%3F")
     return f"sqlite:{text}" if not text.startswith("//") else f"sqlite:/{text.lstrip('/')}"
+
+
+def is_missing(path: Path) -> bool:
+    """Tell that there is no file. Where nobody can tell, opening it says what is wrong."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False

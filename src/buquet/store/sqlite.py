@@ -23,7 +23,7 @@ from buquet.errors import (
     UsageError,
 )
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Stored
-from buquet.store.fileurl import url_of
+from buquet.store.fileurl import is_missing, url_of
 from buquet.store.sqlitewriter import (
     BUSY,
     KEPT,
@@ -88,7 +88,7 @@ _GET_VERSION = _GET.replace("objects WHERE", "versions WHERE etag = ? AND")
 
 
 class SqliteStore:
-    """Objects in a SQLite file, in WAL mode with synchronous=FULL. Its folder is made at first use."""
+    """Objects in a SQLite file, in WAL mode with synchronous=FULL. The first write creates it and its folder, a look does not."""
 
     can_wait = True
 
@@ -222,11 +222,13 @@ class SqliteStore:
 
     def look_elsewhere(self) -> int:
         """Return a number that is another one when another process has written since the last call."""
-        ((number,),) = self._read("SELECT n FROM writes", ())
-        self.elsewhere.seen(number)
+        for (number,) in self._read("SELECT n FROM writes", ()):
+            self.elsewhere.seen(number)
         return self.elsewhere.times
 
     def _read(self, sql: str, values: tuple[object, ...]) -> list[Any]:
+        if self._writer is None and not self._closing and is_missing(self.path):
+            return []
         self._open()
         with self._reading:
             if self._reader is None:

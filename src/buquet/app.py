@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 from buquet import forking
 from buquet.backoff import YEARS, Backoff
@@ -98,6 +98,9 @@ class App:
     8
     """
 
+    on_use: ClassVar[Callable[[App], None] | None] = None
+    """Called whenever an App uses a store that is named by its URL; it may raise. The pytest plugin sets it."""
+
     def __init__(
         self,
         url: str | None = None,
@@ -177,6 +180,8 @@ class App:
     def client(self) -> Client:
         """The way to the store, made at first use."""
         forking.check()
+        if App.on_use is not None and (self._opened or self._store is None):
+            App.on_use(self)
         client = self._client
         if client is None:
             with self._lock:

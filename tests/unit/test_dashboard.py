@@ -134,7 +134,7 @@ def test_a_pack_shows_its_failed_items_and_where_they_broke(app: App) -> None:
     run_until_idle(app)
     text = Browser(app).get(f"/tasks/{batch.task_ids[0]}").text
     assert "Failed: 2 of 2 items" in text
-    assert "<summary>item 1: RuntimeError: two</summary>" in text
+    assert "<summary>item 1: <bdi>RuntimeError: two</bdi></summary>" in text
     assert text.count("raise RuntimeError(value)") == 2
     assert "<script>alert" not in text
     assert "Checkpoint" not in text, "its ranges say less"

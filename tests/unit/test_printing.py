@@ -165,10 +165,13 @@ def test_no_page_of_the_dashboard_shows_anything_unsafe(store):
         client = TestClient(dashboard(app), base_url="http://127.0.0.1:8000")
         pages = [path for path in GET if "{" not in path and path not in {"/events", "/login", "/run.css"}]
         pages += [f"/tasks/{ids['bad']}", f"/tasks/{ids['good']}", f"/tasks/{ids['bad']}/versions", f"/runs/{ids['run']}"]
-        shown = 0
+        shown = isolated = 0
         for path in pages:
             # a form sends what it is about as it is; nobody sees that
             text = re.sub(r'<input type="hidden" name="target" value="[^"]*">', "", client.get(path).text)
             assert unsafe(text, but="\n\t") == [], path
             shown += "forged" in text
+            # letters that are written from right to left turn nothing round that stands beside a name
+            isolated += "<bdi>bad" in text
         assert shown >= 6
+        assert isolated >= 4

@@ -223,7 +223,7 @@ def test_a_cancelled_run_is_undone_unless_told_otherwise(shell):
 
 
 @pytest.mark.parametrize("at", [10**15, 10**30, 10**400], ids=["a little", "much", "far"])
-def test_a_time_that_none_can_be_is_shown_as_it_is_and_hides_nothing(shell, at):
+def test_a_run_with_an_impossible_time_is_named_and_hides_nothing(shell, at):
     good, bad = shell.start_run("order"), "0" * 32
     steps = {name: {"state": "due", "due": due, "until": at} for name, due in (("one", at), ("two", 1))}
     graph = {"steps": {name: {"kind": "wait", "signal": "go"} for name in steps}}
@@ -234,13 +234,11 @@ def test_a_time_that_none_can_be_is_shown_as_it_is_and_hides_nothing(shell, at):
             await app.client.store.put(keys.run(bad), json.dumps(record).encode())
 
     asyncio.run(put())
-    listed = shell.run("ls").stdout
-    assert good in listed
-    assert (str(at) if at < 10**20 else "?") in next(line for line in listed.splitlines() if bad in line)
-    assert shell.json("get", bad)["created"] == at
-    assert "waits for 'go'" in shell.run("get", bad).stdout
-    for drawing in ("text", "mermaid", "svg", "gantt"):
-        shell.run("graph", bad, "--format", drawing)
+    listed = shell.run("ls")
+    assert good in listed.stdout
+    assert keys.run(bad) in listed.stderr
+    for words in (["get"], ["graph"], ["cancel"], ["pause"]):
+        assert keys.run(bad) in shell.run(*words, bad, status=1).stderr, words
 
 
 def test_following_ends_cleanly_on_ctrl_c(shell):

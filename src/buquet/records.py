@@ -175,21 +175,19 @@ class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the journal: a task or run that ended, or an attempt that failed and is retried.
+    """One line of the journal: an ended task or run, or an attempt that failed and is retried. For reading, never for deciding.
 
-    For reading, never for deciding: the record is the only truth. Every field is in every line but `error`, which is
-    there after a failure. One life of a task has one (`id`, `at`), and so has each failed attempt; a line that is met
-    twice has the same pair.
+    Every field is in every line but `error`, which is there after a failure. One life of a task, or one failed attempt, has one
+    (`id`, `at`); a line that is met twice has the same pair.
     """
 
     v: Count = FORMAT
     kind: Literal["task", "run", "attempt"] = "task"
-    """`attempt`: one that failed, or lost its worker, and is retried. Its task has not ended."""
+    """`attempt`: one that failed, or lost its worker, and is retried. Its task has not ended, and is `pending`."""
     id: Id
     name: Name
     queue: Name
     status: State
-    """Of an attempt: `pending`, since its task waits for the next one."""
     at: Time
     """When it ended."""
     submitted: Time
@@ -280,6 +278,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: Name = ""
     since: Time = 0
     progress: Progress | None = None
+    run: OptionalId = ""
+    """The run that the task belongs to; empty: none."""
 
 
 class Session(Record, frozen=True, kw_only=True, omit_defaults=True):

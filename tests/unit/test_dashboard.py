@@ -364,6 +364,24 @@ def test_a_confirmation_names_what_it_is_about(app: App) -> None:
             assert not re.search(r"\b(this|these)\b", asked), asked
 
 
+def test_run_all_again_runs_what_its_question_has_counted(app: App) -> None:
+    failing = app.tasks[HOSTILE]
+    failing.submit("first")
+    app.worker(["default"], max_time=1).run()
+    browser = Browser(app)
+    page = browser.get("/errors").text
+    form = dict(re.findall(r'name="(token|action|target|back|since|until)" value="([^"]*)"', page))
+    assert form["action"] == "redrive-group"
+    assert "again?" in page
+    later = failing.submit("later")  # of the same kind, after the page was made
+    app.worker(["default"], max_time=1).run()
+    fresh = Browser(app)
+    form["token"] = fresh.token("/errors")
+    said = fresh.post("/act", form).text
+    assert "1 task waits again" in said
+    assert later.status() == "failed"
+
+
 def test_a_page_here_can_do_what_its_button_says(app: App) -> None:
     task_id, page = with_form(app)
     browser = Browser(app)

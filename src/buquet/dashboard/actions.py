@@ -9,6 +9,8 @@ from urllib.parse import quote
 
 from starlette.responses import RedirectResponse
 
+from buquet import keys
+from buquet.bounds import LATEST
 from buquet.dashboard import runs
 from buquet.dashboard.board import local
 from buquet.dashboard.guard import who
@@ -78,9 +80,11 @@ async def redrive_task(board: Board, target: str, _: Mapping[str, str]) -> str:
     return "The task waits again, with all of its attempts before it."
 
 
-async def redrive_group(board: Board, target: str, _: Mapping[str, str]) -> str:
-    """Run all tasks of an error group again that are still failed; of those that are steps, the runs go on from there."""
-    ids = list(dict.fromkeys(line.id for line in group_of(board.feed.journal.lines, target)))
+async def redrive_group(board: Board, target: str, form: Mapping[str, str]) -> str:
+    """Run the tasks of an error group that the page counted again, if still failed; of those that are steps, the runs go on."""
+    times = (form.get("since", "0"), form.get("until", str(LATEST)))
+    since, until = (int(each) if each.isdecimal() and len(each) < keys.MOST_DIGITS else 0 for each in times)
+    ids = list(dict.fromkeys(line.id for line in group_of(board.feed.journal.lines, target, since, until)))
     if not ids:
         return "Not done: nothing that failed so is known any more. Search the tasks that failed."
     lane = asyncio.Semaphore(AT_ONCE)

@@ -251,6 +251,6 @@ def percentiles(times: list[tuple[int, int]], seen: Window) -> list[Percentiles]
     return [Percentiles(at, each.p50, each.p99) for at, each in spreads]
 
 
-def group_of(lines: list[Finished], group: str) -> list[Finished]:
-    """Return the failures of one group, the last that ended first."""
-    return [line for line in reversed(lines) if is_failure(line) and line.group == group]
+def group_of(lines: list[Finished], group: str, since: int, until: int) -> list[Finished]:
+    """Return the failures of one group that ended from `since` to `until` (milliseconds since 1970), the last first."""
+    return [line for line in reversed(lines) if is_failure(line) and line.group == group and since <= line.at <= until]

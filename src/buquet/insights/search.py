@@ -166,7 +166,7 @@ def _in_memory(feed: Feed, since: int) -> Iterator[Row]:
             met.add(claim.task)
             queue = queue_of(session, claim.name, homes)
             remark = f"{claim.progress.fraction:.0%} {claim.progress.message}".strip() if claim.progress else ""
-            yield Row(claim.task, claim.name, queue, "running", claim.since, remark=remark)
+            yield Row(claim.task, claim.name, queue, "running", claim.since, remark=remark, run=claim.run)
     waiting = [entry for entry in feed.backlog.entries.values() if entry.task not in met]
     met.update(entry.task for entry in waiting)
     again = sorted((entry for entry in waiting if entry.task in retrying), key=lambda each: each.at)

@@ -42,10 +42,11 @@ VERSION = version("buquet")
 class Listing:
     """One claim that this worker holds: what its session says of it, and which entry may go once that is stored."""
 
-    __slots__ = ("entry", "name", "progress", "since", "task", "token")
+    __slots__ = ("entry", "name", "progress", "run", "since", "task", "token")
 
-    def __init__(self, task: str, token: str, name: str, entry: str, since: int) -> None:
+    def __init__(self, task: str, token: str, name: str, entry: str, since: int, run: str = "") -> None:
         self.task = task
+        self.run = run
         self.token = token
         self.name = name
         self.entry = entry
@@ -239,7 +240,7 @@ class SessionKeeper:
             held.record,
             beat=now,
             claims=tuple(
-                Claim(task=each.task, token=each.token, name=each.name, since=each.since, progress=each.progress)
+                Claim(task=each.task, token=each.token, name=each.name, since=each.since, progress=each.progress, run=each.run)
                 for each in noted
             ),
             completed=self.completed,

@@ -161,12 +161,28 @@ def test_children_that_a_busy_parent_forks_submit_beside_it(folder, used):
     assert_submitted(folder, ids)
 
 
+GUNICORN = ["-m", "gunicorn", "--preload", "--workers", "3", "site_:site", "--bind"]
+UWSGI = [
+    *("-c", "import sys, pyuwsgi; pyuwsgi.run(sys.argv[1:])", "--master", "--processes", "3", "--enable-threads"),
+    *("--die-on-term", "--home", sys.prefix, "--module", "site_:site", "--http-socket"),
+]
+
+
 @pytest.mark.parametrize("path", ["sync", "async"])
 def test_gunicorn_preloads_an_app(folder, used, path):
+    assert_served(folder, path, GUNICORN)
+
+
+def test_uwsgi_loads_an_app_before_it_forks(folder, used):
+    assert_served(folder, "sync", [*UWSGI[:2], *(["--py-call-uwsgi-fork-hooks"] if used else []), *UWSGI[2:]])
+
+
+def assert_served(folder, path, server):
+    """A server's three processes submit, and each rings."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, "-m", "gunicorn", "--preload", "--workers", "3", "--bind", f"127.0.0.1:{port}", "site_:site"]
+    command = [sys.executable, *server, f"127.0.0.1:{port}"]
     tasks, processes = [], set()
     with App(f"sqlite:{folder}/app.db") as app, (folder / "log").open("w") as log:
         app.resume_queue("default")  # the store is there

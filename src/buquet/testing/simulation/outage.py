@@ -25,7 +25,7 @@ READS = (
     ("list", "workers/"),
 )
 """What a worker asks for when it looks for work."""
-LONGEST = 12.0
+LONGEST = 16.0
 LONG_AGO = 700.0
 """Seconds after which a look back does not come by an entry any more."""
 
@@ -43,7 +43,7 @@ class Outage:
     async def run(self) -> None:
         """Let one kind of look meet refusals, and wait until what it was to find has begun."""
         acts: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = (
-            *(self.due, self.hint, self.unrung, self.reaped),
+            *(self.due, self.due, self.hint, self.unrung, self.reaped),
             *(self.queue_resumed, self.queue_resumed, self.worker_resumed, self.worker_resumed),
         )
         self.play.some("w")
@@ -61,7 +61,7 @@ class Outage:
     def refuse(self, likely: tuple[str, str] | None = None) -> None:
         """Let one kind of request fail from now on, for some seconds; a likely one in half of all cases."""
         spell = likely if likely and self.random.random() < 0.5 else self.random.choice(READS)
-        self.world.network.refuse(spell, self.random.uniform(0.5, LONGEST))
+        self.world.network.refuse(spell, self.random.uniform(2, LONGEST))
 
     def trap(self, op: str, prefix: str) -> None:
         """Let that begin now, or once a worker has sent a request."""

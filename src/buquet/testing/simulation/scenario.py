@@ -32,7 +32,7 @@ LIMIT = 1500.0
 MOST_STEPS = 600_000
 LOOK_EVERY = 1.0
 """Seconds between two looks at how late work starts."""
-OUTAGES = 0.25
+OUTAGES = 0.35
 """The share of seeds in which the store refuses one kind of request after the calm."""
 HOUR = 3600.0
 

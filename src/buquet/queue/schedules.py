@@ -88,7 +88,8 @@ def current_fire() -> datetime:
     attempt = inside_handler()
     if not _fire.get() and attempt is not None and "fire" in attempt.tags:
         return datetime.fromisoformat(attempt.tags["fire"])
-    return datetime.fromtimestamp((_fire.get() or Clock().now_ms()) / 1000, UTC)
+    fire = _fire.get()
+    return datetime.fromtimestamp(fire / 1000 if fire else Clock().now(), UTC)
 
 
 @contextmanager

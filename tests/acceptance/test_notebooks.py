@@ -49,7 +49,7 @@ def test_a_notebook_works_its_tasks_off(folder):
     said = printed(
         folder,
         "from tasks import app, double\nfrom buquet.testing import advance, arun_until_idle, in_memory, run_until_idle",
-        "memory = in_memory(app)\nmemory.__enter__()",
+        "memory = in_memory(app)\napp = memory.__enter__()",
         "handle = double.options(delay=86_400).submit(1)\nadvance(app, 60)\nprint(handle.status())",
         "run_until_idle(app)\nprint(handle.result(timeout=60))",
         "handle = double.options(delay=86_400).submit(2)\nawait arun_until_idle(app)\nprint(await handle.aresult())",

@@ -592,3 +592,44 @@ def test_a_failed_run_whose_step_has_no_task_says_so_too():
     with pytest.raises(RunFailed, match="has no value") as caught:
         run.result(timeout=5)
     assert (caught.value.step, caught.value.traceback, caught.value.__cause__) == ("", "", None)
+
+
+@pytest.mark.parametrize(("size", "packs"), [(0, 0), (5, 5), (640, 64), (1300, 65)])
+def test_packs_may_be_sized_by_the_list_when_it_is_there(size, packs):
+    async def auto(n):
+        return await each(inc, (await order(n)).items, pack="auto")
+
+    run = as_run(auto, size)
+    assert run.result(timeout=5) == as_call(auto, size) == list(range(1, size + 1))
+    fan = run.record().steps["inc"].fan
+    assert (fan.tasks, fan.items) == (packs, size)
+
+
+def test_packs_that_size_themselves_are_undone_and_retried():
+    broken, did = [True], []
+
+    @app.task(max_attempts=1)
+    async def late(n: int) -> int:
+        if broken[0] and n == 130:
+            raise ValueError(n)
+        did.append(n)
+        return n
+
+    @app.task
+    async def unmake(result: int | None) -> None:
+        undone.append(result)
+
+    async def auto(n):
+        return await total(await each(late.options(undo=unmake), (await order(n)).items, pack="auto"))
+
+    undone.clear()
+    run = as_run(auto, 200)
+    with pytest.raises(RunFailed, match="ValueError: item 130: 130") as caught:
+        run.result(timeout=5)
+    assert [each.index for each in caught.value.__cause__.failed] == [130]
+    assert sorted(each for each in undone if each is not None) == sorted(did)
+    assert 129 in did, "of the same pack"
+    broken[0] = False
+    run.retry()
+    run_until_idle(app)
+    assert run.result(timeout=5) == sum(range(200))

@@ -9,6 +9,7 @@ from buquet.insights.duration import duration, in_seconds
 from buquet.insights.runview import StepView
 from buquet.printing import counted
 from buquet.workflow import ranges
+from buquet.workflow.graph import packed
 from buquet.workflow.handle import never_began
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def step_view(
     record = run.step(name)
     at = task_of(run, name) if step.call else None
     task = tasks.get(at.task_id) if at else None
-    done, total = _items(record.fan, step.pack) if record.fan else (0, 0)
+    done, total = _items(record.fan, packed(step, record.fan)) if record.fan else (0, 0)
     state = _state(run, record, task, done)
     return StepView(
         name=name,

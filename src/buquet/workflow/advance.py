@@ -18,6 +18,7 @@ from buquet.records import ErrorInfo
 from buquet.sealing import key_id_of
 from buquet.workflow import ranges
 from buquet.workflow.expression import PENDING, SKIPPED, Fault, check_size, is_mark, no_condition, show, strongest
+from buquet.workflow.graph import packed, size_of
 from buquet.workflow.limits import kept_errors, takes_no_more, too_many
 from buquet.workflow.records import OVER, Fan, ItemError, RunRecord, Sent, StepRecord
 from buquet.workflow.reopening import again, opened, well_ended
@@ -107,7 +108,7 @@ class _Advance:
             return replace(fan, stopped=ranges.add(fan.stopped, event.item))
         error = event.error or CANCELLED
         told = event.errors or (ItemError(index=0, type=error.type, message=error.message[:500]),)
-        base = event.item * (step.pack or 1)
+        base = event.item * (packed(step, fan) or 1)
         told = tuple(replace(each, index=base + each.index) for each in told)
         if not step.allow_failures:
             self._fail(event.step, _first(self.values, told))
@@ -271,10 +272,11 @@ class _Advance:
             items = self.values.of(self.run, step.over)
             if not isinstance(items, list):
                 return self._fault(name, Fault(f"each runs over a list, and this came to {show(items)}"))
+            pack = size_of(items) if step.auto else 0  # pyright: ignore[reportUnknownArgumentType]
             size = len(items)  # pyright: ignore[reportUnknownArgumentType]
-            if record.fan is None and (problem := too_many(size, step.pack, step.max_items, self.plan.max_items)):
+            if record.fan is None and (problem := too_many(size, pack or step.pack, step.max_items, self.plan.max_items)):
                 return self._fault(name, Fault(problem))
-            fan = record.fan or Fan(tasks=-(-size // (step.pack or 1)), items=size)
+            fan = record.fan or Fan(tasks=-(-size // (pack or step.pack or 1)), items=size, pack=pack)
             self._put(name, replace(record, fan=fan))
             return self._end(name, "done") if ranges.count(fan.ended) >= fan.tasks else set()
         seconds = None

@@ -12,6 +12,7 @@ from buquet.errors import UnreadableRecord
 from buquet.printing import counted
 from buquet.queue.parent import SYSTEM
 from buquet.records import Task
+from buquet.workflow.graph import packed
 from buquet.workflow.values import MEND
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def of_step(run: RunRecord, follow: Follow, plan: Plan, now: int) -> Task:
 
 
 def _pack_size(step: Step, record: StepRecord, index: int) -> int:
-    return min(step.pack, record.fan.items - step.pack * index) if step.pack and record.fan else 0
+    pack = packed(step, record.fan) if record.fan else 0
+    return min(pack, record.fan.items - pack * index) if pack and record.fan else 0
 
 
 def arguments(run: RunRecord, follow: Follow, plan: Plan, values: Values) -> bytes:
@@ -108,8 +110,8 @@ def arguments(run: RunRecord, follow: Follow, plan: Plan, values: Values) -> byt
         return msgspec.json.encode(_undo_arguments(run, follow, step, args, values))
     if record.fan is not None:
         items = _items(run, follow, step, record.fan, values)
-        if step.pack:
-            return msgspec.json.encode({"items": items[follow.item * step.pack : (follow.item + 1) * step.pack]})
+        if pack := packed(step, record.fan):
+            return msgspec.json.encode({"items": items[follow.item * pack : (follow.item + 1) * pack]})
         args = {**args, step.item: items[follow.item]}
     return msgspec.json.encode(args)
 

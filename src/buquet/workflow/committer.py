@@ -15,7 +15,7 @@ from buquet.queue.payloads import Values as ValuesAtRest
 from buquet.queue.payloads import get_stored
 from buquet.records import ABSENT
 from buquet.workflow.advance import advance
-from buquet.workflow.graph import Graph, read_graph
+from buquet.workflow.graph import Graph, packed, read_graph
 from buquet.workflow.hiding import hidden
 from buquet.workflow.limits import check_tasks
 from buquet.workflow.outcome import INLINE
@@ -337,4 +337,4 @@ def _strange(run: RunRecord, plan: Plan, events: list[Event]) -> str:
 
 def _fits(fan: Fan, step: Step) -> bool:
     """Tell whether an `each` may be as its record says: its list was a JSON value, and its tasks are those of that list."""
-    return step.kind == "each" and fan.items <= keys.LARGEST // 2 and fan.tasks == -(-fan.items // (step.pack or 1))
+    return step.kind == "each" and fan.items <= keys.LARGEST // 2 and fan.tasks == -(-fan.items // (packed(step, fan) or 1))

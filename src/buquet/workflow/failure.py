@@ -22,6 +22,7 @@ from buquet.printing import counted
 from buquet.queue.batch import failed_items
 from buquet.records import Task
 from buquet.workflow import ranges
+from buquet.workflow.graph import packed
 from buquet.workflow.sending import graph_of
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ async def _cause(client: Client, run: RunRecord) -> TaskError | None:
         return None
     task = client.values.shown(held.record)
     if task.pack:
-        return await _of_pack(client, task, (await graph_of(client, run)).steps[run.failed].pack)
+        step = (await graph_of(client, run)).steps[run.failed]
+        return await _of_pack(client, task, packed(step, record.fan) if record.fan else 0)
     error = task.error or held.record.error
     reason = f"{error.type}: {error.message}"
     cause = TaskFailed(f"task {task.id} ({task.name}) failed: {reason}", task.id, error=reason, traceback=error.traceback)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from graphlib import CycleError, TopologicalSorter
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta, Raw
 
 from buquet import keys
-from buquet.bounds import AtLeastOne, Due, PackSize, Place  # noqa: TC001 - decoding reads the annotations
+from buquet.bounds import MOST_ITEMS, AtLeastOne, Due, PackSize, Place
 from buquet.codec import decode_stored
 from buquet.errors import UnreadableRecord, UsageError
+from buquet.queue.packing import AUTO_BYTES, KEYED_WORKERS, PACKS_A_WORKER
 from buquet.records import ABSENT
 from buquet.workflow.expression import MOST_NODES, NULL, Expr, depth_of, steps_of, text_of
+
+if TYPE_CHECKING:
+    from buquet.workflow.records import Fan
 
 Kind: TypeAlias = Literal["task", "each", "wait", "sleep"]
 
@@ -60,6 +64,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of an `each`: the name of the parameter that takes an item."""
     pack: PackSize = 0
     """Of an `each`: items in a task; 0: one task an item, with arguments of its own."""
+    auto: bool = False
+    """Of an `each` with packs: whether their size is decided when its list is there, see `size_of` and `packed`."""
     max_items: Place = 0
     """Of an `each`: the most items that it may run over; 0: as many as MOST_FANNED tasks hold."""
     allow_failures: bool = False
@@ -94,6 +100,21 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """All that it takes values from."""
         rest = [each for each in (self.timeout, self.default) if each is not None]
         return (*(expr for expr, _ in self.guards), *self.after, self.args, self.over, self.seconds, *rest)
+
+
+def packed(step: Step, fan: Fan) -> int:
+    """Return how many items of an `each` are in a task; 0: a task an item."""
+    return fan.pack or step.pack
+
+
+def size_of(items: list[Any]) -> int:
+    """Return how many of these items a pack is to have: as of a batch with a key, for as many workers, and by their bytes.
+
+    >>> size_of([1] * 640), size_of(["x" * 100_000] * 640)
+    (10, 2)
+    """
+    most = AUTO_BYTES * len(items) // max(len(msgspec.json.encode(items)), 1)
+    return max(min(len(items) // (PACKS_A_WORKER * KEYED_WORKERS), most, MOST_ITEMS), 1)
 
 
 class Graph(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -13,6 +13,7 @@ from buquet.bounds import (
     Generation,
     Id,
     Name,
+    PackSize,
     PayloadKey,
     Place,
     Range,
@@ -48,6 +49,8 @@ class Fan(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tasks: Place
     """How many tasks it has: one an item, or one a pack."""
     items: Place
+    pack: PackSize = 0
+    """Items in a task, where the graph leaves that to the run; 0: as the graph says."""
     ended: tuple[Range, ...] = ()
     """Tasks that have ended: ranges, each from its first to the one after its last."""
     results: dict[Place, Raw] = msgspec.field(default_factory=dict[Place, Raw])

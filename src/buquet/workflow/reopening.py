@@ -67,4 +67,4 @@ def well_ended(fan: Fan) -> Fan:
         if index not in bad:
             ended = ranges.add(ended, index)
     results = {index: each for index, each in fan.results.items() if index not in bad}
-    return Fan(tasks=fan.tasks, items=fan.items, ended=ended, results=results, chunks=fan.chunks)
+    return Fan(tasks=fan.tasks, items=fan.items, pack=fan.pack, ended=ended, results=results, chunks=fan.chunks)

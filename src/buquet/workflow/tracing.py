@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
+from buquet.bounds import MOST_ITEMS
 from buquet.errors import UsageError
 from buquet.queue.parent import tracing
 from buquet.queue.task import AsyncTaskFunction, BaseTask
@@ -224,7 +225,9 @@ def choose(trace: Trace, condition: Value, then: Callable[[], Any], otherwise: C
     return Value(Choose(expr, first, second))
 
 
-def fan_out(trace: Trace, task: BaseTask[..., Any], items: object, pack: int, max_items: int | None = None) -> Value:
+def fan_out(
+    trace: Trace, task: BaseTask[..., Any], items: object, pack: int, max_items: int | None = None, *, auto: bool = False
+) -> Value:
     """Note an `each`."""
     task.signature.check_batch()
     options = task.step_options
@@ -232,7 +235,8 @@ def fan_out(trace: Trace, task: BaseTask[..., Any], items: object, pack: int, ma
         msg = f"allow_failures is True or False, not {options.allow_failures!r}"
         raise UsageError(msg)
     given = items if isinstance(items, Value) else list(cast("Iterable[object]", items))
-    if isinstance(given, list) and (problem := too_many(len(given), pack, max_items or 0, task.max_items)):
+    widest = MOST_ITEMS if auto else pack  # the run looks again, with the size that it decides on
+    if isinstance(given, list) and (problem := too_many(len(given), widest, max_items or 0, task.max_items)):
         raise UsageError(problem)
     over = to_expr(given, f"the items of {task.name}")
     if isinstance(over, Const) and isinstance(given, list):
@@ -246,6 +250,7 @@ def fan_out(trace: Trace, task: BaseTask[..., Any], items: object, pack: int, ma
         over=over,
         item=next(iter(task.signature.parameters)),
         pack=pack,
+        auto=auto,
         max_items=max_items or 0,
         allow_failures=options.allow_failures,
         after=after_of(options.after, trace),

@@ -13,6 +13,7 @@ from buquet.errors import UnreadableRecord
 from buquet.printing import counted
 from buquet.records import ABSENT
 from buquet.workflow.expression import PENDING, SKIPPED, evaluate
+from buquet.workflow.graph import packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -125,7 +126,7 @@ class Values:
 
     def of_pack(self, name: str, fan: Fan, index: int, results: dict[int, Any]) -> list[Any]:
         """Return what the items of a pack came to, None for each where the pack has no result."""
-        pack = self.graph.steps[name].pack
+        pack = packed(self.graph.steps[name], fan)
         size = min(pack, fan.items - pack * index)
         if index not in results:
             return [None] * size

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta  # noqa: TC003 - the types of `wait` are resolved where it is itself a workflow
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, TypeVar, cast, overload
 
 from buquet import keys
 from buquet.bounds import MOST_ITEMS
@@ -46,23 +46,34 @@ _given: ContextVar[dict[str, list[Any]] | None] = ContextVar("buquet_signals", d
 
 @overload
 def each(
-    task: AsyncTaskFunction[Concatenate[T, ...], R], items: Iterable[T], pack: int = 0, *, max_items: int | None = None
+    task: AsyncTaskFunction[Concatenate[T, ...], R],
+    items: Iterable[T],
+    pack: int | Literal["auto"] = 0,
+    *,
+    max_items: int | None = None,
 ) -> Awaitable[list[R]]: ...
 @overload
 def each(
-    task: TaskFunction[Concatenate[T, ...], R], items: Iterable[T], pack: int = 0, *, max_items: int | None = None
+    task: TaskFunction[Concatenate[T, ...], R],
+    items: Iterable[T],
+    pack: int | Literal["auto"] = 0,
+    *,
+    max_items: int | None = None,
 ) -> list[R]: ...
-def each(task: BaseTask[..., Any], items: Any, pack: int = 0, *, max_items: int | None = None) -> Any:
+def each(task: BaseTask[..., Any], items: Any, pack: int | Literal["auto"] = 0, *, max_items: int | None = None) -> Any:
     """Run a task on every item of a list, or of a step's value, side by side; the results come in the order of the items.
 
-    `pack`: so many items to a task object, 1 to 10,000; 0: a task an item. One item that fails for good fails the step, unless
-    `task.options(allow_failures=True)`, which leaves None in its place. `max_items`: the most items, by default 10,000, or as
-    many as 10,000 packs hold. More are refused at the start or, of a step's value, fail the step. Raises UsageError.
+    `pack`: so many items to a task object, 1 to 10,000; 0: a task an item; "auto": by the number of items and their bytes. One
+    item that fails for good fails the step, unless `task.options(allow_failures=True)`, which leaves None in its place.
+    `max_items`: the most items, by default 10,000, or as many as 10,000 packs hold. More are refused at the start or, of a step's
+    value, fail the step. Raises UsageError.
 
     >>> labels = each(label, order.items, pack=50)  # doctest: +SKIP
     """
-    if isinstance(pack, bool) or not isinstance(cast("object", pack), int) or not 0 <= pack <= MOST_ITEMS:
-        msg = f"pack is the number of items in a task, 1 to {MOST_ITEMS:,}, or 0 for a task an item, not {pack!r}"
+    auto = isinstance(pack, str) and pack == "auto"  # a step's value compares as data
+    size = cast("int", 1 if auto else pack)
+    if isinstance(size, bool) or not isinstance(cast("object", size), int) or not 0 <= size <= MOST_ITEMS:
+        msg = f"pack is the number of items in a task, 1 to {MOST_ITEMS:,}, 'auto', or 0 for a task an item, not {pack!r}"
         raise UsageError(msg)
     check_max_items(max_items)
     check_task(task, "each")
@@ -74,7 +85,7 @@ def each(task: BaseTask[..., Any], items: Any, pack: int = 0, *, max_items: int 
         raise UsageError(msg)
     trace = current_trace()
     if trace is not None:
-        return fan_out(trace, task, items, pack, max_items)
+        return fan_out(trace, task, items, size, max_items, auto=auto)
     allow = task.step_options.allow_failures
     if is_async(task):
         return _gather(task, list(items), allow=allow)

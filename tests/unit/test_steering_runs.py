@@ -78,6 +78,8 @@ async def test_after_a_retry_the_result_is_that_of_the_new_life(app, clock):
 async def test_a_signal_and_a_cancel_are_taken_right_after_a_retry(app, clock):
     run = await app.waits.astart(1)
     app.broken = False
+    await drain(app)
+    await clock.sleep(2)
     await drain(app)  # the wait is over without a signal
     await run.aretry()
     await GO.asend(run, 5, app=app)

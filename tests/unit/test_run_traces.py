@@ -93,7 +93,8 @@ class Process:
     async def _pursue(self, task_id):
         task = await self.rig.task(task_id)
         self.worker.fleet.sessions.clear()  # as when its last LIST is old
-        self.worker._busy += 1
+        self.worker.occupy()
+        self.worker._pursuits[asyncio.current_task()] = True
         await self.worker._pursue(self.worker.finders[0], Found(keys.parse_entry(task.entry), self.rig.clock.now()))
 
     async def crash(self):

@@ -503,6 +503,35 @@ async def test_a_worker_whose_session_was_reaped_stops_writes_nothing_and_starts
 
 
 @virtual
+async def test_what_is_stopped_before_its_first_step_gives_its_slot_back(rig):
+    @rig.app.task
+    async def job() -> str:
+        return "done"
+
+    handle = await job.asubmit()
+    worker = rig.worker(concurrency=1)
+    listed, first = rig.store.list, []
+
+    async def list_and_lose(prefix, **options):
+        page = await listed(prefix, **options)
+        if prefix.startswith("ready/default/5/") and page and not first:
+            first.append(worker.id)
+            worker.keeper._fence("the test says so")  # the pursuit of what was found begins no earlier than this is heard
+        return page
+
+    rig.store.list = list_and_lose
+    work = asyncio.create_task(worker.arun())
+    assert await handle.aresult(timeout=60) == "done"
+    assert first != [worker.id]
+    while worker._pursuits:
+        await rig.clock.sleep(0.1)
+    assert worker.free == 1
+    worker.stop()
+    await work
+    await rig.audit()
+
+
+@virtual
 async def test_a_worker_that_cannot_store_its_heartbeat_fences_itself(rig):
     from buquet.testing.faulty import FaultyStore
 

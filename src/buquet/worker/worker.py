@@ -137,9 +137,9 @@ class Worker:
         for finder in self.finders:
             finder.noted = self._noted
         self._heartbeat_thread = heartbeat_thread
-        self._pursuits: dict[asyncio.Task[None], None] = {}
-        """In the order in which they began, so that a simulation repeats."""
-        self._busy = 0
+        self._pursuits: dict[asyncio.Task[None], bool] = {}
+        """Whether each has a slot; in the order in which they began, so that a simulation repeats."""
+        self._busy = 0  # slots that are taken, by pursuits and by what is about to be one
         self._stopping = False
         self._hasty = False
         self._patient = False
@@ -416,9 +416,16 @@ class Worker:
         return taken > 0
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let work have a slot that is taken already, until it frees that or ends; it may be cancelled before its first step."""
         pursuit = asyncio.create_task(work)
-        self._pursuits[pursuit] = None
+        self._pursuits[pursuit] = True
         pursuit.add_done_callback(self._pursued)
+
+    def _free_slot(self, pursuit: asyncio.Task[None] | None) -> None:
+        """Give back the slot of a pursuit, should it still have that."""
+        if pursuit is not None and self._pursuits.get(pursuit):
+            self._pursuits[pursuit] = False
+            self.vacate()
 
     def reserve(self, task: Task) -> bool:
         """Keep a slot for a task that this worker is about to submit under its own claim; False when it has none for it."""
@@ -457,7 +464,8 @@ class Worker:
         return run
 
     def _pursued(self, pursuit: asyncio.Task[None]) -> None:
-        self._pursuits.pop(pursuit, None)
+        self._free_slot(pursuit)
+        del self._pursuits[pursuit]
         if not pursuit.cancelled() and (error := pursuit.exception()):
             log.error("a defect of buquet: what this worker had in hand is left until its session ends", exc_info=error)
         self._made_room()
@@ -505,38 +513,29 @@ class Worker:
             raise
         finally:
             if held is None:
-                self._busy -= 1
+                self._free_slot(asyncio.current_task())
                 self._wake.set()  # it may have to look again soon
         if held is not None:
             await self._carry(finder, self._register(held, found.entry.key))
 
     async def _carry(self, finder: QueueFinder | None, run: Running) -> None:
         """Run a task that this worker has claimed, and store the outcome."""
-        freed = False
+        run.work = asyncio.current_task()
         try:
-            run.work = asyncio.current_task()
             self.telling.started(run.held.record)
             with tracing.attempt(run.held.record) as tell:
                 move = await self.executor.execute(run)
-                self._busy -= 1
-                freed = True
-                self._made_room()
+                self._free_slot(run.work)
                 task = await self.executor.move(run, move)
                 tell(task)
             await self._finish(finder, run, task)
         except Exception:
             log.exception("a defect of buquet: task %s is put back, and this attempt counts as lost", run.listing.task)
-            if not freed:
-                self._busy -= 1
-                freed = True
-                self._made_room()
+            self._free_slot(run.work)
             await self.clock.sleep(AFTER_A_DEFECT)
             # nobody else would take it over while this worker lives and lists it; with the session lost, others do
             if await put_back(self.reaper, run.listing, lambda: run.keeper.lost):
                 self._let_go(run)
-        finally:
-            if not freed:
-                self._busy -= 1
 
     async def _finish(self, finder: QueueFinder | None, run: Running, task: Task | None) -> None:
         """Let go of a claim after the record was stored as no longer under it, or was seen to be under another."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import enum
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -104,6 +105,46 @@ def test_a_value_is_checked_against_the_schema_of_its_type(kind, good, bad):
 def test_a_schema_that_is_damaged_refuses_nothing_and_fetches_nothing(schema):
     check([Raw(schema)], b"1", "the value")
     assert form_of(Raw(schema)).kind == "json"
+
+
+def _doubling(word: str) -> dict[str, Any]:
+    """Return a short schema of 2**40 parts."""
+    parts = {f"a{i}": {word: [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(40)}
+    return {"$defs": parts | {"a40": {"type": "string"}}, "$ref": "#/$defs/a0"}
+
+
+_WIDE = {
+    "type": "object",
+    "properties": {f"f{i}": {"$ref": "#/$defs/a"} for i in range(100)},
+    "required": [f"f{i}" for i in range(100)],
+}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        *map(_doubling, ("anyOf", "oneOf")),
+        _doubling("allOf") | {"unevaluatedProperties": False},
+        {"$defs": {"a": _WIDE}, "type": "object", "anyOf": [{"$ref": "#/$defs/a"}]},
+        {"type": "array", "items": {"allOf": [{"items": {}}] * 3000}},
+        {"type": "array", "uniqueItems": True},
+        {"$defs": {str(i): {"type": "string"} for i in range(10_000)}},
+        {"type": "object", "required": 5, "properties": {"a": {}}},
+        {"$ref": "#/$defs/a", "$defs": []},
+        {"properties": []},
+    ],
+)
+def test_a_hostile_schema_costs_a_bounded_amount(schema):
+    body = msgspec.json.encode([{"a": index} for index in range(2000)])
+    with suppress(InvalidArgument):
+        check([Raw(msgspec.json.encode(schema))] * 3, body, "the value")
+    assert len(form_of(Raw(msgspec.json.encode(schema))).example) <= 1000
+
+
+def test_a_schema_that_nobody_can_parse_asks_for_json():
+    deep = Raw(b'{"not":' * 5000 + b"{}" + b"}" * 5000)
+    check([deep], b"1", "the value")
+    assert form_of(deep).kind == "json"
 
 
 def test_a_schema_runs_no_regular_expression():

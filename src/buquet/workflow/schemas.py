@@ -20,59 +20,87 @@ if TYPE_CHECKING:
 
     Schema = dict[str, Any]
 
+LARGEST = 128 << 10
+"""Bytes of the schemas that a value is checked against, and of a value that is checked: a schema may come from anybody."""
+MOST_WORK = 100_000
+"""Values and parts of schemas that a check looks at: a schema may be short and yet have no end."""
 DEEPEST = 6
 """How deep an example is nested."""
+MOST_NODES = 200
+"""Values of which an example is made."""
+LONGEST_EXAMPLE = 1000
 MOST_CHOICES = 50
+NOT_CHECKED = {"pattern", "patternProperties", "uniqueItems", "unevaluatedItems", "unevaluatedProperties"}
+"""What takes longer than any count of it tells. A set takes a value twice, so `uniqueItems` is not needed either."""
 EXAMPLES: dict[str, Any] = {"boolean": True, "integer": 1, "number": 1.5, "string": "text", "array": [], "object": {}}
 
 
 def schema_of(kind: Any) -> Raw:
-    """Return a type's JSON schema: `{}` of Any; absent where the type has none, and its values are then not checked.
+    """Return a type's JSON schema: `{}` of Any. Absent where it has none or a huge one: its values are not checked.
 
     >>> bytes(schema_of(bool))
     b'{"type":"boolean"}'
     """
-    with contextlib.suppress(TypeError):
-        return Raw(msgspec.json.encode(msgspec.json.schema(kind)))
-    pydantic = sys.modules.get("pydantic")
-    if pydantic is not None:
-        with contextlib.suppress(TypeError, ValueError, pydantic.PydanticUserError):
-            return Raw(msgspec.json.encode(pydantic.TypeAdapter(kind).json_schema(by_alias=False)))
-    return ABSENT
+    schema = b""
+    try:
+        schema = msgspec.json.encode(msgspec.json.schema(kind))
+    except TypeError:
+        pydantic = sys.modules.get("pydantic")
+        if pydantic is not None:
+            with contextlib.suppress(TypeError, ValueError, pydantic.PydanticUserError):
+                schema = msgspec.json.encode(pydantic.TypeAdapter(kind).json_schema(by_alias=False))
+    return Raw(schema) if 0 < len(schema) <= LARGEST else ABSENT
 
 
 def check(schemas: Iterable[Raw], body: bytes, what: str) -> None:
-    """Raise InvalidArgument for a value, as JSON, that fits none of the schemas; an absent or a damaged one takes any value."""
-    why = ""
-    for schema in schemas:
-        problem = _problem(schema, body)
+    """Raise InvalidArgument for a value, as JSON, that fits none of the schemas.
+
+    A schema that is absent or damaged takes any value; and any value is taken where a check would be too much work.
+    """
+    known = {bytes(schema) for schema in schemas}
+    if b"" in known or not known or max(len(body), sum(map(len, known))) > LARGEST:
+        return
+    why, left = "", [MOST_WORK]
+    for schema in sorted(known):
+        problem = _problem(schema, body, left)
         if not problem:
             return
-        why = f"{problem}. Such a value fits: {form_of(schema).example}"
-    if why:
-        msg = f"{what} is not of its type: {why}"
-        raise InvalidArgument(msg)
+        why = f"{problem}. Such a value fits: {form_of(Raw(schema)).example}"
+    msg = f"{what} is not of its type: {why}"
+    raise InvalidArgument(msg)
 
 
-def _problem(schema: Raw, body: bytes) -> str:
-    """Say why a value does not fit a schema; nothing where it does."""
-    if not bytes(schema):
-        return ""
+class _TooMuch(Exception):
+    """A check has used up its work."""
+
+
+def _problem(schema: bytes, body: bytes, left: list[int]) -> str:
+    """Say why a value does not fit a schema; nothing where it does, and where nobody can tell. `left`: work, which is used up."""
     # slow to import, and only those who send a signal need it
-    from jsonschema import Draft202012Validator  # noqa: PLC0415
+    from jsonschema import Draft202012Validator, FormatChecker  # noqa: PLC0415
     from jsonschema.exceptions import SchemaError, best_match  # noqa: PLC0415
     from jsonschema.validators import extend  # noqa: PLC0415
     from referencing import Registry  # noqa: PLC0415
     from referencing.exceptions import Unresolvable  # noqa: PLC0415
 
-    # the schema comes from the bucket: nothing is fetched for it, and it runs no regular expressions here
-    kind: Any = extend(Draft202012Validator, {"pattern": _any, "patternProperties": _any})
+    def counted(keyword: Any) -> Any:
+        def look(validator: Any, wanted: Any, instance: Any, whole: Any) -> Any:
+            left[0] -= 1 + sum(len(cast("list[Any]", each)) for each in (wanted, instance) if isinstance(each, list | dict))
+            if left[0] < 0:
+                raise _TooMuch
+            return keyword(validator, wanted, instance, whole)
+
+        return look
+
+    keywords: Any = Draft202012Validator.VALIDATORS
+    looks = {name: _any if name in NOT_CHECKED else counted(keyword) for name, keyword in keywords.items()}
+    kind: Any = extend(Draft202012Validator, looks)
     try:
         known: Any = msgspec.json.decode(schema)
-        kind.check_schema(known)
-        nowhere: Any = Registry()
+        kind.check_schema(known, format_checker=FormatChecker(()))
+        nowhere: Any = Registry()  # nothing is fetched
         error: Any = best_match(kind(known, registry=nowhere).iter_errors(msgspec.json.decode(body)))
-    except (msgspec.DecodeError, SchemaError, Unresolvable, RecursionError):
+    except (msgspec.DecodeError, SchemaError, Unresolvable, RecursionError, _TooMuch):
         return ""
     if error is None:
         return ""
@@ -106,16 +134,17 @@ def form_of(schema: Raw) -> Form:
     Form(kind='bool', choices=('true', 'false'), example='true', optional=False)
     """
     try:
-        known: Any = msgspec.json.decode(schema) if bytes(schema) else None
-    except msgspec.DecodeError:
+        known: Any = msgspec.json.decode(schema) if 0 < len(bytes(schema)) <= LARGEST else None
+    except (msgspec.DecodeError, RecursionError):
         known = None
     if not isinstance(known, dict):
         return Form("json", (), "null", optional=False)
     root = cast("Schema", known)
     resolved = _resolved(root, root)
-    example = msgspec.json.encode(_example(root, root, DEEPEST)).decode()
-    choices: Any = resolved.get("enum")
-    if _filled(choices) and len(choices) <= MOST_CHOICES:
+    example = msgspec.json.encode(_example(root, root, DEEPEST, [MOST_NODES])).decode()
+    example = example if len(example) <= LONGEST_EXAMPLE else "null"
+    choices = _list(resolved, "enum")
+    if 0 < len(choices) <= MOST_CHOICES:
         told = tuple(msgspec.json.encode(each).decode() for each in choices)
         return Form("choice", told, example, optional=False)
     kind = {"boolean": "bool", "string": "text", "null": "none"}.get(str(resolved.get("type")), "json")
@@ -128,27 +157,35 @@ def _resolved(schema: Any, root: Schema) -> Schema:
         reference = cast("Schema", schema).get("$ref") if isinstance(schema, dict) else None
         if not isinstance(reference, str):
             break
-        schema = root.get("$defs", {}).get(reference.removeprefix("#/$defs/"))
+        schema = _fields(root, "$defs").get(reference.removeprefix("#/$defs/"))
     return cast("Schema", schema) if isinstance(schema, dict) else {}
 
 
-def _example(schema: Any, root: Schema, depth: int) -> Any:
+def _example(schema: Any, root: Schema, depth: int, left: list[int]) -> Any:
+    """Make a value that fits. `left`: values that it may still be made of."""
     known = _resolved(schema, root)
     told = [known[name] for name in ("const", "default") if name in known]
-    told += [known[name][0] for name in ("examples", "enum") if _filled(known.get(name))]
-    if told or depth == 0:
+    told += [known[name][0] for name in ("examples", "enum") if _list(known, name)]
+    left[0] -= 1
+    if told or depth == 0 or left[0] < 0:
         return told[0] if told else None
-    kinds = [known[name][0] for name in ("anyOf", "oneOf", "allOf") if _filled(known.get(name))]
+    kinds = [known[name][0] for name in ("anyOf", "oneOf", "allOf") if _list(known, name)]
     if kinds:
-        return _example(kinds[0], root, depth - 1)
-    properties = known.get("properties")
-    if isinstance(properties, dict):
-        fields = cast("Schema", properties).items()
-        return {name: _example(field, root, depth - 1) for name, field in fields if name in known.get("required", ())}
+        return _example(kinds[0], root, depth - 1, left)
+    if isinstance(known.get("properties"), dict):
+        required = set(map(str, _list(known, "required")))
+        fields = [(name, field) for name, field in _fields(known, "properties").items() if name in required]
+        return {name: _example(field, root, depth - 1, left) for name, field in fields[:MOST_NODES]}
     if known.get("type") == "array" and "items" in known:
-        return [_example(known["items"], root, depth - 1)]
+        return [_example(known["items"], root, depth - 1, left)]
     return EXAMPLES.get(str(known.get("type")))
 
 
-def _filled(value: Any) -> bool:
-    return isinstance(value, list) and bool(cast("list[Any]", value))
+def _fields(schema: Schema, name: str) -> Schema:
+    found = schema.get(name)
+    return cast("Schema", found) if isinstance(found, dict) else {}
+
+
+def _list(schema: Schema, name: str) -> list[Any]:
+    found = schema.get(name)
+    return cast("list[Any]", found) if isinstance(found, list) else []

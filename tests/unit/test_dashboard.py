@@ -169,6 +169,21 @@ def test_a_time_that_none_can_be_hides_no_page(app: App, at: int) -> None:
         assert f"{record} is no" in answer.text, "the record is named, and what is wrong with it"
 
 
+def test_a_session_that_serves_no_queue_hides_no_page(app: App) -> None:
+    waiting(app)
+    worker, store, now = "0123abcd.0123456789abcdef", app.client.store, app.clock.now_ms()
+    session = {"id": worker, "host": "h", "pid": 1, "started": now, "beat": now, "ttl": 60, "concurrency": 1, "queues": []}
+
+    async def damage() -> None:
+        claims = [{"task": "ab" * 16, "token": "t", "name": "n"}]
+        await store.put(keys.session(worker), json.dumps({**session, "claims": claims}).encode())
+
+    app.background.run(damage, "damage")
+    browser = Browser(app)
+    for path in (*PAGES, "/tasks?all=1"):
+        assert browser.get(path).status_code == 200, path
+
+
 def test_a_queue_that_none_can_be_called_hides_no_page(app: App) -> None:
     waiting(app)
     store, now, queue = app.client.store, app.clock.now_ms(), "q" * 101

@@ -48,6 +48,12 @@ def nameless(names: Iterable[str]) -> str:
     return "" if wrong is None else f"it names {wrong[:120]!r}, which no queue or task is called"
 
 
+def elsewhere(task_id: str, payloads: Iterable[str]) -> str:
+    """Return what is wrong with these keys of a task's payloads, if so: those of another task's may be deleted with that one."""
+    wrong = next((key for key in payloads if key and not key.startswith(keys.payloads(task_id))), None)
+    return "" if wrong is None else f"it names {wrong}, a payload of another task"
+
+
 def ascending(ranges: Iterable[Range]) -> bool:
     """Tell whether these are ranges of a set: none is empty, and each begins after the one before it has ended."""
     before = 0

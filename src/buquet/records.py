@@ -27,6 +27,7 @@ from buquet.bounds import (
     Short,
     Time,
     ascending,
+    elsewhere,
     foreign,
     nameless,
 )
@@ -168,10 +169,9 @@ class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
         own = entry is not None and keys.is_own(entry) and entry.task == self.id and entry.rev <= self.rev
         if not own and (self.entry or self.state in {"pending", "running"}):
             wrong = wrong or f"it is {self.state} and names {self.entry[:120]!r}, which is no entry of it"
-        payloads = (self.args_at, self.checkpoint_at, self.result_at, self.graph_at)
-        if not all(each.startswith(keys.payloads(self.id)) for each in payloads if each):
-            wrong = wrong or "it names a payload of another task"
-        return wrong
+        if own and not self.run and self.state not in TERMINAL and entry is not None and entry.name.startswith("buquet."):
+            wrong = wrong or "its entry is for an event of a run, and it names no run"
+        return wrong or elsewhere(self.id, (self.args_at, self.checkpoint_at, self.result_at, self.graph_at))
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from buquet.errors import StoreUnavailable
+from buquet.store.base import PassingStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Coroutine
 
     from buquet.clock import Clock
-    from buquet.store.base import Listed, NotModified, Receipt, Store, Stored
+    from buquet.store.base import Op, Store
+
+T = TypeVar("T")
 
 QUICK = 2.0
 """Requests a second while something happens."""
@@ -83,53 +86,13 @@ class Pace:
             self.sent += 1
 
 
-class PacedStore:
+class PacedStore(PassingStore):
     """Passes every request on, in its turn. Its owner reads only; the few writes are those that learn the store's time."""
 
     def __init__(self, inner: Store, pace: Pace) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.pace = pace
-        self.can_wait = inner.can_wait
-        self.url = inner.url
 
-    async def create(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
+    async def _request(self, op: Op, key: str, send: Callable[[], Coroutine[Any, Any, T]]) -> T:
         await self.pace.turn()
-        return await self.inner.create(key, body)
-
-    async def update(self, key: str, body: bytes, etag: str) -> Receipt:
-        """See Store."""
-        await self.pace.turn()
-        return await self.inner.update(key, body, etag)
-
-    async def put(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
-        await self.pace.turn()
-        return await self.inner.put(key, body)
-
-    async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
-        """See Store."""
-        await self.pace.turn()
-        return await self.inner.get(key, unless=unless, version=version)
-
-    async def list(self, prefix: str, *, after: str = "", limit: int = 1000) -> list[Listed]:
-        """See Store."""
-        await self.pace.turn()
-        return await self.inner.list(prefix, after=after, limit=limit)
-
-    async def delete(self, key: str) -> None:
-        """See Store."""
-        await self.pace.turn()
-        await self.inner.delete(key)
-
-    async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
-        """See Store."""
-        return await self.inner.wait_changed(key, etag, timeout)
-
-    async def forget_versions(self, key: str) -> None:
-        """See Store."""
-        await self.pace.turn()
-        await self.inner.forget_versions(key)
-
-    async def close(self) -> None:
-        """Nothing: the store belongs to another."""
+        return await super()._request(op, key, send)

@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from buquet.errors import AlreadyExists, Changed, StoreError, StoreRefused
-from buquet.store.base import PAGE, NotModified
+from buquet.store.base import NotModified, PassingStore
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Callable, Coroutine
 
-    from buquet.store.base import Listed, Receipt, Store, Stored
+    from buquet.store.base import Op, Store
 
 T = TypeVar("T")
 
 
-class CountingStore:
+class CountingStore(PassingStore):
     """Passes every request on, and counts it by kind (PUT, GET, LIST, DELETE) and outcome. Waiting is not a request.
 
     Outcomes: ok, missing and unchanged (of a GET), conflict, refused, unavailable, cancelled.
     """
 
     def __init__(self, inner: Store) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.counts: Counter[tuple[str, str]] = Counter()
-        self.can_wait = inner.can_wait
-        self.url = inner.url
 
     def total(self, kind: str) -> int:
         """Return how many requests of a kind there were, whatever came of them."""
         return sum(number for (each, _), number in dict(self.counts).items() if each == kind)
 
-    async def _count(self, kind: str, request: Awaitable[T]) -> T:
+    async def _request(self, op: Op, key: str, send: Callable[[], Coroutine[Any, Any, T]]) -> T:  # noqa: ARG002 - the base's
+        kind = "PUT" if op in {"create", "update"} else op.upper()
         outcome = "cancelled"
         try:
-            answer = await request
+            answer = await send()
             outcome = "unchanged" if isinstance(answer, NotModified) else "missing" if kind == "GET" and answer is None else "ok"
         except (AlreadyExists, Changed):
             outcome = "conflict"
@@ -47,39 +46,3 @@ class CountingStore:
             return answer
         finally:
             self.counts[kind, outcome] += 1
-
-    async def create(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
-        return await self._count("PUT", self.inner.create(key, body))
-
-    async def update(self, key: str, body: bytes, etag: str) -> Receipt:
-        """See Store."""
-        return await self._count("PUT", self.inner.update(key, body, etag))
-
-    async def put(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
-        return await self._count("PUT", self.inner.put(key, body))
-
-    async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
-        """See Store."""
-        return await self._count("GET", self.inner.get(key, unless=unless, version=version))
-
-    async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
-        """See Store."""
-        return await self._count("LIST", self.inner.list(prefix, after=after, limit=limit))
-
-    async def delete(self, key: str) -> None:
-        """See Store."""
-        await self._count("DELETE", self.inner.delete(key))
-
-    async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
-        """See Store."""
-        return await self.inner.wait_changed(key, etag, timeout)
-
-    async def forget_versions(self, key: str) -> None:
-        """See Store."""
-        await self.inner.forget_versions(key)
-
-    async def close(self) -> None:
-        """See Store."""
-        await self.inner.close()

@@ -8,7 +8,13 @@ All of them may be called from any thread and any running event loop.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+T = TypeVar("T")
+Op: TypeAlias = Literal["create", "update", "put", "get", "list", "delete"]
 
 PAGE = 1000
 """The most keys that one LIST returns, as on S3."""
@@ -116,3 +122,42 @@ class Grouping(Protocol):
         Raises AlreadyExists or Changed: `entry` is there then all the same, and so is `drop`.
         """
         ...
+
+
+class PassingStore:
+    """A store in front of another one: each request goes through `_request`, which a subclass overrides."""
+
+    def __init__(self, inner: Store) -> None:
+        self.inner = inner
+        self.can_wait = inner.can_wait
+        self.url = inner.url
+
+    async def _request(self, op: Op, key: str, send: Callable[[], Coroutine[Any, Any, T]]) -> T:  # noqa: ARG002 - for subclasses
+        return await send()
+
+    async def create(self, key: str, body: bytes) -> Receipt:
+        return await self._request("create", key, lambda: self.inner.create(key, body))
+
+    async def update(self, key: str, body: bytes, etag: str) -> Receipt:
+        return await self._request("update", key, lambda: self.inner.update(key, body, etag))
+
+    async def put(self, key: str, body: bytes) -> Receipt:
+        return await self._request("put", key, lambda: self.inner.put(key, body))
+
+    async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
+        return await self._request("get", key, lambda: self.inner.get(key, unless=unless, version=version))
+
+    async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
+        return await self._request("list", prefix, lambda: self.inner.list(prefix, after=after, limit=limit))
+
+    async def delete(self, key: str) -> None:
+        await self._request("delete", key, lambda: self.inner.delete(key))
+
+    async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - the store's own wait
+        return await self.inner.wait_changed(key, etag, timeout)
+
+    async def forget_versions(self, key: str) -> None:
+        await self.inner.forget_versions(key)
+
+    async def close(self) -> None:
+        await self.inner.close()

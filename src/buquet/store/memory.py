@@ -37,7 +37,6 @@ class MemoryStore:
         self._waiters = {}
 
     async def create(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
         with self._lock:
             if key in self._objects:
                 msg = f"{key} exists"
@@ -45,7 +44,6 @@ class MemoryStore:
             return self._write(key, body)
 
     async def update(self, key: str, body: bytes, etag: str) -> Receipt:
-        """See Store."""
         with self._lock:
             there = self._objects.get(key)
             if there is None or there.etag != etag:
@@ -54,7 +52,6 @@ class MemoryStore:
             return self._write(key, body)
 
     async def put(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
         with self._lock:
             return self._write(key, body)
 
@@ -79,7 +76,6 @@ class MemoryStore:
             self._earlier.setdefault(key, {})[there.version] = there
 
     async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
-        """See Store."""
         with self._lock:
             there = self._objects.get(key)
             if version is not None:
@@ -87,7 +83,6 @@ class MemoryStore:
         return NOT_MODIFIED if there is not None and there.etag == unless else there
 
     async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
-        """See Store."""
         page: list[Listed] = []
         with self._lock:
             names = self._prefixes.get(prefix.partition("/")[0], [])
@@ -99,7 +94,6 @@ class MemoryStore:
         return page
 
     async def delete(self, key: str) -> None:
-        """See Store."""
         with self._lock:
             there = self._objects.pop(key, None)
             if there is not None:
@@ -109,7 +103,6 @@ class MemoryStore:
                 self._wake(key)
 
     async def forget_versions(self, key: str) -> None:
-        """See Store."""
         with self._lock:
             self._earlier.pop(key, None)
 
@@ -118,7 +111,6 @@ class MemoryStore:
             loop.call_soon_threadsafe(event.set)
 
     async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
-        """See Store."""
         changed = asyncio.Event()
         waiter = (asyncio.get_running_loop(), changed)
         with self._lock:

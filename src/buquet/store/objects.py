@@ -81,15 +81,12 @@ class ObjectStore(ABC):
     # ------------------------------------------------------------------ operations
 
     async def create(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
         return await self._write(key, body, "create", AlreadyExists(f"{key} exists in {self.url}"))
 
     async def update(self, key: str, body: bytes, etag: str) -> Receipt:
-        """See Store."""
         return await self._write(key, body, {"e_tag": etag}, Changed(f"{key} in {self.url} is no longer the version read"))
 
     async def put(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
         return await self._write(key, body, "overwrite", None)
 
     async def _write(self, key: str, body: bytes, mode: PutMode, conflict: StoreError | None) -> Receipt:
@@ -103,7 +100,6 @@ class ObjectStore(ABC):
         return _receipt(answer)
 
     async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
-        """See Store."""
         client = await self._opened()
         options: GetOptions = {}
         if unless is not None:
@@ -154,7 +150,6 @@ class ObjectStore(ABC):
         return answer
 
     async def delete(self, key: str) -> None:
-        """See Store."""
         client = await self._opened()
         answer = await self._ask(f"DELETE {key}", lambda: client.delete_async(key))
         if isinstance(answer, BaseException) and not is_missing(answer):

@@ -143,27 +143,21 @@ class SqliteStore:
     # ------------------------------------------------------------------ writes
 
     async def create(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
         return await self.write(key, body, None)
 
     async def update(self, key: str, body: bytes, etag: str) -> Receipt:
-        """See Store."""
         return await self.write(key, body, etag)
 
     async def put(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
         return await self._write(put, key, body)
 
     async def delete(self, key: str) -> None:
-        """See Store."""
         await self._write(delete, key)
 
     async def forget_versions(self, key: str) -> None:
-        """See Store."""
         await self._write(forget, key)
 
     async def write(self, key: str, body: bytes, etag: str | None, *, entry: str = "", drop: str = "") -> Receipt:
-        """See Grouping."""
         kept = key.startswith(KEPT)
         if etag is None:
             return await self._write(create_kept if kept else create, key, body, entry=entry, drop=drop)
@@ -193,7 +187,6 @@ class SqliteStore:
     # ------------------------------------------------------------------ reads, in the calling thread
 
     async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
-        """See Store."""
         most = keys.most_bytes(key)
         row = self._read(_GET, (most, key))
         if version is not None and (not row or str(row[0][1]) != version):
@@ -207,7 +200,6 @@ class SqliteStore:
         return NOT_MODIFIED if mark == unless else Stored(body, mark, mark if key.startswith(KEPT) else None, modified)
 
     async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
-        """See Store."""
         beyond = prefix[:-1] + chr(ord(prefix[-1]) + 1)
         rows = self._read(
             "SELECT key, etag, modified, length(body) FROM objects WHERE key > ? AND key < ? ORDER BY key LIMIT ?",
@@ -240,7 +232,6 @@ class SqliteStore:
                 raise self._explain(error) from error
 
     async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
-        """See Store."""
         if self.etag_of(key) != etag:
             return True
         loop = asyncio.get_running_loop()

@@ -33,16 +33,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from buquet.errors import AlreadyExists, Changed, StoreFull, StoreUnavailable
-from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Store, Stored
+from buquet.store.base import NOT_MODIFIED, Op, PassingStore, Receipt, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterable
+    from collections.abc import Awaitable, Coroutine, Iterable
 
     from buquet.clock import Clock
 
 T = TypeVar("T")
 
-Op = Literal["create", "update", "put", "get", "list", "delete"]
 Fault = Literal["lose", "refuse", "late", "full", "delay"]
 Keys = str | Callable[[str], bool]
 """Which keys are meant: those that start with a text, or for which a function says so."""
@@ -97,7 +96,7 @@ class _Late:
     key: str
 
 
-class FaultyStore:
+class FaultyStore(PassingStore):
     """Passes requests to another store, except where told otherwise.
 
     The faults: `lose` applies a write and raises StoreUnavailable; `refuse` raises StoreUnavailable instead of applying it;
@@ -117,22 +116,18 @@ class FaultyStore:
         seconds: float = 0.01,
         can_wait: bool | None = None,
     ) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.clock = clock
         self.rate = rate
         self.faults = tuple(faults)
         self.seconds = seconds
-        self.can_wait = inner.can_wait if can_wait is None else can_wait
+        if can_wait is not None:
+            self.can_wait = can_wait
         self.log: list[Request] = []
         self.counts: Counter[tuple[str, str]] = Counter()
         self._rules: list[Rule] = []
         self._pauses: list[Pause] = []
         self._late: list[_Late] = []
-
-    @property
-    def url(self) -> str:
-        """The inner store's."""
-        return self.inner.url
 
     # ------------------------------------------------------------------ the script
 
@@ -181,40 +176,6 @@ class FaultyStore:
         """
         return sum(number for (kind, first), number in self.counts.items() if kind == op and segment in {None, first})
 
-    # ------------------------------------------------------------------ the operations of a store
-
-    async def create(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
-        return await self._request("create", key, lambda: self.inner.create(key, body))
-
-    async def update(self, key: str, body: bytes, etag: str) -> Receipt:
-        """See Store."""
-        return await self._request("update", key, lambda: self.inner.update(key, body, etag))
-
-    async def put(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
-        return await self._request("put", key, lambda: self.inner.put(key, body))
-
-    async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
-        """See Store."""
-        return await self._request("get", key, lambda: self.inner.get(key, unless=unless, version=version))
-
-    async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
-        """See Store."""
-        return await self._request("list", prefix, lambda: self.inner.list(prefix, after=after, limit=limit))
-
-    async def delete(self, key: str) -> None:
-        """See Store."""
-        await self._request("delete", key, lambda: self.inner.delete(key))
-
-    async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
-        """See Store. Neither counted nor disturbed."""
-        return await self.inner.wait_changed(key, etag, timeout)
-
-    async def forget_versions(self, key: str) -> None:
-        """See Store. Neither counted nor disturbed."""
-        await self.inner.forget_versions(key)
-
     async def close(self) -> None:
         """Close the inner store. Writes that have not landed never will."""
         self._late.clear()
@@ -222,17 +183,17 @@ class FaultyStore:
 
     # ------------------------------------------------------------------ how a request goes
 
-    async def _request(self, op: Op, key: str, apply: Callable[[], Awaitable[T]]) -> T:
+    async def _request(self, op: Op, key: str, send: Callable[[], Coroutine[Any, Any, T]]) -> T:
         await self._land_due()
         await self._stop("before", op, key)
         rule = self._pick(op, key)
         if rule is None:
-            answer = await self._apply(op, key, apply)
+            answer = await self._apply(op, key, send)
         elif rule.fault == "delay":
             await self.clock.sleep(rule.seconds)
-            answer = await self._apply(op, key, apply)
+            answer = await self._apply(op, key, send)
         else:
-            await self._fail(rule, op, key, apply)
+            await self._fail(rule, op, key, send)
             raise AssertionError(rule)
         await self._stop("after", op, key)
         return answer
@@ -314,21 +275,15 @@ class FaultyStore:
         self.log.append(Request(op, key, outcome))
 
 
-class TornStore:
+class TornStore(PassingStore):
     """A store whose conditional writes are not atomic: it reads, lets others go ahead, and writes.
 
     Some S3 look-alikes are like this. `buquet doctor` must find out.
     """
 
     def __init__(self, inner: Store, clock: Clock) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.clock = clock
-        self.can_wait = inner.can_wait
-
-    @property
-    def url(self) -> str:
-        """The inner store's."""
-        return self.inner.url
 
     async def create(self, key: str, body: bytes) -> Receipt:
         """See Store; but of racing creates several win."""
@@ -345,34 +300,6 @@ class TornStore:
             raise Changed(msg)
         await self.clock.sleep(0)
         return await self.inner.put(key, body)
-
-    async def put(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
-        return await self.inner.put(key, body)
-
-    async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
-        """See Store."""
-        return await self.inner.get(key, unless=unless, version=version)
-
-    async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
-        """See Store."""
-        return await self.inner.list(prefix, after=after, limit=limit)
-
-    async def delete(self, key: str) -> None:
-        """See Store."""
-        await self.inner.delete(key)
-
-    async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
-        """See Store."""
-        return await self.inner.wait_changed(key, etag, timeout)
-
-    async def forget_versions(self, key: str) -> None:
-        """See Store."""
-        await self.inner.forget_versions(key)
-
-    async def close(self) -> None:
-        """See Store."""
-        await self.inner.close()
 
 
 def _matches(op: str | None, key: Keys, this_op: str, this_key: str) -> bool:

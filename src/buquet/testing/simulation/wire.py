@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from buquet.errors import AlreadyExists, Changed, StoreFull, StoreUnavailable
-from buquet.store.base import PAGE, Listed, NotModified, Receipt, Stored
+from buquet.store.base import PAGE, Listed, NotModified, PassingStore, Receipt, Stored
 from buquet.store.memory import MemoryStore
 from buquet.testing.simulation.loop import BESIDE
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from buquet.clock import Clock
+    from buquet.store.base import Op
     from buquet.testing.simulation.loop import SimLoop
 
 T = TypeVar("T")
@@ -86,7 +87,6 @@ class Bucket(MemoryStore):
         return receipt._replace(etag=etag)
 
     async def delete(self, key: str) -> None:
-        """See Store."""
         if key in self._objects:
             self._note(key)
             await super().delete(key)
@@ -250,59 +250,32 @@ class Network:
             future.set_exception(error)
 
 
-class Wire:
+class Wire(PassingStore):
     """One process's way to the bucket; a store like any other."""
 
     def __init__(self, network: Network, who: str, sent: Callable[[], None]) -> None:
+        super().__init__(network.bucket)
         self.network = network
         self.bucket = network.bucket
         self.who = who
         self.sent = sent
         """Called when a request was sent: the process may stop at any of them."""
-        self.url = network.bucket.url
 
-    @property
-    def can_wait(self) -> bool:
-        """The bucket's."""
-        return self.bucket.can_wait
-
-    async def _ask(self, op: str, key: str, apply: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def _request(self, op: Op, key: str, send: Callable[[], Coroutine[Any, Any, T]]) -> T:
         if self.network.over:
             raise asyncio.CancelledError
-        future = self.network.carry(self.who, op, key, apply)
+        future = self.network.carry(self.who, op, key, send)
         self.sent()
         return await future
 
-    async def create(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
-        return await self._ask("create", key, partial(self.bucket.create, key, body))
-
-    async def update(self, key: str, body: bytes, etag: str) -> Receipt:
-        """See Store."""
-        return await self._ask("update", key, partial(self.bucket.update, key, body, etag))
-
-    async def put(self, key: str, body: bytes) -> Receipt:
-        """See Store."""
-        return await self._ask("put", key, partial(self.bucket.put, key, body))
-
-    async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
-        """See Store."""
-        return await self._ask("get", key, partial(self.bucket.get, key, unless=unless, version=version))
-
     async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
-        """See Store."""
         lag = self.network.weather.lag
         if lag and self.network.random.random() < 0.5:
             lag *= self.network.random.random()
-            return await self._ask("list", prefix, partial(self.bucket.list_as_of, lag, prefix, after=after, limit=limit))
-        return await self._ask("list", prefix, partial(self.bucket.list, prefix, after=after, limit=limit))
-
-    async def delete(self, key: str) -> None:
-        """See Store."""
-        await self._ask("delete", key, partial(self.bucket.delete, key))
+            return await self._request("list", prefix, partial(self.bucket.list_as_of, lag, prefix, after=after, limit=limit))
+        return await super().list(prefix, after=after, limit=limit)
 
     async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
-        """See Store."""
         if self.network.over:
             raise asyncio.CancelledError
         if self.bucket.etag(key) != etag:
@@ -320,19 +293,14 @@ class Wire:
             if future in waiters:
                 waiters.remove(future)
 
-    async def forget_versions(self, key: str) -> None:
-        """See Store."""
-        await self.bucket.forget_versions(key)
-
     async def close(self) -> None:
-        """See Store."""
+        """Leave the bucket to the other processes."""
 
 
 class GroupingWire(Wire):
     """A way to a bucket that makes several writes at once, as SQLite does."""
 
     async def write(self, key: str, body: bytes, etag: str | None, *, entry: str = "", drop: str = "") -> Receipt:
-        """See Grouping."""
 
         async def apply() -> Receipt:
             if entry:
@@ -342,7 +310,7 @@ class GroupingWire(Wire):
                 await self.bucket.delete(drop)
             return receipt
 
-        return await self._ask("create" if etag is None else "update", key, apply)
+        return await self._request("create" if etag is None else "update", key, apply)
 
 
 def at_once(work: Coroutine[Any, Any, T]) -> T:

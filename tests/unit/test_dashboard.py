@@ -705,6 +705,8 @@ def test_a_link_on_another_site_opens_a_page_by_the_dashboards_own_and_takes_no_
     cheap = browser.get("/tasks?status=failed&q=%22%3E%3Cb", **followed)
     assert '<meta http-equiv="refresh" content="0; url=/tasks?status=failed&amp;q=%22%3E%3Cb">' in cheap.text
     assert "set-cookie" not in cheap.headers, "it would take the place of the one that was not sent"
+    for away in ("//evil.example/", "/%2F/evil.example/"):
+        assert 'content="0; url=/"' in browser.client.get(f"http://localhost{away}", headers=followed).text, "it led there"
     for costly in ("/tasks?all=1", "/tasks?key=x", "/tasks?tag=a%3Db", "/runs?all=1", f"/tasks/{'0' * 32}/versions"):
         answer = browser.get(costly, **followed)
         assert "refresh" not in answer.text

@@ -14,12 +14,14 @@ from buquet.errors import StoreUnavailable
 from buquet.insights.journal import Journal
 from buquet.queue.background import Background
 from buquet.queue.finished import decode_lines, finished, raised_in
-from buquet.records import ErrorInfo, Finished, Task
+from buquet.records import ErrorInfo, Event, Finished, Task
 from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
 from buquet.worker import journal as writing
 from buquet.worker.journal import JournalWriter
+from buquet.workflow.finished import finished_run
+from buquet.workflow.records import RunRecord
 
 READS = ("get", "get-304", "get-404")
 WRITES = ("put", "create", "update")
@@ -266,6 +268,18 @@ async def test_a_worker_ends_though_the_journal_cannot_be_written(rig):
     assert rig.clock.monotonic() - begun < 30
     assert await handle.aresult() == 1
     assert await rig.objects() == []
+
+
+def test_no_line_is_lost_by_a_clock_that_went_back():
+    def at(when, why):
+        return Event(at=when, state="running", why=why)
+
+    entry = keys.entry("q", 5, 900, 0, "ab" * 16, 0, "n")
+    task = Task(id="ab" * 16, queue="q", name="n", state="completed", created=900, entry=entry, started=1000, finished=990)
+    run = RunRecord(id="ab" * 16, workflow="w", queue="q", created=1000, state="completed", finished=990)
+    for line in (finished(replace(task, events=(at(1000, "claimed"), at(990, "completed")))), finished_run(run, "worker")):
+        assert decode_lines(msgspec.json.encode(line)) == ([line], 0)
+        assert line.ran == 0
 
 
 def test_the_group_of_an_error_is_its_task_type_and_function_not_its_text_or_line():

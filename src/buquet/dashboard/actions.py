@@ -12,8 +12,7 @@ from starlette.responses import RedirectResponse
 from buquet import keys
 from buquet.bounds import LATEST
 from buquet.dashboard import runs
-from buquet.dashboard.board import local
-from buquet.dashboard.guard import who
+from buquet.dashboard.guard import local, who
 from buquet.errors import BuquetError, Refused
 from buquet.insights.overview import group_of
 from buquet.printing import counted

@@ -171,11 +171,22 @@ def _from_elsewhere(request: Request) -> Response:
     opened = (request.method, headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("GET", "navigate", "document")
     if not opened:
         return _no(403, "a page of another site asked for this, and was refused: open the dashboard itself")
-    address = escape(request.url.path + (f"?{request.url.query}" if request.url.query else ""))
+    address = escape(local(request.url.path + (f"?{request.url.query}" if request.url.query else "")))
     costly = request.url.path.endswith("/versions") or not COSTLY.isdisjoint(request.query_params)
     again = "" if costly else Markup('<meta http-equiv="refresh" content="0; url={}">').format(address)
     page = Markup('<!doctype html><meta charset="utf-8"><title>buquet</title>{}<p><a href="{}">Open the dashboard</a>')
     return HTMLResponse(page.format(again, address))
+
+
+def local(path: str | None) -> str:
+    """Return the path on this server to go back to; the first page where it leads elsewhere.
+
+    >>> local("/tasks?page=2"), local("//evil.example"), local("https://evil.example"), local(None)
+    ('/tasks?page=2', '/', '/', '/')
+    """
+    if path is None or not path.startswith("/") or path.startswith(("//", "/\\")) or not path.isprintable():
+        return "/"
+    return path
 
 
 def who(request: Request) -> str:

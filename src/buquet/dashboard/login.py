@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from starlette.responses import RedirectResponse
 
-from buquet.dashboard.board import local
-from buquet.dashboard.guard import who
+from buquet.dashboard.guard import local, who
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -64,7 +64,7 @@ def finished(task: Task) -> Finished:
         submitted=begun or task.created,
         ready=_ready(task, begun) if once else 0,
         started=task.started,
-        ran=at - claimed if claimed and task.started else 0,
+        ran=max(at - claimed, 0) if claimed and task.started else 0,
         attempts=task.attempt,
         losses=task.losses,
         worker=worker,

@@ -30,7 +30,7 @@ def finished_run(run: RunRecord, worker: str) -> Finished:
         submitted=run.created,
         ready=run.created,
         started=run.created,
-        ran=run.finished - run.created,
+        ran=max(run.finished - run.created, 0),
         worker=worker,
         error=brief or msgspec.UNSET,
         group=group,

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 LATEST = 253_402_300_800_000
 """The end of the year 9999, in milliseconds since 1970: no calendar here goes further."""
+MOST = 10**15
+"""Small enough for any key and any sum, and more than buquet ever counts to."""
 MOST_GENERATIONS = 100_000
 """Retries of a run: its record has no room for more."""
 MOST_ITEMS = 10_000
@@ -21,8 +23,7 @@ MOST_ITEMS = 10_000
 Time: TypeAlias = Annotated[int, Meta(ge=0, lt=LATEST)]
 Due: TypeAlias = Annotated[int, Meta(ge=0, lt=10**13)]
 """A time that an entry's key can carry: 13 digits, which end in 2286."""
-Count: TypeAlias = Annotated[int, Meta(ge=0, lt=10**15)]
-"""Small enough for any key and any sum, and more than buquet ever counts to."""
+Count: TypeAlias = Annotated[int, Meta(ge=0, lt=MOST)]
 AtLeastOne: TypeAlias = Annotated[int, Meta(ge=1, lt=2**31)]
 Generation: TypeAlias = Annotated[int, Meta(ge=0, le=MOST_GENERATIONS)]
 Place: TypeAlias = Annotated[int, Meta(ge=0, lt=10**8)]

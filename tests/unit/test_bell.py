@@ -157,6 +157,23 @@ async def test_two_processes_merge_their_entries(rig):
 
 
 @virtual
+async def test_a_bell_that_cannot_be_read_is_replaced(rig, caplog):
+    ringer = rig.ringer()
+    for damaged in (b"?", b'{"rev": 999999999999999}'):
+        ringer.added("q", "before")
+        await rig.clock.sleep(1)
+        await rig.memory.put("bell/q", damaged)
+        ringer.added("q", "lost")
+        await rig.clock.sleep(1)
+        ringer.added("q", "next")
+        await rig.clock.sleep(1)
+        assert news(await rig.bell(), 1) is None, "who missed the new bell has to LIST"
+        ringer.added("q", "next")
+        await rig.clock.sleep(1)
+        assert "next" in news(await rig.bell(), (await rig.bell()).rev - 1)
+
+
+@virtual
 async def test_after_two_lost_races_the_ring_is_blind_and_says_list(rig):
     one, two = rig.ringer(), rig.ringer()
     one.added("q", "first")

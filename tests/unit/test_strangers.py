@@ -6,6 +6,7 @@ import json
 import pytest
 
 from buquet import App, keys
+from buquet.codec import encode_record
 from buquet.insights.fleet import workers
 from buquet.insights.looks import Sessions
 from buquet.insights.scan import Scan
@@ -127,6 +128,36 @@ def test_a_session_that_can_be_read_again_is_reaped_at_once():
         await rig.put(key, body=json.dumps({**good, "queues": ["default"], "concurrency": 1}).encode())
         await working
         assert await rig.memory.get(key) is None
+
+    run_virtual(lambda clock: check(Rig(clock)))
+
+
+def test_a_record_at_its_last_rev_is_named_and_not_made_unreadable(caplog):
+    async def check(rig):
+        last = await rig.work.asubmit(1)
+        held = await rig.app.client.read(last.id)
+        await rig.memory.put(held.key, json.dumps({**json.loads(encode_record(held.record)), "rev": 10**15 - 1}).encode())
+        await rig.work.asubmit(2)
+        await rig.run(max_time=HOUR)
+        assert rig.ran == [2]
+        assert (await last.arecord()).state == "pending"
+        return held.key
+
+    key = run_virtual(lambda clock: check(Rig(clock)))
+    assert sum(key in line for line in caplog.messages) == 1
+
+
+def test_sessions_that_say_that_they_live_for_years_are_seldom_read_again():
+    async def check(rig):
+        for n in range(100):
+            worker = f"0123abcd.{n:016x}"
+            forged = {"id": worker, "host": "h", "pid": 1, "started": 1, "beat": 1, "queues": ["other"], "concurrency": 1}
+            await rig.put(keys.session(worker), body=json.dumps({**forged, "ttl": 9e8}).encode())
+        late = {"id": "0123abcd.ffffffffffffffff", "host": "h", "pid": 1, "started": 1, "beat": 1, "queues": ["q"]}
+        await rig.put(keys.session(late["id"]), body=json.dumps({**late, "concurrency": 1, "ttl": 300}).encode())
+        await rig.run(max_time=HOUR)
+        assert rig.sent("get", "workers/") < 1000, "not every 20 s, which were 18,000"
+        assert await rig.memory.get(keys.session(late["id"])) is None
 
     run_virtual(lambda clock: check(Rig(clock)))
 

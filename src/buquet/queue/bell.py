@@ -95,7 +95,7 @@ class Ringer:
         self._paid[queue] = max(self._paid.get(queue, now), now) + EVERY
         try:
             await self._ring(queue, entries)
-        except (StoreError, UnreadableRecord) as error:
+        except StoreError as error:
             # the tasks are safe; without a ring they are found at the workers' next look back
             self._known.pop(queue, None)
             if first:
@@ -112,13 +112,18 @@ class Ringer:
 
     async def _ring(self, queue: str, entries: list[str]) -> None:
         key = keys.bell(queue)
-        held = self._known[queue] if queue in self._known else await self.register.read(Bell, key)
-        for _ in range(2):
-            bell = ring(held.record if held else None, entries)
-            write = await (self.register.update(held, bell) if held else self.register.create(key, bell))
-            held = self._known[queue] = write.held
-            if write.landed:
-                return
+        held = self._known.get(queue)
+        try:
+            held = held if queue in self._known else await self.register.read(Bell, key)
+            for _ in range(2):
+                bell = ring(held.record if held else None, entries)
+                write = await (self.register.update(held, bell) if held else self.register.create(key, bell))
+                held = self._known[queue] = write.held
+                if write.landed:
+                    return
+        except UnreadableRecord as error:
+            held = None  # it held hints only
+            log.warning("a new bell takes the place of a damaged one: %s", error)
         # others ring all the time, and one write a second is all that some stores take for a key: leave no hints, which says LIST
         rev = (held.record.rev if held else 0) + 1000 + self.clock.random.randrange(1000)
         await self.store.put(key, encode_record(Bell(rev=rev, op=self.clock.new_op())))

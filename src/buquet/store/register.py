@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import msgspec
 
+from buquet.bounds import MOST
 from buquet.codec import decode_record, encode_record
-from buquet.errors import AlreadyExists, Changed, StoreUnavailable
+from buquet.errors import AlreadyExists, Changed, StoreUnavailable, UnreadableRecord
 from buquet.records import Record
 from buquet.store.base import NOT_MODIFIED, Grouping, Receipt, Stored
 from buquet.store.retrying import Retrying, pause
@@ -86,10 +87,14 @@ class Register:
     async def update(self, held: Held[R], record: R, *, op: str = "", entry: str = "", drop: str = "") -> Write[R]:
         """Replace exactly the version held, and write its new entry before that. Conflicts are returned, not raised.
 
-        `drop` is an entry to be deleted once that has landed, on a `grouping` store only.
+        `drop` is an entry to be deleted once that has landed, on a `grouping` store only. Raises UnreadableRecord for a record
+        whose next version nobody could read.
         """
         op = op or self.clock.new_op()
         base = held.record
+        if base.rev + 1 >= MOST:
+            msg = f"{held.key} has the last rev that there can be, {base.rev}; it is left as it is. Restore an earlier version"
+            raise UnreadableRecord(msg)
         ops = (*base.ops[1 - KEPT_OPS :], op)
         fresh = msgspec.structs.replace(record, rev=base.rev + 1, op=op, ops=ops, prev=held.version)
         return await self._write(held.key, fresh, held, entry, drop)

@@ -31,7 +31,7 @@ log = logging.getLogger("buquet.worker")
 AT_ONCE = 32
 """Sessions read side by side."""
 LEFT_FOR = 600.0
-"""Seconds after which a session that could not be reaped is tried again, unless it has changed before."""
+"""Seconds after which an old session that was left is read again, unless it has changed before."""
 TRUSTED_OFFSET = 2.0
 """Below this many seconds a difference to the store's clock is taken for its whole-second LastModified and our latency."""
 
@@ -124,7 +124,7 @@ class Fleet:
         self._known: set[str] = set()
         """Workers whose session was read to learn where they are; that does not change."""
         self._left: dict[str, tuple[str | None, float]] = {}
-        """Dead sessions that could not be reaped: their ETag, and until when they are left while they have it."""
+        """Old sessions that live by their own time-to-live, or could not be reaped: their ETag, and until when they are left."""
         self._strange = False
         """Whether the last LIST showed objects that are no sessions."""
 
@@ -234,17 +234,20 @@ class Fleet:
             if await self.reaper.reap(worker, dead or self._dead):
                 self.sessions.pop(worker, None)
         except UnreadableRecord as error:
-            if worker not in self._left:
-                log.error("%s", error)  # noqa: TRY400 - the text says all
+            self.reaper.reported.error(worker, error)
             self._left[worker] = (etag, self.clock.monotonic() + LEFT_FOR * self.clock.jitter(0.2))
         except StoreError as error:  # the other dead must not wait for it
             self.keeper.report(f"dead worker {worker} cannot be reaped yet", error)
 
     def _dead(self, held: Held[Session]) -> bool:
         """Judge a session by its own time-to-live, which may be longer than mine, and by its last LIST."""
-        listed = self.sessions.get(held.record.id)
-        unchanged = listed is not None and listed.etag == held.etag
-        return self.knows_time and listed is not None and unchanged and self.store_now() - listed.modified > held.record.ttl
+        worker, listed = held.record.id, self.sessions.get(held.record.id)
+        if not self.knows_time or listed is None or listed.etag != held.etag:
+            return False
+        lasts = held.record.ttl - (self.store_now() - listed.modified)
+        if lasts > 0:
+            self._left[worker] = (listed.etag, self.clock.monotonic() + min(lasts, LEFT_FOR))
+        return lasts < 0
 
     async def missing(self, worker: str) -> bool:
         """Tell, by a direct read, that a worker has no session. One that is stored but dead is reaped on the way (False)."""

@@ -186,6 +186,56 @@ async def test_entries_and_a_session_that_may_not_be_deleted_stay_and_are_told(r
     assert "this worker's session stays: DELETE workers/" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "right",
+    ["GET queues/", "GET bell/", "GET control/", "LIST ready/", "LIST later/", "LIST workers/", "PUT workers/", "PUT journal/"],
+)
+def test_a_worker_tells_which_right_it_lacks_and_neither_asks_nor_logs_all_the_time(caplog, right):
+    verb, prefix = right.split()
+
+    async def main(clock):
+        rig = Rig(clock)
+        await rig.length.asubmit("abc")
+        early = prefix != "workers/"  # without those no worker starts at all
+        if early:
+            rig.store.denied.add((verb, prefix))
+        rig.start()
+        await clock.sleep(1)
+        rig.store.denied.add((verb, prefix))
+        for _ in range(200):
+            await clock.sleep(1)
+            if verb == "PUT" and prefix == "workers/" and rig.worker.keeper.lost:
+                break
+        assert rig.worker.keeper.refused[0].startswith(right)
+        assert rig.store.asked[verb, prefix] < 200
+        assert sum(right in record.getMessage() for record in caplog.records) < 20
+        rig.store.denied.clear()
+        handle = await rig.length.asubmit("abcd")
+        assert await handle.aresult(timeout=60) == 4
+        await rig.stop()
+
+    run_virtual(main)
+
+
+@virtual
+async def test_entries_that_cannot_be_deleted_keep_no_slot_from_work(rig, caplog):
+    rig.store.denied.add(("DELETE", "ready/"))
+    rig.start(concurrency=2)
+    for _ in range(20):
+        handle = await rig.length.asubmit("abc")
+        assert await handle.aresult(timeout=10) == 3
+    for _ in range(20):
+        await rig.clock.sleep(30)  # looks back come by the entries that stayed
+        handle = await rig.length.asubmit("abc")
+        assert await handle.aresult(timeout=10) == 3
+    assert "DELETE ready/" in (await rig.session()).refused
+    assert rig.store.asked["DELETE", "ready/"] < 200
+    rig.store.denied.clear()
+    await rig.clock.sleep(600)
+    assert await rig.store.list("ready/") == []
+    await rig.stop()
+
+
 @virtual
 async def test_records_that_may_not_be_read_cost_few_requests_and_are_found_once_they_may(rig, caplog):
     rig.store.denied.add(("GET", "tasks/"))

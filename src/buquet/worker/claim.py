@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from buquet import keys
-from buquet.errors import StoreError, UnreadableRecord
+from buquet.errors import StoreError, StoreRefused, UnreadableRecord
 from buquet.queue import transitions
 from buquet.queue.parent import may_stand_for
 from buquet.records import TERMINAL, Task
@@ -54,6 +54,8 @@ class Claimer:
         """Claims that another worker was quicker with."""
         self.denied = 0
         """Entries, one after another, that could not be looked at since the store refused a request."""
+        self._undeleted = 0
+        """Deletes, one after another, that the store refused."""
         self.under_way: set[str] = set()
         """Tasks that are being claimed: their record may already say so, before this process knows."""
 
@@ -69,7 +71,7 @@ class Claimer:
             held = await self.register.read(Task, key)
             claimed = await self._decide(finder, found, held)
         except StoreError:
-            self.denied = min(self.denied + 1, 10)
+            self.denied += 1
             raise
         except UnreadableRecord as error:
             finder.shelve(found)
@@ -95,7 +97,7 @@ class Claimer:
                 finder.leave(found)
             return None
         if task.state in TERMINAL or task.entry != entry.key:
-            await self._delete(finder, entry.key)
+            await self._delete(finder, found)
             return None
         if not may_stand_for(entry.name, task.name):
             msg = f"{held.key} is of task {task.name[:80]!r}, and its entry says {entry.name!r}: it is damaged, and left as it is"
@@ -114,9 +116,17 @@ class Claimer:
     def _orphaned(self, found: Found) -> bool:
         return self.fleet.knows_time and self.fleet.store_now() - found.modified > ORPHAN
 
-    async def _delete(self, finder: QueueFinder, entry: str) -> None:
-        await self.register.reads.delete(entry)
-        finder.done(entry)
+    async def _delete(self, finder: QueueFinder, found: Found) -> None:
+        """Delete an entry that stands for nothing. Where the store refuses that, work must not wait for it."""
+        try:
+            await self.register.reads.delete(found.entry.key)
+        except StoreRefused as error:
+            self.keeper.report("entries of tasks that have gone on cannot be deleted", error, self._undeleted)
+            self._undeleted += 1
+            finder.shelve(found)
+        else:
+            self._undeleted = 0
+            finder.done(found.entry.key)
 
     async def _missing(self, finder: QueueFinder, found: Found) -> None:
         """Bury an old entry without a record: the tombstone makes a late create of the record fail, so that it cannot be lost."""
@@ -128,7 +138,7 @@ class Claimer:
             keys.task(entry.task), transitions.bury(entry.task, entry.queue, entry.name, self.clock.now_ms()), rev=entry.rev
         )
         if write.landed:
-            await self._delete(finder, entry.key)
+            await self._delete(finder, found)
         else:
             finder.leave(found)
 
@@ -174,8 +184,8 @@ class Claimer:
             return None
         write = await self.register.update(held, task, op=token)
         if write.landed and task.state in TERMINAL:
-            await self._delete(finder, found.entry.key)
             self.moved(task)
+            await self._delete(finder, found)
             return None
         now = write.held
         if write.landed and now is not None and now.record.token == token and now.record.state == "running":

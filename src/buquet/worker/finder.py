@@ -86,11 +86,11 @@ class QueueFinder:
         """
         if self.clock.monotonic() >= self.look_all_at:
             self.pause.due = True
+        heedless, self.failed = self.failed, True
         if await self.pause.look():
             self.look_all_at = 0.0  # resumed: the cursors have passed over what waited
         self._look_at_left()
-        found = self._from_hand(most, heedless=True) if self.failed else []
-        self.failed = not found
+        found = self._from_hand(most, heedless=True) if heedless else []
         if not found:
             await self._look_back()
             found = self._from_hand(most)

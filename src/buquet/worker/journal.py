@@ -52,14 +52,23 @@ class _Pile:
 class JournalWriter:
     """One process's journal. `writer` names it at any time (a worker's id), `now` is the store's time in milliseconds.
 
+    `report` is told why `keep` cannot write, and how often in a row that was so before.
     For one event loop. `keep` is to run beside the work, and `flush` once more at the end.
     """
 
-    def __init__(self, reads: Retrying, clock: Clock, writer: Callable[[], str], now: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        reads: Retrying,
+        clock: Clock,
+        writer: Callable[[], str],
+        now: Callable[[], int],
+        report: Callable[[str, StoreError, int], None] = lambda *_: None,
+    ) -> None:
         self.reads = reads
         self.clock = clock
         self.writer = writer
         self.now = now
+        self.report = report
         self.left_out = 0
         """Lines that found no room while the store was away."""
         self._lines: list[bytes] = []
@@ -110,8 +119,7 @@ class JournalWriter:
                 await self._send()
                 tries = 0
             except StoreError as error:  # a lasting no, such as a full disk: it may pass, and what waits is bounded
-                if not tries:
-                    log.error("the journal cannot be written, trying again: %s", error)  # noqa: TRY400 - the text says all
+                self.report("the journal cannot be written, trying again", error, tries)
                 await pause(self.clock, tries + 5)
                 tries += 1
 

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 from buquet import keys
-from buquet.errors import BuquetError, UnreadableRecord
+from buquet.errors import BuquetError, StoreRefused, UnreadableRecord
 from buquet.records import Note, Task
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ class Notes:
             if asks:
                 self._looked = now
         except BuquetError as error:
+            if isinstance(error, StoreRefused):
+                worker.keeper.refuse(error)
             self._looked = -math.inf  # a request that was rung for must not wait for the next look of an idle worker
             if self._problem != str(error):
                 self._problem = str(error)

@@ -70,14 +70,14 @@ class Retention:
 
     async def keep(self) -> None:
         """Prune for ever; a store that refuses is asked again a minute later."""
-        wait = SOON
+        wait, tries = SOON, 0
         while True:
             await self.clock.sleep(wait * self.clock.jitter(0.25))
             try:
-                wait = await self.round()
+                wait, tries = await self.round(), 0
             except StoreError as error:
-                log.error("retention goes on in a minute: %s", error)  # noqa: TRY400 - the text says all
-                wait = SOON
+                self.fleet.keeper.report("retention goes on in a minute", error, tries)
+                wait, tries = SOON, tries + 1
 
     async def round(self) -> float:
         """Go over a page of the journal's oldest objects; return after how many seconds to look again."""

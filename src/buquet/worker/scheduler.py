@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from msgspec.structs import replace
 
 from buquet import keys
-from buquet.errors import EncryptionKeyMissing, StoreError, StoreUnavailable, UnreadableRecord, UsageError
+from buquet.errors import EncryptionKeyMissing, StoreError, StoreRefused, StoreUnavailable, UnreadableRecord, UsageError
 from buquet.queue.rule import iso
 from buquet.queue.schedules import opened, rule_in, same_spec, submit_fire
 from buquet.records import Schedule
@@ -111,6 +111,8 @@ class Scheduler:
         try:
             following = await self._turn(self.plans[name])
         except (StoreError, UnreadableRecord, UsageError, EncryptionKeyMissing) as error:
+            if isinstance(error, StoreRefused):
+                self.fleet.keeper.refuse(error)
             if self._grieved.get(name) != str(error):
                 self._grieved[name] = str(error)
                 # the text says all, but where a workflow's function raised

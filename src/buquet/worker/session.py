@@ -144,7 +144,7 @@ class SessionKeeper:
             except StoreError as error:
                 if first and isinstance(error, StoreRefused) and not isinstance(error, StoreFull):
                     raise  # wrong credentials or no bucket: better said at once, at the worker's start
-                log.warning("the session could not be stored, trying again under a new id: %s", error)
+                self.report("the session could not be stored, trying again under a new id", error, tries)
                 await pause(self.clock, tries)
                 tries += 1
             else:
@@ -272,7 +272,7 @@ class SessionKeeper:
             try:
                 write = await self.register.update(held, session)
             except StoreError as error:  # a lasting no, such as a full disk: it may pass before the time is up
-                log.warning("the heartbeat could not be stored: %s", error)
+                self.report("the heartbeat could not be stored", error, tries)
                 await pause(self.clock, tries)
                 tries += 1
                 continue
@@ -292,7 +292,11 @@ class SessionKeeper:
         if not tries & (tries - 1):
             log.error("%s: %s", what, error)
         if isinstance(error, StoreRefused):
-            self.refused = (str(error)[:500], self.clock.now_ms())
+            self.refuse(error)
+
+    def refuse(self, error: StoreRefused) -> None:
+        """Have heartbeats tell of a refusal."""
+        self.refused = (str(error)[:500], self.clock.now_ms())
 
     async def _forget(self, listing: Listing, entry: str) -> None:
         listing.entry = ""  # before the request, so that the end of the claim does not send it too

@@ -113,7 +113,7 @@ class Worker:
         self.register = Register(client.store, self.clock, patience=None)
         self.looks = Register(client.store, self.clock, patience=LOOKS)
         self.keeper = SessionKeeper(client.store, self.clock, served, tuple(sorted(tasks)), concurrency, ttl, parent)
-        self.journal = JournalWriter(self.register.reads, self.clock, lambda: self.keeper.id, self._now_ms)
+        self.journal = JournalWriter(self.register.reads, self.clock, lambda: self.keeper.id, self._now_ms, self._report)
         self.telling = Telling(client, self.journal)
         self.reaper = Reaper(self.register, self.clock, client.added, self.telling.moved)
         self.fleet = Fleet(self.register, self.clock, self.keeper, self.reaper)
@@ -155,6 +155,9 @@ class Worker:
 
     def _now_ms(self) -> int:
         return self.fleet.due_now_ms()
+
+    def _report(self, what: str, error: StoreError, tries: int) -> None:
+        self.keeper.report(what, error, tries)
 
     @property
     def free(self) -> int:
@@ -282,7 +285,7 @@ class Worker:
             # such as a full disk, when a dead session is to be marked: the next look comes soon, and this worker lives on
             if first and isinstance(error, StoreRefused) and not isinstance(error, StoreFull):
                 raise
-            log.error("the sessions cannot be listed: %s", error)  # noqa: TRY400 - the text says all
+            self.keeper.report("the sessions cannot be listed", error)
 
     async def _wind_down(self) -> None:
         """Wait for what runs, then give back what did not end in time."""
@@ -505,9 +508,10 @@ class Worker:
         try:
             held = await self.claimer.claim(finder, found)
         except StoreError as error:
-            self.keeper.report(f"claiming task {found.entry.task} failed", error)
+            tries = self.claimer.denied - 1
+            self.keeper.report(f"claiming task {found.entry.task} failed", error, tries)
             finder.leave(found, again=True)
-            await self.clock.sleep(min(2.0 ** (self.claimer.denied - 1), LONGEST_DENIAL) * self.clock.jitter(0.2))
+            await self.clock.sleep(min(2.0 ** min(tries, 10), LONGEST_DENIAL) * self.clock.jitter(0.2))
         except Exception:
             finder.others(found, "")  # a defect, which `_pursued` logs: the entry is met again after the next look at the fleet
             raise
@@ -591,6 +595,7 @@ class Worker:
             await self.fleet.look_next_door()
 
     async def _look_at_fleet(self) -> None:
+        tries = 0
         while True:
             await self.clock.sleep(LOOK_AT_FLEET * self.keeper.ttl / TTL * self.clock.jitter(0.05))
             try:
@@ -599,5 +604,7 @@ class Worker:
                     finder.look_again()
                 if any(finder.in_hand for finder in self.finders):
                     self._wake.set()
+                tries = 0
             except StoreError as error:
-                log.error("the sessions cannot be listed: %s", error)  # noqa: TRY400 - the text says all
+                self.keeper.report("the sessions cannot be listed", error, tries)
+                tries += 1

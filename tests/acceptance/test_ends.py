@@ -18,6 +18,7 @@ from pathlib import Path
 from buquet import App
 
 app = App()
+files = [os.open(os.devnull, os.O_RDONLY) for _ in range(int(os.environ.get("OPEN_FILES", "0")))]
 
 
 def first(marker: str) -> bool:
@@ -145,3 +146,8 @@ async def test_the_second_sigterm_ends_a_worker_whatever_it_runs(app, folder, st
     status = await asyncio.to_thread(worker.wait, PATIENCE)
     assert status == 1
     assert "this worker is ended by force" in (folder / "log").read_text()
+
+
+async def test_signals_are_heeded_by_a_worker_that_has_more_files_open_than_select_can_name(app, folder, start, monkeypatch):
+    monkeypatch.setenv("OPEN_FILES", "1100")
+    await test_the_second_sigterm_ends_a_worker_whatever_it_runs(app, folder, start, "queries")

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import os
+import socket
 from collections import Counter
 from itertools import pairwise
 
@@ -15,6 +17,7 @@ from buquet.queue.background import Background
 from buquet.records import Session
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
+from buquet.worker.neighbours import born, place
 
 LARGE = "x" * 100_000
 
@@ -245,6 +248,24 @@ async def test_records_that_may_not_be_read_cost_few_requests_and_are_found_once
     assert rig.store.asked["GET", "tasks/"] < 150
     rig.store.denied.clear()
     assert [await handle.aresult(timeout=120) for handle in handles] == [3] * 30
+    await rig.stop()
+
+
+@pytest.mark.skipif(not place(), reason="this machine does not tell processes apart")
+@virtual
+async def test_a_worker_whose_session_may_not_be_read_holds_up_no_look_and_is_met_once_it_may(rig, caplog):
+    parent = os.getppid()
+    where = {"host": socket.gethostname(), "pid": parent, "place": place(), "born": born(parent)}
+    here = Session(id=f"{1:08}.{'0' * 16}", started=1, beat=1, ttl=300, queues=("q",), concurrency=1, **where)
+    await rig.app.client.register.create(keys.session(here.id), here)
+    rig.store.denied.add(("GET", keys.session(here.id)))
+    rig.start(ttl=300)
+    await rig.clock.sleep(1)
+    assert not rig.worker.fleet.neighbours
+    assert rig.worker.keeper.refused[0].startswith(f"GET {keys.session(here.id)}")
+    rig.store.denied.clear()
+    await rig.clock.sleep(220)
+    assert list(rig.worker.fleet.neighbours) == [here.id]
     await rig.stop()
 
 

@@ -179,11 +179,14 @@ class Fleet:
             await asyncio.gather(*map(self._learn_place, new[start : start + AT_ONCE]))
 
     async def _learn_place(self, worker: str) -> None:
-        self._known.add(worker)
         try:
             held = await self.register.read(Session, keys.session(worker))
         except UnreadableRecord:
-            return  # it is reported when it is too old
+            held = None  # it is reported when it is too old
+        except StoreError as error:  # the next look tries again
+            self.keeper.report(f"it cannot be told whether worker {worker} is of this machine", error)
+            return
+        self._known.add(worker)
         if held is not None and is_neighbour(held.record):
             self.neighbours[worker] = held
             self.met.set()

@@ -62,7 +62,7 @@ class JournalWriter:
         clock: Clock,
         writer: Callable[[], str],
         now: Callable[[], int],
-        report: Callable[[str, StoreError, int], None] = lambda *_: None,
+        report: Callable[[str, StoreError, int], None] | None = None,
     ) -> None:
         self.reads = reads
         self.clock = clock
@@ -119,7 +119,8 @@ class JournalWriter:
                 await self._send()
                 tries = 0
             except StoreError as error:  # a lasting no, such as a full disk: it may pass, and what waits is bounded
-                self.report("the journal cannot be written, trying again", error, tries)
+                if self.report is not None:
+                    self.report("the journal cannot be written, trying again", error, tries)
                 await pause(self.clock, tries + 5)
                 tries += 1
 

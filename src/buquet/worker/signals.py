@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import signal
 import socket
 import sys
@@ -63,8 +62,8 @@ class _Watch:
     def keep(self, reader: socket.socket, over: threading.Event) -> None:
         """Read the socket until the worker has ended, and end the process when it does not."""
         while not over.is_set():
-            readable, _, _ = select.select([reader], [], [], None if self.second_at is None else 0.1)
-            if readable:
+            reader.settimeout(None if self.second_at is None else 0.1)
+            with suppress(TimeoutError):
                 numbers = reader.recv(64)
                 if self.before is not None:
                     with suppress(OSError):

@@ -3,10 +3,15 @@
 import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime
+from threading import Event
 
-from buquet import App, current_fire
+import pytest
+
+from buquet import App, UsageError, current_fire, keys
+from buquet.clock import Clock
 from buquet.insights.scan import Scan
 from buquet.insights.tasks import Filter, find
+from buquet.queue import schedules
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
@@ -134,14 +139,15 @@ def test_where_no_process_has_the_code_a_trigger_starts_what_was_declared():
     run_virtual(main)
 
 
-def test_a_function_that_raises_is_told_and_its_fire_comes_once_it_returns(caplog):
+@pytest.mark.parametrize("raised", [ValueError, SystemExit])
+def test_a_function_that_raises_is_told_and_its_fire_comes_once_it_returns(caplog, raised):
     async def main(clock):
         broken = []
 
         def body():
             if broken:
                 msg = "the calendar is away"
-                raise ValueError(msg)
+                raise raised(msg)
 
         app = an_app(clock, MemoryStore(clock), body=body)
         app.schedule("nightly", app.nightly, every=600, args=("a",))
@@ -160,8 +166,33 @@ def test_a_function_that_raises_is_told_and_its_fire_comes_once_it_returns(caplo
 
     run_virtual(main)
     (record,) = [each for each in caplog.records if "cannot be kept now" in each.message]
-    assert "its function raised ValueError: the calendar is away" in record.message
+    assert f"its function raised {raised.__name__}: the calendar is away" in record.message
     assert record.exc_info
+
+
+async def test_a_function_that_does_not_return_holds_up_no_loop_and_is_not_called_again_meanwhile(monkeypatch):
+    monkeypatch.setattr(schedules, "RETURNS_WITHIN", 0.05)
+    blocked, calls, clock = Event(), [], Clock()
+    blocked.set()
+
+    def body():
+        calls.append(1)
+        blocked.wait(5)
+
+    clock.loop = asyncio.get_running_loop()
+    app = an_app(clock, MemoryStore(clock), body=body)
+    app.schedule("nightly", app.nightly, every=600, args=("a",))
+    await app.client.register.create(keys.schedule("nightly"), app.plans["nightly"].record(clock.now_ms()))
+    blocked.clear()
+    calls.clear()
+    for _ in range(3):
+        with pytest.raises(UsageError, match=r"its function has not returned within 0\.05 seconds"):
+            await app.atrigger_schedule("nightly")
+    assert calls == [1]
+    blocked.set()
+    while schedules._stuck:  # noqa: ASYNC110 - it has no event
+        await asyncio.sleep(0.001)
+    assert (await app.atrigger_schedule("nightly")).id
 
 
 def test_where_the_records_arguments_do_not_fit_this_code_its_graph_is_taken():

@@ -7,13 +7,17 @@ once. The graph of a workflow is made anew for each fire, by the code of whoever
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import logging
+import threading
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from dataclasses import replace as replace_plan
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Protocol, get_args, runtime_checkable
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, get_args, runtime_checkable
+from weakref import WeakSet
 
 from msgspec import Raw
 from msgspec.structs import replace
@@ -29,14 +33,20 @@ from buquet.queue.rule import Rule, iso
 from buquet.records import ABSENT, CatchUp, Schedule, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from buquet.queue.client import Client, Submitted
     from buquet.queue.task import Prepared
     from buquet.sealing import Sealer
     from buquet.store.register import Held
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 log = logging.getLogger("buquet.schedule")
+
+RETURNS_WITHIN = 10.0
+"""Seconds for which a fire waits for its workflow's function. Other schedules wait meanwhile."""
 
 
 @runtime_checkable
@@ -72,7 +82,7 @@ class Retraceable(Protocol):
         ...
 
 
-_fire: ContextVar[int] = ContextVar("buquet_fire", default=0)
+_fire: contextvars.ContextVar[int] = contextvars.ContextVar("buquet_fire", default=0)
 
 
 def current_fire() -> datetime:
@@ -200,26 +210,58 @@ async def _submit(client: Client, schedule: Schedule, task_id: str, fire: int, p
     args, graph = opened(client, schedule)
     task = replace(template, id=task_id, run=run, created=client.clock.now_ms(), tags=tags, args=ABSENT, key_id="")
     if run:
-        task = replace(task, graph=Raw(_retraced(schedule, args, fire, plan) or graph))
+        task = replace(task, graph=Raw(await _retraced(schedule, args, fire, plan) or graph))
     return await client.submit(task, bytes(args))
 
 
-def _retraced(schedule: Schedule, args: bytes | Raw, fire: int, plan: Plan | None) -> bytes:
+_stuck: WeakSet[Retraceable] = WeakSet()
+"""Workflows whose functions have not returned in time. None is called again before it does."""
+
+
+async def _retraced(schedule: Schedule, args: bytes | Raw, fire: int, plan: Plan | None) -> bytes:
     """Return the graph that this process's code makes for a fire; an empty one where it has other code than the record's."""
     workflow = plan.task if plan is not None else None
     if not isinstance(workflow, Retraceable) or workflow.name != schedule.template.step:
         return b""
-    try:
-        with firing(fire):
-            return workflow.retrace(args)
-    except InvalidPayload:
-        return b""
-    except Exception as error:
-        msg = (
-            f"workflow {workflow.name} cannot be started for the fire of {iso(fire)}, since its function raised "
-            f"{type(error).__qualname__}: {error}. The fire is tried again, and goes as soon as the function returns"
-        )
-        raise UsageError(msg) from error
+
+    def call() -> tuple[bytes, BaseException | None]:
+        try:
+            with firing(fire):
+                return workflow.retrace(args), None
+        except InvalidPayload:
+            return b"", None
+        except BaseException as error:  # noqa: BLE001 - also SystemExit: it would end the worker, and each after it
+            return b"", error
+
+    graph, error, why = b"", None, f"has not returned within {RETURNS_WITHIN:g} seconds"
+    if workflow not in _stuck:
+        # not on the worker's loop, which must not stand still
+        calling = asyncio.get_running_loop().run_in_executor(_Daemons(), contextvars.copy_context().run, call)
+        await asyncio.wait([calling], timeout=RETURNS_WITHIN)
+        if calling.done():
+            graph, error = calling.result()
+            if error is None:
+                return graph
+            why = f"raised {type(error).__qualname__}: {error}"
+        else:
+            _stuck.add(workflow)
+            calling.add_done_callback(lambda _: _stuck.discard(workflow))
+    msg = (
+        f"workflow {workflow.name} cannot be started for the fire of {iso(fire)}, since its function {why}. "
+        "The fire is tried again, and goes as soon as the function returns"
+    )
+    raise UsageError(msg) from error
+
+
+class _Daemons(Executor):
+    """A thread for each call, which does not hold up the end of the process."""
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """See Executor. The function must not raise."""
+        future: Future[R] = Future()
+        work = threading.Thread(target=lambda: future.set_result(fn(*args, **kwargs)), name="buquet-schedule", daemon=True)
+        work.start()
+        return future
 
 
 def opened(client: Client, schedule: Schedule) -> tuple[bytes | Raw, bytes | Raw]:

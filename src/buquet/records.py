@@ -276,10 +276,10 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     task: Id
     token: Short
     name: Name = ""
+    queue: Name = ""
     since: Time = 0
     progress: Progress | None = None
     run: OptionalId = ""
-    """The run that the task belongs to; empty: none."""
 
 
 class Session(Record, frozen=True, kw_only=True, omit_defaults=True):

@@ -15,7 +15,7 @@ from starlette.datastructures import URL
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
-from buquet import App, keys
+from buquet import App, Backoff, keys
 from buquet.cli.main import cli
 from buquet.clock import Clock
 from buquet.dashboard import guard, serve
@@ -334,7 +334,44 @@ def test_a_store_that_hangs_holds_up_no_page() -> None:
             assert answer.status_code == (200 if path == "/" else 503), path
             assert 'aria-label="Pages"' in answer.text
             assert "answer" in answer.text
+            assert ('id="live"' in answer.text) == (path == "/"), "a page without figures has no age"
         assert "not read yet" in browser.get("/").text
+        begun = app.clock.monotonic()
+        assert browser.get(f"/tasks?q={'0' * 32}").status_code == 200
+        assert app.clock.monotonic() - begun < 3.5, "the store was waited for once"
+
+
+def test_a_queue_leads_to_all_that_waits_in_it(app: App) -> None:
+    @app.task(backoff=Backoff(initial=1000))
+    def tried() -> None:
+        raise RuntimeError
+
+    task_id = tried.submit().id
+    app.worker(["default"], max_time=1).run()
+    browser = Browser(app)
+    (link,) = re.findall(r'<th scope="row"><a href="(/tasks[^"]*name=tried[^"]*)"', browser.get("/queues?window=6h").text)
+    page = browser.get(link.replace("&amp;", "&")).text
+    assert task_id in page
+    assert 'value="6h"' in page
+
+
+def test_a_refused_worker_says_so_on_its_page(app: App) -> None:
+    worker, now = f"{'0' * 8}.{'0' * 16}", app.clock.now_ms()
+    session = {
+        "id": worker,
+        "host": "h",
+        "pid": 1,
+        "started": now,
+        "beat": now,
+        "ttl": 60,
+        "concurrency": 1,
+        "queues": ["default"],
+    }
+    session |= {"names": ["n"], "refused": "PUT payloads/0 in the store: 403 AccessDenied", "refused_at": now}
+    app.background.run(lambda: app.client.store.put(keys.session(worker), json.dumps(session).encode()), "a session")
+    page = Browser(app).get("/workers").text
+    assert "403 AccessDenied" in page
+    assert "The store refused it a request" in page
 
 
 @pytest.mark.parametrize("path", ["/", "/errors", "/queues", "/tasks", "/runs"])

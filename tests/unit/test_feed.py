@@ -477,3 +477,49 @@ def test_a_task_that_runs_does_not_wait_as_well() -> None:
         await running
 
     in_world(work)
+
+
+def test_a_running_task_counts_in_its_own_queue() -> None:
+    async def work(world: World) -> None:
+        stop = asyncio.Event()
+
+        @world.app.task(queue="etl")
+        async def slow(n: int) -> None:
+            await stop.wait()
+
+        await slow.asubmit_many([(n,) for n in range(3)])
+        worker = world.app.worker(["default", "etl"], heartbeat_thread=False)
+        running = asyncio.create_task(worker.arun())
+        await world.clock.sleep(12)
+        await world.feed.ensure("tasks")
+        shown = overview(world.feed)
+        assert {queue.name: queue.running for queue in shown.queues} == {"default": 0, "etl": 3}
+        assert {row.queue for row in await search(world.feed, Wanted(status="running"))} == {"etl"}
+        stop.set()
+        worker.stop()
+        await running
+
+    in_world(work)
+
+
+def test_a_store_that_hangs_makes_no_worker_dead_and_no_task_ready() -> None:
+    async def work(world: World) -> None:
+        await world.good.options(delay=60).asubmit(1)
+        worker = world.app.worker(heartbeat_thread=False)
+        running = asyncio.create_task(worker.arun())
+        await world.clock.sleep(12)
+        await world.feed.ensure("overview")
+        world.inner.silent = True
+        for _ in range(3):
+            await world.clock.sleep(60)
+            await world.feed.ensure("overview")
+            shown = overview(world.feed)
+            assert (shown.alive, shown.ready, shown.later) == (1, 0, 1), "as it was when it was read"
+            assert [row.remark for row in await search(world.feed, Wanted())] == ["waits for its time"]
+            assert world.feed.crew is None, "of a run it says nothing"
+        world.inner.silent = False
+        worker.stop()
+        await running
+        await world.feed.close()
+
+    in_world(work)

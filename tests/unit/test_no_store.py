@@ -1,11 +1,13 @@
 """Where no store is, a look says so and creates none: no folder, no file, no object."""
 
+import socket
 import sys
 
 import pytest
 import typer
 
-from buquet import App, ScheduleNotFound, TaskNotFound, WorkerNotFound, keys
+from buquet import App, ScheduleNotFound, StoreUnavailable, TaskNotFound, WorkerNotFound, keys
+from buquet.cli import base
 from buquet.cli import main as command
 from buquet.insights.tail import Tail
 from buquet.store.memory import MemoryStore
@@ -41,6 +43,16 @@ LOOKS = {
 }
 CREATE = {"init", "doctor", "bench", "submit", "worker", "dev", "demo", "run start"}
 WAITS = {"tail"}
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_long(monkeypatch):
+    monkeypatch.setattr(base, "PATIENCE", 0.3)
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"AWS_{name}", "x")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"s3://bucket/prefix?endpoint=http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:\d+ did not answer within 0.3 s"):
+            command.cli(["stats", "--url", url], standalone_mode=False)
 
 
 def commands(group, prefix=""):

@@ -181,6 +181,7 @@ def test_what_runs_again_or_is_due_is_not_counted_twice() -> None:
         await world.outage()
         await world.feed.ensure("overview")
         await world.clock.sleep(DELAY)
+        await world.feed.ensure("overview")
         # its time has come, and no worker is there: it is ready, though its entry lies with those that wait for their time
         shown = overview(world.feed)
         assert (shown.ready, shown.later, shown.retrying) == (TASKS, 0, TASKS)

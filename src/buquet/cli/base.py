@@ -13,7 +13,7 @@ import typer
 from buquet import keys
 from buquet.app import App
 from buquet.cli.output import to_stderr
-from buquet.errors import BucketMissing, UsageError
+from buquet.errors import BucketMissing, StoreUnavailable, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -61,10 +61,18 @@ def open_app(url: str | None) -> App:
 
 
 async def lacks_store(app: App) -> str:
-    """Return what to say where nothing was ever stored; empty where something was. A look creates no store."""
+    """Return what to say where nothing was ever stored; empty where something was. A look creates no store.
+
+    Raises StoreUnavailable after 15 s: of a server that accepts connections and is silent, a request takes longer to fail.
+    """
     reads = app.client.reads
-    if await reads.get(keys.LAYOUT) is not None or await reads.list(keys.TASKS, limit=1):
-        return ""
+    try:
+        async with asyncio.timeout(PATIENCE):
+            if await reads.get(keys.LAYOUT) is not None or await reads.list(keys.TASKS, limit=1):
+                return ""
+    except TimeoutError:
+        msg = f"{app.url} did not answer within {PATIENCE:g} s"
+        raise StoreUnavailable(msg) from None
     return f"there is no store at {app.url}: nothing was ever submitted there. `buquet init` or the first submit creates it"
 
 

@@ -36,9 +36,11 @@ async def tasks(board: Board, request: Request) -> Response:
     """Show the tasks that a search finds."""
     asked = request.query_params
     status: Status | None = next((each for each in SHOWN if each == asked.get("status")), None)
-    await board.feed.ensure("tasks")
+    text = asked.get("q", "").strip()
+    # side by side: a store that hangs holds the page up once
+    task_id, _ = await asyncio.gather(exact(board.feed, text), board.feed.ensure("" if "all" in asked else "tasks"))
     wanted = Wanted(
-        text=asked.get("q", "").strip(),
+        text=text,
         status=status,
         queue=asked.get("queue", ""),
         name=asked.get("name", ""),
@@ -47,7 +49,7 @@ async def tasks(board: Board, request: Request) -> Response:
         everywhere="all" in asked,
         since=board.window(request).since,
     )
-    if wanted.text and (task_id := await exact(board.feed, wanted.text)):
+    if task_id:
         return RedirectResponse(f"/tasks/{task_id}", 303)
     async with answering("the search") as more:
         found = await search(board.feed, wanted, more)
@@ -56,9 +58,7 @@ async def tasks(board: Board, request: Request) -> Response:
     fields = {
         name: value for name in ("q", "status", "queue", "name", "key", "tag", "all", "window") if (value := asked.get(name))
     }
-    queues = sorted(
-        {line.queue for line in board.feed.journal.lines} | {each.queue for each in board.feed.backlog.entries.values()}
-    )
+    met = [*board.feed.journal.lines, *board.feed.backlog.entries.values()]
     return board.page(
         request,
         "tasks.html",
@@ -71,8 +71,8 @@ async def tasks(board: Board, request: Request) -> Response:
         pages=pages,
         fields=fields,
         statuses=SHOWN,
-        queues=queues,
-        names=sorted(board.feed.homes),
+        queues=sorted({each.queue for each in met}),
+        names=sorted({each.name for each in met}),
     )
 
 

@@ -71,7 +71,6 @@ async def runs(board: Board, request: Request) -> Response:
     status: RunStatus | None = next((each for each in SHOWN if each == asked.get("status")), None)
     wanted = Wanted(asked.get("q", "").strip(), status, "all" in asked)
     feed = board.feed
-    await feed.ensure("runs")
     if keys.is_id(wanted.text.lower()):
         try:
             return RedirectResponse(f"/runs/{(await feed.run(wanted.text.lower())).id}", 303)
@@ -82,6 +81,7 @@ async def runs(board: Board, request: Request) -> Response:
             views = await find(feed.direct, RunFilter((status,) if status else ()), MOST, Scan(feed.direct, more))
         found = [row_of(each) for each in views]
     else:
+        await feed.ensure("runs")
         found = feed.open_runs.rows(feed.journal.select(kind="run", since=board.window(request).since))
     shown = [row for row in found if wanted.takes(row)]
     return board.page(

@@ -370,9 +370,9 @@ class Feed:
 
     @property
     def crew(self) -> list[WorkerView] | None:
-        """The workers, as their sessions say; None where nobody has looked."""
+        """The workers, as their sessions say; None where nobody has looked lately."""
         found = self.workers
-        if self._parts["workers"].looked == -math.inf:
+        if self.clock.now_ms() - self._parts["workers"].read > STALE * 1000:
             return None
         return [worker_view(session, found.age(key), alive=found.alive(key)) for key, session in found.records.items()]
 
@@ -387,12 +387,6 @@ class Feed:
         """The last failed attempt, by task, of those tasks that wait for another one."""
         waiting, running = self.backlog.entries, self.running
         return {task: line for task, line in self.journal.retrying().items() if task in waiting and task not in running}
-
-    @property
-    def homes(self) -> dict[str, str]:
-        """The queue of each task name, as it was last seen: a claim does not say in which of a worker's queues it was found."""
-        ended = {line.name: line.queue for line in self.journal.lines}
-        return ended | {entry.name: entry.queue for entry in self.backlog.entries.values()}
 
     def paused(self, queue: str) -> QueueSettings | None:
         """Return the settings of a queue that is paused; None for one that is not."""

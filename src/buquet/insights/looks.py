@@ -55,6 +55,8 @@ class Folder(Generic[R]):
         self.records: dict[str, R] = {}
         """By key."""
         self.listed: dict[str, Listed] = {}
+        self.listed_at = 0.0
+        """When that was, seconds since 1970 by the local clock."""
         self.unreadable: dict[str, str] = {}
         self._tags: dict[str, str | None] = {}
         self._read_at: dict[str, int] = {}
@@ -68,12 +70,13 @@ class Folder(Generic[R]):
         """LIST, and GET at most so many of those that changed; tell whether anything did."""
         self._looks += 1
         pages = self.client.reads.pages(self.prefix)
+        begun = self.client.clock.now()
         listed = {each.key: each async for page in pages for each in page if self.is_ours(each.key)}
         gone = [key for key in self.listed if key not in listed]
         for key in gone:
             for known in (self.records, self._tags, self._read_at, self.unreadable):
                 known.pop(key, None)
-        self.listed = listed
+        self.listed, self.listed_at = listed, begun
         stale = [key for key, each in listed.items() if each.etag is None or self._tags.get(key) != each.etag]
         stale.sort(key=lambda key: self._read_at.get(key, 0))
         for at in range(0, min(len(stale), most), SIDE_BY_SIDE):
@@ -250,8 +253,11 @@ class Sessions(Folder[Session]):
         return int((self.client.clock.now() + (self._offset or 0.0)) * 1000)
 
     def age(self, key: str) -> float:
-        """Return the seconds since a worker's last heartbeat, by the store's clock."""
-        return max(self.now_ms() / 1000 - self.listed[key].modified, 0.0)
+        """Return the seconds from a worker's last heartbeat to the last look, by the store's clock.
+
+        A store that does not answer makes no worker dead.
+        """
+        return max(self.listed_at + (self._offset or 0.0) - self.listed[key].modified, 0.0)
 
     def alive(self, key: str) -> bool:
         """Tell whether a worker lives, by its last heartbeat."""

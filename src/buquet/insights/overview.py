@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from buquet.insights.duration import duration
+from buquet.insights.feed import STALE
 from buquet.insights.journal import HOUR, MINUTE, ErrorGroup, Minute, Summary, is_failure, spread
 from buquet.insights.schedules import ScheduleView, view_of
 from buquet.queue.parent import is_system
@@ -63,7 +64,7 @@ class Crew:
 
     session: Session
     age: float
-    """Seconds since its last heartbeat."""
+    """Seconds from its last heartbeat to the last look."""
     alive: bool
     current: bool
     """Its session was read as it is now listed; else it has changed since, and is read again soon."""
@@ -196,30 +197,32 @@ def queue_states(feed: Feed, crew: list[Crew], seen: Window) -> list[QueueState]
     """Return the queues in which something waits, runs or has ended, or that a live worker serves, by name."""
     found: dict[str, QueueState] = {}
     handled: dict[str, set[str]] = {}
-    homes = feed.homes
     running: set[str] = set()
     for session in (each.session for each in crew if each.alive):
         for name in session.queues:
             found.setdefault(name, QueueState(name)).workers += 1
             handled.setdefault(name, set()).update(session.names)
         for claim in session.claims:
-            queue = queue_of(session, claim.name, homes)
+            queue = claim.queue or next(iter(session.queues), "")  # older workers' claims do not name it
             if queue and claim.task not in running:
                 found.setdefault(queue, QueueState(queue)).running += 1
             running.add(claim.task)
     for name, ended in feed.journal.by_queue(since=seen.since).items():
         found.setdefault(name, QueueState(name)).ended = ended
-    for name, queued in feed.backlog.count(running, feed.retrying, feed.workers.now_ms()).items():
+    for name, queued in feed.backlog.count(running, feed.retrying, due_by(feed)).items():
         _waits(found.setdefault(name, QueueState(name)), queued, handled.get(name, set()))
     for state in found.values():
         state.paused = feed.paused(state.name)
     return sorted(found.values(), key=lambda each: each.name)
 
 
-def queue_of(session: Session, name: str, homes: dict[str, str]) -> str:
-    """Return the queue of a task that a worker runs, as far as it is known: a claim does not name it. Empty: not known."""
-    first = session.queues[0] if session.queues else ""
-    return first if len(session.queues) == 1 else homes.get(name, first)
+def due_by(feed: Feed) -> int:
+    """Return the time by which tasks are due, milliseconds since 1970, by the store's clock.
+
+    It stands still 10 s after the last look: what has come due since then may have run.
+    """
+    unknown = feed.clock.now_ms() - feed.as_of("tasks") - int(STALE * 1000)
+    return feed.workers.now_ms() - max(unknown, 0)
 
 
 def schedules(feed: Feed) -> list[ScheduleView]:

@@ -35,7 +35,7 @@ async def answering(what: str) -> AsyncGenerator[Callable[[int, int], None]]:
             loop = asyncio.get_running_loop()
             yield lambda _done, _whole: limit.reschedule(loop.time() + ANSWER)
     except TimeoutError:
-        msg = f"the store did not answer within {ANSWER:g} s, and {what} was not read. Load the page again to try once more"
+        msg = f"the store did not answer within {ANSWER:g} s: could not read {what}. Load the page again to try once more"
         raise StoreUnavailable(msg) from None
 
 

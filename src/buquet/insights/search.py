@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from buquet import keys
-from buquet.errors import TaskNotFound
-from buquet.insights.overview import queue_of
+from buquet.errors import StoreError, TaskNotFound
+from buquet.insights.overview import due_by
 from buquet.insights.scan import Scan
 from buquet.insights.tasks import UNFINISHED, Filter, find, status_of, wanted_status
 from buquet.queue.parent import is_system
@@ -159,14 +159,13 @@ def _tags(tag: str) -> dict[str, str]:
 def _in_memory(feed: Feed, since: int) -> Iterator[Row]:
     met: set[str] = set()
     sessions = [session for key, session in feed.workers.records.items() if feed.workers.alive(key)]
-    homes, retrying, now = feed.homes, feed.retrying, feed.workers.now_ms()
-    running = [(claim, session) for session in sessions for claim in session.claims]
-    for claim, session in sorted(running, key=lambda each: -each[0].since):
+    retrying, now = feed.retrying, due_by(feed)
+    running = [claim for session in sessions for claim in session.claims]
+    for claim in sorted(running, key=lambda each: -each.since):
         if claim.task not in met:
             met.add(claim.task)
-            queue = queue_of(session, claim.name, homes)
             remark = f"{claim.progress.fraction:.0%} {claim.progress.message}".strip() if claim.progress else ""
-            yield Row(claim.task, claim.name, queue, "running", claim.since, remark=remark, run=claim.run)
+            yield Row(claim.task, claim.name, claim.queue, "running", claim.since, remark=remark, run=claim.run)
     waiting = [entry for entry in feed.backlog.entries.values() if entry.task not in met]
     met.update(entry.task for entry in waiting)
     again = sorted((entry for entry in waiting if entry.task in retrying), key=lambda each: each.at)
@@ -210,12 +209,12 @@ async def _by_key(feed: Feed, key: str, scan: Scan) -> list[Row]:
 
 
 async def exact(feed: Feed, text: str) -> str | None:
-    """Return the id of the task that a text names: its id in full."""
+    """Return the id of the task that a text names, its id in full; None where there is none, or the store does not answer."""
     task_id = text.strip().lower()
     if not keys.is_id(task_id):
         return None
     try:
         await feed.task(task_id)
-    except TaskNotFound:
+    except (TaskNotFound, StoreError):
         return None
     return task_id

@@ -68,7 +68,7 @@ class Running:
         self.held = held
         self.keeper = executor.keeper
         self.token = task.token
-        self.listing = Listing(task.id, task.token, task.name, entry, executor.fleet.due_now_ms(), task.run)
+        self.listing = Listing(task, entry, executor.fleet.due_now_ms())
         self.loop = asyncio.get_running_loop()
         self._pid = os.getpid()
         self.work: asyncio.Task[None] | None = None

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from buquet import keys
 from buquet.errors import StoreError, StoreFull, StoreRefused, UnreadableRecord
-from buquet.records import Claim, Progress, Session
+from buquet.records import Claim, Progress, Session, Task
 from buquet.store.register import Held, Register
 from buquet.store.retrying import pause
 from buquet.worker.neighbours import born, place
@@ -42,17 +42,22 @@ VERSION = version("buquet")
 class Listing:
     """One claim that this worker holds: what its session says of it, and which entry may go once that is stored."""
 
-    __slots__ = ("entry", "name", "progress", "run", "since", "task", "token")
+    __slots__ = ("entry", "name", "progress", "queue", "run", "since", "task", "token")
 
-    def __init__(self, task: str, token: str, name: str, entry: str, since: int, run: str = "") -> None:
-        self.task = task
-        self.run = run
-        self.token = token
-        self.name = name
+    def __init__(self, task: Task, entry: str, since: int) -> None:
+        self.task = task.id
+        self.token = task.token
+        self.name = task.name
+        self.queue = task.queue
+        self.run = task.run
         self.entry = entry
         """The entry under which the task was claimed; empty once it was deleted."""
         self.since = since
         self.progress: Progress | None = None
+
+    def as_claim(self) -> Claim:
+        """Return this claim as the session lists it."""
+        return Claim(**{name: getattr(self, name) for name in Claim.__struct_fields__})
 
 
 class SessionKeeper:
@@ -239,10 +244,7 @@ class SessionKeeper:
         session = replace(
             held.record,
             beat=now,
-            claims=tuple(
-                Claim(task=each.task, token=each.token, name=each.name, since=each.since, progress=each.progress, run=each.run)
-                for each in noted
-            ),
+            claims=tuple(each.as_claim() for each in noted),
             completed=self.completed,
             failed=self.failed,
             abandoned=self.abandoned,

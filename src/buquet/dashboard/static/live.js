@@ -248,7 +248,9 @@
 
   localTimes();
   edges();
-  read(mark);
-  setInterval(age, 1000);
+  if (mark) {
+    read(mark);
+    setInterval(age, 1000);
+  }
   follow();
 })();

@@ -7,11 +7,13 @@ does by default, is noticed by its process id, at the next `check`.
 from __future__ import annotations
 
 import os
+import threading
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakSet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 
 class Watched(Protocol):
@@ -40,6 +42,9 @@ LEFT_BEHIND: list[Any] = []
 _pid = os.getpid()
 _watched: WeakSet[Watched] = WeakSet()
 _holders: WeakSet[Holder] = WeakSet()
+_fork = threading.Lock()
+_paused: list[Holder] = []
+"""What the fork under way has paused: only that is resumed after it, not what another thread has made meanwhile."""
 
 
 def watch(thing: Watched) -> None:
@@ -53,27 +58,44 @@ def hold(thing: Holder) -> None:
     _watched.add(thing)
 
 
+def let_go(thing: Holder) -> None:
+    """Leave a thing alone at later forks."""
+    _holders.discard(thing)
+    _watched.discard(thing)
+
+
 def check() -> None:
     """Do in a child what the fork hooks should have done, unless they have."""
     if _pid != os.getpid():
         _in_child()
 
 
+def _before() -> None:
+    _fork.acquire()  # one fork at a time, so that `_paused` is what this one has paused
+    _paused.extend(_holders)
+    _call_each(holder.before_fork for holder in _paused)
+
+
+def _in_parent() -> None:
+    paused = list(_paused)
+    _paused.clear()
+    _fork.release()
+    _call_each(holder.after_fork_in_parent for holder in paused)
+
+
 def _in_child() -> None:
-    global _pid  # noqa: PLW0603 - which process this is, is global
-    _pid = os.getpid()
-    for thing in list(_watched):
-        thing.after_fork()
+    global _pid, _fork
+    _pid, _fork = os.getpid(), threading.Lock()
+    _paused.clear()
+    _call_each(thing.after_fork for thing in list(_watched))
 
 
-def _each_holder(call: Callable[[Holder], None]) -> None:
-    for thing in list(_holders):
-        call(thing)
+def _call_each(calls: Iterable[Callable[[], None]]) -> None:
+    """Call all of them, also after one that raises: each holds locks of its own."""
+    with ExitStack() as stack:
+        for call in calls:
+            stack.callback(call)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(
-        before=lambda: _each_holder(lambda holder: holder.before_fork()),
-        after_in_parent=lambda: _each_holder(lambda holder: holder.after_fork_in_parent()),
-        after_in_child=_in_child,
-    )
+    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -273,3 +274,40 @@ def test_a_handler_that_forks_keeps_its_checkpoints_to_itself(tmp_path):
         handle = forks.submit()
         app.worker(drain=True).run()
         assert handle.result(timeout=60) == 7
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_handler_that_terminates_a_child_does_not_stop_its_worker(tmp_path):
+    with App(f"sqlite:{tmp_path}/app.db") as app:
+
+        @app.task(max_attempts=1)
+        def terminates() -> int | None:
+            child = multiprocessing.get_context("fork").Process(target=signal.pause)
+            child.start()
+            child.terminate()
+            child.join(20)
+            child.kill()
+            return child.exitcode
+
+        handles = [terminates.submit() for _ in range(3)]
+        app.worker(drain=True, concurrency=1).run()
+        assert [handle.status() for handle in handles] == ["completed"] * 3
+        assert [handle.result() for handle in handles] == [-signal.SIGTERM] * 3
+
+
+def test_a_file_that_is_gone_at_a_fork_does_not_hold_up_others(folder):
+    (folder / "gone.py").write_text(
+        "import os, shutil\n"
+        "from buquet import App\n"
+        "apps = [App(f'sqlite:{n}/app.db') for n in range(6)]\n"
+        "for app in apps:\n"
+        "    app.task(name='note')(lambda: None).submit()\n"
+        "shutil.rmtree('2')\n"
+        "if not os.fork():\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        "for app in [*apps[:2], *apps[3:]]:\n"
+        "    print(app.tasks['note'].submit().status())\n"
+    )
+    done = subprocess.run([sys.executable, "gone.py"], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["pending"] * 5

@@ -114,22 +114,19 @@ class SqliteStore:
     # file may be damaged under it: no connection may be open while a process forks. The writer sees to its own.
 
     def before_fork(self) -> None:
-        """Close the reader."""
+        """Close the reader; the next read opens another."""
         self._lock.acquire()
         self._reading.acquire()
         self._paused = True
         if self._reader is not None:
             self._reader.close()
+            self._reader = None
 
     def after_fork_in_parent(self) -> None:
-        """Open it again."""
-        try:
-            if self._reader is not None:
-                self._reader = self._connect()
-        finally:
-            self._paused = False
-            self._reading.release()
-            self._lock.release()
+        """Let reads go on."""
+        self._paused = False
+        self._reading.release()
+        self._lock.release()
 
     def after_fork(self) -> None:
         """Begin without connections."""
@@ -224,8 +221,10 @@ class SqliteStore:
         self._open()
         with self._reading:
             if self._reader is None:
-                msg = f"{self.url} was closed"
-                raise UsageError(msg)
+                if self._closing:
+                    msg = f"{self.url} was closed"
+                    raise UsageError(msg)
+                self._reader = self._connect()
             try:
                 return self._reader.execute(sql, values).fetchall()
             except sqlite3.Error as error:

@@ -168,7 +168,7 @@ class Writer:
         """Seconds that the last commit took."""
         self._committed_at = -math.inf
         """When that was, by the monotonic clock, unless the log was emptied since."""
-        self._closing = self._closed = False
+        self._closing = self._closed = self._closed_for_fork = False
         self._thread = threading.Thread(target=self._write_forever, name="buquet-sqlite", daemon=True)
         self._thread.start()
         forking.hold(self)
@@ -182,14 +182,11 @@ class Writer:
         """Close the connection once what is being written is committed, see SqliteStore; nobody writes until the fork is over."""
         self._busy.acquire()
         self.connection.close()
+        self._closed_for_fork = True
 
     def after_fork_in_parent(self) -> None:
-        """Open it again."""
-        try:
-            if self._thread.is_alive():
-                self.connection = self.connect()
-        finally:
-            self._busy.release()
+        """Let writes go on; the next one opens another connection."""
+        self._busy.release()
 
     def after_fork(self) -> None:
         """Nothing: the child's store makes a writer of its own."""
@@ -264,6 +261,9 @@ class Writer:
     def _begin(self, *, wait: bool) -> bool:
         """Take the file's lock; SQLite's own wait would sleep up to 0.1 s at a time while other processes take turns."""
         begun = self.clock.monotonic()
+        if self._closed_for_fork:
+            self.connection = self.connect()
+            self._closed_for_fork = False
         while True:
             try:
                 self.connection.execute("BEGIN IMMEDIATE")

@@ -9,11 +9,13 @@ import socket
 import sys
 import threading
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from buquet import forking
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Mapping
 
     from buquet.clock import Clock
 
@@ -84,6 +86,40 @@ class _Watch:
         os._exit(1)
 
 
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        if handler is not None:  # None: it was not set by Python
+            signal.signal(number, handler)
+
+
+class _Forked:
+    """Gives the processes that handlers fork the signal handlers from before the worker.
+
+    A child that kept the worker's would not end on SIGTERM, which `multiprocessing` sends to its pools. It would also write the
+    signal to the worker's socket, and so end the worker. The signals are blocked until the child's own handlers are in place.
+    """
+
+    def __init__(self, handlers: Mapping[signal.Signals, Any]) -> None:
+        self.handlers = handlers
+        self.mask: set[int] = set()
+        forking.hold(self)
+
+    def before_fork(self) -> None:
+        """Block the signals in the thread that forks."""
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, HEEDED)
+
+    def after_fork_in_parent(self) -> None:
+        """Unblock them."""
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+    def after_fork(self) -> None:
+        """Put the handlers from before the worker in place, in the child."""
+        with suppress(ValueError):  # a host that calls no fork hooks: this need not be the child's main thread
+            signal.set_wakeup_fd(-1)
+            _restore(self.handlers)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+
+
 @contextmanager
 def heeded(loop: asyncio.AbstractEventLoop, stop: Callable[[], None], clock: Clock, seconds: float) -> Generator[None]:
     """Have SIGINT and SIGTERM call `stop` on the loop, which is to run inside of this; in the main thread only.
@@ -109,6 +145,7 @@ def heeded(loop: asyncio.AbstractEventLoop, stop: Callable[[], None], clock: Clo
         watch.before = before if before != -1 else None
 
     handlers = {number: signal.signal(number, arrived) for number in HEEDED}
+    forked = _Forked(handlers)
     loop.call_soon(listen)  # a loop takes the place when it begins to run
     thread = threading.Thread(target=watch.keep, args=(reader, over), name="buquet-signals", daemon=True)
     thread.start()
@@ -116,10 +153,9 @@ def heeded(loop: asyncio.AbstractEventLoop, stop: Callable[[], None], clock: Clo
         yield
     finally:
         over.set()
+        forking.let_go(forked)
         signal.set_wakeup_fd(-1)
-        for number, handler in handlers.items():
-            if handler is not None:  # None: it was not set by Python
-                signal.signal(number, handler)
+        _restore(handlers)
         writer.send(b"\0")
         thread.join()
         reader.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 import typing
 from contextlib import suppress
 from functools import cached_property
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 import msgspec
 
 from buquet import keys
-from buquet.declared import Declared, pydantic_model
+from buquet.declared import Declared, encode_other
 from buquet.errors import InvalidArgument, InvalidPayload, InvalidResult, UnreadableRecord, UsageError
 from buquet.records import FORMAT, Record
 
@@ -43,7 +42,10 @@ class Oversized(bytes):
 
 _encoder = msgspec.json.Encoder()
 _decoders: dict[type[Record], msgspec.json.Decoder[Any]] = {}
-_SUSPECT = re.compile(rb"null|[0-9]{19}")
+_ZEROS = bytes.maketrans(b"123456789", b"000000000")
+_LONG = 19
+"""Digits of the shortest integer that may have more than 64 bits."""
+_NO_NUMBERS = (str, bool, type(None))
 
 
 class _Format(msgspec.Struct):
@@ -92,19 +94,7 @@ def _refuse_newer(body: bytes, key: str) -> None:
         raise UnreadableRecord(msg)
 
 
-def _encode_other(value: Any) -> Any:
-    if pydantic_model(type(value)):  # pyright: ignore[reportUnknownArgumentType]
-        # by the fields' own names, and without computed fields: what the model itself takes
-        return value.model_dump(mode="json", round_trip=True, by_alias=False, warnings=False)
-    if inspect.iscoroutine(value):
-        value.close()
-        msg = "a coroutine is no JSON value, and nobody awaited it. Is an async function hidden by a decorator that is none?"
-        raise TypeError(msg)
-    msg = f"{type(value).__module__}.{type(value).__qualname__} is no JSON value"
-    raise TypeError(msg)
-
-
-_values = msgspec.json.Encoder(enc_hook=_encode_other)
+_values = msgspec.json.Encoder(enc_hook=encode_other)
 
 
 def check_size(body: bytes, what: str, error: type[InvalidArgument | InvalidResult] = InvalidArgument) -> None:
@@ -121,8 +111,10 @@ def encode_value(value: Any, what: str, error: type[InvalidArgument | InvalidRes
         body = _values.encode(value)
         check_size(body, what, error)  # before it is looked through, which takes seconds for what is far too large
         # msgspec writes NaN as null and integers of any length; readers would get something else back
-        if _SUSPECT.search(body):
-            _check_numbers(msgspec.to_builtins(value, enc_hook=_encode_other), "$")
+        if b"null" in body or (len(body) >= _LONG and b"0" * _LONG in body.translate(_ZEROS)):
+            odd = _odd_number(msgspec.to_builtins(value, enc_hook=encode_other))
+            if odd:
+                raise ValueError("$" + odd)  # noqa: TRY301 - as those of the encoder
     except (TypeError, ValueError, OverflowError, RecursionError) as problem:
         msg = (
             f"{what} cannot be stored as JSON: {problem}. Pass builtins, dataclasses, TypedDicts, datetime, UUID, enums, "
@@ -132,21 +124,21 @@ def encode_value(value: Any, what: str, error: type[InvalidArgument | InvalidRes
     return body
 
 
-def _check_numbers(value: Any, path: str) -> None:
+def _odd_number(value: Any) -> str:
+    """Return where a number is that JSON does not carry, and what is wrong with it; empty when there is none."""
     if isinstance(value, float):
-        if not math.isfinite(value):
-            msg = f"{path} is {value}"
-            raise ValueError(msg)
-    elif isinstance(value, int):
-        if not -(2**63) <= value < 2**64:
-            msg = f"{path} is an integer of more than 64 bits (a string carries it)"
-            raise ValueError(msg)
-    elif isinstance(value, dict):
+        return "" if math.isfinite(value) else f" is {value}"
+    if isinstance(value, int):
+        return "" if -(2**63) <= value < 2**64 else " is an integer of more than 64 bits (a string carries it)"
+    if isinstance(value, dict):
         for name, item in cast("dict[Any, Any]", value).items():
-            _check_numbers(item, f"{path}.{name}")
+            if type(item) not in _NO_NUMBERS and (odd := _odd_number(item)):
+                return f".{name}{odd}"
     elif isinstance(value, list | tuple):
         for index, item in enumerate(cast("list[Any]", value)):
-            _check_numbers(item, f"{path}[{index}]")
+            if type(item) not in _NO_NUMBERS and (odd := _odd_number(item)):
+                return f"[{index}]{odd}"
+    return ""
 
 
 class Signature:
@@ -198,7 +190,7 @@ class Signature:
             if lenient:
                 return body
             raise
-        if not all(type(value) in types.parameters[name].safe for name, value in arguments.items()):
+        if not all(types.parameters[name].fits(value) for name, value in arguments.items()):
             back = types.read(body, InvalidArgument)
             for name, value in arguments.items():
                 self._refuse_loss(name, types.parameters[name].lost(value, back[name]))
@@ -212,7 +204,7 @@ class Signature:
     def check_argument(self, name: str, value: object) -> None:
         """Raise InvalidArgument for a value that would not arrive at this parameter as it is."""
         declared = self._types.parameters[name]
-        if type(value) not in declared.safe:
+        if not declared.fits(value):
             what = f"argument {name!r} of {self.function.__qualname__}"
             back = read_as(declared, encode_value(value, what), f"{what} does not fit its declared type", InvalidArgument)
             self._refuse_loss(name, declared.lost(value, back))
@@ -240,9 +232,9 @@ class Signature:
 
     def check_items(self, values: list[Any], bodies: list[bytes]) -> tuple[int, str] | None:
         """Return the place of the first item of a batch that would not arrive as it is, and why; None when all do."""
-        item = self._types.item
+        item, items = self._types.item, self._types.items
         with suppress(Exception):  # told below, by the item
-            if self._types.items.read(b"[" + b",".join(bodies) + b"]") == values:
+            if items.fits(values) or not items.lost(values, items.read(b"[" + b",".join(bodies) + b"]")):
                 return None
         for place, (value, body) in enumerate(zip(values, bodies, strict=True)):
             try:
@@ -263,7 +255,7 @@ class Signature:
         """Return a result's JSON. Raises InvalidResult when JSON does not carry it, or it would not arrive as it is."""
         body = encode_value(value, f"the result of {self.function.__qualname__}", InvalidResult)
         result = self._types.result
-        if type(value) not in result.safe:
+        if not result.fits(value):
             what = f"the result of {self.function.__qualname__} is not of its declared type"
             if lost := result.lost(value, read_as(result, body, what, InvalidResult)):
                 msg = f"{what}: {lost}"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import sys
 import types
 import typing
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -15,13 +19,16 @@ from buquet.errors import UsageError
 from buquet.printing import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator
 
 _PLAIN = (str, int, float, bool, bytes, types.NoneType)
+_EXACT = (str, int, bool, types.NoneType, list, Any)
+"""Types that `msgspec.convert` takes just as JSON has them. For a float it takes a Decimal too."""
 _JSON = (str, int, float, bool, types.NoneType, list, tuple, dict)
 """What stands for a value of any type where the caller has only JSON, such as the command line."""
 _UNIONS = (typing.Union, types.UnionType)
-_OPEN = (Any, object, list, dict, tuple, set, frozenset, typing.NoReturn, typing.Never)
+_NEVER = (typing.NoReturn, typing.Never)
+_OPEN = (Any, object, list, dict, tuple, set, frozenset, *_NEVER)
 
 
 class _All:
@@ -33,14 +40,9 @@ class Declared:
     """A declared type as a codec. Raises UsageError for one that neither msgspec nor pydantic can read."""
 
     def __init__(self, kind: Any, what: str) -> None:
-        self.kind: Any = Any if kind in {typing.NoReturn, typing.Never} else kind
+        self.kind: Any = Any if kind in _NEVER else kind
         self.native = True
         """Whether msgspec reads it; else pydantic does."""
-        self._loose: bool | None = None
-        members = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (types.NoneType if kind is None else kind,)
-        everything = self.kind in {Any, object}
-        self.safe: frozenset[Any] | _All = _All() if everything else frozenset(each for each in members if each in _PLAIN)
-        """The types of which every value arrives as it was given."""
         try:
             decoder = msgspec.json.Decoder(self.kind, dec_hook=decode_model)
         except TypeError as error:
@@ -48,14 +50,33 @@ class Declared:
             self.read = _pydantic_reader(kind, what, error)
         else:
             self.read: Callable[[bytes | msgspec.Raw], Any] = decoder.decode
+        self.safe: frozenset[Any] | _All = frozenset()
+        """The types of which every value arrives as it was given."""
+        if self.kind in (Any, object):
+            self.safe = _All()
+        elif self.native:  # pydantic takes bytes for text
+            members = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (types.NoneType if kind is None else kind,)
+            self.safe = frozenset(each for each in members if each in _PLAIN)
+        self._exact: Any = _exact(self.kind) if self.native else None
+        self._equal: bool | None = None
+        """Whether values that are equal are the same in all of their fields."""
+
+    def fits(self, value: object) -> bool:
+        """Tell quickly whether a value surely arrives as it is. False says nothing."""
+        if type(value) in self.safe:
+            return True
+        if self._exact is None:
+            return False
+        try:
+            return bool(msgspec.convert(value, self._exact) == value)
+        except (msgspec.ValidationError, RecursionError):
+            return False
 
     def lost(self, given: object, back: object) -> str:
         """Return which part of a value would not arrive as it was given, and how; empty when all does."""
-        if type(given) in self.safe or _same(given, back):
-            return ""
-        if self._loose is None:
-            self._loose = _is_open(self.kind, set())
-        return _lost(given, back, "$", loose=self._loose)
+        if self._equal is None:
+            self._equal = all(_compares_fields(each) for each in _classes(self.kind, set()))
+        return _lost(given, back, "$", _members(self.kind), equal=self._equal)
 
 
 def pydantic_model(kind: Any) -> Any:
@@ -64,7 +85,20 @@ def pydantic_model(kind: Any) -> Any:
     return kind if pydantic and isinstance(kind, type) and issubclass(kind, pydantic.BaseModel) else None
 
 
-def decode_model(kind: type, value: Any) -> Any:
+def encode_other(value: Any) -> Any:
+    """Return a pydantic model as builtins; msgspec's `enc_hook`. Raises TypeError for what JSON does not carry."""
+    if pydantic_model(type(value)):  # pyright: ignore[reportUnknownArgumentType]
+        # by the fields' own names, and without computed fields: what the model itself takes
+        return value.model_dump(mode="json", round_trip=True, by_alias=False, warnings=False)
+    if inspect.iscoroutine(value):
+        value.close()
+        msg = "a coroutine is no JSON value, and nobody awaited it. Is an async function hidden by a decorator that is none?"
+        raise TypeError(msg)
+    msg = f"{type(value).__module__}.{type(value).__qualname__} is no JSON value"
+    raise TypeError(msg)
+
+
+def decode_model(kind: Any, value: Any) -> Any:
     """Read builtins as a pydantic model; msgspec's `dec_hook`."""
     model = pydantic_model(kind)
     if model:
@@ -73,7 +107,7 @@ def decode_model(kind: type, value: Any) -> Any:
             return model.model_validate_json(msgspec.json.encode(value), by_alias=True, by_name=True)
         except ValueError as error:
             raise msgspec.ValidationError(str(error)) from None
-    if isinstance(value, kind):
+    if isinstance(value, typing.get_origin(kind) or kind):
         return value
     msg = f"{kind!r} is neither a type that JSON carries nor a pydantic model"
     raise msgspec.ValidationError(msg)
@@ -96,29 +130,97 @@ def _pydantic_reader(kind: Any, what: str, problem: TypeError) -> Callable[[byte
     return lambda body: adapter.validate_json(bytes(body), by_alias=True, by_name=True)
 
 
-def _is_open(kind: Any, seen: set[int]) -> bool:
-    """Tell whether a type leaves a part of itself open, as Any does: there values arrive as plain JSON."""
-    if kind in _OPEN:
-        return True
-    if id(kind) in seen:
-        return False
-    seen.add(id(kind))
-    parts: list[Any] = [each for each in typing.get_args(kind) if each is not ...]
-    model = pydantic_model(kind)
-    if model:
-        parts += [each.annotation for each in model.model_fields.values()]
-    elif isinstance(kind, type) and hasattr(kind, "__annotations__"):
-        try:
-            parts += typing.get_type_hints(kind, include_extras=True).values()
-        except (NameError, TypeError):
-            return True
-    elif isinstance(kind, typing.TypeVar | typing.NewType):
-        parts.append(getattr(kind, "__supertype__", Any))
-    return any(_is_open(each, seen) for each in parts)
+def _exact(kind: Any) -> Any:
+    """Return a type for `msgspec.convert`, if a value that it takes and leaves equal arrives so as JSON, too; else None."""
+    origin = typing.get_origin(kind)
+    if kind is dict:
+        return dict[str, Any]
+    if origin in (list, tuple, dict, *_UNIONS):
+        args = tuple(each if each is ... else _exact(each) for each in typing.get_args(kind))
+        if None in args or (origin is dict and args[0] is not str):
+            return None
+        return cast("Any", typing.Union if origin in _UNIONS else origin)[args]
+    kind = types.NoneType if kind is None else kind
+    return kind if kind in _EXACT else None
 
 
-def _same(given: object, back: object) -> bool:
+def _members(kind: Any) -> tuple[Any, ...]:
+    """Return the types of which a value of a declared type has one."""
+    for alias in ("__supertype__", "__value__"):  # of a NewType, of a `type` statement
+        if not isinstance(kind, type) and hasattr(kind, alias):
+            return _members(getattr(kind, alias))
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in _UNIONS:
+        return tuple(member for each in args for member in _members(each))
+    if origin in (typing.Annotated, typing.Required, typing.NotRequired):
+        return _members(args[0])
+    return (types.NoneType if kind is None else kind,)
+
+
+def _inside(kinds: tuple[Any, ...], place: Any) -> tuple[Any, ...]:
+    """Return the types of what lies at a place in a list, or under a name in a dict, of one of these types."""
+    found: list[Any] = []
+    for kind in kinds:
+        known: Any = typing.get_origin(kind) or kind
+        args = typing.get_args(kind)
+        if typing.is_typeddict(known):
+            args = (_hints(known).get(place, Any),)
+        elif _is(getattr(known, "_fields", None), tuple):  # a NamedTuple
+            args = (_hints(known).get(known._fields[place], Any),)
+        elif known is tuple and ... not in args:
+            args = args[place : place + 1]
+        elif _is(known, type) and issubclass(known, Mapping):
+            args = args[1:]
+        found += args[:1] or (Any,)
+    return tuple(member for each in found for member in _members(each))
+
+
+@lru_cache(1_000)
+def _hints(kind: Any) -> dict[str, Any]:
+    """Return the declared types of a class's fields. One that cannot be found is left out, as if it were open."""
     try:
+        return typing.get_type_hints(kind, include_extras=True)
+    except (NameError, TypeError):
+        return {}
+
+
+def _field_types(kind: Any) -> Callable[[str], tuple[Any, ...]]:
+    """Return what tells the declared types of a field by the name that JSON has for it."""
+    hints = _hints(kind)
+    if issubclass(kind, msgspec.Struct):
+        hints = {
+            name: hints.get(own, Any) for name, own in zip(kind.__struct_encode_fields__, kind.__struct_fields__, strict=True)
+        }
+    elif pydantic_model(kind):  # a generic one knows more there
+        hints = hints | {name: each.annotation for name, each in kind.model_fields.items()}
+    return lambda name: _members(hints.get(name, Any))
+
+
+def _classes(kind: Any, seen: set[Any]) -> Iterator[type]:
+    """Yield the classes that a declared type is made of."""
+    for member in _members(kind):
+        for each in typing.get_args(member):
+            yield from _classes(each, seen)
+        known = typing.get_origin(member) or member
+        if isinstance(known, type) and known not in seen:
+            seen.add(known)
+            yield known
+            for each in _hints(known).values():
+                yield from _classes(each, seen)
+
+
+def _compares_fields(kind: Any) -> bool:
+    """Tell whether `==` of a class compares each field: not with an `__eq__` of the user's, or a field of compare=False."""
+    made = getattr(getattr(kind.__eq__, "__code__", None), "co_filename", "<string>") == "<string>"
+    fields = getattr(kind, "__dataclass_fields__", {}).values()
+    return (made or kind.__eq__.__module__.startswith("pydantic.")) and all(each.compare for each in fields)
+
+
+def _same(given: Any, back: Any) -> bool:
+    try:
+        if _is(given, datetime) and _is(back, datetime) and given.tzinfo and back.tzinfo:
+            # in a zone's hour that comes twice, Python takes no times of two zones for equal
+            return given.astimezone(UTC) == back.astimezone(UTC)
         return bool(given == back)
     except Exception:  # noqa: BLE001 - an __eq__ of the user's that cannot compare
         return False
@@ -128,50 +230,81 @@ def _is(value: Any, kinds: Any) -> bool:
     return isinstance(value, kinds)
 
 
-def _lost(given: Any, back: Any, path: str, *, loose: bool) -> str:
-    if _same(given, back):
+def _lost(given: Any, back: Any, path: str, kinds: tuple[Any, ...], *, equal: bool) -> str:
+    if equal and _same(given, back):
         return ""
     if _is(given, list | tuple) and _is(back, list | tuple):  # JSON has one kind of list
-        if len(given) != len(back):
-            return f"`{path}` would arrive with {counted(len(back), 'item')}, not {len(given):,}"
-        pairs = enumerate(zip(given, back, strict=True))
-        return next(filter(None, (_lost(*pair, f"{path}[{index}]", loose=loose) for index, pair in pairs)), "")
+        return _lost_of_list(given, back, path, kinds, equal=equal)
     if _is(given, dict):
-        return _lost_of_dict(given, back, path, loose=loose)
+        return _lost_of_dict(given, back, path, kinds, equal=equal)
+    fields = _fields(back) if type(given) is type(back) else None
+    if fields is not None:
+        return _lost_in(_fields(given) or {}, fields, path, _field_types(type(back)), equal=equal)
+    return "" if _same(given, back) else _lost_one(given, back, path, kinds)
+
+
+def _lost_of_list(given: Any, back: Any, path: str, kinds: tuple[Any, ...], *, equal: bool) -> str:
+    if len(given) != len(back):
+        return f"`{path}` would arrive with {counted(len(back), 'item')}, not {len(given):,}"
+    if equal and _same([*given], [*back]):
+        return ""
+    pairs = enumerate(zip(given, back, strict=True))
+    return next(filter(None, (_lost(*pair, f"{path}[{at}]", _inside(kinds, at), equal=equal) for at, pair in pairs)), "")
+
+
+def _lost_one(given: Any, back: Any, path: str, kinds: tuple[Any, ...]) -> str:
     if type(given) is type(back):
-        fields = _fields(back)
-        if fields is not None:
-            return _lost_in(_fields(given) or {}, fields, path, loose=loose)
         # of what compares by identity, such as a lock in a private attribute, only the type says anything
         return "" if type(given).__eq__ is object.__eq__ else f"`{path}` ({_name(given)}) would arrive changed"
-    stands_for = _is(given, _JSON) and not _is(given, tuple) and not _is(back, _JSON)
-    if stands_for or (loose and _is(back, _JSON) and not _is(given, _JSON)):
+    stands_for = _is(given, _JSON) and not _is(given, tuple) and not _is(back, _JSON) and type(given) not in kinds
+    if stands_for or (_are_open(kinds) and _is_json_of(given, back)):
         return ""
     return f"`{path}` is of type {_name(given)} and would arrive as {_name(back)}"
+
+
+def _are_open(kinds: tuple[Any, ...]) -> bool:
+    return any(each in _OPEN or _is(each, typing.TypeVar) for each in kinds)
+
+
+def _as_json(value: object) -> Any:
+    return msgspec.json.decode(msgspec.json.encode(value, enc_hook=encode_other))
+
+
+def _is_json_of(given: object, back: object) -> bool:
+    try:
+        return _same(_as_json(given), back)
+    except (TypeError, ValueError):
+        return False
 
 
 def _name(value: object) -> str:
     return type(value).__name__
 
 
-def _lost_of_dict(given: dict[Any, Any], back: Any, path: str, *, loose: bool) -> str:
+def _lost_of_dict(given: dict[Any, Any], back: Any, path: str, kinds: tuple[Any, ...], *, equal: bool) -> str:
     if _is(back, dict):
-        if loose and given.keys() != back.keys():
-            given = {str(name): each for name, each in given.items()}
-        return _lost_in(given, back, path, loose=loose)
+        if given.keys() != back.keys() and _are_open(kinds):
+            named = {next(iter(_as_json({name: 0}))): each for name, each in given.items()}
+            if len(named) < len(given):
+                return f"`{path}` has keys that are the same as JSON, of which only the last would arrive"
+            given = named
+        return _lost_in(given, back, path, lambda name: _inside(kinds, name), equal=equal)
     fields = None if pydantic_model(type(back)) else _fields(back)
     if fields is None:  # a model says itself what it takes, and under which names
         return ""
     tag = getattr(getattr(back, "__struct_config__", None), "tag_field", None)
     given = {name: each for name, each in given.items() if name != tag}
-    return _lost_in(given, {name: fields[name] for name in fields if name in given}, path, loose=loose)
+    fields = {name: fields[name] for name in fields if name in given}
+    return _lost_in(given, fields, path, _field_types(type(back)), equal=equal)
 
 
-def _lost_in(given: Mapping[Any, Any], back: Mapping[Any, Any], path: str, *, loose: bool) -> str:
+def _lost_in(
+    given: Mapping[Any, Any], back: Mapping[Any, Any], path: str, kinds: Callable[[Any], tuple[Any, ...]], *, equal: bool
+) -> str:
     for name in (*given, *back):
         if name not in given or name not in back:
             return f"`{path}.{name}` would not arrive" if name in given else f"`{path}.{name}` would arrive besides"
-        lost = _lost(given[name], back[name], f"{path}.{name}", loose=loose)
+        lost = _lost(given[name], back[name], f"{path}.{name}", kinds(name), equal=equal)
         if lost:
             return lost
     return ""

@@ -5,10 +5,12 @@ import dataclasses
 import enum
 import threading
 import uuid
-from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, time
 from decimal import Decimal
-from typing import Annotated, Any, Generic, Literal, NotRequired, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, NotRequired, TypeVar
+from zoneinfo import ZoneInfo
 
 import msgspec
 import pytest
@@ -29,7 +31,7 @@ from pydantic import (
     field_validator,
 )
 from pydantic.alias_generators import to_camel
-from typing_extensions import TypedDict
+from typing_extensions import TypeAliasType, TypedDict
 
 from buquet import App, InvalidArgument, InvalidResult, Signal, SubmitInterrupted, UsageError, each
 from buquet.codec import Signature
@@ -116,6 +118,16 @@ class Outer(BaseModel):
     many: dict[str, Aliased] = {}
 
 
+class Entity(BaseModel):
+    id: int
+    token: str = Field("", exclude=True)
+
+    def __eq__(self, other):
+        return isinstance(other, Entity) and self.id == other.id
+
+    __hash__ = None
+
+
 class Locked(BaseModel):
     n: int
     _lock: Any = PrivateAttr(default_factory=threading.Lock)
@@ -146,6 +158,13 @@ def test_a_model_may_be_given_as_json_by_alias_or_by_name():
     for source in ({"orderId": 1, "remark": "x"}, {"order_id": 1, "note": "x"}):
         _, named = signature.decode(signature.encode({"value": source}))
         assert named["value"] == Aliased(orderId=1, remark="x")
+
+
+def test_fields_that_are_not_in_the_json_of_a_model_arrive_unset():
+    signature = signature_of(Outer)
+    given = Outer(inner=Camel(firstName="Ada")).model_dump(mode="json", exclude_unset=True)
+    _, named = signature.decode(signature.encode({"value": given}))
+    assert named["value"].model_dump(exclude_unset=True) == {"inner": {"first_name": "Ada"}}
 
 
 class Secret(BaseModel):
@@ -207,6 +226,29 @@ class Unequal:
     when: Any = None
 
 
+@dataclass
+class Job:
+    name: str
+    meta: dict[str, Any]
+    hidden: Any = None
+
+
+@dataclass
+class Asides:
+    n: int
+    aside: str = field(default="", compare=False)
+
+
+class Renamed(msgspec.Struct, rename="camel"):
+    to_whom: str
+    more_of_it: Any = None
+
+
+class Row(NamedTuple):
+    at: date
+    note: str
+
+
 class Options(TypedDict):
     width: int
     name: NotRequired[str]
@@ -255,6 +297,23 @@ LOSSY = [
     (Colour, "blue", "Invalid enum value"),
     (list[int], [1, "2"], r"\$(\.value)?\[1\]"),
     (Base, Base.model_construct(n="x"), "valid integer"),
+    (Entity, Entity(id=1, token="x"), r"`\$\.token` \(str\) would arrive changed"),
+    (list[Entity], [Entity(id=1, token="x")], r"`\$\[0\]\.token`"),
+    (Asides, Asides(1, aside=Colour.RED), r"`\$\.aside` is of type Colour and would arrive as str"),
+    (Job, Job(uuid.UUID(int=1), {}), r"`\$\.name` is of type UUID and would arrive as str"),
+    (list[Job | None], [Job(date(2026, 1, 2), {"at": date(2026, 1, 2)})], r"`\$\[0\]\.name` is of type date"),
+    (Renamed, Renamed(uuid.UUID(int=1)), r"`\$\.toWhom` is of type UUID and would arrive as str"),
+    (tuple[str, Any], (uuid.UUID(int=1), 1), r"`\$\[0\]` is of type UUID and would arrive as str"),
+    (Job, Job("a", {"b": [{1: 2, "1": 3}]}), r"`\$\.meta\.b\[0\]` has keys that are the same as JSON"),
+    (list[Row], [Row(date(2026, 1, 2), uuid.UUID(int=1))], r"`\$\[0\]\[1\]` is of type UUID"),
+    (dict, {1: "a", "1": "b"}, "keys that are the same as JSON, of which only the last would arrive"),
+    (dict[str, Any], {1: "a"}, r"`\$\.1` would not arrive"),
+    (bytes | str, b"ab", r"`\$` \(bytes\) would arrive changed"),
+    (bytes | str, "ab", "is of type str and would arrive as bytes"),
+    (Decimal | str, "1.5", "is of type str and would arrive as Decimal"),
+    (list[float], [Decimal("1.5")], "Expected `float`, got `str`"),
+    (list[int], [1, True], "Expected `int`, got `bool`"),
+    (list[dict[str, int | None]], [{"a": None}, {"b": "c"}], r"Expected `int \| null`, got `str`"),
     (Base, Base.model_construct(n="1"), r"`\$\.n` is of type str and would arrive as int"),
 ]
 
@@ -297,6 +356,15 @@ def test_a_secret_is_not_in_the_error():
         (list[Base], [{"n": 1}], [Base(n=1)]),
         (Excluded, Excluded(user="a"), Excluded(user="a")),
         (Note | Mail, {"type": "mail", "to": "a"}, Mail("a")),
+        (Job, Job("a", {"at": date(2026, 1, 2)}, (Colour.RED,)), Job("a", {"at": "2026-01-02"}, ["red"])),
+        (Job, Job("a", {}, {1: Animal("b")}), Job("a", {}, {"1": {"name": "b"}})),
+        (Renamed, Renamed("a", uuid.UUID(int=0)), Renamed("a", str(uuid.UUID(int=0)))),
+        (list[Row], [[date(2026, 1, 2), "a"]], [Row(date(2026, 1, 2), "a")]),
+        (tuple[str, Any], ["a", {1}], ("a", [1])),
+        (Iterable[int], [1], [1]),
+        (TypeAliasType("Loosely", dict[str, Any]), {"a": date(2026, 1, 2)}, {"a": "2026-01-02"}),
+        (list[list[int]], [(1, 2), [3]], [[1, 2], [3]]),
+        (Annotated[int, {"of": "no meaning here"}], 1, 1),
     ],
     ids=lambda each: str(each)[:30],
 )
@@ -304,6 +372,18 @@ def test_json_may_stand_for_a_value_and_an_open_type_takes_all(kind, value, back
     signature = signature_of(kind)
     _, named = signature.decode(signature.encode({"value": value}))
     assert named["value"] == back
+
+
+@pytest.mark.parametrize("kind", [datetime, list[datetime], datetime | None, dict[str, datetime]], ids=str)
+@pytest.mark.parametrize("fold", [0, 1])
+@pytest.mark.parametrize("day", [date(2026, 10, 25), date(2026, 3, 29)])
+def test_a_time_in_an_hour_that_comes_twice_or_never_arrives_as_the_same_instant(kind, fold, day):
+    at = datetime.combine(day, time(2, 30, fold=fold), ZoneInfo("Europe/Zurich"))
+    value = {list[datetime]: [at], dict[str, datetime]: {"a": at}}.get(kind, at)
+    signature = signature_of(kind)
+    back = signature.decode(signature.encode({"value": value}))[1]["value"]
+    arrived = back[0] if isinstance(back, list) else back["a"] if isinstance(back, dict) else back
+    assert arrived.astimezone(UTC) == at.astimezone(UTC)
 
 
 def test_what_compares_by_identity_is_compared_by_its_fields():

@@ -6,6 +6,7 @@ does by default, is noticed by its process id, at the next `check`.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from contextlib import ExitStack
@@ -36,6 +37,8 @@ class Holder(Watched, Protocol):
         ...
 
 
+log = logging.getLogger("buquet.task")
+
 LEFT_BEHIND: list[Any] = []
 """What belongs to the parent. Nothing of it may be closed in the child, so it is never collected either."""
 
@@ -62,6 +65,13 @@ def let_go(thing: Holder) -> None:
     """Leave a thing alone at later forks."""
     _holders.discard(thing)
     _watched.discard(thing)
+
+
+def end_stray(status: int = 1) -> None:
+    """End a forked child that has come back from the handler which forked it: it would go on as a second copy of the worker."""
+    text = "a process that a handler forked came back from the handler, and ends here: end it with os._exit() in the handler"
+    log.error(text)
+    os._exit(status)
 
 
 def check() -> None:

@@ -1,5 +1,6 @@
 """One App in many processes: servers and pools that fork after the App was made, or after it was used."""
 
+import asyncio
 import contextlib
 import json
 import multiprocessing
@@ -311,3 +312,31 @@ def test_a_file_that_is_gone_at_a_fork_does_not_hold_up_others(folder):
     )
     done = subprocess.run([sys.executable, "gone.py"], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["pending"] * 5
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_that_comes_back_from_its_handler_is_ended(tmp_path):
+    with App(f"sqlite:{tmp_path}/app.db") as app:
+
+        @app.task(max_attempts=1)
+        def returns() -> int:
+            child = os.fork()
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else -1
+
+        @app.task(max_attempts=1)
+        def leaves() -> int:
+            child = os.fork()
+            if not child:
+                sys.exit(3)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+        @app.task(max_attempts=1)
+        async def awaits() -> int:
+            child = os.fork()
+            if not child:
+                return -1
+            return os.waitstatus_to_exitcode((await asyncio.to_thread(os.waitpid, child, 0))[1])
+
+        handles = [task.submit() for task in (returns, leaves, awaits)]
+        app.worker(drain=True).run()
+        assert [handle.result(timeout=60) for handle in handles] == [1, 3, 1]

@@ -61,6 +61,8 @@ class Background:
         forking.LEFT_BEHIND.append((self._loop, self._thread))
         self._loop = self._thread = None
         self._lock = threading.Lock()
+        for loop in self._workers:  # run in the child only if an async handler on it has forked
+            loop.call_soon(forking.end_stray)
         self._workers.clear()
 
     @property

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import sys
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+
+from buquet import forking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -58,10 +61,13 @@ class Threads:
         """Make a call and hand its outcome to its loop; return what it raised."""
         function, loop, future = job
         result, error = None, None
+        pid = os.getpid()
         try:
             result = function()
         except BaseException as raised:  # noqa: BLE001 - whatever a handler raises is its attempt's outcome
             error = raised
+        if os.getpid() != pid:
+            forking.end_stray(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
         with suppress(RuntimeError):  # the loop is closed: the worker gave up on this call and ended
             loop.call_soon_threadsafe(self._settle, future, result, error)
         return error

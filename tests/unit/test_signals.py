@@ -205,6 +205,27 @@ def test_a_retry_asks_anew_for_a_signal_whose_value_made_the_run_fail(flow, monk
     assert run.result(timeout=5) == "shipped: True"
 
 
+def test_a_retry_keeps_the_signals_of_the_arguments_that_fit():
+    @app.task(max_attempts=1)
+    def add(one: int, other: int) -> int:
+        return one + other
+
+    @app.workflow
+    def sum_of() -> int:
+        return add(Signal[Any]("one").wait(), Signal[Any]("other").wait())
+
+    run = sum_of.start()
+    send(run, "one", b"1")
+    send(run, "other", b'"x"')
+    run_until_idle(app)
+    assert run.status() == "failed"
+    run.retry()
+    assert [(step.name, step.status) for step in run.steps()][:2] == [("one", "completed"), ("other", "running")]
+    send(run, "other", b"2")
+    run_until_idle(app)
+    assert run.result(timeout=5) == 3
+
+
 def test_a_retry_after_another_failure_keeps_the_signal():
     broken = [True]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
 from buquet.workflow import ranges
-from buquet.workflow.expression import steps_of
+from buquet.workflow.expression import Fields, steps_of
 from buquet.workflow.records import Fan
 
 if TYPE_CHECKING:
@@ -53,7 +54,12 @@ def _misfits(run: RunRecord, plan: Plan) -> set[str]:
     exprs: list[Expr] = []
     for name, record in run.steps.items():
         if record.state == "failed" and record.error is not None and record.error.type in MISFITS:
-            exprs += [*(guard for guard, _ in plan.graph.steps[name].guards), *plan.inputs[name]]
+            args = plan.graph.steps[name].args
+            place = re.search(r"at `\$\.(\w+)", record.error.message)
+            if isinstance(args, Fields) and place and place[1] in args.fields:
+                exprs.append(args.fields[place[1]])  # the other arguments fit
+            else:
+                exprs += [*(guard for guard, _ in plan.graph.steps[name].guards), *plan.inputs[name]]
     if run.error is not None and run.error.type == "InvalidResult":
         exprs.append(plan.graph.output)
     return {name for expr in exprs for name in steps_of(expr) if run.step(name).signal}

@@ -1,5 +1,6 @@
 """The doorbell: whoever heard it up to some ring gets every entry added since, or is told that some are missing."""
 
+import asyncio
 import inspect
 
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from buquet import keys
 from buquet.clock import Clock
 from buquet.codec import decode_record
 from buquet.queue.background import Background
-from buquet.queue.bell import EVERY, HINTS, Ringer, news, ring
+from buquet.queue.bell import EVERY, HINTS, REMEMBERED, Ringer, news, ring
 from buquet.records import Bell
 from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore
@@ -244,6 +245,46 @@ async def test_a_ring_that_is_refused_for_good_is_not_sent_again(rig):
     ringer.added("q", "a")
     await rig.clock.sleep(60)
     assert rig.store.count("create", "bell") == 1
+
+
+@virtual
+async def test_where_no_ring_is_allowed_the_log_says_so_ever_more_seldom(rig, caplog):
+    ringer = rig.ringer()
+    rig.store.inject("full", key="bell/", times=None)
+    for _ in range(100):
+        ringer.added("q", "a")
+        await rig.clock.sleep(1)
+    assert len(caplog.records) == 8
+
+
+@virtual
+async def test_a_defect_in_a_ring_hinders_neither_the_next_ring_nor_the_close(rig, caplog):
+    ringer = rig.ringer()
+    create, broken = rig.memory.create, []
+
+    async def breaks_once(key, body):
+        if not broken:
+            broken.append(key)
+            raise RuntimeError("a bug")
+        return await create(key, body)
+
+    rig.memory.create = breaks_once
+    ringer.added("q", "a")
+    await rig.clock.sleep(1)
+    assert "a defect of buquet: the bell of queue q was not rung" in caplog.text
+    ringer.added("q", "b")
+    async with asyncio.timeout(10):
+        await ringer.close()
+    assert news(await rig.bell(), -1) == ["b"]
+
+
+@virtual
+async def test_a_process_that_rings_for_ever_new_queues_remembers_the_last_ones_only(rig):
+    ringer = rig.ringer()
+    for number in range(REMEMBERED + 100):
+        ringer.added(f"q{number}", "a")
+    await ringer.close()
+    assert len(ringer._known) == len(ringer._paid) == REMEMBERED
 
 
 @virtual

@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+from msgspec.structs import replace
 
 from buquet import App, RunFailed, keys
 from buquet.queue.background import Background
@@ -14,7 +15,9 @@ from buquet.testing.virtual import run_virtual
 from buquet.worker import reported
 from buquet.worker.processes import Processes
 from buquet.worker.reported import Reported
+from buquet.workflow import committer as committing
 from buquet.workflow.event import Event
+from buquet.workflow.records import RunRecord
 
 
 def test_a_problem_is_logged_once_a_subject_and_only_so_many_subjects_are_remembered(caplog, monkeypatch):
@@ -68,6 +71,37 @@ def test_the_graph_of_a_run_that_is_over_is_not_kept():
             late = Event(id=clock.new_id(), kind="step", step="fails", gen=1, outcome="done")  # it changes nothing any more
             assert (await committer.commit(run.id, late)).run.state == "failed"
         assert (committer._plans, committer._held) == ({}, {})
+        worker.stop()
+        await working
+
+    run_virtual(main)
+
+
+def test_the_graph_of_a_run_that_ends_while_it_is_read_is_not_kept_for_ever(monkeypatch):
+    monkeypatch.setattr(committing, "KEPT_RUNS", 5)
+
+    async def main(clock):
+        app = App(store=MemoryStore(clock), clock=clock)
+        app.background = Background(clock.loop)
+
+        @app.task
+        async def ends() -> int:
+            return 1
+
+        @app.workflow
+        async def flow() -> int:
+            return await ends()
+
+        worker = app.worker(heartbeat_thread=False)
+        working = asyncio.ensure_future(worker.arun())
+        committer = worker.children.parent.committer
+        for _ in range(10):
+            run = await flow.astart()
+            while (held := await app.client.register.read(RunRecord, keys.run(run.id))) is None:
+                await clock.sleep(0.001)
+            await run.aresult(timeout=10)
+            await committer.plan(replace(held.record, state="running"))
+        assert len(committer._plans) == 5
         worker.stop()
         await working
 

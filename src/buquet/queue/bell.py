@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from buquet import keys
 from buquet.codec import encode_record
@@ -18,9 +18,13 @@ if TYPE_CHECKING:
     from buquet.queue.background import Background
     from buquet.store.base import Store
 
+T = TypeVar("T")
+
 log = logging.getLogger("buquet.bell")
 
 HINTS = 64
+REMEMBERED = 1_000
+"""Queues whose bell is remembered: there may be a queue for each customer."""
 EVERY = 0.1
 """Seconds between two rings of one process for one queue."""
 
@@ -39,6 +43,8 @@ class Ringer:
         self._known: dict[str, Held[Bell] | None] = {}
         self._paid: dict[str, float] = {}
         """Until when, by the monotonic clock, the rings of a queue use up their share of one each 0.1 s."""
+        self._failed = 0
+        """Rings, one after another, that failed; repeats are not counted."""
         self._closing = False
 
     def added(self, queue: str, entry: str) -> None:
@@ -71,6 +77,17 @@ class Ringer:
             await self.clock.sleep(0.005)
 
     async def _ring_soon(self, queue: str) -> None:
+        try:
+            await self._ring_all(queue)
+        except BaseException as error:
+            self._ringing.discard(queue)  # else nobody would ring for this queue again, and a close would wait for ever
+            if not isinstance(error, Exception):
+                raise
+            log.exception(
+                "a defect of buquet: the bell of queue %s was not rung, so workers may find tasks up to 30 s late", queue
+            )
+
+    async def _ring_all(self, queue: str) -> None:
         tries = 0
         while True:
             # one ring ahead of its share: where submits come just as often as rings may, a late one would make all after it late
@@ -92,19 +109,23 @@ class Ringer:
         if not entries:
             return True
         now = self.clock.monotonic()
-        self._paid[queue] = max(self._paid.get(queue, now), now) + EVERY
+        _remember(self._paid, queue, max(self._paid.get(queue, now), now) + EVERY)
         try:
             await self._ring(queue, entries)
         except StoreError as error:
             # the tasks are safe; without a ring they are found at the workers' next look back
             self._known.pop(queue, None)
             if first:
-                self._warn(queue, error)
+                if not self._failed & (self._failed - 1):
+                    self._warn(queue, error)
+                self._failed += 1
             with self._lock:
                 if isinstance(error, StoreUnavailable) and not self._closing:
                     # one more than a bell holds: it says LIST then
                     self._added[queue] = [*entries, *self._added.get(queue, ())][-HINTS - 1 :]
                     return False
+        else:
+            self._failed = 0
         return True
 
     def _warn(self, queue: str, error: Exception) -> None:
@@ -118,7 +139,8 @@ class Ringer:
             for _ in range(2):
                 bell = ring(held.record if held else None, entries)
                 write = await (self.register.update(held, bell) if held else self.register.create(key, bell))
-                held = self._known[queue] = write.held
+                held = write.held
+                _remember(self._known, queue, held)
                 if write.landed:
                     return
         except UnreadableRecord as error:
@@ -128,6 +150,13 @@ class Ringer:
         rev = (held.record.rev if held else 0) + 1000 + self.clock.random.randrange(1000)
         await self.store.put(key, encode_record(Bell(rev=rev, op=self.clock.new_op())))
         self._known.pop(queue, None)
+
+
+def _remember(there: dict[str, T], queue: str, value: T) -> None:
+    there.pop(queue, None)
+    there[queue] = value
+    if len(there) > REMEMBERED:
+        del there[next(iter(there))]
 
 
 def ring(bell: Bell | None, entries: list[str]) -> Bell:

@@ -91,14 +91,15 @@ class Committer:
         if held is None:
             return
         run_id = held.record.id
+        self._held.pop(run_id, None)
         if held.record.state in OVER:
             self._plans.pop(run_id, None)
-            self._held.pop(run_id, None)
             return
-        self._held[run_id] = held
-        while len(self._held) > KEPT_RUNS:
-            self._plans.pop(next(iter(self._held)), None)
-            del self._held[next(iter(self._held))]
+        self._held[run_id] = held  # as the last one: what is in use is kept
+        if len(self._held) > KEPT_RUNS:
+            oldest = next(iter(self._held))
+            del self._held[oldest]
+            self._plans.pop(oldest, None)
 
     async def plan(self, run: RunRecord) -> Plan:
         """Return a run's graph. Raises UnreadableRecord for one that this buquet cannot read."""
@@ -106,8 +107,10 @@ class Committer:
         if plan is None:
             body = await self.at_rest.get_of_run(run.id, "graph", run.graph, run.graph_at)
             plan = Plan(read_graph(run.id, body), self.max_items)
-            if run.state not in OVER:  # else nothing would ever drop it
+            if run.state not in OVER:
                 self._plans[run.id] = plan
+            if len(self._plans) > KEPT_RUNS:  # it may have ended meanwhile, and then nothing else would drop it
+                del self._plans[next(iter(self._plans))]
         return plan
 
     async def plan_for(self, run: RunRecord, events: list[Event]) -> Plan:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import socket
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -711,6 +712,46 @@ def test_events_are_for_what_there_is(app: App, topic: str) -> None:
     assert Browser(app).get(f"/events?topic={topic}").status_code == 404
 
 
+def test_pages_that_begin_to_follow_at_once_find_no_more_room_than_one_after_another(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from buquet.dashboard import events
+
+    monkeypatch.setattr(events, "MOST_EACH", 3)
+    task_id, _ = with_form(app)
+    served = dashboard(app)
+
+    async def follow(answers: list[int]) -> None:
+        leave = asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            await leave.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                answers.append(message["status"])
+                if len(answers) == 10:
+                    for each in left:
+                        each.set()
+
+        left.append(leave)
+        query = f"topic=task:{task_id}".encode()
+        headers = [(b"host", b"localhost")]
+        scope = {"type": "http", "method": "GET", "path": "/events", "query_string": query, "headers": headers}
+        await served({**scope, "client": ("192.0.2.1", 1), "server": ("localhost", 80), "scheme": "http"}, receive, send)
+
+    left: list[asyncio.Event] = []
+
+    async def main() -> list[int]:
+        answers: list[int] = []
+        await asyncio.gather(*(follow(answers) for _ in range(10)))
+        return answers
+
+    assert sorted(app.background.run(main, "follow")) == [200] * 3 + [503] * 7
+    assert not served.state.feed._topics
+
+
 def test_events_of_more_records_than_one_feed_follows_are_refused(app: App) -> None:
     task_id, _ = with_form(app)
     browser = Browser(app)
@@ -788,8 +829,10 @@ class TestConnections:
         import threading
 
         monkeypatch.setattr(serve, "HEADERS", 0.3)
+        monkeypatch.setattr(serve, "TAKES", 0.3)
         monkeypatch.setattr(serve, "CONNECTIONS", 3)
         sock, _ = serve.listen("127.0.0.1", 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         app = App("memory:")
         server = serve.make_server(app, password=None, read_only=False, host="127.0.0.1")
         server.takes_signals = False
@@ -813,6 +856,23 @@ class TestConnections:
             while chunk := half.recv(65536):
                 answer += chunk
             assert answer.count(b"HTTP/1.1 200") == 1
+
+    def test_those_that_do_not_take_their_answers_are_given_up(self, address: tuple[str, int]) -> None:
+        import contextlib
+
+        with contextlib.ExitStack() as stack:
+            for _ in range(3):
+                slow = stack.enter_context(socket.socket())
+                slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+                slow.connect(address)
+                slow.sendall(b"GET /static/style.css HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            for _ in range(100):
+                with socket.create_connection(address, timeout=10) as other, contextlib.suppress(ConnectionError):
+                    other.sendall(b"GET /static/live.js HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                    if other.recv(1):
+                        return
+                time.sleep(0.1)  # for what the kernel does
+            pytest.fail("they keep others out")
 
     def test_more_than_there_is_room_for_are_closed_and_those_within_are_served(self, address: tuple[str, int]) -> None:
         import contextlib

@@ -1,5 +1,6 @@
 """Metrics: what a worker counts, what is read from it at a scrape, and how the command serves them."""
 
+import asyncio
 import re
 import socket
 import subprocess
@@ -9,7 +10,7 @@ import time
 import urllib.request
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from buquet import App, Fail, UsageError
 from buquet.operate import metrics as metrics_module
@@ -278,6 +279,23 @@ def test_half_sent_requests_take_no_thread_each_and_keep_no_scrape_waiting(monke
     finally:
         stop()
     assert threading.active_count() == before
+
+
+def test_who_does_not_take_the_answer_holds_no_connection_open(monkeypatch):
+    monkeypatch.setattr(metrics_module, "SECONDS", 0.3)
+    registry = CollectorRegistry()
+    Gauge("large", "x" * 30_000, registry=registry)
+
+    async def main():
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        with theirs:
+            theirs.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            await metrics_module._Scrapes(registry).serve(*await asyncio.open_connection(sock=ours))
+            await asyncio.sleep(0)  # what was aborted is closed
+            assert ours.fileno() == -1
+
+    asyncio.run(main())
 
 
 def closed(connection):

@@ -25,14 +25,17 @@ if TYPE_CHECKING:
 
 HEADERS = 10.0
 """Seconds in which the whole of a request's header must have come."""
+TAKES = 30.0
+"""Seconds after which a browser that takes nothing of what is sent to it is given up on."""
 CONNECTIONS = 700
 """Connections at once; one more is closed."""
 
 
 class Connection(H11Protocol):
-    """A browser's connection, which must send the whole of a request's header in time."""
+    """A browser's connection, which must send the whole of a request's header in time, and take the answers."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _look: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request, unless too many are connected."""
@@ -41,6 +44,7 @@ class Connection(H11Protocol):
             transport.abort()
         else:
             self._await_header()
+            self._look_at_unsent(0)
 
     def data_received(self, data: bytes) -> None:
         """Take what came; what is the beginning of a header must go on in time."""
@@ -50,8 +54,17 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing more."""
         super().connection_lost(exc)
-        if self._deadline:
-            self._deadline.cancel()
+        for timer in (self._deadline, self._look):
+            if timer:
+                timer.cancel()
+
+    def _look_at_unsent(self, before: int) -> None:
+        """Give the browser up where no less waits to be sent than before; closed, a connection waits for that, too."""
+        unsent = self.transport.get_write_buffer_size()
+        if before and unsent >= before:
+            self.transport.abort()
+        else:
+            self._look = self.loop.call_later(TAKES, self._look_at_unsent, unsent)
 
     def _await_header(self) -> None:
         # between two requests uvicorn closes what stays idle; it has no limit for a header that began

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from buquet import keys
@@ -24,7 +25,7 @@ from buquet.queue.client import Client
 from buquet.records import QueueSettings, Schedule, Task
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable
+    from collections.abc import AsyncGenerator, Generator, Iterable
 
     from buquet.insights.fleet import WorkerView
     from buquet.insights.runview import RunView
@@ -128,12 +129,8 @@ class Feed:
 
     async def follow(self, topic: str) -> AsyncGenerator[int | None]:
         """Yield the topic's version whenever it was looked at, and None where nothing came for 15 s."""
-        self._topics[topic] += 1
-        self._home = asyncio.get_running_loop()
-        if self._loop is None or self._loop.done():
-            self._loop = asyncio.create_task(self._run())
-        seen = self.version(topic)
-        try:
+        with self.wanted(topic):
+            seen = self.version(topic)
             while not self._stopped:
                 try:
                     async with asyncio.timeout(ALIVE), self._news:
@@ -141,13 +138,24 @@ class Feed:
                 except TimeoutError:
                     yield None
                     continue
-                if self.version(topic) != seen:
-                    seen = self.version(topic)
-                    yield seen
+                if (version := self.version(topic)) != seen:
+                    yield (seen := version)
+
+    @contextmanager
+    def wanted(self, topic: str) -> Generator[None]:
+        """Keep a topic up to date meanwhile."""
+        self._topics[topic] += 1
+        self._home = asyncio.get_running_loop()
+        if self._loop is None or self._loop.done():
+            self._loop = asyncio.create_task(self._run())
+        try:
+            yield
         finally:
             self._topics[topic] -= 1
             self._topics += Counter()  # drops those that nobody follows
-            self._forget_unfollowed()
+            for name in [name for name in self._parts if ":" in name and name not in self._topics]:
+                del self._parts[name]
+                self.tasks.pop(name.partition(":")[2], None)
             if not self._topics and self._loop:
                 self._loop.cancel()
                 self._loop = None
@@ -160,8 +168,7 @@ class Feed:
         stale = [name for name in self._needed(topic) if self._age(name) > STALE]
         if not stale:
             return
-        catching = self._catching.get(topic)
-        if catching is None:
+        if (catching := self._catching.get(topic)) is None:
             catching = self._catching[topic] = asyncio.create_task(self._catch_up(stale))
             catching.add_done_callback(lambda _: self._catching.pop(topic, None))
         await asyncio.wait({catching}, timeout=ANSWER)
@@ -169,8 +176,7 @@ class Feed:
     def as_of(self, topic: str) -> int:
         """Return the time of which everything that is known of a topic is, milliseconds since 1970; 0: something is not known."""
         kind, _, name = topic.partition(":")
-        run = self._runs.get(name) if kind == "run" else None
-        if run is not None:
+        if kind == "run" and (run := self._runs.get(name)):
             return self.clock.now_ms() - int((self.clock.monotonic() - run.read) * 1000)
         if topic in TOPICS:
             return min(self._parts[each].read for each in TOPICS[topic])
@@ -272,14 +278,8 @@ class Feed:
         if topic not in self._parts and self._topics[topic]:
             look = self._look_at_run if kind == "run" else self._look_at_task
             self._parts[topic] = Part(lambda: look(name), 1.5, 2.5)
-        if topic not in self._parts:
-            return ()
-        return (topic, "workers", "journal") if kind == "run" else (topic, "journal")
-
-    def _forget_unfollowed(self) -> None:
-        for name in [name for name in self._parts if ":" in name and name not in self._topics]:
-            del self._parts[name]
-            self.tasks.pop(name.partition(":")[2], None)
+        besides = ("workers", "journal") if kind == "run" else ("journal",)
+        return (topic, *besides) if topic in self._parts else ()
 
     def _age(self, name: str) -> float:
         return self.clock.monotonic() - self._parts[name].looked

@@ -207,6 +207,7 @@ class _Scrapes:
         try:
             if self.open <= MOST:
                 async with asyncio.timeout(SECONDS):
+                    writer.transport.set_write_buffer_limits(0)  # so `drain` waits until all is taken
                     writer.write(self._answer(await reader.readuntil(b"\r\n\r\n")))
                     await writer.drain()
         except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError):

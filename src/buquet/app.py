@@ -585,7 +585,7 @@ def _name_of(function: Callable[..., Any]) -> str:
     """Return a function's name. Raises UsageError for what has none, such as a partial."""
     name = getattr(function, "__name__", None)
     if name is None:
-        msg = f"{function!r} has no name of its own: give it one, @app.task(name=...)"
+        msg = f"{function!r} is no function: wrap it in one of yours with declared parameters"
         raise UsageError(msg)
     return name
 

@@ -150,8 +150,9 @@ class Signature:
             msg = f"{function.__qualname__} is a generator: a task returns one value. Return a list instead of yielding"
             raise UsageError(msg)
         try:
+            function.__qualname__  # noqa: B018 - a partial, or another callable object, has neither name nor types
             self.signature = inspect.signature(function)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, AttributeError):
             msg = f"{function!r} does not say what it takes: wrap it in a function of yours with declared parameters"
             raise UsageError(msg) from None
         self.parameters = self.signature.parameters

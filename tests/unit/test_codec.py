@@ -6,6 +6,7 @@ import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from buquet import keys
+from buquet import App, keys
 from buquet.codec import Signature, decode_any, decode_record, encode_record, encode_value
 from buquet.errors import InvalidArgument, InvalidPayload, InvalidResult, UnreadableRecord, UsageError
 from buquet.records import ABSENT, Bell, ErrorInfo, Event, Note, Task
@@ -365,3 +366,11 @@ def test_a_record_that_is_too_large_is_not_parsed():
     with pytest.raises(UnreadableRecord, match="more than any record"):
         decode_record(Bell, body, "bell/q")
     assert decode_record(Note, b'{"look":[' + b" " * 1000 + b"]}", "k") == Note()
+
+
+@pytest.mark.parametrize("options", [{}, {"name": "named"}])
+@pytest.mark.parametrize("kind", ["task", "workflow"])
+def test_what_calls_a_function_is_refused_where_it_is_declared(kind, options):
+    declare = getattr(App("memory:"), kind)(**options)
+    with pytest.raises(UsageError, match=r"wrap it in .* with declared parameters"):
+        declare(partial(keys.follow_up, "a"))

@@ -358,7 +358,7 @@ class App:
         """Return a worker for this App's tasks; `run()` or `await arun()` starts it.
 
         `queues`: which to serve, by default those of all tasks. `concurrency`: handlers at once.
-        `drain`: end when nothing is left but runs that wait for a signal. `max_time`: end after so many seconds.
+        `drain`: end when only runs that wait for a signal are left. `max_time`: end after this number of seconds.
         `grace`: seconds that running handlers get at the end.
         `ttl`: seconds without a heartbeat after which others take over.
         `parent` and `heartbeat_thread` are for process managers and simulations.

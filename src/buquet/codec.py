@@ -163,7 +163,7 @@ class Signature:
                     "Take a list or a dict instead"
                 )
                 raise UsageError(msg)
-        with suppress(_Unresolved):  # else at the first use
+        with suppress(_Unresolved):  # then the first use resolves them
             self._types  # noqa: B018 - resolves them
 
     @cached_property
@@ -234,7 +234,7 @@ class Signature:
     def check_items(self, values: list[Any], bodies: list[bytes]) -> tuple[int, str] | None:
         """Return the place of the first item of a batch that would not arrive as it is, and why; None when all do."""
         item, items = self._types.item, self._types.items
-        with suppress(Exception):  # told below, by the item
+        with suppress(Exception):  # the loop below names the item
             if items.fits(values) or not items.lost(values, items.read(b"[" + b",".join(bodies) + b"]")):
                 return None
         for place, (value, body) in enumerate(zip(values, bodies, strict=True)):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _PLAIN = (str, int, float, bool, bytes, types.NoneType)
 _EXACT = (str, int, bool, types.NoneType, list, Any)
-"""Types that `msgspec.convert` takes just as JSON has them. For a float it takes a Decimal too."""
+"""Types for which `msgspec.convert` takes only what JSON carries. float is not among them: it takes a Decimal."""
 _JSON = (str, int, float, bool, types.NoneType, list, tuple, dict)
 """What stands for a value of any type where the caller has only JSON, such as the command line."""
 _UNIONS = (typing.Union, types.UnionType)
@@ -62,7 +62,7 @@ class Declared:
         """Whether values that are equal are the same in all of their fields."""
 
     def fits(self, value: object) -> bool:
-        """Tell quickly whether a value surely arrives as it is. False says nothing."""
+        """Return True for a value that is known at little cost to arrive as it is; after False, `lost` decides."""
         if type(value) in self.safe:
             return True
         if self._exact is None:
@@ -131,7 +131,7 @@ def _pydantic_reader(kind: Any, what: str, problem: TypeError) -> Callable[[byte
 
 
 def _exact(kind: Any) -> Any:
-    """Return a type for `msgspec.convert`, if a value that it takes and leaves equal arrives so as JSON, too; else None."""
+    """Return a type of which each value that `msgspec.convert` returns equal also arrives equal as JSON; None: use JSON."""
     origin = typing.get_origin(kind)
     if kind is dict:
         return dict[str, Any]
@@ -145,7 +145,7 @@ def _exact(kind: Any) -> Any:
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
-    """Return the types of which a value of a declared type has one."""
+    """Return the members of a union, or the type itself, without annotations and aliases."""
     for alias in ("__supertype__", "__value__"):  # of a NewType, of a `type` statement
         if not isinstance(kind, type) and hasattr(kind, alias):
             return _members(getattr(kind, alias))
@@ -158,7 +158,7 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 
 def _inside(kinds: tuple[Any, ...], place: Any) -> tuple[Any, ...]:
-    """Return the types of what lies at a place in a list, or under a name in a dict, of one of these types."""
+    """Return the declared types of the item at an index, or of the value under a name, in containers of these types."""
     found: list[Any] = []
     for kind in kinds:
         known: Any = typing.get_origin(kind) or kind
@@ -185,13 +185,13 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _field_types(kind: Any) -> Callable[[str], tuple[Any, ...]]:
-    """Return what tells the declared types of a field by the name that JSON has for it."""
+    """Return a function from a field's name in JSON to its declared types."""
     hints = _hints(kind)
     if issubclass(kind, msgspec.Struct):
         hints = {
             name: hints.get(own, Any) for name, own in zip(kind.__struct_encode_fields__, kind.__struct_fields__, strict=True)
         }
-    elif pydantic_model(kind):  # a generic one knows more there
+    elif pydantic_model(kind):  # where a generic model's type arguments are filled in
         hints = hints | {name: each.annotation for name, each in kind.model_fields.items()}
     return lambda name: _members(hints.get(name, Any))
 
@@ -210,7 +210,7 @@ def _classes(kind: Any, seen: set[Any]) -> Iterator[type]:
 
 
 def _compares_fields(kind: Any) -> bool:
-    """Tell whether `==` of a class compares each field: not with an `__eq__` of the user's, or a field of compare=False."""
+    """Tell whether `==` of a class compares each field. A user's `__eq__`, or a field of compare=False, may overlook some."""
     made = getattr(getattr(kind.__eq__, "__code__", None), "co_filename", "<string>") == "<string>"
     fields = getattr(kind, "__dataclass_fields__", {}).values()
     return (made or kind.__eq__.__module__.startswith("pydantic.")) and all(each.compare for each in fields)
@@ -219,7 +219,7 @@ def _compares_fields(kind: Any) -> bool:
 def _same(given: Any, back: Any) -> bool:
     try:
         if _is(given, datetime) and _is(back, datetime) and given.tzinfo and back.tzinfo:
-            # in a zone's hour that comes twice, Python takes no times of two zones for equal
+            # in an hour that a zone repeats or skips, Python holds a time unequal to each time of another zone
             return given.astimezone(UTC) == back.astimezone(UTC)
         return bool(given == back)
     except Exception:  # noqa: BLE001 - an __eq__ of the user's that cannot compare
@@ -290,7 +290,7 @@ def _lost_of_dict(given: dict[Any, Any], back: Any, path: str, kinds: tuple[Any,
             given = named
         return _lost_in(given, back, path, lambda name: _inside(kinds, name), equal=equal)
     fields = None if pydantic_model(type(back)) else _fields(back)
-    if fields is None:  # a model says itself what it takes, and under which names
+    if fields is None:  # a model has checked the dict itself, and knows its aliases
         return ""
     tag = getattr(getattr(back, "__struct_config__", None), "tag_field", None)
     given = {name: each for name, each in given.items() if name != tag}
@@ -311,7 +311,7 @@ def _lost_in(
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
-    """Return the fields of a struct, dataclass or model by the names that JSON has for them."""
+    """Return the fields of a struct, dataclass or model by their names in JSON."""
     kind = cast("Any", type(value))
     if pydantic_model(kind):
         return {**value.__dict__, **(value.__pydantic_extra__ or {}), **(value.__pydantic_private__ or {})}

@@ -47,7 +47,7 @@ _watched: WeakSet[Watched] = WeakSet()
 _holders: WeakSet[Holder] = WeakSet()
 _fork = threading.Lock()
 _paused: list[Holder] = []
-"""What the fork under way has paused: only that is resumed after it, not what another thread has made meanwhile."""
+"""What the current fork has paused. After the fork only this is resumed, and nothing that another thread made in the meantime."""
 
 
 def watch(thing: Watched) -> None:

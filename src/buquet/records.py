@@ -258,7 +258,7 @@ class PackState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise ValueError(msg)
 
     def fits(self, pack: int) -> bool:
-        """Tell whether a pack of so many items can have come to this."""
+        """Tell whether this can be the state of a pack with this number of items."""
         places = [*(end - 1 for _, end in self.done), *(each.index for each in self.failed), *(each[0] for each in self.waiting)]
         return all(place < pack for place in places)
 

@@ -45,8 +45,8 @@ PROBE = (
 def dev(target: Target, host: Host = "127.0.0.1", port: Port = 8000, url: Url = None) -> None:
     """Run a worker and the dashboard while you write tasks; the worker starts again when a module that it imported changes.
 
-    Before that it finishes what it runs. A module that does not import is told, and waited for. Ctrl-C ends both, and gives back
-    what runs.
+    Before a restart the worker finishes its running tasks. If a module fails to import, the error is shown and buquet waits for a
+    fix. Ctrl-C stops both and returns running tasks to their queue.
     """
     need_ui()
     from buquet.dashboard.guard import is_loopback  # noqa: PLC0415 - needs the extra `ui`

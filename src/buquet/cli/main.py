@@ -50,6 +50,6 @@ def main() -> None:
 
 def _say(error: Exception) -> None:
     colour, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    # a wrong usage is told in this program's own words, on several lines; others may quote the bucket
+    # the text of a UsageError is the program's own and may have several lines; other errors may quote the bucket
     text = indented(str(error)) if isinstance(error, UsageError) else printable(str(error))
     print(f"{colour}error:{plain} {text}", file=sys.stderr)

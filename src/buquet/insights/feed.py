@@ -163,7 +163,7 @@ class Feed:
     async def ensure(self, topic: str) -> None:
         """Return once the topic's parts are not too old for a page opened now, or after 2 s.
 
-        What takes longer goes on meanwhile. `as_of` says how old the parts are, `problem` why they could not be read.
+        Reads that take longer go on in the background. `as_of` says how old the parts are, `problem` why they could not be read.
         """
         stale = [name for name in self._needed(topic) if self._age(name) > STALE]
         if not stale:

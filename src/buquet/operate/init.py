@@ -45,7 +45,7 @@ async def prepare(client: Client, *, keep_versions_days: int = 30) -> AsyncItera
 
     On S3: create the bucket if it is missing, turn versions on, set lifecycle rules under the URL's prefix (earlier versions are
     kept `keep_versions_days`; markers of deleted objects and unfinished uploads go), beside the rules that are there. What the
-    server refuses is told, and the rest goes on. Then write the layout's format. Needs boto3 for S3, the extra `s3`.
+    server refuses is reported, and the rest is done. Then write the layout's format. Needs boto3 for S3, the extra `s3`.
     Raises UsageError, AccessDenied, StoreRefused.
     """
     if keep_versions_days < 1:

@@ -39,7 +39,7 @@ LARGEST_ITEM = LARGEST - len(b"".join(FRAME))
 CHUNK = 256
 CHECKED = 100
 CHECKED_BYTES = 1 << 20
-"""Items whose types are checked at once: so many, or so many bytes."""
+"""The most items, and the most bytes, whose types are checked at once."""
 CHUNK_BYTES = 4 << 20
 """A chunk of packs that is handed over at once has at most so many bytes, and one pack more."""
 

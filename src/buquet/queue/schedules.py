@@ -2,7 +2,7 @@
 
 Anything that can build a submit can be scheduled (`Schedulable`): a task function, or a workflow. What it builds is kept in the
 schedule's record as a template; each fire submits that under an id derived from (schedule, fire time), so firing twice is firing
-once. The graph of a workflow is made anew for each fire, by the code of whoever submits it.
+once. Each fire of a workflow gets a new graph, made by the code of the process that submits the fire.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _spec(schedule: Schedule) -> tuple[Any, ...]:
 
 
 async def submit_fire(client: Client, schedule: Schedule, fire: int, plan: Plan | None = None) -> str:
-    """Submit a fire's task unless that was done before, by whomever; return its id. `plan`: what this process declares.
+    """Submit a fire's task unless it was submitted before; return its id. `plan`: what this process declares.
 
     Raises UsageError where its workflow's function cannot be called for that fire.
     """

@@ -54,7 +54,7 @@ log = logging.getLogger("buquet.task")
 WITHOUT_KEY = 30_000
 """Milliseconds for which a task is put back that cannot be decrypted here."""
 STAY = 5.0
-"""Where all that is left of a pack comes back later than in so many seconds, the pack is given back until then."""
+"""A pack is given back if each of its remaining items is due only after this number of seconds."""
 CANCEL_GRACE = 10.0
 """Seconds that a handler in a thread has to see that it was cancelled."""
 

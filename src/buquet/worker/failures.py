@@ -1,4 +1,4 @@
-"""How a handler's end is told: the errors that buquet adds, what a record keeps of an error, and the handler's log."""
+"""How a handler's end is reported: the errors that buquet adds, what a record keeps of an error, and the handler's log."""
 
 from __future__ import annotations
 

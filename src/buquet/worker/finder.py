@@ -219,7 +219,7 @@ class QueueFinder:
         everything = now >= self.look_all_at
         if not everything and now < self.look_back_at:
             return
-        # the times first: whoever asks for another look while requests are under way gets it
+        # set the times before the requests: a look that is asked for during a request then still happens
         self.look_back_at = now + LOOK_BACK_EVERY * self.clock.jitter(0.2)
         if everything:
             self.look_all_at = now + LOOK_ALL_EVERY * self.clock.jitter(0.1)

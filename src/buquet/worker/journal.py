@@ -52,7 +52,7 @@ class _Pile:
 class JournalWriter:
     """One process's journal. `writer` names it at any time (a worker's id), `now` is the store's time in milliseconds.
 
-    `report` is told why `keep` cannot write, and how often in a row that was so before.
+    `report` receives the reason why `keep` cannot write, and the number of failures in a row before this one.
     For one event loop. `keep` is to run beside the work, and `flush` once more at the end.
     """
 

@@ -35,7 +35,7 @@ BUSY_BEAT = 5.0
 IDLE_BEAT = 10.0
 TTL = 30.0
 LATELY_MS = 20 * 60_000
-"""For how long a refusal is told: the longest pause between two tries of a task is half of it."""
+"""How long a session reports a refusal: twice the longest pause between two tries of a task."""
 VERSION = version("buquet")
 
 

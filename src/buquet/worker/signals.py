@@ -93,7 +93,7 @@ def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
 
 
 class _Forked:
-    """Gives the processes that handlers fork the signal handlers from before the worker.
+    """Restores the signal handlers from before the worker in processes that a task's handler forks.
 
     A child that kept the worker's would not end on SIGTERM, which `multiprocessing` sends to its pools. It would also write the
     signal to the worker's socket, and so end the worker. The signals are blocked until the child's own handlers are in place.

@@ -556,7 +556,7 @@ class Worker:
         if run.listing.entry and not run.dropped:
             try:
                 await self.register.reads.delete(run.listing.entry)
-            except StoreError as error:  # whoever meets it finds it stale, and deletes it
+            except StoreError as error:  # the next worker that reads the entry finds it stale and deletes it
                 self.keeper.report(f"the entry {run.listing.entry} of an ended claim stays", error)
 
     def _let_go(self, run: Running) -> None:

@@ -31,7 +31,7 @@ PAUSE = f"{SYSTEM}pause"
 RESUME = f"{SYSTEM}resume"
 RETRY = f"{SYSTEM}retry"
 SENDER = "sender"
-"""The tag of a signal's task that says who sent it. It is no argument: sent again under its key, by whomever, it is the same."""
+"""The tag of a signal's task that says who sent it. It is no argument: under its key a signal is the same from any sender."""
 KINDS: dict[str, Kind] = {
     START: "start",
     TIMER: "timer",
@@ -97,7 +97,7 @@ def _pack_size(step: Step, record: StepRecord, index: int) -> int:
 
 
 def arguments(run: RunRecord, follow: Follow, plan: Plan, values: Values) -> bytes:
-    """Return the arguments of a follow-up as JSON. Raises Missing for values that are not at hand, and UnreadableRecord."""
+    """Return the arguments of a follow-up as JSON. Raises Missing for values not fetched yet, and UnreadableRecord."""
     step, record = plan.graph.steps[follow.step], run.step(follow.step)
     if follow.what in {"timer", "no timer"}:
         return b"{}"

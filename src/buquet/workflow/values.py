@@ -30,7 +30,7 @@ MEND = "Something other than buquet changed it: restore it, or cancel the run"
 
 
 class Missing(Exception):
-    """Values lie in payload objects that are not at hand. `keys` names them, and `values` is what they are needed in."""
+    """Values lie in payload objects that are not fetched yet. `keys` names them, and `values` the evaluation that needs them."""
 
     def __init__(self, keys: set[str], values: Values) -> None:
         super().__init__(f"to be fetched first: {counted(len(keys), 'payload')}")

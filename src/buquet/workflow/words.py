@@ -63,7 +63,7 @@ def each(
 def each(task: BaseTask[..., Any], items: Any, pack: int | Literal["auto"] = 0, *, max_items: int | None = None) -> Any:
     """Run a task on every item of a list, or of a step's value, side by side; the results come in the order of the items.
 
-    `pack`: so many items to a task object, 1 to 10,000; 0: a task an item; "auto": by the number of items and their bytes. One
+    `pack`: items in a task object, 1 to 10,000; 0: a task an item; "auto": by the number of items and their bytes. One
     item that fails for good fails the step, unless `task.options(allow_failures=True)`, which leaves None in its place.
     `max_items`: the most items, by default 10,000, or as many as 10,000 packs hold. More are refused at the start or, of a step's
     value, fail the step. Raises UsageError.
@@ -158,7 +158,7 @@ class _Slept:
 
 
 def sleep(seconds: float | timedelta, *, after: Iterable[Any] = ()) -> Awaitable[None]:
-    """Wait so many seconds, or a timedelta, after some steps; it holds no worker. Put it into another step's `after`.
+    """Wait a number of seconds, or a timedelta, after some steps; it holds no worker. Put it into another step's `after`.
 
     >>> ship.options(after=[sleep(3600, after=[paid])])(order)  # doctest: +SKIP
     """

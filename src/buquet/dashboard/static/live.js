@@ -79,7 +79,7 @@
     children(old, fresh);
   }
 
-  // A node with a key is what its key says, wherever it stands: it never becomes another. Others are told by their order.
+  // A node with a key keeps its identity wherever it moves. Nodes without keys are matched by their order.
   function children(old, fresh) {
     const keyed = new Map();
     const loose = [];

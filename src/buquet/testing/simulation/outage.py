@@ -1,6 +1,6 @@
 """The store refuses one kind of request just when a worker looks for work: at a look at everything, a look back, or a hint.
 
-It comes after the calm, when everything is done and workers are idle. What is late after it is told by the lateness invariant.
+It comes after the calm, when everything is done and workers are idle. The lateness invariant finds what is late then.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Fate = Literal["ok", "refuse", "lose", "late", "never", "twice", "full"]
-CONDITIONAL = frozenset({"create", "update"})
 WRITES = frozenset({"create", "update", "put", "delete"})
 RETRIED = frozenset({"put", "delete"})
 """What a client library or a proxy may send twice by itself."""

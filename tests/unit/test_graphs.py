@@ -348,6 +348,20 @@ def test_a_try_that_no_step_stands_in_is_python_as_ever():
     assert list(trace(names["body"]).steps) == ["inc"]
 
 
+def test_a_try_that_was_taken_out_of_a_reloaded_file_is_gone(tmp_path):
+    file = tmp_path / "flow.py"
+
+    def loaded(source):
+        file.write_text(source)
+        names = {"inc": inc}
+        exec(compile(source, str(file), "exec"), names)  # noqa: S102 - as a notebook does
+        return names["body"]
+
+    with pytest.raises(UsageError, match="`try` around step 'inc'"):
+        trace(loaded("def body():\n    try:\n        return inc(1)\n    except ValueError:\n        return 0\n"))
+    assert list(trace(loaded("def body():\n\n        return inc(1)\n")).steps) == ["inc"]
+
+
 async def traced_in_a_loop():
     return trace(awaits_time)
 

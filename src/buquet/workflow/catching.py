@@ -6,6 +6,7 @@ import ast
 import inspect
 import linecache
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from buquet.errors import UsageError
@@ -38,7 +39,7 @@ def refuse_catching(step: str, workflow: str, body: CodeType | None, end: CodeTy
     while frame is not None and frame.f_code is not end:
         code, line = frame.f_code, frame.f_lineno
         if not str(frame.f_globals.get("__name__")).startswith("buquet."):
-            for caught in _of_file(code.co_filename).get(code.co_firstlineno, ()):
+            for caught in _of_file(code.co_filename, _version(code.co_filename)).get(code.co_firstlineno, ()):
                 if caught.first <= line <= caught.last:
                     where = f"{code.co_filename}, line {line}: `{caught.what}` around step {step!r} of workflow {workflow}"
                     msg = f"{where} would never catch anything, since {INSTEAD}"
@@ -48,9 +49,19 @@ def refuse_catching(step: str, workflow: str, body: CodeType | None, end: CodeTy
         frame = frame.f_back
 
 
+def _version(name: str) -> object:
+    """Return what changes with a file: a notebook loads it anew once its `try` is gone."""
+    try:
+        found = Path(name).stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
 @lru_cache(maxsize=256)
-def _of_file(name: str) -> dict[int, tuple[Caught, ...]]:
+def _of_file(name: str, _version: object) -> dict[int, tuple[Caught, ...]]:
     """Return what the functions of a file catch, by their first lines, where there is source."""
+    linecache.checkcache(name)
     try:
         tree = ast.parse("".join(linecache.getlines(name)))
     except (SyntaxError, ValueError, RecursionError):

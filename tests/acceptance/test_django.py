@@ -10,6 +10,7 @@ DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": "site.d
 USE_TZ = True
 """
 TESTS = """
+from asgiref.sync import sync_to_async
 from django.contrib.auth.models import User
 from django.db import transaction
 from django.test import TestCase
@@ -49,6 +50,13 @@ class Tasks(TestCase):
             self.assertEqual(User.objects.get(username="ann!").first_name, "renamed")
             self.assertEqual(counted.result(timeout=5), 2)
 
+    async def test_an_async_test_runs_them_on_its_connection(self):
+        with in_memory(app):
+            await User.objects.acreate(username="ann")
+            handles = [await greet.asubmit("bob"), await count.asubmit()]
+            await sync_to_async(run_until_idle)(app, inline=True)
+            self.assertEqual([await handle.aresult(timeout=5) for handle in handles], [2, 2])
+
     def test_nothing_is_left_of_another_test(self):
         self.assertEqual(User.objects.count(), 0)
 """
@@ -60,4 +68,4 @@ def test_inline_handlers_use_the_connection_of_a_test_case(tmp_path):
     command = [sys.executable, "-m", "django", "test", "--settings", "settings", "--pythonpath", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert "Ran 2 tests" in done.stderr
+    assert "Ran 3 tests" in done.stderr

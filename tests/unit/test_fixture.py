@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -338,3 +338,41 @@ def test_an_interrupt_in_an_inline_handler_is_raised(app):
     interrupted.submit()
     with pytest.raises(KeyboardInterrupt):
         run_until_idle(app, inline=True)
+
+
+async def test_an_inline_async_handler_says_what_a_running_loop_needs(app):
+    @app.task(max_attempts=1)
+    async def waits() -> None: ...
+
+    handle = await waits.asubmit()
+    run_until_idle(app, inline=True)
+    with pytest.raises(TaskFailed, match="arun_until_idle"):
+        await handle.aresult()
+
+
+def test_an_until_that_is_async_is_refused_where_nobody_awaits_it(app):
+    async def never() -> bool:
+        return False
+
+    with pytest.raises(TypeError, match="arun_until_idle"):
+        run_until_idle(app, until=never)
+
+
+def test_a_handler_that_works_tasks_off_is_refused(app):
+    @app.task(max_attempts=1)
+    def works() -> None:
+        run_until_idle(app)
+
+    handle = works.submit()
+    run_until_idle(app)
+    with pytest.raises(TaskFailed, match="wait for the handler itself"):
+        handle.result(timeout=5)
+
+
+def test_time_moves_on_by_a_timedelta_within_bounds(app):
+    before = app.clock.now()
+    advance(app, timedelta(days=2))
+    assert app.clock.now() - before >= 2 * 86_400
+    for wrong in (-1, float("nan"), float("inf"), timedelta(days=-1), 1e18):
+        with pytest.raises(UsageError, match="ten years"):
+            advance(app, wrong)

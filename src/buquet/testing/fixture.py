@@ -9,8 +9,11 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from buquet.app import App
+from buquet.backoff import YEARS
 from buquet.errors import UsageError
+from buquet.queue.attempt import inside_handler
 from buquet.queue.background import Background
+from buquet.queue.options import in_seconds
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import SkippingLoop
 from buquet.worker.drained import everything, nothing
@@ -20,6 +23,7 @@ from buquet.worker.threads import CallerThread
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
+    from datetime import timedelta
     from typing import Self, TypeAlias
 
     from buquet.worker.worker import Worker
@@ -75,10 +79,10 @@ async def arun_until_idle(app: App, *, until: Until | None = None, virtual: bool
             await course.awork()
 
 
-def advance(app: App, seconds: float, *, virtual: bool = False, inline: bool = False) -> None:
+def advance(app: App, seconds: float | timedelta, *, virtual: bool = False, inline: bool = False) -> None:
     """Move the time of an App in memory on, and do what comes due meanwhile: tasks, time-outs of waits, fires of schedules.
 
-    Otherwise it does what `run_until_idle` does.
+    `seconds` may be a timedelta. Otherwise it does what `run_until_idle` does.
 
     >>> from buquet import App
     >>> app = App("memory:")
@@ -93,22 +97,26 @@ def advance(app: App, seconds: float, *, virtual: bool = False, inline: bool = F
     run_until_idle(app, until=_in(app, seconds), virtual=virtual, inline=inline)
 
 
-async def aadvance(app: App, seconds: float, *, virtual: bool = False) -> None:
+async def aadvance(app: App, seconds: float | timedelta, *, virtual: bool = False) -> None:
     """Do what `advance` does, with handlers on the running event loop."""
     await arun_until_idle(app, until=_in(app, seconds), virtual=virtual)
 
 
-def _in(app: App, seconds: float) -> datetime:
-    if not seconds >= 0:
-        msg = f"time moves forward only, and not by {seconds!r} seconds"
+def _in(app: App, seconds: float | timedelta) -> datetime:
+    number = in_seconds(seconds)
+    if not 0 <= number < YEARS:
+        msg = f"time moves forward only, by less than ten years at once, and not by {seconds!r}"
         raise UsageError(msg)
-    return datetime.fromtimestamp(app.clock.now() + seconds).astimezone()
+    return datetime.fromtimestamp(app.clock.now() + number).astimezone()
 
 
 class _Course:
     """One call of `run_until_idle`: workers that drain, one after the other, and the time moved on between them."""
 
     def __init__(self, app: App, until: Until | None, *, virtual: bool, inline: bool = False) -> None:
+        if inside_handler():
+            msg = "a handler cannot work tasks off: the worker would wait for the handler itself. Call this in the test"
+            raise UsageError(msg)
         store = app.client.store
         self.in_memory = isinstance(store, MemoryStore) and store.clock is app.clock
         if not self.in_memory and (until is not None or virtual):
@@ -139,6 +147,10 @@ class _Course:
 
     def goes_on(self, answer: object) -> bool:
         """Move the time on to what is due next; tell whether there is anything to do. `answer`: what `until` returns by now."""
+        if inspect.iscoroutine(answer):
+            answer.close()
+            msg = "`until` is an async function: use `await arun_until_idle(app, until=...)`"
+            raise TypeError(msg)
         if answer:
             return False
         self.jumps += 1
@@ -270,10 +282,10 @@ class MemoryApp(App):
         """Do what the function `arun_until_idle` does, for this App."""
         await arun_until_idle(self, until=until, virtual=virtual)
 
-    def advance(self, seconds: float, *, virtual: bool = False, inline: bool = False) -> None:
+    def advance(self, seconds: float | timedelta, *, virtual: bool = False, inline: bool = False) -> None:
         """Do what the function `advance` does, for this App."""
         advance(self, seconds, virtual=virtual, inline=inline)
 
-    async def aadvance(self, seconds: float, *, virtual: bool = False) -> None:
+    async def aadvance(self, seconds: float | timedelta, *, virtual: bool = False) -> None:
         """Do what the function `aadvance` does, for this App."""
         await aadvance(self, seconds, virtual=virtual)

@@ -11,6 +11,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from buquet import forking
+from buquet.errors import WrongLoop
+from buquet.queue.background import running_loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -110,12 +112,16 @@ class CallerThread(Threads):
 
 def in_this_thread(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
     """Return an async function as a plain one. With asgiref, as in Django, what it hands to threads runs in the caller's, too."""
-    asgiref = sys.modules.get("asgiref.sync")
-    if asgiref is not None:
-        return asgiref.async_to_sync(function)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return asyncio.run(function(*args, **kwargs))
+        if running_loop():
+            msg = (
+                f"{function.__qualname__} is async, and inline=True runs it in a thread whose event loop is running. Use `await "
+                "arun_until_idle(app)`, or in Django `await sync_to_async(run_until_idle)(app, inline=True)`"
+            )
+            raise WrongLoop(msg)
+        asgiref = sys.modules.get("asgiref.sync")
+        return asgiref.async_to_sync(function)(*args, **kwargs) if asgiref else asyncio.run(function(*args, **kwargs))
 
     return call
 

@@ -29,11 +29,11 @@ MAX_NAME = 100
 MOST_DIGITS = 19
 """A count in a key has fewer."""
 MAX_RECORD = 4 << 20
-"""A record larger than this many bytes is not read: nothing of ours comes near it."""
+"""A record, or a part of the journal, that is larger than this many bytes is not read: nothing of ours comes near it."""
 LARGEST = 64 << 20
 """The most bytes of a value as JSON: of a task's arguments, a result, a checkpoint."""
 MAX_VALUE = 96 << 20
-"""Nor is a payload or a part of the journal larger than this: 64 MiB of a value, and what encryption adds to it."""
+"""Nor is a payload larger than this: 64 MiB of a value, and what encryption adds to it."""
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _JOURNAL = re.compile(r"journal/[0-9]{4}-[0-9]{2}-[0-9]{2}/[0-9]{2}/([0-9]{13})-(.+)-([0-9]+)\.ndjson")
@@ -43,7 +43,7 @@ _ENTRY = re.compile(r"(?:ready/([^/]+)/([0-9])|later/([^/]+))/([0-9]{13})-([0-9a
 
 def most_bytes(key: str) -> int:
     """Return how many bytes an object under this key can have, if it is one of ours."""
-    return MAX_VALUE if key.startswith((PAYLOADS, JOURNAL)) else MAX_RECORD
+    return MAX_VALUE if key.startswith(PAYLOADS) else MAX_RECORD
 
 
 def quoted(name: str, what: str) -> str:

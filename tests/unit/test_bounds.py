@@ -101,3 +101,19 @@ async def test_prune_leaves_a_payload_that_is_too_large_to_read(tmp_path):
     assert (pruner.payloads, pruner.oversized) == (0, 1)
     assert isinstance((await app.client.store.get(key)).body, Oversized)
     await app.aclose()
+
+
+async def test_a_part_of_the_journal_that_is_larger_than_any_of_ours_is_not_read(tmp_path):
+    from buquet.insights.journal import Journal
+
+    app = App(f"sqlite:{tmp_path}/a.db")
+    now = app.clock.now_ms()
+    line = f'{{"id":"{TASK}","name":"n","queue":"q","status":"completed","at":{now},"submitted":1}}\n'.encode()
+    await app.client.store.put(keys.journal(now, "ab.cd", 1), line)
+    await app.client.store.put(keys.journal(now, "ab.cd", 2), line * (keys.MAX_RECORD // len(line) + 1))
+    journal = Journal(app.client)
+    await journal.refresh()
+    assert journal.unreadable == 0
+    assert [each.at for each in journal.lines] == [now]
+    assert isinstance((await app.client.store.get(keys.journal(now, "ab.cd", 2))).body, Oversized)
+    await app.aclose()

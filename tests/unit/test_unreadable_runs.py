@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import msgspec
 import pytest
 
 from buquet import App, RunFailed, Signal, UnreadableRecord, each, keys
@@ -13,6 +14,8 @@ from buquet.operate.prune import prune
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
+from buquet.workflow.expression import NULL, Items, Ref, count_parts
+from buquet.workflow.graph import MOST_PARTS, Call, Graph, Step, read_graph
 
 GO = Signal("go", int)
 
@@ -285,3 +288,16 @@ def test_a_record_whose_each_has_another_shape_than_any_list_is_left_as_it_is(fa
     run_virtual(main)
     assert "a defect of buquet" not in caplog.text
     assert "speaks of a step 'double'" in caplog.text or "is no run record" in caplog.text
+
+
+def test_a_graph_of_more_parts_than_a_worker_has_time_for_is_refused_and_counted_no_further():
+    def body(parts):
+        large = Step(kind="task", call=Call(task="t", queue="q"), args=Items((Ref("first"),) * (parts - 1)))
+        steps = {"first": Step(kind="task", call=Call(task="t", queue="q"))} | {f"s{n}": large for n in range(MOST_PARTS // 9000)}
+        return msgspec.json.encode(Graph(steps=steps))
+
+    assert read_graph("r", body(8999))
+    with pytest.raises(UnreadableRecord, match="more than 300,000 parts together"):
+        read_graph("r", body(9100))
+    assert count_parts(Items((Items((Ref("a"),) * 1000),) * 1000), 10) == 11
+    assert count_parts(Items((NULL,) * 1000), 10) == 1, "constants do not count"

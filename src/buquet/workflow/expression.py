@@ -231,6 +231,15 @@ def depth_of(expr: Expr) -> int:
     return depth
 
 
+def count_parts(expr: Expr, most: int) -> int:
+    """Count an expression's nodes as its `size` does, but no further than one above `most`."""
+    count, left = 0, [expr]
+    while left and count <= most:
+        left += [part for part in _parts(left.pop()) if not isinstance(part, Const)]
+        count += 1
+    return count
+
+
 def _parts(expr: Expr) -> tuple[Expr, ...]:
     if isinstance(expr, Get):
         return (expr.of,)

@@ -14,7 +14,7 @@ from buquet.codec import decode_stored
 from buquet.errors import UnreadableRecord, UsageError
 from buquet.queue.packing import AUTO_BYTES, KEYED_WORKERS, PACKS_A_WORKER
 from buquet.records import ABSENT
-from buquet.workflow.expression import MOST_NODES, NULL, Expr, depth_of, steps_of, text_of
+from buquet.workflow.expression import MOST_NODES, NULL, Expr, count_parts, depth_of, steps_of, text_of
 
 if TYPE_CHECKING:
     from buquet.workflow.records import Fan
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Kind: TypeAlias = Literal["task", "each", "wait", "sleep"]
 
 MOST_STEPS = 1_000
+MOST_PARTS = 300_000
+"""Parts of all expressions together: a worker that reads the graph does nothing else meanwhile, for a second or two."""
 DEEPEST = 100
 """How deep an expression may be nested: it is worked out by recursion."""
 RESTORE = "Restore it from a backup, or start the workflow anew under another key"
@@ -133,14 +135,7 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise UsageError(msg)
         for name, step in self.steps.items():
             _check_calls(name, step)
-        for name, expr in [*((name, each) for name, step in self.steps.items() for each in step.expressions), ("", self.output)]:
-            what = f"an expression of step {name!r}" if name else "what the workflow returns"
-            if depth_of(expr) > DEEPEST:
-                msg = f"{what} is nested more than {DEEPEST} deep: work it out in a task"
-                raise UsageError(msg)
-            if expr.size > MOST_NODES:
-                msg = f"{what} has more than {MOST_NODES:,} parts: work it out in a task"
-                raise UsageError(msg)
+        self._check_expressions()
         needs = {name: step.needs for name, step in self.steps.items()}
         if _sorted(needs):
             return self
@@ -156,6 +151,21 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             msg = f"these steps wait for each other in a circle: {' -> '.join(error.args[1])}. Leave one of them out of `after`"
             raise UsageError(msg) from None
         return msgspec.structs.replace(self, steps={name: self.steps[name] for name in order})
+
+    def _check_expressions(self) -> None:
+        left = MOST_PARTS
+        for name, expr in [*((name, each) for name, step in self.steps.items() for each in step.expressions), ("", self.output)]:
+            left -= count_parts(expr, left)
+            if left < 0:
+                msg = f"the expressions of this workflow have more than {MOST_PARTS:,} parts together: work them out in tasks"
+                raise UsageError(msg)
+            what = f"an expression of step {name!r}" if name else "what the workflow returns"
+            if depth_of(expr) > DEEPEST:
+                msg = f"{what} is nested more than {DEEPEST} deep: work it out in a task"
+                raise UsageError(msg)
+            if expr.size > MOST_NODES:
+                msg = f"{what} has more than {MOST_NODES:,} parts: work it out in a task"
+                raise UsageError(msg)
 
 
 _decoder = msgspec.json.Decoder(Graph)

@@ -647,5 +647,5 @@ async def test_init_of_a_file_and_of_memory(tmp_path):
 
 async def test_init_without_boto3_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "boto3", None)
-    with pytest.raises(UsageError, match=r"pip install 'buquet\[s3\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'buquet\[s3\]>=0.2'"):
         await steps("s3://bucket/app?endpoint=http://127.0.0.1:1")

@@ -100,10 +100,12 @@ class _Dev:
                 await asyncio.wait({serving, working}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 self.stopping.set()
+                # one after the other: a third signal would end the worker by force
+                await asyncio.gather(working, return_exceptions=True)
                 await self._end()
                 server.feed.stop()
                 server.should_exit = True
-                await asyncio.gather(serving, working, return_exceptions=True)
+                await asyncio.gather(serving, return_exceptions=True)
 
     async def _changes(self) -> AsyncIterator[set[Any]]:
         """Yield what changed; first nothing, once it watches: a change right after the module was read must not be missed."""

@@ -22,7 +22,7 @@ from buquet.clock import Clock
 from buquet.dashboard import guard, serve
 from buquet.dashboard.app import GET, dashboard
 from buquet.dashboard.sessions import CROWD, Sessions
-from buquet.errors import StoreUnavailable, UsageError
+from buquet.errors import StoreRefused, StoreUnavailable, UsageError
 from buquet.insights.feed import MOST_RECORDS
 from buquet.operate.counting import CountingStore
 from buquet.store.base import Stored
@@ -340,6 +340,24 @@ def test_a_store_that_hangs_holds_up_no_page() -> None:
         begun = app.clock.monotonic()
         assert browser.get(f"/tasks?q={'0' * 32}").status_code == 200
         assert app.clock.monotonic() - begun < 3.5, "the store was waited for once"
+
+
+def test_a_store_that_refuses_is_named_as_that() -> None:
+    class Closed(MemoryStore):
+        async def get(self, *_: Any, **__: Any) -> Any:
+            msg = "GET runs/: 403 AccessDenied"
+            raise StoreRefused(msg)
+
+        list = get
+
+    app = App("memory:")
+    with app.on_store(Closed(app.clock)):
+        browser = Browser(app)
+        page = browser.get(f"/runs/{'0' * 32}").text
+        assert "The store refuses that" in page
+        assert "does not answer" not in page
+        for path in ("/", "/tasks", "/errors", "/workers", "/queues", "/runs", "/schedules"):
+            assert "403 AccessDenied" in browser.get(path).text, path
 
 
 def test_a_queue_leads_to_all_that_waits_in_it(app: App) -> None:

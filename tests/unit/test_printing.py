@@ -14,9 +14,12 @@ from starlette.testclient import TestClient
 
 from buquet import App
 from buquet.cli import main as command
+from buquet.cli import output
+from buquet.cli.watch import _next
 from buquet.dashboard.app import GET, dashboard
 from buquet.insights.drawing.paint import legal
 from buquet.insights.drawing.words import plain
+from buquet.insights.journal import ErrorGroup
 from buquet.printing import indented, json_line, printable
 from buquet.testing import run_until_idle
 from buquet.worker.logs import JsonLines, TextLines
@@ -175,3 +178,33 @@ def test_no_page_of_the_dashboard_shows_anything_unsafe(store):
             isolated += "<bdi>bad" in text
         assert shown >= 6
         assert isolated >= 4
+
+
+def test_on_a_narrow_terminal_an_id_stays_whole_and_a_cut_text_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    output.print_table(("id", "error", "example"), [("a" * 32, output.beginning("no answer " * 20), "b" * 32)])
+    shown = capsys.readouterr().out
+    assert "a" * 32 in shown
+    assert "b" * 32 in shown
+    assert "…" in shown
+    assert max(map(len, shown.splitlines()[1:])) <= 100, "the header has codes of its style"
+
+
+def test_errors_names_no_next_attempt_that_has_passed():
+    group = ErrorGroup(
+        group="g",
+        name="n",
+        queue="q",
+        type="E",
+        message="m",
+        count=0,
+        first=1,
+        last=1,
+        example="x",
+        attempt=1,
+        max_attempts=2,
+        due=1000,
+    )
+    assert _next(group, 999).startswith("attempt 1 of 2, next 1970-01-01")
+    assert _next(group, 1000) == "attempt 1 of 2"

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LARGEST = 10**20
 """From here on a number would only fill the line."""
+WHOLE = 36
+"""A column of words up to this long is never narrower than they are."""
 LONG = 500
 """From so many records on it is shown how far a scan is."""
 COLOURS = {
@@ -55,8 +57,10 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty:
         from rich.text import Text  # noqa: PLC0415
 
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in columns:
-            table.add_column(column, overflow="fold")
+        for index, column in enumerate(columns):
+            # an id that is broken over two lines cannot be copied
+            whole = all(len(row[index]) <= WHOLE and " " not in row[index] for row in cells)
+            table.add_column(column, overflow="fold", no_wrap=whole)
         for row in cells:
             table.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row))
         Console(highlight=False).print(table)
@@ -78,6 +82,11 @@ def moment(ms: int) -> str:
         return f"{local:%Y-%m-%d %H:%M:%S}.{local.microsecond // 1000:03d} {local:%Z}"
     except (ValueError, OverflowError, OSError):  # a record may hold any number
         return str(ms) if abs(ms) < LARGEST else "?"
+
+
+def beginning(text: str, most: int = 80) -> str:
+    """Return a text, or its first characters and a mark that it goes on."""
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def say(text: str) -> None:

@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from buquet.cli.base import Json, Tag, Target, Url, cli, from_json, load, open_app, run
-from buquet.cli.output import duration, moment, print_json, print_table, scan_progress, to_stderr
+from buquet.cli.output import beginning, duration, moment, print_json, print_table, scan_progress, to_stderr
 from buquet.cli.selecting import tags_of
 from buquet.cli.tasks import short
 from buquet.cli.watching import plain, print_run, show, watch
@@ -176,7 +176,7 @@ def _row(view: RunView, now: int) -> tuple[object, ...]:
         f"{over}/{len(view.steps)}",
         moment(view.created),
         "" if seconds is None else duration(seconds),
-        (view.error or view.reason or view.key)[:80],
+        beginning(view.error or view.reason or view.key),
     )
 
 

@@ -9,7 +9,7 @@ import msgspec
 import typer
 
 from buquet.cli.base import Json, Name, Queue, Status, Tag, Target, Url, cli, from_json, load, open_app, run
-from buquet.cli.output import duration, in_seconds, moment, print_json, print_table, scan_progress, to_stderr
+from buquet.cli.output import beginning, duration, in_seconds, moment, print_json, print_table, scan_progress, to_stderr
 from buquet.cli.selecting import selection, tags_of
 from buquet.codec import AGAIN, ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, InvalidArgument, UnreadableRecord, UsageError
@@ -247,7 +247,7 @@ def ls(
 
 
 def _remark(task: Task) -> str:
-    error = f"{task.error.type}: {task.error.message}"[:80] if task.error else ""
+    error = beginning(f"{task.error.type}: {task.error.message}") if task.error else ""
     due = f"due {moment(task.due)}" if task.state == "pending" and task.due else ""
     if status_of(task) == "retrying":
         which = f"attempt {task.attempt} of {task.max_attempts} failed"

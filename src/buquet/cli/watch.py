@@ -11,7 +11,7 @@ import typer
 
 from buquet.cli.base import Json, Name, Queue, Url, cli, lacks_store, open_app, run
 from buquet.cli.look import print_refused
-from buquet.cli.output import duration, moment, print_json, print_table, to_stderr
+from buquet.cli.output import beginning, duration, moment, print_json, print_table, to_stderr
 from buquet.errors import UsageError
 from buquet.insights.fleet import workers
 from buquet.insights.journal import ErrorGroup, Journal
@@ -19,7 +19,6 @@ from buquet.insights.scan import Scan
 from buquet.insights.tail import EVENTS, Happening, Tail
 from buquet.printing import counted, printable
 
-SHOWN = 80
 COLOURS = {"completed": "32", "failed": "31", "retried": "33", "lost": "33", "cancelled": "35", "expired": "35", "started": "36"}
 
 
@@ -53,10 +52,10 @@ def errors(
                 each.retried,
                 each.name,
                 each.queue,
-                f"{each.type}: {each.message}"[:SHOWN],
+                beginning(f"{each.type}: {each.message}"),
                 moment(each.first),
                 moment(each.last),
-                _next(each),
+                _next(each, app.clock.now_ms()),
                 each.example,
             )
             for each in found
@@ -70,10 +69,10 @@ def errors(
     run(app, work)
 
 
-def _next(group: ErrorGroup) -> str:
-    """Say which attempt failed last, and when its task tries again."""
+def _next(group: ErrorGroup, now: int) -> str:
+    """Say which attempt failed last, and when its task tries again, unless that time has passed."""
     attempt = f"attempt {group.attempt} of {group.max_attempts}" if group.max_attempts else ""
-    return f"{attempt}, next {moment(group.due)}" if group.due else attempt
+    return f"{attempt}, next {moment(group.due)}" if group.due > now else attempt
 
 
 @cli.command()

@@ -16,7 +16,7 @@ from buquet.dashboard import actions, events, login, pages, runs
 from buquet.dashboard.board import HERE, Board
 from buquet.dashboard.guard import Guard
 from buquet.dashboard.sessions import Sessions
-from buquet.errors import BuquetError, RunNotFound, StoreError, TaskNotFound
+from buquet.errors import BuquetError, RunNotFound, StoreError, StoreRefused, TaskNotFound
 from buquet.insights.feed import Feed
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def _problem(board: Board, request: Request, error: Exception) -> Response:
     if isinstance(error, TaskNotFound | RunNotFound):
         return board.page(request, "problem.html", 404, topic="", title="Not found", text=str(error))
     if isinstance(error, StoreError):
-        return board.page(request, "problem.html", 503, topic="", title="The store does not answer", text=str(error))
+        title = "The store refuses that" if isinstance(error, StoreRefused) else "The store does not answer"
+        return board.page(request, "problem.html", 503, topic="", title=title, text=str(error))
     if isinstance(error, BuquetError):
         return board.page(request, "problem.html", 409, topic="", title="That does not work", text=str(error))
     said = f"This is a defect of buquet, and the log of the dashboard has the traceback. It is of this page only. {error!r}"

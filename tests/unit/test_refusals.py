@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from buquet import App, current, keys
+from buquet import App, Signal, current, keys
 from buquet.errors import AccessDenied
 from buquet.operate.doctor import examine
 from buquet.queue.background import Background
@@ -120,6 +120,27 @@ async def test_a_task_whose_payload_may_not_be_read_waits_longer_each_time_and_s
     assert await handle.aresult(timeout=400) == len(LARGE)
     await rig.clock.sleep(1300)
     assert (await rig.session()).refused == ""
+    await rig.stop()
+
+
+@virtual
+async def test_a_signal_that_was_in_time_counts_although_its_run_could_not_be_read_until_after_the_deadline(rig, caplog):
+    ok = Signal("ok", bool)
+
+    @rig.app.workflow
+    def asks() -> bool:
+        return ok.wait(timeout=60, default=False)
+
+    rig.start()
+    for _ in range(5):
+        run = await asks.astart()
+        await rig.clock.sleep(20)
+        await ok.asend(run, True)  # noqa: FBT003 - the signal's value
+        rig.store.denied.add(("GET", keys.run(run.id)))
+        rig.store.denied.add(("PUT", keys.run(run.id)))
+        await rig.clock.sleep(80)
+        rig.store.denied.clear()
+        assert await run.aresult(timeout=30) is True
     await rig.stop()
 
 

@@ -63,6 +63,10 @@ class Helper(Protocol):
         """See to it that a task which nobody has begun never runs, whether it is there or comes late."""
         ...
 
+    def carried(self, run: str, name: str) -> list[str]:
+        """Return the tasks of a run, of this name, that are under claims of this worker."""
+        ...
+
     async def holds(self, task: Task) -> bool:
         """Tell whether the task that is being carried is still under the claim of this worker, by a read."""
         ...

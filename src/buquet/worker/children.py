@@ -159,6 +159,11 @@ class Children:
         """See to it that a task which nobody has begun never runs, whether it is there or comes late."""
         await self.client.close_task(task)
 
+    def carried(self, run: str, name: str) -> list[str]:
+        """Return the tasks of a run, of this name, that are under claims of this worker."""
+        listings = [each.listing for each in self.worker.running.values()]
+        return [each.task for each in listings if (each.run, each.name) == (run, name)]
+
     async def holds(self, task: Task) -> bool:
         """Tell whether the task that is being carried is still under the claim of this worker, by a read."""
         held = await self.register.read(Task, keys.task(task.id))

@@ -148,7 +148,7 @@ class Engine:
     async def _deliver(self, task: Task, ended: Task | None, helper: Helper) -> Ending:
         holds = ended is None and first_claim(task) and await helper.holds(task)
         event = await event_of(task, ended, self.committer.at_rest, holds=holds)
-        if task.name == TIMER and await self._signal_comes(task):
+        if task.name == TIMER and await self._signal_comes(task, helper):
             raise Later(ALMOST, "a signal was sent before the time was up, and comes first")
         known = await self._apply(task, event)
         if known is None:
@@ -214,7 +214,7 @@ class Engine:
             return False
         return step is not None and step.kind == "wait"
 
-    async def _signal_comes(self, timer: Task) -> bool:
+    async def _signal_comes(self, timer: Task, helper: Helper) -> bool:
         """Tell whether a signal for a timer's wait was sent in time and is not recorded yet: all workers may have been away."""
         held = await self.committer.read(timer.run)
         if held is None or held.record.state != "running":
@@ -222,7 +222,9 @@ class Engine:
         record, step = held.record.step(timer.step), (await self.committer.plan(held.record)).graph.steps.get(timer.step)
         if step is None or step.kind != "wait" or (record.state, record.gen) != ("due", timer.gen):
             return False
-        for task_id in await self.arriving.of(timer.queue, timer.run, record.until):
+        # a heartbeat may have deleted the entry of one that this worker carries
+        there = await self.arriving.of(timer.queue, timer.run, record.until)
+        for task_id in [*helper.carried(timer.run, SIGNAL), *there]:
             if await self._is_for(task_id, timer, step.signal, record.until):
                 return True
         return False

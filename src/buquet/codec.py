@@ -43,8 +43,8 @@ class Oversized(bytes):
 _encoder = msgspec.json.Encoder()
 _decoders: dict[type[Record], msgspec.json.Decoder[Any]] = {}
 _ZEROS = bytes.maketrans(b"123456789", b"000000000")
-_LONG = 19
-"""Digits of the shortest integer that may have more than 64 bits."""
+_LONG = b"0" * 19
+"""The shortest integer that may have more than 64 bits, with zeros for its digits."""
 _NO_NUMBERS = (str, bool, type(None))
 
 
@@ -109,9 +109,11 @@ def encode_value(value: Any, what: str, error: type[InvalidArgument | InvalidRes
     """Return a value's JSON. Raises `error`, naming `what`, when JSON does not carry it."""
     try:
         body = _values.encode(value)
-        check_size(body, what, error)  # before it is looked through, which takes seconds for what is far too large
+        size = len(body)
+        if size > keys.LARGEST:  # before it is looked through, which takes seconds for what is far too large
+            check_size(body, what, error)
         # msgspec writes NaN as null and integers of any length; readers would get something else back
-        if b"null" in body or (len(body) >= _LONG and b"0" * _LONG in body.translate(_ZEROS)):
+        if b"null" in body or (size >= len(_LONG) and _LONG in body.translate(_ZEROS)):
             odd = _odd_number(msgspec.to_builtins(value, enc_hook=encode_other))
             if odd:
                 raise ValueError("$" + odd)  # noqa: TRY301 - as those of the encoder

@@ -86,16 +86,35 @@ def pydantic_model(kind: Any) -> Any:
 
 
 def encode_other(value: Any) -> Any:
-    """Return a pydantic model as builtins; msgspec's `enc_hook`. Raises TypeError for what JSON does not carry."""
+    """Return a pydantic model as builtins; msgspec's `enc_hook`. Raises TypeError or ValueError for what JSON does not carry."""
     if pydantic_model(type(value)):  # pyright: ignore[reportUnknownArgumentType]
         # by the fields' own names, and without computed fields: what the model itself takes
-        return value.model_dump(mode="json", round_trip=True, by_alias=False, warnings=False)
+        found = value.model_dump(mode="json", round_trip=True, by_alias=False, warnings=False)
+        if b"**********" in msgspec.json.encode(found):  # what pydantic writes for a secret
+            msgspec.to_builtins(value, enc_hook=_refuse_secrets)
+        return found
     if inspect.iscoroutine(value):
         value.close()
         msg = "a coroutine is no JSON value, and nobody awaited it. Is an async function hidden by a decorator that is none?"
         raise TypeError(msg)
     msg = f"{type(value).__module__}.{type(value).__qualname__} is no JSON value"
     raise TypeError(msg)
+
+
+def _refuse_secrets(value: Any) -> Any:
+    """Raise ValueError for a secret, which JSON has as asterisks; an `enc_hook` that looks into models."""
+    if pydantic_model(type(value)):
+        for name, each in value.__dict__.items():
+            _refuse_secret(each, f"`{name}` of {_name(value)}")
+        return value.__dict__
+    _refuse_secret(value, "a part of it")
+    return None
+
+
+def _refuse_secret(value: object, what: str) -> None:
+    if hasattr(value, "get_secret_value"):
+        msg = f"{what} is a {_name(value)} and would arrive as asterisks (get_secret_value() returns the text)"
+        raise ValueError(msg)
 
 
 def decode_model(kind: Any, value: Any) -> Any:

@@ -148,14 +148,14 @@ class Run(Generic[R_co]):
         return await sending.cancel(self.home.client, self.id, undo=undo)
 
     async def apause(self) -> None:
-        """Start no more steps until it is resumed; what runs goes on. Recorded when this returns. Of a paused run nothing.
+        """Start no more steps until a resume; running steps go on. Recorded when this returns. A paused run stays as it is.
 
         Raises Refused when it is over, and TimeoutError as `aretry` does.
         """
         await sending.hold(self.home.client, self.id, paused=True)
 
     async def aresume(self) -> None:
-        """Go on after a pause. Recorded when this returns. Of a run that is not paused nothing.
+        """Go on after a pause. Recorded when this returns. No effect on a run that is not paused.
 
         Raises Refused when it is over, and TimeoutError as `aretry` does.
         """

@@ -21,7 +21,7 @@ MOST_ITEMS = 10_000
 """Items in a pack."""
 
 Time: TypeAlias = Annotated[int, Meta(ge=0, lt=LATEST)]
-Due: TypeAlias = Annotated[int, Meta(ge=0, lt=10**13)]
+Due: TypeAlias = Annotated[int, Meta(ge=0, lt=keys.LAST_MS)]
 """A time that an entry's key can carry: 13 digits, which end in 2286."""
 Count: TypeAlias = Annotated[int, Meta(ge=0, lt=MOST)]
 AtLeastOne: TypeAlias = Annotated[int, Meta(ge=1, lt=2**31)]

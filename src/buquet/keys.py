@@ -25,6 +25,8 @@ JOURNAL = "journal/"
 QUEUES = "queues/"
 SCHEDULES = "schedules/"
 PRIORITIES = range(10)
+LAST_MS = 10**13
+"""Entries carry a time of 13 digits, which ends in 2286."""
 MAX_NAME = 100
 MOST_DIGITS = 19
 """A count in a key has fewer."""
@@ -190,7 +192,13 @@ class Entry(NamedTuple):
 
 
 def entry(queue: str, priority: int, at: int, due: int, task_id: str, rev: int, name: str) -> str:
-    """Build an entry's key: in `later/` when `due` is not 0 and after `at`, else in `ready/`."""
+    """Build an entry's key: in `later/` when `due` is not 0 and after `at`, else in `ready/`.
+
+    Raises UsageError for a time that no entry can carry: a task under such a key would never be found.
+    """
+    if max(at, due) >= LAST_MS:
+        msg = f"it is {max(at, due)} ms after 1970, in 2286 or later, and no task can be stored: set this machine's clock"
+        raise UsageError(msg)
     tail = f"{task_id}.{rev}~{quoted(name, 'task')}"
     if due > at:
         return f"later/{quoted(queue, 'queue')}/{due:013d}-{tail}"

@@ -44,6 +44,7 @@ values = st.recursive(
 
 ALSO = {
     *("cancel_requested", "deadline", "due", "priority", "pack", "checkpoint", "args_at", "key_id", "paused", "events"),
+    *("every_ms", "cron", "tz", "catch_up", "handled", "template", "since"),
     *("state", "steps", "applied", "inbox", "unwinding", "output_at", "graph_at", "run", "step", "gen", "pause"),
 }
 """Fields that a record may have, and that its default leaves out."""
@@ -76,8 +77,8 @@ def damage(draw):
 
 
 TARGETS = ["pending", "delayed", "running", "failed", "session", "bell", "note", "payload", "layout", "pack"]
-RUNS = ["start", "step", "timer", "run", "run", "run", "settings"]
-"""What lies there besides, where there is a workflow."""
+RUNS = ["start", "step", "timer", "run", "run", "run", "settings", "schedule"]
+"""What lies there besides, where there are a workflow and a schedule."""
 
 
 @contextmanager
@@ -124,6 +125,7 @@ async def a_run_half_way(clock):
         await sleep(60, after=[first])
         return await app.double(first)
 
+    app.schedule("often", app.double, every=30, args=(7,))
     run = await flow.astart(1)
     await app.worker(heartbeat_thread=False, max_time=5, grace=1).arun()
     other = await flow.astart(2)
@@ -135,6 +137,7 @@ async def a_run_half_way(clock):
         "timer": keys.task(keys.follow_up(run.id, "timer", "sleep", 0, 1)),
         "run": keys.run(run.id),
         "settings": keys.queue_settings("default"),
+        "schedule": keys.schedule("often"),
     }
 
 

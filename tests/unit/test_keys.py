@@ -157,3 +157,9 @@ def test_a_payload_is_named_after_its_content():
     assert keys.payload(ID, b"1") != keys.payload(ID, b"2")
     assert keys.payload(ID, b"1") == keys.payload(ID, b"1")
     assert keys.payload(ID, b"1").startswith(keys.payloads(ID))
+
+
+@pytest.mark.parametrize(("at", "due"), [(10**13, 0), (0, 10**13)])
+def test_an_entry_that_nobody_could_read_again_is_refused(at, due):
+    with pytest.raises(UsageError, match="set this machine's clock"):
+        keys.entry("q", 5, at, due, "ab" * 16, 0, "n")

@@ -23,8 +23,6 @@ T = TypeVar("T")
 LONGEST_KEY = 1024
 MOST_TAGS = 16 << 10
 """Bytes of all tags of a task together: they lie in its record, which is written four times and listed in full."""
-LAST_MS = 10**13
-"""Entries carry a due time of 13 digits, which ends in 2286."""
 
 
 def in_seconds(time: T | timedelta) -> T | float:
@@ -82,7 +80,7 @@ class SubmitOptions:
             return f"delay is in seconds, from 0 to ten years, not {self.delay!r}"
         if self.run_at is not None and (not isinstance(cast("object", self.run_at), datetime) or self.run_at.tzinfo is None):
             return f"run_at is a datetime with a time zone: datetime(..., tzinfo=...), not {self.run_at!r}"
-        if self.run_at is not None and self.run_at.timestamp() * 1000 >= LAST_MS:
+        if self.run_at is not None and self.run_at.timestamp() * 1000 >= keys.LAST_MS:
             return f"run_at lies before the year 2286, and not at {self.run_at}"
         if not _integer(self.priority) or self.priority not in keys.PRIORITIES:
             return f"priority goes from 0 (first) to 9, not {self.priority!r}"

@@ -183,7 +183,8 @@ def test_no_page_of_the_dashboard_shows_anything_unsafe(store):
 def test_on_a_narrow_terminal_an_id_stays_whole_and_a_cut_text_says_so(monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "100")
-    output.print_table(("id", "error", "example"), [("a" * 32, output.beginning("no answer " * 20), "b" * 32)])
+    times = ["2026-01-01 00:00:00.000 UTC"] * 3
+    output.print_table(("id", "error", "", "", "", "example"), [("a" * 32, output.beginning("no " * 90), *times, "b" * 32)])
     shown = capsys.readouterr().out
     assert "a" * 32 in shown
     assert "b" * 32 in shown

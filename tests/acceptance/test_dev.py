@@ -99,12 +99,12 @@ def test_a_change_is_taken_up_a_mistake_is_survived_and_ctrl_c_ends_it_cleanly(d
         with urlopen(address) as page:  # noqa: S310 - our own server's
             assert b"Overview" in page.read()
         dev.write(TASKS.replace("return 1", "return 2"))
-        dev.says("tasks.py changed: the worker starts again")
+        dev.says("tasks.py changed: the worker finishes its running tasks and restarts")
         dev.says("worker .* serves")
         assert dev.runs(app) == 2
         dev.write("def half a line(")
         dev.says("SyntaxError|does not import|invalid syntax")
-        dev.says("starts again when a Python file changes")
+        dev.says("restarts when a Python file changes")
         with urlopen(address) as page:  # noqa: S310 - our own server's
             assert page.status == 200, "the dashboard stays"
         held = version.submit(seconds=0)
@@ -136,7 +136,7 @@ def test_what_runs_is_finished_before_a_restart_and_only_for_modules_that_were_i
         while first.status() != "running":
             time.sleep(0.05)
         dev.write(TASKS.replace("return 1", "return 2"))
-        said = dev.says("changed: the worker starts again")
+        said = dev.says("changed: the worker finishes")
         assert said.string.startswith("tasks.py changed"), "nothing imports notes.py"
         dev.write(TASKS.replace("return 1", "return 3"))  # while the task runs on
         assert first.result(timeout=PATIENCE) == 1
@@ -148,7 +148,7 @@ def test_what_runs_is_finished_before_a_restart_and_only_for_modules_that_were_i
         while running.status() != "running":
             time.sleep(0.05)
         dev.write(TASKS.replace("return 1", "return 4"))
-        dev.says("changed: the worker starts again")
+        dev.says("changed: the worker finishes")
         dev.process.send_signal(signal.SIGINT)
         assert dev.process.wait(PATIENCE) == 0
         assert running.status() == "pending"

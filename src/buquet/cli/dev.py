@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from buquet.app import App
+from buquet.backoff import YEARS
 from buquet.cli.base import Target, Url, cli
 from buquet.cli.output import log_to, say, to_stderr
 from buquet.cli.ui import Host, Port, need_ui
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 GRACE = 1.0
 """Seconds that running tasks get when the command ends; then they are given back."""
-PATIENT = 10 * 366 * 86_400
+PATIENT = YEARS
 """Seconds that running tasks get when the worker is to start again: as long as they take."""
 OVERDUE = 10.0
 """Seconds after which a worker that does not end is killed; its tasks are then taken over when its session is too old."""
@@ -43,10 +45,10 @@ PROBE = (
 
 @cli.command()
 def dev(target: Target, host: Host = "127.0.0.1", port: Port = 8000, url: Url = None) -> None:
-    """Run a worker and the dashboard while you write tasks; the worker starts again when a module that it imported changes.
+    """Run a worker and the dashboard while you write tasks; the worker restarts when a module that it imported changes.
 
-    Before a restart the worker finishes its running tasks. If a module fails to import, the error is shown and buquet waits for a
-    fix. Ctrl-C stops both and returns running tasks to their queue.
+    Before it restarts, the worker finishes its running tasks. If a module fails to import, the error is shown and buquet waits
+    for a fix. Ctrl-C ends both, and running tasks go back to the queue.
     """
     need_ui()
     from buquet.dashboard.guard import is_loopback  # noqa: PLC0415 - needs the extra `ui`
@@ -94,6 +96,7 @@ class _Dev:
             server.takes_signals = False
             serving = asyncio.create_task(server.serve(sockets=[sock]))
             log_to(sys.stderr)
+            logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it logs each change
             say(f"dashboard of {app.url}: {address}")
             working = asyncio.create_task(self._work(url, app.client.clock.new_op(), changes))
             try:
@@ -156,7 +159,7 @@ class _Dev:
                 ended.cancel()
                 if not names:
                     return
-                to_stderr(f"{names} changed: the worker starts again, after what it runs")
+                to_stderr(f"{names} changed: the worker finishes its running tasks and restarts")
                 await self._end(patient=True)
 
     def _concerns(self, change: set[Any], report: Path) -> str:
@@ -171,7 +174,7 @@ class _Dev:
     async def _told_end(self, child: asyncio.subprocess.Process) -> None:
         """Say so when the worker ends by itself; what it printed says why."""
         status = await child.wait()
-        to_stderr(f"the worker ended with status {status}; it starts again when a Python file changes")
+        to_stderr(f"the worker ended with status {status}; it restarts when a Python file changes")
 
     async def _next(self, changes: AsyncIterator[set[Any]]) -> set[Any] | None:
         """Wait for a change; None when stopped."""

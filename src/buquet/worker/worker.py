@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from buquet import keys
+from buquet.backoff import YEARS
 from buquet.errors import StoreError, StoreFull, StoreRefused, UsageError
 from buquet.printing import counted
 from buquet.queue import tracing
@@ -294,7 +295,8 @@ class Worker:
             while self._pursuits and self._patient and not self.keeper.lost:
                 self._wake.clear()
                 await self._wake.wait()
-            log.info("waiting up to %g s for %s", self.grace, counted(len(self._pursuits), "running task"))
+            limit = f" up to {self.grace:g} s" if self.grace < YEARS else ""
+            log.info("waiting%s for %s", limit, counted(len(self._pursuits), "running task"))
             deadline = self.clock.monotonic() + self.grace
             while self._pursuits and not self._hasty and not self.keeper.lost and self.clock.monotonic() < deadline:
                 # a pursuit that ends wakes it, and the last one may do so before this wait has begun

@@ -188,8 +188,8 @@ class _Dev:
             return
         ended, stopped = asyncio.create_task(child.wait()), asyncio.create_task(self.stopping.wait())
         first = (signal.SIGTERM, {ended, stopped}, None) if patient else (signal.SIGTERM, {ended}, GRACE)
-        # a second signal makes the worker give back what it runs
-        for number, until, seconds in (first, (signal.SIGTERM, {ended}, OVERDUE), (signal.SIGKILL, {ended}, None)):
+        # a second signal makes the worker give back what it runs; another number, since two equal ones at once count as one
+        for number, until, seconds in (first, (signal.SIGINT, {ended}, OVERDUE), (signal.SIGKILL, {ended}, None)):
             if not ended.done():
                 with suppress(ProcessLookupError):
                     child.send_signal(number)

@@ -113,8 +113,7 @@ class App:
         max_items: int | None = None,
     ) -> None:
         if not isinstance(cast("object", url), str | None):
-            msg = f"an App takes the URL of its store, a string such as 'sqlite:path.db', not {url!r}"
-            raise UsageError(msg)
+            raise UsageError(f"an App takes the URL of its store, a string such as 'sqlite:path.db', not {url!r}")
         seconds = retention.total_seconds() if isinstance(retention, timedelta) else retention
         if seconds is not None and not (isinstance(cast("object", seconds), Real) and HOUR <= seconds < YEARS):
             msg = f"retention is a timedelta or seconds, an hour at least, not {retention!r}: results may still be wanted"
@@ -170,8 +169,7 @@ class App:
     def use(self, url: str) -> None:
         """Take another store than the one given, as the command line's `--url` does. Raises UsageError after the first use."""
         if self._client is not None:
-            msg = f"this App already uses {self.url}, and cannot change to {url}"
-            raise UsageError(msg)
+            raise UsageError(f"this App already uses {self.url}, and cannot change to {url}")
         self._given = url
         self._store = None
         self._named = True
@@ -202,8 +200,7 @@ class App:
     def wrap_store(self, wrap: Callable[[Store], Store]) -> None:
         """Put something around the store, such as what counts requests. Raises UsageError after the first use."""
         if self._client is not None:
-            msg = f"this App already uses {self.url}: wrap its store before that"
-            raise UsageError(msg)
+            raise UsageError(f"this App already uses {self.url}: wrap its store before that")
         self._store = wrap(self._store or open_store(self.url, self.clock))
 
     @contextmanager
@@ -329,14 +326,12 @@ class App:
         >>> app.schedule("nightly", report, cron="0 2 * * *", tz="Europe/Berlin")  # doctest: +SKIP
         """
         if name in self.plans:
-            msg = f"two schedules of this App are named {name!r}: give one of them another name"
-            raise UsageError(msg)
+            raise UsageError(f"two schedules of this App are named {name!r}: give one of them another name")
         if isinstance(args, str | bytes):
             msg = f"args of schedule {name!r} are a list of arguments, and each character would be one: args=[{args!r}]"
             raise UsageError(msg)
         if not self._may_schedule(task):
-            msg = f"schedule {name!r}: task {task.name!r} belongs to another App. Schedule it there"
-            raise UsageError(msg)
+            raise UsageError(f"schedule {name!r}: task {task.name!r} belongs to another App. Schedule it there")
         self.plans[name] = plan(name, task, rule_of(cron, every, tz), catch_up, tuple(args), dict(kwargs or {}))
 
     def _may_schedule(self, task: object) -> bool:
@@ -370,8 +365,7 @@ class App:
             msg = f"a worker takes a whole number as concurrency, and grace, ttl and max_time as numbers of seconds, not {given}"
             raise UsageError(msg)
         if isinstance(queues, str):  # else each letter would be one
-            msg = f"queues are a list of names: [{queues!r}], not {queues!r}"
-            raise UsageError(msg)
+            raise UsageError(f"queues are a list of names: [{queues!r}], not {queues!r}")
         if queues is None:
             queues = [*(task.queue for task in self.tasks.values()), *(each.queue for each in self.workflows.values())]
         return Worker(
@@ -585,8 +579,7 @@ def _name_of(function: Callable[..., Any]) -> str:
     """Return a function's name. Raises UsageError for what has none, such as a partial."""
     name = getattr(function, "__name__", None)
     if name is None:
-        msg = f"{function!r} is no function: wrap it in one of yours with declared parameters"
-        raise UsageError(msg)
+        raise UsageError(f"{function!r} is no function: wrap it in one of yours with declared parameters")
     return name
 
 

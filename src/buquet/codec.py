@@ -101,8 +101,7 @@ def check_size(body: bytes, what: str, error: type[InvalidArgument | InvalidResu
     """Raise `error` for a value over 64 MiB."""
     if len(body) > keys.LARGEST:
         most = f"the most is {keys.LARGEST:,}. Store it in an object of yours and pass its key"
-        msg = f"{what} has {len(body):,} bytes as JSON; {most}"
-        raise error(msg)
+        raise error(f"{what} has {len(body):,} bytes as JSON; {most}")
 
 
 def encode_value(value: Any, what: str, error: type[InvalidArgument | InvalidResult] = InvalidArgument) -> bytes:
@@ -201,8 +200,7 @@ class Signature:
 
     def _refuse_loss(self, name: str, lost: str) -> None:
         if lost:
-            msg = f"argument {name!r} of {self.function.__qualname__} does not fit its declared type: {lost}"
-            raise InvalidArgument(msg)
+            raise InvalidArgument(f"argument {name!r} of {self.function.__qualname__} does not fit its declared type: {lost}")
 
     def check_argument(self, name: str, value: object) -> None:
         """Raise InvalidArgument for a value that would not arrive at this parameter as it is."""
@@ -261,8 +259,7 @@ class Signature:
         if not result.fits(value):
             what = f"the result of {self.function.__qualname__} is not of its declared type"
             if lost := result.lost(value, read_as(result, body, what, InvalidResult)):
-                msg = f"{what}: {lost}"
-                raise InvalidResult(msg)
+                raise InvalidResult(f"{what}: {lost}")
         return body
 
     def decode_result(self, body: bytes | msgspec.Raw) -> Any:
@@ -321,8 +318,7 @@ def read_as(
     try:
         return declared.read(body)
     except Exception as problem:  # noqa: BLE001 - types run code of the user's, such as validators
-        msg = f"{what}: {problem}"
-        raise error(msg) from None
+        raise error(f"{what}: {problem}") from None
 
 
 def decode_stored(decoder: msgspec.json.Decoder[T], body: bytes | msgspec.Raw, what: str, remedy: str) -> T:
@@ -330,8 +326,7 @@ def decode_stored(decoder: msgspec.json.Decoder[T], body: bytes | msgspec.Raw, w
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        msg = f"{what} cannot be read: {error}. {remedy}"
-        raise UnreadableRecord(msg) from None
+        raise UnreadableRecord(f"{what} cannot be read: {error}. {remedy}") from None
 
 
 def decode_any(body: bytes | msgspec.Raw) -> Any:

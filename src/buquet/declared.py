@@ -97,8 +97,7 @@ def encode_other(value: Any) -> Any:
         value.close()
         msg = "a coroutine is no JSON value, and nobody awaited it. Is an async function hidden by a decorator that is none?"
         raise TypeError(msg)
-    msg = f"{type(value).__module__}.{type(value).__qualname__} is no JSON value"
-    raise TypeError(msg)
+    raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} is no JSON value")
 
 
 def _refuse_secrets(value: Any) -> Any:
@@ -113,8 +112,7 @@ def _refuse_secrets(value: Any) -> Any:
 
 def _refuse_secret(value: object, what: str) -> None:
     if hasattr(value, "get_secret_value"):
-        msg = f"{what} is a {_name(value)} and would arrive as asterisks (get_secret_value() returns the text)"
-        raise ValueError(msg)
+        raise ValueError(f"{what} is a {_name(value)} and would arrive as asterisks (get_secret_value() returns the text)")
 
 
 def decode_model(kind: Any, value: Any) -> Any:
@@ -128,8 +126,7 @@ def decode_model(kind: Any, value: Any) -> Any:
             raise msgspec.ValidationError(str(error)) from None
     if isinstance(value, typing.get_origin(kind) or kind):
         return value
-    msg = f"{kind!r} is neither a type that JSON carries nor a pydantic model"
-    raise msgspec.ValidationError(msg)
+    raise msgspec.ValidationError(f"{kind!r} is neither a type that JSON carries nor a pydantic model")
 
 
 def _pydantic_reader(kind: Any, what: str, problem: TypeError) -> Callable[[bytes | msgspec.Raw], Any]:

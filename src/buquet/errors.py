@@ -246,8 +246,7 @@ class Snooze(Exception):
         if isinstance(seconds, timedelta):
             seconds = seconds.total_seconds()
         if not 0 <= seconds < 10 * 366 * 86_400:
-            msg = f"Snooze takes seconds from 0 to ten years, not {seconds!r}"
-            raise UsageError(msg)
+            raise UsageError(f"Snooze takes seconds from 0 to ten years, not {seconds!r}")
         super().__init__(f"come back in {seconds:g} s")
         self.seconds = seconds
 

@@ -54,8 +54,7 @@ def quoted(name: str, what: str) -> str:
     Raises UsageError when it is empty, no string, or longer than 100 bytes once encoded.
     """
     if not isinstance(cast("object", name), str):
-        msg = f"the name of a {what} is a string, not {name!r}"
-        raise UsageError(msg)
+        raise UsageError(f"the name of a {what} is a string, not {name!r}")
     try:
         text = quote(name, safe="").replace("~", "%7E")
     except UnicodeEncodeError:

@@ -254,8 +254,7 @@ class PackState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def __post_init__(self) -> None:
         """Refuse results that are not one for each item that is done."""
         if not ascending(self.done) or sum(end - start for start, end in self.done) != len(self.results):
-            msg = f"the {len(self.results):,} results are not those of the items that are done"
-            raise ValueError(msg)
+            raise ValueError(f"the {len(self.results):,} results are not those of the items that are done")
 
     def fits(self, pack: int) -> bool:
         """Tell whether this can be the state of a pack with this number of items."""

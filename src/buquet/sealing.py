@@ -132,8 +132,7 @@ class Keyring(Plain):
             from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - optional, and slow to import
             from cryptography.hazmat.primitives.ciphers.aead import AESSIV  # noqa: PLC0415
         except ImportError:
-            msg = f"encryption takes the package cryptography: {install('encryption')}"
-            raise UsageError(msg) from None
+            raise UsageError(f"encryption takes the package cryptography: {install('encryption')}") from None
         self._invalid: type[Exception] = InvalidTag
         self._ciphers: dict[str, AESSIV] = {}
         for number, text in enumerate(keys, start=1):
@@ -183,8 +182,7 @@ def _key(text: str, number: int) -> bytes:
     except (ValueError, binascii.Error):
         key = b""
     if len(key) != KEY_BYTES:
-        msg = f"encryption key {number} is not 32 bytes in base64: make one with `openssl rand -base64 {KEY_BYTES}`"
-        raise UsageError(msg)
+        raise UsageError(f"encryption key {number} is not 32 bytes in base64: make one with `openssl rand -base64 {KEY_BYTES}`")
     return key
 
 
@@ -205,13 +203,11 @@ def sealer(keys: Iterable[str] | str | None, *, only: bool | None = None) -> Sea
     if found:
         return Keyring(found, only=only)
     if only:
-        msg = f"an App that takes only encrypted values needs keys: set {ENVIRONMENT}, or pass encryption=[...]"
-        raise UsageError(msg)
+        raise UsageError(f"an App that takes only encrypted values needs keys: set {ENVIRONMENT}, or pass encryption=[...]")
     return Plain()
 
 
 def _switched_on(text: str) -> bool:
     if text not in {"", "0", "1"}:
-        msg = f"{ONLY} is 1 (on) or 0 (off), not {text[:20]!r}"
-        raise UsageError(msg)
+        raise UsageError(f"{ONLY} is 1 (on) or 0 (off), not {text[:20]!r}")
     return text == "1"

@@ -71,8 +71,7 @@ async def lacks_store(app: App) -> str:
             if await reads.get(keys.LAYOUT) is not None or await reads.list(keys.TASKS, limit=1):
                 return ""
     except TimeoutError:
-        msg = f"{app.url} did not answer within {PATIENCE:g} s"
-        raise StoreUnavailable(msg) from None
+        raise StoreUnavailable(f"{app.url} did not answer within {PATIENCE:g} s") from None
     return f"there is no store at {app.url}: nothing was ever submitted there. `buquet init` or the first submit creates it"
 
 
@@ -111,5 +110,4 @@ def from_json(text: str, kind: Any, option: str, what: str) -> Any:
     try:
         return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        msg = f"{option} takes a JSON {what}, and this is none: {text[:200]!r} ({error})"
-        raise UsageError(msg) from None
+        raise UsageError(f"{option} takes a JSON {what}, and this is none: {text[:200]!r} ({error})") from None

@@ -138,8 +138,7 @@ def _change(
 async def _would(app: App, change: _Change, task_id: str) -> str:
     task = (await app.client.read(task_id)).record
     if task.state not in change.fitting:
-        msg = f"task {task_id} is {task.state} and cannot be {change.done}"
-        raise UsageError(msg)
+        raise UsageError(f"task {task_id} is {task.state} and cannot be {change.done}")
     return f"would be {change.done}"
 
 

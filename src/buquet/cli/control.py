@@ -60,8 +60,7 @@ def _queues_or_workers(
     app: App, queues: list[str] | None, queue: One, workers: list[str] | None, worker: One, *, json: bool
 ) -> None:
     if bool(queues) == bool(workers):
-        msg = "name queues, or workers with --worker; not both, and not neither"
-        raise UsageError(msg)
+        raise UsageError("name queues, or workers with --worker; not both, and not neither")
     if queues:
         each_of(app, "queue", queues, queue, json=json)
     else:

@@ -35,8 +35,7 @@ class Report(TypedDict):
 def index(path: str, *, stumbles: bool = False) -> Index:
     """Count the lines and identifiers of a Python file. One that `stumbles` fails at first, as things on a network do."""
     if stumbles and current().attempt == 1:
-        msg = "the connection was reset (on purpose: this shows a retry)"
-        raise ConnectionResetError(msg)
+        raise ConnectionResetError("the connection was reset (on purpose: this shows a retry)")
     with tokenize.open(path) as file:
         lines = file.readlines()
     tokens = tokenize.generate_tokens(iter(lines).__next__)

@@ -57,8 +57,7 @@ def dev(target: Target, host: Host = "127.0.0.1", port: Port = 8000, url: Url = 
         msg = f"buquet dev is for this machine only, and {host} is not: use `buquet worker` and `buquet ui --password`"
         raise UsageError(msg)
     if sys.platform == "win32":
-        msg = "on Windows there is no `buquet dev`: run `buquet worker` and `buquet ui` by hand"
-        raise UsageError(msg)
+        raise UsageError("on Windows there is no `buquet dev`: run `buquet worker` and `buquet ui` by hand")
     with suppress(KeyboardInterrupt):
         asyncio.run(_Dev(target, host, port, url).run())
 

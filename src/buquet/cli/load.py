@@ -30,8 +30,7 @@ def find_app(target: str, folder: Path) -> App:
     apps = [f"{name}:{each}" for each, found in vars(module).items() if isinstance(found, App)]
     there = f"it has {', '.join(apps)}" if apps else "it has no App; make one with `app = buquet.App()`"
     problem = f"has no {attribute!r}" if value is None else f"has a {type(value).__name__} named {attribute!r}, and no App"
-    msg = f"module {name} {problem}: {there}"
-    raise UsageError(msg)
+    raise UsageError(f"module {name} {problem}: {there}")
 
 
 def _import(name: str, folder: Path) -> ModuleType:
@@ -43,8 +42,7 @@ def _import(name: str, folder: Path) -> ModuleType:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             msg = f"there is no module {name!r} in {folder} or on Python's path. Go to the folder that holds it, or install it"
             raise UsageError(msg) from None
-        msg = f"module {name} does not import: it needs {error.name!r}, which is not installed here"
-        raise UsageError(msg) from None
+        raise UsageError(f"module {name} does not import: it needs {error.name!r}, which is not installed here") from None
     except SystemExit as error:
         msg = (
             f"module {name} ends the program when it is imported (exit {error.code}). Put that under `if __name__ == '__main__':`"
@@ -53,5 +51,4 @@ def _import(name: str, folder: Path) -> ModuleType:
     except Exception as error:  # noqa: BLE001 - whatever a user's module raises is told
         lines = traceback.format_exception(type(error), error, error.__traceback__)
         own = "".join(lines[-3:]).rstrip()
-        msg = f"module {name} does not import. It raised:\n{own}"
-        raise UsageError(msg) from None
+        raise UsageError(f"module {name} does not import. It raised:\n{own}") from None

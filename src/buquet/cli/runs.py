@@ -49,16 +49,14 @@ def start(
     app = load(target, url)
     workflow = app.workflows.get(name)
     if workflow is None:
-        msg = f"{target} has no workflow {name!r}; it has {', '.join(sorted(app.workflows)) or 'none'}"
-        raise UsageError(msg)
+        raise UsageError(f"{target} has no workflow {name!r}; it has {', '.join(sorted(app.workflows)) or 'none'}")
     positional, by_name = from_json(args, list[Any], "--args", "array"), from_json(kwargs, dict[str, Any], "--kwargs", "object")
     try:
         # the workflow is traced with its declared types, as where it is started in Python
         signature = workflow.signature
         typed, named = signature.decode(signature.encode(signature.bind(tuple(positional), by_name)))
     except (TypeError, InvalidPayload) as error:
-        msg = f"{name}{workflow.signature.signature}: {error}"
-        raise UsageError(msg) from None
+        raise UsageError(f"{name}{workflow.signature.signature}: {error}") from None
 
     async def work() -> None:
         begun = await workflow.options(key=key, tags=tags_of(tag)).astart(*typed, **named)
@@ -160,8 +158,7 @@ def list_runs(
 def _filter(status: str | None, workflow: str | None, tag: list[str] | None) -> runs.RunFilter:
     statuses = get_args(RunStatus)
     if status not in {None, "paused", *statuses}:
-        msg = f"--status takes one of {', '.join(statuses)}, paused, and not {status!r}"
-        raise UsageError(msg)
+        raise UsageError(f"--status takes one of {', '.join(statuses)}, paused, and not {status!r}")
     some = (cast("RunStatus", status),) if status not in {None, "paused"} else ()
     return runs.RunFilter(some, status == "paused", workflow, tags_of(tag))
 
@@ -295,8 +292,7 @@ def graph(
             try:
                 output.write_text(text, encoding="utf-8")
             except OSError as error:
-                msg = f"cannot write {output}: {error.strerror}"
-                raise UsageError(msg) from None
+                raise UsageError(f"cannot write {output}: {error.strerror}") from None
             text = str(output)
         if json:
             print_json({"id": run_id, "format": drawing, "file" if output else "drawing": text})

@@ -10,8 +10,7 @@ def selection(status: str | None, queue: str | None, name: str | None, tag: list
     """Return the filter that --status, --queue, --name and --tag make. Raises UsageError."""
     known: Status | None = next((each for each in STATUSES if each == status), None)
     if status is not None and known is None:
-        msg = f"--status is one of {', '.join(STATUSES)}, not {status!r}"
-        raise UsageError(msg)
+        raise UsageError(f"--status is one of {', '.join(STATUSES)}, not {status!r}")
     return Filter(*wanted_status(known), queue, name, tags_of(tag))
 
 
@@ -21,7 +20,6 @@ def tags_of(tag: list[str] | None) -> dict[str, str]:
     for each in tag or ():
         name, equals, value = each.partition("=")
         if not name or not equals:
-            msg = f"--tag takes NAME=VALUE, not {each!r}"
-            raise UsageError(msg)
+            raise UsageError(f"--tag takes NAME=VALUE, not {each!r}")
         tags[name] = value
     return tags

@@ -153,8 +153,7 @@ def seconds(age: str) -> float:
     """Read an age such as 90s, 30min, 12h, 7d. Raises UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([a-z]+)", age.strip())
     if found is None or found[2] not in UNITS:
-        msg = f"--older-than takes a number and one of {', '.join(UNITS)}, for instance 7d; not {age!r}"
-        raise UsageError(msg)
+        raise UsageError(f"--older-than takes a number and one of {', '.join(UNITS)}, for instance 7d; not {age!r}")
     return float(found[1]) * UNITS[found[2]]
 
 

@@ -54,8 +54,7 @@ def submit(
     app = load(target, url)
     function = app.tasks.get(name)
     if function is None:
-        msg = f"{target} has no task {name!r}; it has {', '.join(sorted(app.tasks)) or 'none'}"
-        raise UsageError(msg)
+        raise UsageError(f"{target} has no task {name!r}; it has {', '.join(sorted(app.tasks)) or 'none'}")
     positional, by_name = from_json(args, list[Any], "--args", "array"), from_json(kwargs, dict[str, Any], "--kwargs", "object")
     task = function.options(key=key, delay=delay, priority=priority, expires=expires, tags=tags_of(tag))
 
@@ -63,8 +62,7 @@ def submit(
         try:
             prepared = task.prepare(tuple(positional), by_name)
         except (TypeError, InvalidArgument) as error:
-            msg = f"{name}{function.signature.signature}: {error}"
-            raise UsageError(msg) from None
+            raise UsageError(f"{name}{function.signature.signature}: {error}") from None
         submitted = await app.client.submit(*prepared)
         if not wait:
             print_json(submitted._asdict()) if json else print(submitted.id)

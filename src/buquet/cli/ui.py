@@ -65,8 +65,7 @@ def ui(
     if password_file is not None:
         password = _password_in(password_file, password)
     if password is not None and not password:
-        msg = "the password is empty: give one, or leave --password, --password-file and their variables out"
-        raise UsageError(msg)
+        raise UsageError("the password is empty: give one, or leave --password, --password-file and their variables out")
     if not is_loopback(host):
         if password is None and not read_only:
             msg = (
@@ -93,8 +92,7 @@ def _password_in(file: Path, beside: str | None) -> str:
     try:
         return file.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")
     except (OSError, UnicodeDecodeError) as error:
-        msg = f"the password cannot be read from {file}: {error}"
-        raise UsageError(msg) from None
+        raise UsageError(f"the password cannot be read from {file}: {error}") from None
 
 
 def serve(
@@ -123,5 +121,4 @@ def need_ui() -> None:
     """Raise UsageError where the dashboard's dependencies are not installed."""
     missing = [name for name in ("jinja2", "starlette", "uvicorn", "watchfiles") if find_spec(name) is None]
     if missing:
-        msg = f"the dashboard needs {', '.join(missing)}, which this Python does not have: {install('ui')}"
-        raise UsageError(msg)
+        raise UsageError(f"the dashboard needs {', '.join(missing)}, which this Python does not have: {install('ui')}")

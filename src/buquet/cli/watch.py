@@ -88,8 +88,7 @@ def tail(
 ) -> None:
     """Show what happens as it happens, until Ctrl-C. A look costs 3 LISTs, and a GET for each thing that changed."""
     if status is not None and status not in EVENTS:
-        msg = f"--status is one of {', '.join(EVENTS)}, not {status!r}"
-        raise UsageError(msg)
+        raise UsageError(f"--status is one of {', '.join(EVENTS)}, not {status!r}")
     app = open_app(url)
 
     async def work() -> None:

@@ -64,8 +64,7 @@ def worker(
     """
     app = load(target, url, quiet=True)  # its store is told below
     if not app.tasks:
-        msg = f"{target} has no tasks: decorate a function with @app.task"
-        raise UsageError(msg)
+        raise UsageError(f"{target} has no tasks: decorate a function with @app.task")
     lines = log_format or (LogFormat.json if json else LogFormat.text)
     log_to(sys.stdout if json else sys.stderr, as_json=lines is LogFormat.json)
     counting = _counting(app) if metrics_port is not None and processes == 1 else None

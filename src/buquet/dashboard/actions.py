@@ -96,8 +96,7 @@ async def redrive_group(board: Board, target: str, form: Mapping[str, str]) -> s
             try:
                 record = (await board.app.client.read(task_id)).record
                 if record.state != "failed":
-                    msg = "it is not failed any more"
-                    raise Refused(msg)
+                    raise Refused("it is not failed any more")
                 if not record.run:
                     await board.app.client.redrive(task_id)
                     redriven += 1

@@ -155,8 +155,7 @@ def _body(asked: Form, name: str, value: str) -> bytes:
         msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
         what = f"is no JSON ({error}): a text needs quotes" if text else "is missing"
-        msg = f"the value of signal {name!r} {what}. Such a value fits: {asked.example}"
-        raise UsageError(msg) from None
+        raise UsageError(f"the value of signal {name!r} {what}. Such a value fits: {asked.example}") from None
     return text.encode()
 
 

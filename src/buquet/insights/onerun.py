@@ -103,8 +103,7 @@ class OneRun:
     async def _draw(self, client: Client, source: RunRecord | Task) -> None:
         """Read the run's graph, once; without the key of an encrypted one its steps are those that have begun."""
         if isinstance(source, RunRecord) and source.state == "pruned":
-            msg = f"run {self.id} was pruned"
-            raise RunNotFound(msg)
+            raise RunNotFound(f"run {self.id} was pruned")
         if not self._drawn:
             graph = await read_graph(client, source)
             self.graph = graph or graph_of_begun(source)
@@ -151,8 +150,7 @@ class OneRun:
             return view_of(client, self.held.record, self.graph, {name: held.record for name, held in self._tasks.items()}, crew)
         if self.start is not None:
             return view_of_start(client, self.start, self.graph, crew)
-        msg = f"run {self.id} was not looked at"
-        raise RunNotFound(msg)
+        raise RunNotFound(f"run {self.id} was not looked at")
 
 
 async def read_graph(client: Client, source: RunRecord | Task) -> Graph | None:

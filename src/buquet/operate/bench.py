@@ -151,8 +151,7 @@ async def _drain(one: _Bench, tasks: int, concurrency: int) -> tuple[float, dict
             await one.clock.sleep(0.002)
             if running.done() or one.clock.monotonic() - begun > LONGEST:
                 done = f"only {worker.keeper.completed:,} of {counted(tasks, 'task')} completed"
-                msg = f"{done} in {LONGEST:g} s. Run `buquet doctor`"
-                raise StoreUnfit(msg)
+                raise StoreUnfit(f"{done} in {LONGEST:g} s. Run `buquet doctor`")
         took = one.clock.monotonic() - begun
         requests = _each(one, tasks)
     finally:

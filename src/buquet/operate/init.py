@@ -49,8 +49,7 @@ async def prepare(client: Client, *, keep_versions_days: int = 30) -> AsyncItera
     Raises UsageError, AccessDenied, StoreRefused.
     """
     if keep_versions_days < 1:
-        msg = f"earlier versions are kept for a day at least, not {keep_versions_days}"
-        raise UsageError(msg)
+        raise UsageError(f"earlier versions are kept for a day at least, not {keep_versions_days}")
     store = client.store
     place = getattr(store, "place", None)
     if isinstance(place, Place) and place.scheme == "s3":
@@ -159,8 +158,7 @@ class _Bucket:
             )
             raise AccessDenied(msg) from None
         except errors.BotoCoreError as error:
-            msg = f"{self.place.url} does not answer: {error}. Look at the endpoint and the network"
-            raise StoreRefused(msg) from None
+            raise StoreRefused(f"{self.place.url} does not answer: {error}. Look at the endpoint and the network") from None
 
     def _create(self) -> Step:
         bucket = self.place.bucket
@@ -175,8 +173,7 @@ class _Bucket:
         _, code, said = self._ask(self.boto.create_bucket, **words)
         if code and code not in OURS:
             kind = AccessDenied if code in DENIED else BucketMissing
-            msg = f"the bucket {bucket} is missing and cannot be created: {said}. Create it by other means, or name another"
-            raise kind(msg)
+            raise kind(f"the bucket {bucket} is missing and cannot be created: {said}. Create it by other means, or name another")
         return Step(
             "bucket", done=True, detail=f"{bucket} was created" + (f" in {self.region}" if self.place.endpoint is None else "")
         )

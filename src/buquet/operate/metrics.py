@@ -23,8 +23,7 @@ try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
     from prometheus_client.exposition import choose_encoder
 except ImportError:
-    msg = f"metrics need the package prometheus-client: {install('metrics')}, or leave --metrics-port out"
-    raise UsageError(msg) from None
+    raise UsageError(f"metrics need the package prometheus-client: {install('metrics')}, or leave --metrics-port out") from None
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -126,8 +126,7 @@ class Attempt:
         >>> current().progress(0.4, "half of the pages")  # doctest: +SKIP
         """
         if not isinstance(cast("object", fraction), Real) or not 0 <= fraction <= 1:
-            msg = f"progress is a number from 0 to 1, and this is {fraction!r}"
-            raise UsageError(msg)
+            raise UsageError(f"progress is a number from 0 to 1, and this is {fraction!r}")
         # both go into the session's record: what JSON does not carry there would end the worker's heartbeat
         text = str(message)[:200].encode("utf-8", "backslashreplace").decode()
         self._host.progress(float(fraction), text)

@@ -137,8 +137,7 @@ class Background:
                     self._meanwhile[1](future)
                 return future.result()
             except CancelledError:
-                msg = f"the App was closed while {blocking}() was at it"
-                raise UsageError(msg) from None
+                raise UsageError(f"the App was closed while {blocking}() was at it") from None
             except KeyboardInterrupt:
                 if interrupted is None or future.done():
                     future.cancel()

@@ -60,8 +60,7 @@ class Batch(Generic[R_co]):
     def __init__(self, home: Home, signature: Signature, batch_id: str) -> None:
         found = _ID.fullmatch(batch_id)
         if found is None:
-            msg = f"{batch_id[:100]!r} is no batch's id. Take the one of `batch(...).id`"
-            raise UsageError(msg)
+            raise UsageError(f"{batch_id[:100]!r} is no batch's id. Take the one of `batch(...).id`")
         self._home = home
         self._signature = signature
         self._token = found[1]

@@ -323,8 +323,7 @@ class Client:
                     self.added(task.queue, asked.entry)
                     return "requested"
                 self.waiting.ended(task_id)
-        msg = f"task {task_id} was removed from the store while it was being cancelled"
-        raise TaskNotFound(msg)
+        raise TaskNotFound(f"task {task_id} was removed from the store while it was being cancelled")
 
     async def note(self, worker: str, task_id: str) -> None:
         """Ask a worker to look at a task's record."""
@@ -350,8 +349,7 @@ class Client:
                 self.added(task.queue, task.entry)
                 return
             held = write.held
-        msg = f"task {task_id} was removed from the store while it was being redriven"
-        raise TaskNotFound(msg)
+        raise TaskNotFound(f"task {task_id} was removed from the store while it was being redriven")
 
     async def progress(self, task: Task) -> Progress | None:
         """Return how far a task is: what its last heartbeat says while it runs, 1 once it has completed, else None."""

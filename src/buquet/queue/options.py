@@ -45,14 +45,11 @@ class Policy:
 
     def __post_init__(self) -> None:
         if not (_count(self.max_attempts) and _count(self.max_losses)):
-            msg = f"max_attempts and max_losses start at 1, not {self.max_attempts!r} and {self.max_losses!r}"
-            raise UsageError(msg)
+            raise UsageError(f"max_attempts and max_losses start at 1, not {self.max_attempts!r} and {self.max_losses!r}")
         if not isinstance(cast("object", self.backoff), Backoff):
-            msg = f"backoff is a Backoff(initial=1, factor=2, max=300, jitter=0.2), not {self.backoff!r}"
-            raise UsageError(msg)
+            raise UsageError(f"backoff is a Backoff(initial=1, factor=2, max=300, jitter=0.2), not {self.backoff!r}")
         if self.timeout is not None and not (_number(self.timeout) and 0 < self.timeout < YEARS):
-            msg = f"timeout is a number of seconds above 0, not {self.timeout!r}"
-            raise UsageError(msg)
+            raise UsageError(f"timeout is a number of seconds above 0, not {self.timeout!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +110,7 @@ class StepOptions:
 def check_key(key: object) -> None:
     """Raise UsageError for what cannot be an idempotency key."""
     if key is not None and not (isinstance(key, str) and 1 <= _bytes_of(key) <= LONGEST_KEY):
-        msg = f"key is a string of 1 to {LONGEST_KEY:,} bytes, not {str(key)[:80]!r}"
-        raise UsageError(msg)
+        raise UsageError(f"key is a string of 1 to {LONGEST_KEY:,} bytes, not {str(key)[:80]!r}")
 
 
 def check_tags(tags: object) -> None:
@@ -122,8 +118,7 @@ def check_tags(tags: object) -> None:
     parts: list[Any] = [part for pair in cast("Mapping[Any, Any]", tags).items() for part in pair] if _maps(tags) else [None]
     sizes = [_bytes_of(part) if isinstance(part, str) else -1 for part in parts]
     if any(size < 0 for size in sizes):
-        msg = f"tags are strings by strings, not {repr(tags)[:200]}"
-        raise UsageError(msg)
+        raise UsageError(f"tags are strings by strings, not {repr(tags)[:200]}")
     if sum(sizes) > MOST_TAGS:
         msg = f"tags have at most {MOST_TAGS:,} bytes in all, and these have {sum(sizes):,}: put large values into the arguments"
         raise UsageError(msg)

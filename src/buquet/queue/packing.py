@@ -55,8 +55,7 @@ def read_state(task: Task, body: bytes | msgspec.Raw, of: str = "") -> PackState
     what = f"the checkpoint of {of or pack}"
     state = decode_stored(_state, body, what, AGAIN)
     if not state.fits(task.pack):
-        msg = f"{what} names items that the pack does not have. {AGAIN}"
-        raise UnreadableRecord(msg)
+        raise UnreadableRecord(f"{what} names items that the pack does not have. {AGAIN}")
     return state
 
 
@@ -74,11 +73,9 @@ class Packing:
         function.check_step_options()
         function.signature.check_batch()
         if isinstance(items, str | bytes | bytearray):
-            msg = f"items is one {type(items).__name__}, of which each character would be an item: put it in a list"
-            raise UsageError(msg)
+            raise UsageError(f"items is one {type(items).__name__}, of which each character would be an item: put it in a list")
         if pack != "auto" and (isinstance(pack, bool) or not isinstance(pack, int) or not 1 <= pack <= MOST_ITEMS):  # pyright: ignore[reportUnnecessaryIsInstance]
-            msg = f"pack is the number of items in a task, 1 to {MOST_ITEMS:,}, or 'auto', not {pack!r}"
-            raise UsageError(msg)
+            raise UsageError(f"pack is the number of items in a task, 1 to {MOST_ITEMS:,}, or 'auto', not {pack!r}")
         key = function.submit_options.key
         self.function = function
         self.client = client
@@ -176,8 +173,7 @@ class Packing:
         bodies.clear()
         yield from found
         if bad:
-            msg = f"item {place + bad[0]} of the batch is no argument of {self.function.name}: {bad[1]}"
-            raise InvalidArgument(msg)
+            raise InvalidArgument(f"item {place + bad[0]} of the batch is no argument of {self.function.name}: {bad[1]}")
 
     def _encode(self, item: Any, before: list[bytes]) -> bytes:
         try:

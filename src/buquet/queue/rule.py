@@ -58,20 +58,17 @@ class Rule:
     def __post_init__(self) -> None:
         if self.every_ms:
             if not SHORTEST <= self.every_ms <= LONGEST:
-                msg = f"a schedule fires every 1 second to ten years, not every {self.every_ms / 1000:g} s"
-                raise UsageError(msg)
+                raise UsageError(f"a schedule fires every 1 second to ten years, not every {self.every_ms / 1000:g} s")
             return
         if len(self.cron) > LONGEST_CRON:
-            msg = f"the cron expression has {len(self.cron):,} characters; the most is {LONGEST_CRON:,}"
-            raise UsageError(msg)
+            raise UsageError(f"the cron expression has {len(self.cron):,} characters; the most is {LONGEST_CRON:,}")
         try:
             first = next(self._by_cron(0), None)
         except Exception as error:  # noqa: BLE001 - cronsim raises its own errors, and others for what it did not think of
             msg = f"{self.cron!r} is no cron expression: {error}. Write five fields, minute hour day month weekday: '0 2 * * *'"
             raise UsageError(msg) from None
         if first is None:
-            msg = f"the cron expression {self.cron!r} never fires: it names a day that no month has"
-            raise UsageError(msg)
+            raise UsageError(f"the cron expression {self.cron!r} never fires: it names a day that no month has")
 
     def __str__(self) -> str:
         """Say the rule as people do."""
@@ -141,8 +138,7 @@ def zone_of(name: str) -> ZoneInfo:
     try:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError, TypeError):
-        msg = f"there is no time zone {name!r}: names are like 'Europe/Berlin', 'America/New_York' or 'UTC'"
-        raise UsageError(msg) from None
+        raise UsageError(f"there is no time zone {name!r}: names are like 'Europe/Berlin', 'America/New_York' or 'UTC'") from None
 
 
 def rule_of(cron: str | None, every: float | timedelta | None, tz: str | None) -> Rule:
@@ -152,25 +148,21 @@ def rule_of(cron: str | None, every: float | timedelta | None, tz: str | None) -
     'every 300 s'
     """
     if (cron is None) == (every is None):
-        msg = "a schedule has either cron='0 2 * * *' or every=seconds" + (", not both" if cron is not None else "")
-        raise UsageError(msg)
+        raise UsageError("a schedule has either cron='0 2 * * *' or every=seconds" + (", not both" if cron is not None else ""))
     if cron is not None:
         return _cron(cron, "UTC" if tz is None else tz)
     if tz is not None:
-        msg = f"tz={tz!r} goes with cron: every=... counts from 1970 in UTC, whatever the clocks say"
-        raise UsageError(msg)
+        raise UsageError(f"tz={tz!r} goes with cron: every=... counts from 1970 in UTC, whatever the clocks say")
     seconds: Any = every.total_seconds() if isinstance(every, timedelta) else every
     number = isinstance(seconds, int | float) and not isinstance(seconds, bool) and math.isfinite(seconds)
     if not number or not SHORTEST <= round(seconds * 1000) <= LONGEST:
-        msg = f"every is a number of seconds or a timedelta, from 1 second to ten years, not {every!r}"
-        raise UsageError(msg)
+        raise UsageError(f"every is a number of seconds or a timedelta, from 1 second to ten years, not {every!r}")
     return Rule(every_ms=round(seconds * 1000))
 
 
 def _cron(cron: Any, tz: Any) -> Rule:
     if not isinstance(cron, str) or not isinstance(tz, str):
-        msg = f"cron and tz are strings, not {cron!r} and {tz!r}"
-        raise UsageError(msg)
+        raise UsageError(f"cron and tz are strings, not {cron!r} and {tz!r}")
     if tz != "UTC":
         zone_of(tz)
     # as cronsim has it, and workers of every version

@@ -146,11 +146,9 @@ def plan(name: str, task: object, rule: Rule, catch_up: CatchUp, args: tuple[Any
     """Check a declaration. Raises UsageError, TypeError or InvalidArgument."""
     keys.quoted(name, "schedule")
     if catch_up not in get_args(CatchUp):
-        msg = f"catch_up of schedule {name!r} is 'last', 'all' or 'none', not {catch_up!r}"
-        raise UsageError(msg)
+        raise UsageError(f"catch_up of schedule {name!r} is 'last', 'all' or 'none', not {catch_up!r}")
     if not isinstance(task, Schedulable):
-        msg = f"schedule {name!r} needs a task: decorate {task!r} with @app.task first"
-        raise UsageError(msg)
+        raise UsageError(f"schedule {name!r} needs a task: decorate {task!r} with @app.task first")
     prepared = task.prepare(args, kwargs)
     if prepared.task.key or prepared.task.due:
         msg = (
@@ -158,8 +156,7 @@ def plan(name: str, task: object, rule: Rule, catch_up: CatchUp, args: tuple[Any
         )
         raise UsageError(msg)
     if len(prepared.args) > INLINE:
-        msg = f"the arguments of schedule {name!r} have {len(prepared.args):,} bytes as JSON; the most is {INLINE:,}"
-        raise UsageError(msg)
+        raise UsageError(f"the arguments of schedule {name!r} have {len(prepared.args):,} bytes as JSON; the most is {INLINE:,}")
     return Plan(
         name,
         rule,

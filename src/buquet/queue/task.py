@@ -110,8 +110,7 @@ class BaseTask(Generic[P, R]):
         changed = replace(self.submit_options, **{name: value for name, value in given.items() if value is not None})
         other = type(self)(self._home, self.function, self.name, self.queue, self.policy, changed)
         if isinstance(after, str) or not isinstance(cast("object", after), Iterable | None):
-            msg = f"`after` takes a list of steps, or of their names: after=[{after!r}]"
-            raise UsageError(msg)
+            raise UsageError(f"`after` takes a list of steps, or of their names: after=[{after!r}]")
         steps = {"after": None if after is None else tuple(after), "step": step, "undo": undo, "allow_failures": allow_failures}
         other.step_options = replace(self.step_options, **{name: value for name, value in steps.items() if value is not None})
         return other
@@ -236,8 +235,7 @@ class BaseTask(Generic[P, R]):
         if isinstance(call, tuple | list):
             return self.prepare(tuple(cast("list[Any]", call)), {})
         # a string above all, of which each character would be an argument
-        msg = f"a call is a tuple or a dict of arguments, not {call!r:.80}: for one argument write ({call!r:.80},)"
-        raise UsageError(msg)
+        raise UsageError(f"a call is a tuple or a dict of arguments, not {call!r:.80}: for one argument write ({call!r:.80},)")
 
     def _interrupted(self, done: Handles[R], in_flight: list[Future[list[Submitted]]], error: Exception) -> SubmitInterrupted:
         ids = done.ids

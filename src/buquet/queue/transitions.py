@@ -73,8 +73,7 @@ def submit(task: Task, now: int) -> Task:
 def revive(stub: Task, fresh: Task, now: int) -> Task:
     """Make a tombstone or a pruned stub the pending task that is submitted under its key."""
     if stub.state not in {"tombstone", "pruned"}:
-        msg = f"task {stub.id} is {stub.state}: only a tombstone or a pruned task is submitted again"
-        raise Refused(msg)
+        raise Refused(f"task {stub.id} is {stub.state}: only a tombstone or a pruned task is submitted again")
     entry = keys.entry(fresh.queue, fresh.priority, now, fresh.due, fresh.id, stub.rev + 1, fresh.name)
     return replace(submit(fresh, now), entry=entry)
 
@@ -88,8 +87,7 @@ def bury(task_id: str, queue: str, name: str, now: int) -> Task:
 def claim(task: Task, worker: str, token: str, now: int) -> Task:
     """Make a pending task running under (worker, token); or cancelled, where that was asked for; or expired."""
     if task.state != "pending":
-        msg = f"task {task.id} is {task.state}, not pending"
-        raise Refused(msg)
+        raise Refused(f"task {task.id} is {task.state}, not pending")
     if task.run:
         # whoever ends it tells its run first, under a claim
         return _running(replace(task, attempt=task.failures + 1), worker, token, now, "claimed")
@@ -109,8 +107,7 @@ def _running(task: Task, worker: str, token: str, now: int, why: str, detail: st
 def take_over(task: Task, worker: str, token: str, now: int) -> Task:
     """Claim a running task whose session is gone: one loss more; out of losses, or cancelled, it ends instead."""
     if task.state != "running":
-        msg = f"task {task.id} is {task.state}, not running"
-        raise Refused(msg)
+        raise Refused(f"task {task.id} is {task.state}, not running")
     ended = None if task.run else _lost_for_good(task, now)
     if ended:
         return ended
@@ -224,8 +221,7 @@ def cancel(task: Task, now: int) -> Task:
         return _over(task, "cancelled", now, "cancelled")
     if task.state == "running":
         return _moved(task, "running", now, "cancel requested", cancel_requested=True)
-    msg = f"task {task.id} is already {task.state}: there is nothing to cancel"
-    raise Refused(msg)
+    raise Refused(f"task {task.id} is already {task.state}: there is nothing to cancel")
 
 
 def close(task: Task, now: int) -> Task:
@@ -236,8 +232,7 @@ def close(task: Task, now: int) -> Task:
 def wake(task: Task, now: int) -> Task:
     """Let a task that waits for its time run at once."""
     if task.state != "pending":
-        msg = f"task {task.id} is {task.state}, not pending"
-        raise Refused(msg)
+        raise Refused(f"task {task.id} is {task.state}, not pending")
     return _waiting(task, now, 0, "woken")
 
 
@@ -252,8 +247,7 @@ def redrive(task: Task, now: int) -> Task:
             "pruned": "its arguments are gone; submit it anew",
             "tombstone": "it was never submitted",
         }.get(task.state, "it has not ended yet")
-        msg = f"task {task.id} is {task.state}: {why}"
-        raise Refused(msg)
+        raise Refused(f"task {task.id} is {task.state}: {why}")
     deadline = now + task.expires_ms if task.expires_ms else 0
     fresh = replace(task, started=0, attempt=0)
     return _waiting(
@@ -264,11 +258,9 @@ def redrive(task: Task, now: int) -> Task:
 def prune(task: Task, now: int, *, with_run: bool = False) -> Task:
     """Make an ended task a stub without its values; one of a run only together with its run."""
     if task.run and not with_run:
-        msg = f"task {task.id} belongs to run {task.run}, and is pruned only together with it"
-        raise Refused(msg)
+        raise Refused(f"task {task.id} belongs to run {task.run}, and is pruned only together with it")
     if task.state not in ENDED:
-        msg = f"task {task.id} is {task.state}: only an ended task is pruned"
-        raise Refused(msg)
+        raise Refused(f"task {task.id} is {task.state}: only an ended task is pruned")
     bare = replace(
         task,
         args=ABSENT,
@@ -291,8 +283,7 @@ def prune(task: Task, now: int, *, with_run: bool = False) -> Task:
 def touch(task: Task) -> Task:
     """Return an ended task as it is, for a write that only raises its rev: an old entry of a later rev may then be deleted."""
     if task.state not in TERMINAL:
-        msg = f"task {task.id} is {task.state}, not ended"
-        raise Refused(msg)
+        raise Refused(f"task {task.id} is {task.state}, not ended")
     return task
 
 

@@ -50,8 +50,7 @@ class Waiting:
             left = 3600.0 if timeout is None else begun + timeout - self.clock.monotonic()
             if left <= 0:
                 look = "buquet run get" if what.startswith("run ") else "buquet get"
-                msg = f"{what} is not over after {timeout:g} s and goes on; `{look}` looks at it"
-                raise TimeoutError(msg)
+                raise TimeoutError(f"{what} is not over after {timeout:g} s and goes on; `{look}` looks at it")
             if self.register.store.can_wait:
                 await self.register.store.wait_changed(key, held.etag if held else None, min(left, 5))
             else:
@@ -60,8 +59,7 @@ class Waiting:
             before = held
             held = await (self.register.read(kind, key) if held is None else self.register.reread(kind, held))
             if before is not None and held is None:
-                msg = f"{what} was removed from the store while somebody waited for it"
-                raise TaskNotFound(msg)
+                raise TaskNotFound(f"{what} was removed from the store while somebody waited for it")
         return held
 
     async def _pause(self, task_id: str, seconds: float) -> None:

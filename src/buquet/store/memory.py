@@ -39,16 +39,14 @@ class MemoryStore:
     async def create(self, key: str, body: bytes) -> Receipt:
         with self._lock:
             if key in self._objects:
-                msg = f"{key} exists"
-                raise AlreadyExists(msg)
+                raise AlreadyExists(f"{key} exists")
             return self._write(key, body)
 
     async def update(self, key: str, body: bytes, etag: str) -> Receipt:
         with self._lock:
             there = self._objects.get(key)
             if there is None or there.etag != etag:
-                msg = f"{key} is no longer the version read"
-                raise Changed(msg)
+                raise Changed(f"{key} is no longer the version read")
             return self._write(key, body)
 
     async def put(self, key: str, body: bytes) -> Receipt:

@@ -217,8 +217,7 @@ class ObjectStore(ABC):
             return client
         with self._lock:
             if self._closed:
-                msg = f"{self.url} was closed"
-                raise UsageError(msg)
+                raise UsageError(f"{self.url} was closed")
             if self._client is None:
                 _started[:] = [os.getpid()]
                 client = self._connect()
@@ -243,19 +242,15 @@ def check_place(place: Place, credentials: str) -> None:
     """Raise InvalidURL for a bucket, prefix or endpoint that cannot be meant. `credentials`: where those belong."""
     bucket, prefix, endpoint = place.bucket, place.prefix, place.endpoint
     if not bucket or "/" in bucket:
-        msg = f"the name of a bucket is missing: {place.scheme}://bucket/prefix"
-        raise InvalidURL(msg)
+        raise InvalidURL(f"the name of a bucket is missing: {place.scheme}://bucket/prefix")
     if "@" in bucket or "@" in (endpoint or ""):
-        msg = f"no credentials in a URL, please: it is shown and logged. Put them into {credentials}"
-        raise InvalidURL(msg)
+        raise InvalidURL(f"no credentials in a URL, please: it is shown and logged. Put them into {credentials}")
     if any(part in {"", ".", ".."} for part in prefix.split("/")) and prefix:
-        msg = f"the prefix {prefix!r} has an empty part, or one that is . or .."
-        raise InvalidURL(msg)
+        raise InvalidURL(f"the prefix {prefix!r} has an empty part, or one that is . or ..")
     if endpoint is not None:
         found = ENDPOINT.fullmatch(endpoint)
         if found is None or int(found["port"] or 0) > PORTS:  # the client panics at some of these
-            msg = "an endpoint is http://host:port or https://host, and nothing behind it"
-            raise InvalidURL(msg)
+            raise InvalidURL("an endpoint is http://host:port or https://host, and nothing behind it")
 
 
 def _quoted(etag: str | None) -> str | None:

@@ -34,17 +34,14 @@ def open_store(url: str, clock: Clock) -> Store:
             return _azure(url, clock)
         case "memory":
             if url.partition(":")[2]:
-                msg = "memory: takes nothing after its colon"
-                raise InvalidURL(msg)
+                raise InvalidURL("memory: takes nothing after its colon")
             from buquet.store.memory import MemoryStore  # noqa: PLC0415 - see above
 
             return MemoryStore(clock)
         case "":
-            msg = f"a store's URL begins with sqlite:, s3:, az: or memory:. {UNDERSTOOD}"
-            raise InvalidURL(msg)
+            raise InvalidURL(f"a store's URL begins with sqlite:, s3:, az: or memory:. {UNDERSTOOD}")
         case other:
-            msg = f"{other}: is no kind of store that is known here. {UNDERSTOOD}"
-            raise InvalidURL(msg)
+            raise InvalidURL(f"{other}: is no kind of store that is known here. {UNDERSTOOD}")
 
 
 def _sqlite(url: str, clock: Clock) -> Store:
@@ -52,17 +49,14 @@ def _sqlite(url: str, clock: Clock) -> Store:
     if path.startswith("//"):
         host, slash, rest = path[2:].partition("/")
         if host:
-            msg = f"sqlite:// is followed by a host, but the file is on this machine. {UNDERSTOOD}"
-            raise InvalidURL(msg)
+            raise InvalidURL(f"sqlite:// is followed by a host, but the file is on this machine. {UNDERSTOOD}")
         path = slash + rest
     path, question, query = path.partition("?")
     if question and query:
-        msg = f"a sqlite: URL takes no parameters ({_names(query)})"
-        raise InvalidURL(msg)
+        raise InvalidURL(f"a sqlite: URL takes no parameters ({_names(query)})")
     path = unquote(path)
     if not path.strip("/") or path.endswith("/") or "\0" in path:
-        msg = f"a sqlite: URL needs the path of a file. {UNDERSTOOD}"
-        raise InvalidURL(msg)
+        raise InvalidURL(f"a sqlite: URL needs the path of a file. {UNDERSTOOD}")
     from buquet.store.sqlite import SqliteStore  # noqa: PLC0415 - see above
 
     return SqliteStore(path, clock)
@@ -88,26 +82,20 @@ def _bucket(url: str, credentials: str, taken: tuple[str, ...]) -> tuple[str, st
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        msg = f"the {scheme}: URL cannot be read: {error}"
-        raise InvalidURL(msg) from None
+        raise InvalidURL(f"the {scheme}: URL cannot be read: {error}") from None
     if "@" in parts.netloc:
-        msg = f"no credentials in a URL, please: it is shown and logged. Put them into {credentials}"
-        raise InvalidURL(msg)
+        raise InvalidURL(f"no credentials in a URL, please: it is shown and logged. Put them into {credentials}")
     if not parts.netloc:
-        msg = f"an {scheme}: URL needs the name of a bucket. {UNDERSTOOD}"
-        raise InvalidURL(msg)
+        raise InvalidURL(f"an {scheme}: URL needs the name of a bucket. {UNDERSTOOD}")
     if parts.fragment:
-        msg = f"an {scheme}: URL has no part after #"
-        raise InvalidURL(msg)
+        raise InvalidURL(f"an {scheme}: URL has no part after #")
     options = parse_qsl(parts.query, keep_blank_values=True)
     values = dict(options)
     if unknown := sorted(set(values) - set(taken)):
         known = " and ".join(f"?{name}=" for name in taken)
-        msg = f"an {scheme}: URL takes {known}, not {', '.join(unknown)}. Credentials belong into the environment"
-        raise InvalidURL(msg)
+        raise InvalidURL(f"an {scheme}: URL takes {known}, not {', '.join(unknown)}. Credentials belong into the environment")
     if len(values) < len(options) or not all(values.values()):
-        msg = f"a parameter of the {scheme}: URL is empty or there twice"
-        raise InvalidURL(msg)
+        raise InvalidURL(f"a parameter of the {scheme}: URL is empty or there twice")
     return parts.netloc, parts.path, values
 
 

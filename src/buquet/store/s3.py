@@ -87,8 +87,7 @@ def _profile() -> Boto3CredentialProvider | None:
     except ValueError:  # none there: obstore's own chain is next
         return None
     except Exception as error:  # noqa: BLE001 - botocore's errors, which have no types to check against
-        msg = f"the AWS profile cannot be used: {error}"
-        raise AccessDenied(msg) from None
+        raise AccessDenied(f"the AWS profile cannot be used: {error}") from None
 
 
 def _exists(file: str) -> bool:

@@ -222,8 +222,7 @@ class SqliteStore:
         with self._reading:
             if self._reader is None:
                 if self._closing:
-                    msg = f"{self.url} was closed"
-                    raise UsageError(msg)
+                    raise UsageError(f"{self.url} was closed")
                 self._reader = self._connect()
             try:
                 return self._reader.execute(sql, values).fetchall()
@@ -258,8 +257,7 @@ class SqliteStore:
             if self._writer is not None:
                 return self._writer
             if self._closing:
-                msg = f"{self.url} was closed"
-                raise UsageError(msg)
+                raise UsageError(f"{self.url} was closed")
             self._prepare()
             self._reader = self._connect()
             self._writer = Writer(lambda: self._connect(wait=0), self.clock, self.elsewhere, self._explain, self._wrote)
@@ -272,8 +270,7 @@ class SqliteStore:
             msg = f"the folder of {self.path} cannot be made: {error.strerror}. Name another place, as sqlite:PATH"
             raise BucketMissing(msg) from error
         if self.path.is_dir():
-            msg = f"{self.path} is a folder. Name a file in it, as sqlite:PATH"
-            raise StoreUnfit(msg)
+            raise StoreUnfit(f"{self.path} is a folder. Name a file in it, as sqlite:PATH")
         connection = self._connect()
         try:
             # in this order: another process may lay out the file in between, and its tables come together with its mark

@@ -215,16 +215,14 @@ class FaultyStore(PassingStore):
     async def _fail(self, rule: Rule, op: Op, key: str, apply: Callable[[], Awaitable[Any]]) -> None:
         self._note(op, key, rule.fault)
         if rule.fault == "full":
-            msg = f"{op} {key}: full (injected)"
-            raise StoreFull(msg)
+            raise StoreFull(f"{op} {key}: full (injected)")
         if op in WRITES and rule.fault == "lose":
             with suppress(AlreadyExists, Changed):  # that answer is lost as well
                 await apply()
         elif op in WRITES and rule.fault == "late":
             self._late.append(_Late(apply, rule.after, op, key))
         await self._stop("after", op, key)
-        msg = f"{op} {key}: no answer (injected: {rule.fault})"
-        raise StoreUnavailable(msg)
+        raise StoreUnavailable(f"{op} {key}: no answer (injected: {rule.fault})")
 
     def _pick(self, op: Op, key: str) -> Rule | None:
         for rule in self._rules:
@@ -288,16 +286,14 @@ class TornStore(PassingStore):
     async def create(self, key: str, body: bytes) -> Receipt:
         """See Store; but of racing creates several win."""
         if await self.inner.get(key) is not None:
-            msg = f"{key} exists"
-            raise AlreadyExists(msg)
+            raise AlreadyExists(f"{key} exists")
         await self.clock.sleep(0)
         return await self.inner.put(key, body)
 
     async def update(self, key: str, body: bytes, etag: str) -> Receipt:
         """See Store; but of racing updates several win."""
         if await self.inner.get(key, unless=etag) is not NOT_MODIFIED:
-            msg = f"{key} is no longer the version read"
-            raise Changed(msg)
+            raise Changed(f"{key} is no longer the version read")
         await self.clock.sleep(0)
         return await self.inner.put(key, body)
 

@@ -105,8 +105,7 @@ async def aadvance(app: App, seconds: float | timedelta, *, virtual: bool = Fals
 def _in(app: App, seconds: float | timedelta) -> datetime:
     number = in_seconds(seconds)
     if not 0 <= number < YEARS:
-        msg = f"time moves forward only, by less than ten years at once, and not by {seconds!r}"
-        raise UsageError(msg)
+        raise UsageError(f"time moves forward only, by less than ten years at once, and not by {seconds!r}")
     return datetime.fromtimestamp(app.clock.now() + number).astimezone()
 
 
@@ -123,8 +122,7 @@ class _Course:
             msg = f"time moves on by itself on {app.url}: until, virtual and advance need an App on memory:, see in_memory"
             raise TypeError(msg)
         if isinstance(until, datetime) and until.tzinfo is None:
-            msg = f"until={until!r} has no time zone: datetime.now(UTC) has one"
-            raise UsageError(msg)
+            raise UsageError(f"until={until!r} has no time zone: datetime.now(UTC) has one")
         self.app = app
         self.end = int(until.timestamp() * 1000) if isinstance(until, datetime) else None
         self.asked = None if isinstance(until, datetime) else until
@@ -149,8 +147,7 @@ class _Course:
         """Move the time on to what is due next; tell whether there is anything to do. `answer`: what `until` returns by now."""
         if inspect.iscoroutine(answer):
             answer.close()
-            msg = "`until` is an async function: use `await arun_until_idle(app, until=...)`"
-            raise TypeError(msg)
+            raise TypeError("`until` is an async function: use `await arun_until_idle(app, until=...)`")
         if answer:
             return False
         self.jumps += 1
@@ -163,8 +160,7 @@ class _Course:
             if self.end is not None:
                 self._move_to(self.end)
             if self.asked is not None:
-                msg = "nothing is left to do, and `until` has returned nothing true"
-                raise TimeoutError(msg)
+                raise TimeoutError("nothing is left to do, and `until` has returned nothing true")
             return False
         self._move_to(self.next)
         return True

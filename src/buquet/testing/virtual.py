@@ -24,8 +24,7 @@ class _Selector(selectors.SelectSelector):
 
     def select(self, timeout: float | None = None) -> list[Any]:
         if timeout is None:
-            msg = "nothing is scheduled in virtual time and the main coroutine waits: it would wait for ever"
-            raise RuntimeError(msg)
+            raise RuntimeError("nothing is scheduled in virtual time and the main coroutine waits: it would wait for ever")
         self.loop.elapsed += max(timeout, 0)
         return super().select(0)
 

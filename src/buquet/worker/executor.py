@@ -94,16 +94,14 @@ class Running:
             msg = f"task {self.listing.task}: only the handler's own process stores checkpoints, not one that it forked"
             raise UsageError(msg)
         if running_loop():
-            msg = "checkpoint() blocks, and an event loop is running here: use `await acheckpoint(value)` instead"
-            raise WrongLoop(msg)
+            raise WrongLoop("checkpoint() blocks, and an event loop is running here: use `await acheckpoint(value)` instead")
         asyncio.run_coroutine_threadsafe(self.checkpoint(value), self.loop).result()
 
     async def checkpoint(self, value: Any) -> None:
         """Store a checkpoint under this claim."""
         body = encode_value(value, "the checkpoint")
         if not self.in_handler:
-            msg = f"task {self.listing.task}: this attempt is over, and its checkpoint was not stored"
-            raise Refused(msg)
+            raise Refused(f"task {self.listing.task}: this attempt is over, and its checkpoint was not stored")
         try:
             raw, at = await self.executor.values.put(self.listing.task, "checkpoint", body)
         except StoreError as error:

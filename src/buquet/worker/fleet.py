@@ -76,8 +76,7 @@ class Reaper:
                 self.reported.error(claim.task, error)
         if unreadable:
             # the session is all that tells of a claim whose record cannot be read (here, or yet): it stays, marked as reaped (I5)
-            msg = f"the session of worker {worker} stays; tasks in its list that cannot be read: {unreadable:,}"
-            raise UnreadableRecord(msg)
+            raise UnreadableRecord(f"the session of worker {worker} stays; tasks in its list that cannot be read: {unreadable:,}")
         await self.register.reads.delete(key)
         await self.register.reads.delete(keys.notes(worker))
         await self.register.reads.delete(keys.control(worker))

@@ -69,8 +69,7 @@ class Ledger:
         try:
             self.items = _items.decode(args).items
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            msg = f"task {task.id} is no pack as buquet makes them ({error}). Submit the batch anew"
-            raise InvalidPayload(msg) from None
+            raise InvalidPayload(f"task {task.id} is no pack as buquet makes them ({error}). Submit the batch anew") from None
         if len(self.items) != task.pack:
             msg = f"task {task.id} should hold {counted(task.pack, 'item')} and holds {len(self.items)}. Submit the batch anew"
             raise InvalidPayload(msg)

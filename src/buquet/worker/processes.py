@@ -64,11 +64,9 @@ class Processes:
             msg = "memory: is this process's own memory, which other processes do not see. Use sqlite:PATH or s3://BUCKET/PREFIX"
             raise UsageError(msg)
         if sys.platform == "win32":
-            msg = "on Windows a worker is one process: start several by hand"
-            raise UsageError(msg)
+            raise UsageError("on Windows a worker is one process: start several by hand")
         if max_time is not None and max_time <= 0:
-            msg = f"max_time is a number of seconds above 0, not {max_time:g}"
-            raise UsageError(msg)
+            raise UsageError(f"max_time is a number of seconds above 0, not {max_time:g}")
         self.client = client
         self.arguments = list(arguments)
         self.count = count

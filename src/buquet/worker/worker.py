@@ -230,8 +230,7 @@ class Worker:
     async def arun(self) -> None:
         """Run until stopped, on the running event loop. Raises UsageError while it runs already."""
         if self._told in self.client.listeners:
-            msg = "this worker runs already. `app.worker()` makes another one"
-            raise UsageError(msg)
+            raise UsageError("this worker runs already. `app.worker()` makes another one")
         self._loop = asyncio.get_running_loop()
         self.client.listeners.append(self._told)
         try:

@@ -103,8 +103,7 @@ def arguments(run: RunRecord, follow: Follow, plan: Plan, values: Values) -> byt
         return b"{}"
     args: Any = values.of(run, step.args) or {}
     if not isinstance(args, dict):
-        msg = f"the arguments of step {follow.step!r} of run {run.id} are no object. {MEND}"
-        raise UnreadableRecord(msg)
+        raise UnreadableRecord(f"the arguments of step {follow.step!r} of run {run.id} are no object. {MEND}")
     args = cast("dict[str, Any]", args)
     if follow.what == "undo":
         return msgspec.json.encode(_undo_arguments(run, follow, step, args, values))

@@ -42,8 +42,7 @@ def refuse_catching(step: str, workflow: str, body: CodeType | None, end: CodeTy
             for caught in _of_file(code.co_filename, _version(code.co_filename)).get(code.co_firstlineno, ()):
                 if caught.first <= line <= caught.last:
                     where = f"{code.co_filename}, line {line}: `{caught.what}` around step {step!r} of workflow {workflow}"
-                    msg = f"{where} would never catch anything, since {INSTEAD}"
-                    raise UsageError(msg)
+                    raise UsageError(f"{where} would never catch anything, since {INSTEAD}")
         if code is body:
             return
         frame = frame.f_back

@@ -124,8 +124,7 @@ class Committer:
         plan = await self.plan(run)
         strange = _strange(run, plan, events)
         if strange:
-            msg = f"run {run.id} speaks of a step {strange[:80]!r} that its graph does not have so"
-            raise UnreadableRecord(msg)
+            raise UnreadableRecord(f"run {run.id} speaks of a step {strange[:80]!r} that its graph does not have so")
         return plan
 
     def values(self, run_id: str, plan: Plan, before: Values | None = None) -> Values:

@@ -65,8 +65,7 @@ class WorkflowFunction(Generic[P, R]):
         self.__module__ = function.__module__
         self.__wrapped__ = function
         if is_system(name):
-            msg = f"names that begin with 'buquet.' are buquet's own: give workflow {name!r} another one"
-            raise UsageError(msg)
+            raise UsageError(f"names that begin with 'buquet.' are buquet's own: give workflow {name!r} another one")
         if not RESERVED.isdisjoint(self.signature.parameters):
             msg = f"a workflow cannot have a parameter named `key`, which start(..., key=...) takes for itself: {name}"
             raise UsageError(msg)

@@ -161,11 +161,9 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 raise UsageError(msg)
             what = f"an expression of step {name!r}" if name else "what the workflow returns"
             if depth_of(expr) > DEEPEST:
-                msg = f"{what} is nested more than {DEEPEST} deep: work it out in a task"
-                raise UsageError(msg)
+                raise UsageError(f"{what} is nested more than {DEEPEST} deep: work it out in a task")
             if expr.size > MOST_NODES:
-                msg = f"{what} has more than {MOST_NODES:,} parts: work it out in a task"
-                raise UsageError(msg)
+                raise UsageError(f"{what} has more than {MOST_NODES:,} parts: work it out in a task")
 
 
 _decoder = msgspec.json.Decoder(Graph)
@@ -177,14 +175,12 @@ def read_graph(run_id: str, body: bytes | Raw) -> Graph:
     try:
         return decode_stored(_decoder, body, what, RESTORE).ordered()
     except UsageError as error:
-        msg = f"{what} cannot be read: {error}. {RESTORE}"
-        raise UnreadableRecord(msg) from None
+        raise UnreadableRecord(f"{what} cannot be read: {error}. {RESTORE}") from None
 
 
 def _check_calls(name: str, step: Step) -> None:
     if (step.kind in {"task", "each"}) is (step.call is None):
-        msg = f"step {name!r} of kind {step.kind} has {'no task' if step.call is None else 'a task'} to run"
-        raise UsageError(msg)
+        raise UsageError(f"step {name!r} of kind {step.kind} has {'no task' if step.call is None else 'a task'} to run")
     for call in (step.call, step.undo.call if step.undo else None):
         if call is not None:
             keys.quoted(call.task, "task")

@@ -35,8 +35,7 @@ def check_max_items(max_items: object) -> None:
     if max_items is not None and (
         isinstance(max_items, bool) or not isinstance(max_items, int) or not 1 <= max_items < MOST_TASKS
     ):
-        msg = f"max_items is the most items of an `each`, 1 to {MOST_TASKS - 1:,}, not {max_items!r}"
-        raise UsageError(msg)
+        raise UsageError(f"max_items is the most items of an `each`, 1 to {MOST_TASKS - 1:,}, not {max_items!r}")
 
 
 def too_many(size: int, pack: int, max_items: int, allowed: int | None) -> str:

@@ -194,8 +194,7 @@ class Value:
 
 
 def _refuse(what: str, instead: str) -> NoReturn:
-    msg = f"a step has no value yet while its workflow is being started, so {what} cannot be used on it: {instead}"
-    raise UsageError(msg)
+    raise UsageError(f"a step has no value yet while its workflow is being started, so {what} cannot be used on it: {instead}")
 
 
 def _bounded(expr: E) -> E:
@@ -260,8 +259,7 @@ def to_expr(value: Any, what: str) -> Expr:
             return _bounded(Fields(fields))
     if inspect.iscoroutine(value):  # pyright: ignore[reportUnknownArgumentType]
         value.close()
-        msg = f"{what} is a coroutine: `await` it, in an `async def` workflow"
-        raise InvalidArgument(msg)
+        raise InvalidArgument(f"{what} is a coroutine: `await` it, in an `async def` workflow")
     return _const(cast("object", value), what)
 
 

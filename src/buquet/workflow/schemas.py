@@ -66,8 +66,7 @@ def check(schemas: Iterable[Raw], body: bytes, what: str) -> None:
         if not problem:
             return
         why = f"{problem}. Such a value fits: {form_of(Raw(schema)).example}"
-    msg = f"{what} is not of its type: {why}"
-    raise InvalidArgument(msg)
+    raise InvalidArgument(f"{what} is not of its type: {why}")
 
 
 class _TooMuch(Exception):

@@ -67,12 +67,10 @@ async def send_signal(client: Client, run_id: str, name: str, value: bytes, key:
     found = await find_run(client, run_id)
     run = None if isinstance(found, Task) else found.record
     if run is not None and run.state != "running":
-        msg = f"run {run_id} is {run.state}: signal {name!r} was not sent"
-        raise Refused(msg)
+        raise Refused(f"run {run_id} is {run.state}: signal {name!r} was not sent")
     task_id = client.clock.new_id() if key is None else keys.follow_up(run_id, f"signal {key}", name, 0, 0)
     if run is not None and task_id not in run.applied and (why := takes_no_more(run, name)):
-        msg = f"signal {name!r} was not sent to run {run_id}: {why}"
-        raise Refused(msg)
+        raise Refused(f"signal {name!r} was not sent to run {run_id}: {why}")
     with suppress(EncryptionKeyMissing, UnreadableRecord):  # who sends it may know better than this process
         steps = (await graph_of(client, run or cast("Task", found))).steps.values()
         waits = [step.schema for step in steps if step.kind == "wait" and step.signal == name]
@@ -97,8 +95,7 @@ async def cancel(client: Client, run_id: str, *, undo: bool) -> Literal["cancell
         task_id = keys.follow_up(run_id, "cancel", "", int(undo), gen)
         run = await _send_recorded(client, run_id, run, CANCEL, task_id, Orders(undo=undo), gen=gen)
     if run.state not in {"cancelled", "cancelling"}:
-        msg = f"run {run_id} is {run.state} already: there is nothing to cancel"
-        raise Refused(msg)
+        raise Refused(f"run {run_id} is {run.state} already: there is nothing to cancel")
     return "cancelled" if run.state == "cancelled" else "requested"
 
 
@@ -118,11 +115,9 @@ async def hold(client: Client, run_id: str, *, paused: bool) -> None:
 
 def _check_hold(run: RunRecord | None, run_id: str, *, paused: bool) -> None:
     if run is not None and run.state in OVER:
-        msg = f"run {run_id} is {run.state}: there is nothing to {'pause' if paused else 'resume'}"
-        raise Refused(msg)
+        raise Refused(f"run {run_id} is {run.state}: there is nothing to {'pause' if paused else 'resume'}")
     if run is not None and paused and run.state != "running":
-        msg = f"run {run_id} is {run.state} and comes to its end: it cannot be paused any more"
-        raise Refused(msg)
+        raise Refused(f"run {run_id} is {run.state} and comes to its end: it cannot be paused any more")
 
 
 async def retry(client: Client, run_id: str) -> None:
@@ -130,8 +125,7 @@ async def retry(client: Client, run_id: str) -> None:
     run = await read_run(client, run_id)
     state = "not started yet" if run is None else run.state
     if run is None or run.state not in {"failed", "cancelled"}:
-        msg = f"run {run_id} is {state}: only one that failed or was cancelled is retried"
-        raise Refused(msg)
+        raise Refused(f"run {run_id} is {state}: only one that failed or was cancelled is retried")
     task_id = keys.follow_up(run_id, "retry", "", 0, run.gen)
     await _send_recorded(client, run_id, run, RETRY, task_id, Orders(), gen=run.gen)
 
@@ -156,8 +150,7 @@ async def _send_recorded(
     finally:
         await engine.close()
     if recorded is None:
-        msg = f"run {run_id} was removed from the store meanwhile"
-        raise RunNotFound(msg)
+        raise RunNotFound(f"run {run_id} was removed from the store meanwhile")
     return recorded
 
 

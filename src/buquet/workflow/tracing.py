@@ -38,8 +38,7 @@ class Trace:
     def add(self, wanted: str, name: str, step: Step) -> Value:
         """Add a step under the name that was asked for, or under its task's name and a number. Raises UsageError."""
         if not isinstance(cast("object", wanted), str) or not wanted.isprintable():
-            msg = f"the name of a step is a string of printable characters, not {repr(wanted)[:80]}"
-            raise UsageError(msg)
+            raise UsageError(f"the name of a step is a string of printable characters, not {repr(wanted)[:80]}")
         check_text(wanted, "a step's name")
         known = self._scopes[-1]
         # what is called in a workflow may be called twice there, and its steps are then numbered
@@ -65,8 +64,7 @@ class Trace:
                 task.signature.check_argument(name, value)
         options = task.step_options
         if options.allow_failures:
-            msg = f"allow_failures is for each(...): a step {task.name} that fails fails its run"
-            raise UsageError(msg)
+            raise UsageError(f"allow_failures is for each(...): a step {task.name} that fails fails its run")
         step = Step(
             kind="task",
             call=call_of(task),
@@ -143,8 +141,7 @@ def after_of(after: Iterable[Any], trace: Trace) -> tuple[Expr, ...]:
     """Return what a step comes after: steps, or names of steps."""
     if isinstance(after, str | Value) or not isinstance(cast("object", after), Iterable):
         shown = "one by itself" if isinstance(after, Value) else repr(after)
-        msg = f"`after` takes a list of steps, or of their names, not {shown}: write after=[step]"
-        raise UsageError(msg)
+        raise UsageError(f"`after` takes a list of steps, or of their names, not {shown}: write after=[step]")
     found: list[Expr] = []
     for each in after:
         if isinstance(each, Value):
@@ -152,16 +149,14 @@ def after_of(after: Iterable[Any], trace: Trace) -> tuple[Expr, ...]:
         elif isinstance(each, str):
             found.append(Ref(trace.named(each)))
         else:
-            msg = f"`after` takes steps of this workflow, or their names, not {each!r}"
-            raise UsageError(msg)
+            raise UsageError(f"`after` takes steps of this workflow, or their names, not {each!r}")
     return tuple(found)
 
 
 def check_task(task: object, what: str) -> None:
     """Raise UsageError for what is no task."""
     if not isinstance(task, BaseTask):
-        msg = f"{what} takes a task, a function with @app.task, not {task!r}"
-        raise UsageError(msg)
+        raise UsageError(f"{what} takes a task, a function with @app.task, not {task!r}")
 
 
 def undo_of(undo: BaseTask[..., Any] | None, task: BaseTask[..., Any], *, batch: bool) -> Undo | None:
@@ -205,8 +200,7 @@ def _driven(output: object, name: str) -> object:
     except StopIteration as end:
         return end.value
     output.close()
-    msg = f"{name} awaits something other than a step while its workflow is being started: do that in a task"
-    raise UsageError(msg)
+    raise UsageError(f"{name} awaits something other than a step while its workflow is being started: do that in a task")
 
 
 def current_trace() -> Trace | None:
@@ -232,8 +226,7 @@ def fan_out(
     task.signature.check_batch()
     options = task.step_options
     if not isinstance(cast("object", options.allow_failures), bool):
-        msg = f"allow_failures is True or False, not {options.allow_failures!r}"
-        raise UsageError(msg)
+        raise UsageError(f"allow_failures is True or False, not {options.allow_failures!r}")
     given = items if isinstance(items, Value) else list(cast("Iterable[object]", items))
     widest = MOST_ITEMS if auto else pack  # the run looks again, with the size that it decides on
     if isinstance(given, list) and (problem := too_many(len(given), widest, max_items or 0, task.max_items)):

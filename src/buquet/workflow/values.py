@@ -132,8 +132,7 @@ class Values:
             return [None] * size
         found: object = results[index].get("results") if isinstance(results[index], dict) else None
         if not isinstance(found, list) or len(cast("list[Any]", found)) != size:
-            msg = f"the result of pack {index} of step {name!r} is not that of {counted(size, 'item')}. {MEND}"
-            raise UnreadableRecord(msg)
+            raise UnreadableRecord(f"the result of pack {index} of step {name!r} is not that of {counted(size, 'item')}. {MEND}")
         return cast("list[Any]", found)
 
     def results(self, name: str, fan: Fan) -> dict[int, Any]:

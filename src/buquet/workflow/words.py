@@ -78,11 +78,9 @@ def each(task: BaseTask[..., Any], items: Any, pack: int | Literal["auto"] = 0, 
     check_max_items(max_items)
     check_task(task, "each")
     if isinstance(items, str | bytes | bytearray):
-        msg = f"each was given one {type(items).__name__}, of which each character would be an item: put it in a list"
-        raise UsageError(msg)
+        raise UsageError(f"each was given one {type(items).__name__}, of which each character would be an item: put it in a list")
     if not isinstance(cast("object", items), Iterable):
-        msg = f"each runs a task over a list, or over a step's value, not {items!r}"
-        raise UsageError(msg)
+        raise UsageError(f"each runs a task over a list, or over a step's value, not {items!r}")
     trace = current_trace()
     if trace is not None:
         return fan_out(trace, task, items, size, max_items, auto=auto)
@@ -145,8 +143,7 @@ def check_seconds(seconds: object, what: str) -> None:
     if isinstance(seconds, Value):
         return
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= LONGEST_WAIT:
-        msg = f"{what} is a number of seconds from 0 to ten years, not {seconds!r}"
-        raise UsageError(msg)
+        raise UsageError(f"{what} is a number of seconds from 0 to ten years, not {seconds!r}")
 
 
 class _Slept:
@@ -241,8 +238,7 @@ class Signal(Generic[T]):
         body = encode_value(value, what)
         unfit = f"{what} is not of its type {self.type!r}"
         if lost := self._declared.lost(value, read_as(self._declared, body, unfit, InvalidArgument)):
-            msg = f"{unfit}: {lost}"
-            raise InvalidArgument(msg)
+            raise InvalidArgument(f"{unfit}: {lost}")
         return body
 
     def send(self, run: Run[Any] | str, value: T = None, *, key: str | None = None, app: Home | None = None) -> None:
@@ -271,8 +267,7 @@ def _home(run: Run[Any] | str, app: Home | None) -> Home:
     if isinstance(run, Run):
         return run.home
     if not isinstance(cast("object", run), str):
-        msg = f"a signal is sent to a run, or to its id, not to {run!r}: send(run, value)"
-        raise UsageError(msg)
+        raise UsageError(f"a signal is sent to a run, or to its id, not to {run!r}: send(run, value)")
     if app is not None:
         return app
     apps = list(homes)

@@ -156,8 +156,7 @@ class SimLoop(VirtualLoop):
         """Run one callback; when none can run, move the time on to the next timer."""
         while not self._soon:
             if not self._timers:
-                msg = "nothing is scheduled, and the simulation waits: it would wait for ever"
-                raise RuntimeError(msg)
+                raise RuntimeError("nothing is scheduled, and the simulation waits: it would wait for ever")
             when, _, timer = heapq.heappop(self._timers)
             if not timer.cancelled():
                 self.elapsed = max(self.elapsed, when)
@@ -172,8 +171,7 @@ class SimLoop(VirtualLoop):
             return
         self.steps += 1
         if self.steps - self._moved > STILL:
-            msg = f"{STILL} steps and no time has passed, at {handle.call!r}: this would go on for ever"
-            raise RuntimeError(msg)
+            raise RuntimeError(f"{STILL} steps and no time has passed, at {handle.call!r}: this would go on for ever")
         try:
             handle.inside.run(handle.call, *handle.given)
         except (SystemExit, KeyboardInterrupt):

@@ -318,8 +318,7 @@ def at_once(work: Coroutine[Any, Any, T]) -> T:
         work.send(None)
     except StopIteration as done:
         return done.value
-    msg = f"{work} waits"
-    raise AssertionError(msg)
+    raise AssertionError(f"{work} waits")
 
 
 def shown(answer: Any) -> str:

@@ -39,7 +39,7 @@ def app(tmp_path):
         ("priority", "5"),
         ("priority", 11),
         ("delay", "5"),
-        ("delay", timedelta(seconds=5)),
+        ("delay", timedelta(seconds=-5)),
         ("delay", float("nan")),
         ("expires", "5"),
         ("expires", True),
@@ -102,7 +102,7 @@ def test_what_is_no_function_of_a_task_is_refused_with_a_hint(app):
     for wrong in ("name", 5):
         with pytest.raises(UsageError, match=r"@app.task\(name"):
             app.task(wrong)
-    with pytest.raises(UsageError, match="no name of its own"):
+    with pytest.raises(UsageError, match="is no function: wrap it in one of yours"):
         app.task(functools.partial(print, "a"))
     with pytest.raises(UsageError, match="declared parameters"):
         app.task(int)

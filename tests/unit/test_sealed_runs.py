@@ -45,8 +45,11 @@ def test_values_of_a_run_are_sealed_and_it_ends_as_a_plain_one_does(only):
 
         run = await flow.astart("argument-s3cret")
         await note.asend(run, "signal-s3cret")
-        await app.worker(drain=True, heartbeat_thread=False).arun()
-        result = await run.aresult()
+        worker = app.worker(heartbeat_thread=False)
+        working = asyncio.create_task(worker.arun())
+        result = await run.aresult(timeout=60)
+        worker.stop()
+        await working
         assert result == f"result-s3cret {sum(len(f'large-s3cret {n}') * 400 for n in range(20))} signal-s3cret default-s3cret"
         seen = b""
         for prefix in ("tasks/", "runs/", "payloads/", "ready/", "later/", "journal/", "workers/"):

@@ -470,7 +470,7 @@ def test_the_same_on_s3_behind_a_password(browser: Browser, seaweed: S3Server) -
         shows(page, "ValueError: on S3")
         page.locator("section.group a.id").first.click()
         page.get_by_role("link", name="Versions").click()
-        assert page.locator(".difference .new").count() > 0, "a versioned bucket keeps them"
+        expect(page.locator(".difference .new").first, "a versioned bucket keeps them").to_be_visible(timeout=SOON)
         page.get_by_role("button", name="Log out").click()
         expect(page.get_by_label("Password")).to_be_visible()
 

@@ -51,6 +51,8 @@ def serve(url: str, *options: str) -> Iterator[str]:
     """Run a worker and a dashboard, each a process; the dashboard's address."""
     environment = {**os.environ, "BUQUET_URL": url}
     buquet = [sys.executable, "-m", "buquet"]
+    # a dashboard refuses a store that nothing was ever written to, and the worker may be slower to write
+    subprocess.run([*buquet, "init"], env=environment, stdout=subprocess.DEVNULL, check=True)
     worker = subprocess.Popen(
         [*buquet, "worker", "dashboardtasks:app", "--grace", "1"], cwd=HERE, env=environment, stderr=subprocess.DEVNULL
     )

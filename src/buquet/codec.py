@@ -300,11 +300,13 @@ class _Types:
                 fields.append((name, typing.Union[kind, msgspec.UnsetType], msgspec.UNSET))  # noqa: UP007 - a type made at run time
         struct = msgspec.defstruct(signature.function.__name__, fields, kw_only=True, forbid_unknown_fields=True)
         self.whole = Declared(struct, f"the parameters of {self.name}")
+        self.call = f"{self.name}{signature.signature}"
+        """How errors show the function."""
 
     def read(self, body: bytes | msgspec.Raw, error: type[InvalidArgument | InvalidPayload]) -> dict[str, Any]:
         """Return the arguments in a JSON object by name, those that are there."""
         what = "the stored arguments do" if error is InvalidPayload else "an argument does"
-        what += f" not fit {self.name}{self.signature.signature}"
+        what += f" not fit {self.call}"
         values = read_as(self.whole, body, what, error)
         found = {name: value for name in self.parameters if (value := getattr(values, name)) is not msgspec.UNSET}
         foreign = {name: each for name, each in self.parameters.items() if name in found and not each.native}

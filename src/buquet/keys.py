@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import NamedTuple, cast
 from urllib.parse import quote, unquote
 
@@ -55,16 +56,23 @@ def quoted(name: str, what: str) -> str:
     """
     if not isinstance(cast("object", name), str):
         raise UsageError(f"the name of a {what} is a string, not {name!r}")
-    try:
-        text = quote(name, safe="").replace("~", "%7E")
-    except UnicodeEncodeError:
-        text = ""
-    if text in {".", ".."}:
-        text = text.replace(".", "%2E")
+    text = (_kept if len(name) <= MAX_NAME else _encoded)(name)
     if not text or len(text) > MAX_NAME:
         msg = f"the name of a {what} must have 1 to {MAX_NAME} bytes (percent-encoded), and this has {len(text)}: {name[:120]!r}"
         raise UsageError(msg)
     return text
+
+
+def _encoded(name: str) -> str:
+    try:
+        text = quote(name, safe="").replace("~", "%7E")
+    except UnicodeEncodeError:
+        return ""
+    return text.replace(".", "%2E") if text in {".", ".."} else text
+
+
+_kept = lru_cache(1024)(_encoded)
+"""The same few names are in every key; longer texts, which are no names, are not kept."""
 
 
 def is_name(text: str) -> bool:
@@ -221,10 +229,11 @@ def is_own(found: Entry) -> bool:
     >>> [is_own(parse_entry(f"ready/{queue}/5/1800000000000-{'0' * 32}.0~resize")) for queue in ("a%2Fb", "a b", "..")]
     [True, False, False]
     """
-    if not (is_name(found.queue) and is_name(found.name)):
-        return False
     at, due = (found.at, 0) if found.priority is not None else (-1, found.at)
-    return found.key == entry(found.queue, found.priority or 0, at, due, found.task, found.rev, found.name)
+    try:
+        return found.key == entry(found.queue, found.priority or 0, at, due, found.task, found.rev, found.name)
+    except UsageError:  # for a name that no queue or task has
+        return False
 
 
 def ready_lane(queue: str, priority: int) -> str:

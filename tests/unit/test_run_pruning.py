@@ -1,6 +1,7 @@
 """Retention of runs: a run goes together with all of its tasks, and never by halves."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -196,3 +197,23 @@ async def test_the_entry_of_a_run_whose_start_is_under_way_is_left(app, store, c
     await store.put(keys.open_run(run.id, 1), b"")  # the run's record comes next
     assert (await fsck(app.client, repair=True)).findings == []
     assert [each.key for each in await store.list("open/")] == [keys.open_run(run.id, 1)]
+
+
+@virtual
+async def test_a_key_begins_no_next_life_while_a_task_of_the_last_one_is_left(app, store, clock):
+    flow = declare(app)
+    run = await finished(app, flow, key="k")
+    step = keys.task(keys.follow_up(run.id, "step", "fail", 0, 1))
+    there = await store.get(step)
+    record = json.loads(there.body)
+    record["finished"] += int(DAY * 1000)  # by a clock that was ahead
+    await store.update(step, json.dumps(record).encode(), there.etag)
+    await clock.sleep(DAY)
+    await prune(app.client, DAY / 2)
+    assert not (await flow.options(key="k").astart(3)).created
+    await clock.sleep(DAY)
+    await prune(app.client, DAY / 2)
+    again = await flow.options(key="k").astart(3)
+    assert again.created
+    await app.worker(drain=True, heartbeat_thread=False).arun()
+    assert await again.astatus() == "failed"

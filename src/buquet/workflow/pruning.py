@@ -1,8 +1,8 @@
 """Retention of runs: a run that ended long ago becomes a stub, together with all of its tasks, and is then removed.
 
 What a crash leaves between each write and the next: the run's record is CASed to `pruned` first, so that nobody retries it, and
-keeps what names its tasks | its tasks are made into stubs, and their payloads deleted | by a later prune, which finds all tasks
-to be stubs or gone, the record is deleted. Every step is done again by the next prune that finds it undone.
+keeps what names its tasks | its tasks are made into stubs, the start last, and their payloads deleted | by a later prune, which
+finds all tasks to be stubs or gone, the record is deleted. Every step is done again by the next prune that finds it undone.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ async def _prune_tasks(pruner: Pruner, held: Held[RunRecord]) -> int:
     now = pruner.now()
     count, whole = 0, True
     for task_id in dict.fromkeys(task_ids(run)):
+        if task_id == run.id and not whole:
+            break  # a pruned start lets its key begin a next life, whose tasks have the ids of those that are left
         there = await register.read(Task, keys.task(task_id))
         # one that ended later is of another life of the same key
         while there is not None and there.record.state in ENDED and pruner.is_old(there.record.finished):

@@ -366,8 +366,8 @@ class Schedule(Record, frozen=True, kw_only=True, omit_defaults=True):
     tz: str = ""
     """The time zone of `cron`; a rule has either `cron` and `tz`, or `every_ms`."""
     every_ms: Annotated[int, Meta(gt=-(2**53), lt=2**53)] = 0
-    """Fires at each multiple of so many milliseconds since 1970. A rule that is none is not refused here: the next worker that
-    declares the schedule replaces it."""
+    """Fires whenever the milliseconds since 1970 are a multiple of this. An impossible value is readable: the next worker that
+    declares the schedule replaces the rule."""
     catch_up: CatchUp = "last"
     template: Task
     """What each fire submits, but for id, times and tags of its own; the arguments are inside."""

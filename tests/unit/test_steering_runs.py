@@ -1,4 +1,4 @@
-"""What a caller was told of a run is what he sees next, whether or not a worker is there."""
+"""Once a call that steers a run has returned, the next look shows its effect, with or without a worker."""
 
 import asyncio
 from contextlib import suppress
@@ -187,7 +187,7 @@ async def test_what_the_sender_has_recorded_is_carried_out_once_by_whoever_takes
 
 
 class Dying(FaultyStore):
-    """Serves so many writes; from then on nothing answers. `lost`: the last of them is applied and not answered."""
+    """Answers the first few writes and nothing after them. `lost`: the last of those writes is applied but not answered."""
 
     def __init__(self, inner, clock, left, *, lost):
         super().__init__(inner, clock)

@@ -79,6 +79,32 @@ def test_a_finding_prints_the_command_that_repeats_it(capsys, monkeypatch):
     assert "buquet-sim --seed 4 --trace" in capsys.readouterr().out
 
 
+def test_trace_hashes_are_recorded_once_and_compared_from_then_on(capsys, monkeypatch, tmp_path):
+    import typer
+
+    from buquet.testing.simulation import cli
+    from buquet.testing.simulation.playing import Outcome
+
+    path = tmp_path / "hashes.txt"
+
+    def play(changed=(), **options):
+        monkeypatch.setattr(cli, "simulate", lambda seed: Outcome(seed, f"{seed}{'b' if seed in changed else 'a'}"))
+        with pytest.raises(typer.Exit) as ended:
+            cli.run(**{"seeds": 4, "start": 2, "hashes": path, **options})
+        return ended.value.exit_code, capsys.readouterr().out
+
+    assert play()[0] == 0
+    assert path.read_text() == "2 2a\n3 3a\n4 4a\n5 5a\n"
+    assert play()[0] == 0
+    assert play(seeds=2)[0] == 0, "some of the recorded seeds can be compared alone"
+    code, out = play(changed=(3, 5))
+    assert code == 1
+    assert "2 of 4 seeds have another trace hash" in out
+    assert out.endswith(": 3, 5\n")
+    assert play(seeds=5, as_json=True)[1].endswith('{"other_hash": [6]}\n'), "a seed that is not recorded differs"
+    assert path.read_text().startswith("2 2a\n3 3a\n"), "a recorded file is not written again"
+
+
 def test_ctrl_c_ends_it_with_a_summary_and_without_a_traceback():
     command = [sys.executable, "-m", "buquet.testing.simulation.cli", "--seeds", "100000", "--jobs", "2"]
     sim = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -46,10 +47,16 @@ def run(
     jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     trace: Annotated[bool, typer.Option("--trace", help="With --seed: print every request and event.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON value a finding, and one at the end.")] = False,
+    hashes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare each seed's trace hash with this file of `seed hash` lines. Write the file if it does not exist."
+        ),
+    ] = None,
 ) -> None:
     """Simulate the queue under faults, and say what was found wrong.
 
-    Exit status 1 when something was. Ctrl-C ends it early, with a summary.
+    Exit status 1 when something was, or when a trace hash differs. Ctrl-C ends it early, with a summary.
     """
     if seed is not None:
         outcome = simulate(seed, keep=trace)
@@ -62,12 +69,14 @@ def run(
     begun = told = clock.monotonic()
     done = found = requests = tasks = 0
     stopped = False
+    traces: dict[int, str] = {}
     try:
         for outcome in many(start, seeds, jobs):
             done += 1
             requests += outcome.requests
             tasks += outcome.tasks
             found += bool(outcome.found)
+            traces[outcome.seed] = outcome.hash
             report(outcome, as_json=as_json)
             now = clock.monotonic()
             if now - told >= EVERY and not as_json:
@@ -80,7 +89,24 @@ def run(
     total = {"seeds": done, "start": start, "with_findings": found, "requests": requests, "tasks": tasks, "seconds": seconds}
     text = f"{done} seeds from {start} on, {tasks} tasks, {requests} requests, in {seconds:g} s: {found} with findings"
     print(json.dumps(total) if as_json else text + ", and stopped" * stopped)
-    raise typer.Exit(1 if found else STOPPED * stopped)
+    differing = compare_hashes(hashes, traces, complete=not stopped) if hashes else []
+    if differing:
+        message = f"{len(differing)} of {done} seeds have another trace hash than in {hashes}: {', '.join(map(str, differing))}"
+        print(json.dumps({"other_hash": differing}) if as_json else message)
+    raise typer.Exit(1 if found or differing else STOPPED * stopped)
+
+
+def compare_hashes(path: Path, traces: dict[int, str], *, complete: bool) -> list[int]:
+    """Return the seeds whose trace hash differs from the file's, or that the file lacks. Write the file if it does not exist.
+
+    An interrupted run (not `complete`) writes no file.
+    """
+    if path.exists():
+        recorded = dict(line.split() for line in path.read_text().splitlines())
+        return sorted(seed for seed, digest in traces.items() if recorded.get(str(seed)) != digest)
+    if complete:
+        path.write_text("".join(f"{seed} {digest}\n" for seed, digest in sorted(traces.items())))
+    return []
 
 
 def report(outcome: Outcome, *, as_json: bool) -> None:

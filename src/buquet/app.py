@@ -21,7 +21,7 @@ from buquet.errors import UsageError
 from buquet.insights.fleet import store_now
 from buquet.insights.schedules import list_schedules
 from buquet.queue import control, schedules
-from buquet.queue.background import Background
+from buquet.queue.background import Background, blocking
 from buquet.queue.client import PATIENCE, Client
 from buquet.queue.handle import Handle
 from buquet.queue.options import Policy, SubmitOptions, in_seconds
@@ -155,6 +155,11 @@ class App:
         if self._store is not None:
             return self._store.url
         return self._given or os.environ.get("BUQUET_URL") or url_of(Path(DEFAULT_PATH))
+
+    @property
+    def home(self) -> App:
+        """The App itself, for its blocking methods."""
+        return self
 
     @property
     def named(self) -> bool:
@@ -431,82 +436,64 @@ class App:
 
     # ------------------------------------------------------------------ schedules, queues, workers
 
-    def schedules(self) -> list[ScheduleView]:
-        """Return the schedules that lie in the store, whichever code declared them."""
-        return self.background.run(self.aschedules, "schedules")
-
     async def aschedules(self) -> list[ScheduleView]:
-        """Do what `schedules` does, on the running event loop."""
+        """Return the schedules that lie in the store, whichever code declared them."""
         return await list_schedules(self.client)
 
-    def trigger_schedule(self, name: str) -> Handle[Any]:
-        """Submit a schedule's task now, beside its rule and also while it is paused. Raises ScheduleNotFound."""
-        return self.background.run(lambda: self.atrigger_schedule(name), "trigger_schedule")
+    schedules = blocking(aschedules)
 
     async def atrigger_schedule(self, name: str) -> Handle[Any]:
-        """Do what `trigger_schedule` does, on the running event loop."""
+        """Submit a schedule's task now, beside its rule and also while it is paused. Raises ScheduleNotFound."""
         now = int(await store_now(self.client) * 1000)
         return Handle(self, await schedules.trigger(self.client, name, now, self.plans.get(name)), created=True)
 
-    def pause_schedule(self, name: str) -> bool:
-        """Let a schedule fire no more until it is resumed; tell whether it did before. Raises ScheduleNotFound."""
-        return self.background.run(lambda: self.apause_schedule(name), "pause_schedule")
+    trigger_schedule = blocking(atrigger_schedule)
 
     async def apause_schedule(self, name: str) -> bool:
-        """Do what `pause_schedule` does, on the running event loop."""
+        """Let a schedule fire no more until it is resumed; tell whether it did before. Raises ScheduleNotFound."""
         return await self._set_paused(name, paused=True)
 
-    def resume_schedule(self, name: str) -> bool:
-        """Let a schedule fire again; what passed meanwhile is not caught up. Tell whether it was paused."""
-        return self.background.run(lambda: self.aresume_schedule(name), "resume_schedule")
+    pause_schedule = blocking(apause_schedule)
 
     async def aresume_schedule(self, name: str) -> bool:
-        """Do what `resume_schedule` does, on the running event loop."""
+        """Let a schedule fire again; what passed meanwhile is not caught up. Tell whether it was paused."""
         return await self._set_paused(name, paused=False)
+
+    resume_schedule = blocking(aresume_schedule)
 
     async def _set_paused(self, name: str, *, paused: bool) -> bool:
         now = int(await store_now(self.client) * 1000)
         return await schedules.set_paused(self.client, name, now, paused=paused)
 
-    def pause_queue(self, queue: str) -> bool:
-        """Let workers claim nothing more of a queue; what runs goes on. Tell whether it was open before."""
-        return self.background.run(lambda: self.apause_queue(queue), "pause_queue")
-
     async def apause_queue(self, queue: str) -> bool:
-        """Do what `pause_queue` does, on the running event loop."""
+        """Let workers claim nothing more of a queue; what runs goes on. Tell whether it was open before."""
         return await control.set_paused(self.client, queue, paused=True)
 
-    def resume_queue(self, queue: str) -> bool:
-        """Let workers claim from a queue again. Tell whether it was paused."""
-        return self.background.run(lambda: self.aresume_queue(queue), "resume_queue")
+    pause_queue = blocking(apause_queue)
 
     async def aresume_queue(self, queue: str) -> bool:
-        """Do what `resume_queue` does, on the running event loop."""
+        """Let workers claim from a queue again. Tell whether it was paused."""
         return await control.set_paused(self.client, queue, paused=False)
 
-    def drain_worker(self, worker_id: str) -> None:
-        """Ask a worker to claim nothing more, finish what it runs, however long that takes, and end. Raises WorkerNotFound."""
-        self.background.run(lambda: self.adrain_worker(worker_id), "drain_worker")
+    resume_queue = blocking(aresume_queue)
 
     async def adrain_worker(self, worker_id: str) -> None:
-        """Do what `drain_worker` does, on the running event loop."""
+        """Ask a worker to claim nothing more, finish what it runs, however long that takes, and end. Raises WorkerNotFound."""
         await control.drain_worker(self.client, worker_id)
 
-    def pause_worker(self, worker_id: str) -> None:
-        """Ask a worker to claim nothing until it is resumed; what it runs goes on. Raises WorkerNotFound."""
-        self.background.run(lambda: self.apause_worker(worker_id), "pause_worker")
+    drain_worker = blocking(adrain_worker)
 
     async def apause_worker(self, worker_id: str) -> None:
-        """Do what `pause_worker` does, on the running event loop."""
+        """Ask a worker to claim nothing until it is resumed; what it runs goes on. Raises WorkerNotFound."""
         await control.pause_worker(self.client, worker_id, paused=True)
 
-    def resume_worker(self, worker_id: str) -> None:
-        """Ask a worker to claim again. Raises WorkerNotFound."""
-        self.background.run(lambda: self.aresume_worker(worker_id), "resume_worker")
+    pause_worker = blocking(apause_worker)
 
     async def aresume_worker(self, worker_id: str) -> None:
-        """Do what `resume_worker` does, on the running event loop."""
+        """Ask a worker to claim again. Raises WorkerNotFound."""
         await control.pause_worker(self.client, worker_id, paused=False)
+
+    resume_worker = blocking(aresume_worker)
 
     # ------------------------------------------------------------------ closing
 

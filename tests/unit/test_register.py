@@ -5,10 +5,13 @@ import asyncio
 import pytest
 from msgspec.structs import replace
 
+from buquet import keys
 from buquet.errors import AlreadyExists, StoreFull, StoreUnavailable
-from buquet.records import Note
+from buquet.queue import transitions
+from buquet.records import Note, Task
 from buquet.store.memory import MemoryStore
 from buquet.store.register import KEPT_OPS, Register
+from buquet.store.retrying import persist
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
 
@@ -484,3 +487,130 @@ async def _write(rig, held, name=""):
 
 def test_the_seeds_of_the_loops_above_make_different_runs():
     assert len({tuple(run_virtual(_count, seed)[1]) for seed in range(5)}) > 1
+
+
+# ---------------------------------------------------------------------- change
+
+
+def mark(name):
+    return lambda note: replace(note, look=(*note.look, name))
+
+
+@virtual
+async def test_a_change_reads_and_writes_once(rig):
+    before = await rig.base("a")
+    rig.store.log.clear()
+    change = await rig.register.change(Note, KEY, mark("mine"))
+    assert (change.written.look, change.before) == (("a", "mine"), before)
+    assert change.held == await rig.there()
+    assert [request.op for request in rig.store.log] == ["get", "update"]
+
+
+@virtual
+async def test_a_change_may_begin_with_a_version_already_read(rig):
+    before = await rig.base("a")
+    rig.store.log.clear()
+    await rig.register.change(Note, before, mark("mine"), op="own")
+    assert [request.op for request in rig.store.log] == ["update"]
+    assert (await rig.there()).record.op == "own"
+
+
+@virtual
+async def test_after_a_conflict_a_change_starts_from_the_record_that_is_there(rig):
+    before = await rig.base("a")
+    theirs = await rig.add("theirs")
+    change = await rig.register.change(Note, before, mark("mine"))
+    assert (change.written.look, change.before) == (("a", "theirs", "mine"), theirs)
+    assert rig.sent() == ["conflict", "ok"]
+
+
+@virtual
+async def test_a_move_may_leave_the_record_also_after_a_conflict(rig):
+    before = await rig.base("a")
+    theirs = await rig.add("theirs")
+    change = await rig.register.change(Note, before, lambda note: None if "theirs" in note.look else mark("mine")(note))
+    assert change == (None, theirs, theirs)
+
+
+@virtual
+async def test_a_move_may_be_async_and_may_raise(rig):
+    async def refuse(note):
+        raise KeyError(note.look)
+
+    await rig.base("a")
+    with pytest.raises(KeyError):
+        await rig.register.change(Note, KEY, refuse)
+
+    async def add(note):
+        return mark("mine")(note)
+
+    assert (await rig.register.change(Note, KEY, add)).written.look == ("a", "mine")
+
+
+@virtual
+async def test_a_missing_record_is_left_missing_or_created(rig):
+    assert await rig.register.change(Note, KEY, mark("mine")) == (None, None, None)
+    change = await rig.register.change(Note, KEY, mark("mine"), absent=Note(look=("new",)))
+    assert (change.written.look, change.before) == (("new", "mine"), None)
+    assert change.held == await rig.there()
+    await rig.memory.delete(KEY)
+    assert await rig.register.change(Note, change.held, mark("mine")) == (None, None, None)
+
+
+@virtual
+async def test_a_change_that_creates_meets_the_record_of_another(rig):
+    stop = rig.store.pause("create", when="before")
+    changing = asyncio.create_task(rig.register.change(Note, KEY, mark("mine"), absent=Note()))
+    await stop.reached.wait()
+    await rig.base("theirs")
+    stop.go.set()
+    assert (await changing).written.look == ("theirs", "mine")
+
+
+@virtual
+async def test_a_changed_task_has_its_new_entry_written_first_and_its_old_one_left_alone(rig):
+    task = transitions.submit(Task(id="0" * 32, queue="q", name="n", state="pending", created=0), 1)
+    key = keys.task(task.id)
+    created = await rig.register.change(Task, key, lambda task: task, absent=task)
+    assert [(request.op, request.key) for request in rig.store.log[1:]] == [("put", task.entry), ("create", key)]
+    rig.store.log.clear()
+    claimed = await rig.register.change(Task, created.held, lambda task: transitions.claim(task, "w", "t", 2), op="t")
+    assert [request.op for request in rig.store.log] == ["update"], "its entry stays"
+    rig.store.log.clear()
+    released = await rig.register.change(Task, claimed.held, lambda task: transitions.release(task, "t", 3))
+    assert [(request.op, request.key) for request in rig.store.log] == [("put", released.written.entry), ("update", key)]
+
+
+# ---------------------------------------------------------------------- persist
+
+
+@virtual
+async def test_persist_goes_on_until_the_work_succeeds_and_reports_each_error(rig):
+    told = []
+    outcomes = iter([StoreFull("full"), StoreUnavailable("away"), "done"])
+
+    async def work():
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    assert await persist(rig.clock, work, lambda error, tries: told.append((str(error), tries))) == "done"
+    assert told == [("full", 0), ("away", 1)]
+
+
+@virtual
+async def test_persist_ends_where_the_report_raises_or_the_error_is_another(rig):
+    async def full():
+        raise StoreFull("full")
+
+    def give_up(error, tries):
+        if tries == 2:
+            raise error
+
+    begun = rig.clock.monotonic()
+    with pytest.raises(StoreFull):
+        await persist(rig.clock, full, give_up, first=4)
+    assert 1 < rig.clock.monotonic() - begun < 4, "it waited 0.8 and 1.6 s, with jitter"
+    with pytest.raises(StoreFull):
+        await persist(rig.clock, full, give_up, on=StoreUnavailable)

@@ -8,7 +8,8 @@ import sys
 import threading
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from buquet import forking
 from buquet.errors import UsageError, WrongLoop
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
     from concurrent.futures import Future
 
+P = ParamSpec("P")
+S = TypeVar("S", bound="AtHome")
 T = TypeVar("T")
 
 log = logging.getLogger("buquet")
@@ -174,6 +177,44 @@ class Background:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+class HasBackground(Protocol):
+    """An App, or another owner of the loop of blocking calls."""
+
+    @property
+    def background(self) -> Background:
+        """The loop of blocking calls."""
+        ...
+
+
+class AtHome(Protocol):
+    """An object with blocking methods; they run on the loop of its `home`."""
+
+    @property
+    def home(self) -> HasBackground:
+        """Its App."""
+        ...
+
+
+def blocking(method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[S, P], T]:
+    """Return the blocking twin of an async method, for the class that defines it. The async name is the blocking one after an a.
+
+    >>> class Handle:  # doctest: +SKIP
+    ...     async def aresult(self, timeout: float | None = None) -> int: ...
+    ...     result = blocking(aresult)
+    """
+    name = method.__name__.removeprefix("a")
+
+    @wraps(method)
+    def twin(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.home.background.run(lambda: method(self, *args, **kwargs), name)
+
+    summary, _, rest = (method.__doc__ or "").partition("\n")
+    twin.__name__ = name
+    twin.__qualname__ = f"{method.__qualname__.removesuffix(method.__name__)}{name}"
+    twin.__doc__ = f"{summary} Blocks; `{method.__name__}` is its async twin.\n{rest}"
+    return twin
 
 
 def _in_notebook() -> bool:

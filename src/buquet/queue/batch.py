@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
@@ -12,6 +11,7 @@ from msgspec.structs import replace
 
 from buquet import keys
 from buquet.codec import AGAIN, decode_any, decode_stored
+from buquet.concurrency import each_of
 from buquet.errors import BatchFailed, FailedItem, Refused, UnreadableRecord, UsageError
 from buquet.printing import counted
 from buquet.queue.attempt import inside_handler
@@ -199,20 +199,7 @@ class Batch(Generic[R_co]):
 
     async def _each(self, work: Callable[[int], Awaitable[T]]) -> list[T]:
         """Do something for each pack, a few side by side; the answers come in their order."""
-        answers: dict[int, T] = {}
-        source = iter(range(self._packs))
-
-        async def lane() -> None:
-            for index in source:
-                answers[index] = await work(index)
-
-        lanes = [asyncio.ensure_future(lane()) for _ in range(min(AT_ONCE, self._packs))]
-        try:
-            await asyncio.gather(*lanes)
-        finally:
-            for each in lanes:
-                each.cancel()
-        return [answers[index] for index in range(self._packs)]
+        return await each_of(range(self._packs), work, AT_ONCE)
 
     async def _read(self, index: int) -> Task:
         task = (await self._home.client.read(keys.pack_id(self._token, index))).record

@@ -327,29 +327,21 @@ class Client:
 
     async def note(self, worker: str, task_id: str) -> None:
         """Ask a worker to look at a task's record."""
-        key = keys.notes(worker)
-        held = await self.register.read(Note, key)
-        while True:
-            look = held.record.look if held else ()
-            note = replace(
-                held.record if held else Note(), look=(*(each for each in look[1 - NOTED :] if each != task_id), task_id)
-            )
-            write = await (self.register.update(held, note) if held else self.register.create(key, note))
-            if write.landed:
-                return
-            held = write.held
+
+        def add(note: Note) -> Note:
+            look = (each for each in note.look[1 - NOTED :] if each != task_id)
+            return replace(note, look=(*look, task_id))
+
+        await self.register.change(Note, keys.notes(worker), add, absent=Note())
 
     async def redrive(self, task_id: str) -> None:
         """Run an ended task again. Raises Refused unless it failed, was cancelled or expired."""
-        held: Held[Task] | None = await self.read(task_id)
-        while held is not None:
-            task = transitions.redrive(held.record, self.clock.now_ms())
-            write = await self.register.update(held, task, entry=task.entry)
-            if write.landed:
-                self.added(task.queue, task.entry)
-                return
-            held = write.held
-        raise TaskNotFound(f"task {task_id} was removed from the store while it was being redriven")
+        change = await self.register.change(
+            Task, await self.read(task_id), lambda task: transitions.redrive(task, self.clock.now_ms())
+        )
+        if change.written is None:
+            raise TaskNotFound(f"task {task_id} was removed from the store while it was being redriven")
+        self.added(change.written.queue, change.written.entry)
 
     async def progress(self, task: Task) -> Progress | None:
         """Return how far a task is: what its last heartbeat says while it runs, 1 once it has completed, else None."""

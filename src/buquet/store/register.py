@@ -6,6 +6,7 @@ which stays in the record for four writes: whoever is in doubt reads the record 
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -13,11 +14,13 @@ import msgspec
 from buquet.bounds import MOST
 from buquet.codec import decode_record, encode_record
 from buquet.errors import AlreadyExists, Changed, StoreUnavailable, UnreadableRecord
-from buquet.records import Record
+from buquet.records import Record, Task
 from buquet.store.base import NOT_MODIFIED, Grouping, Receipt, Stored
 from buquet.store.retrying import Retrying, pause
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from buquet.clock import Clock
     from buquet.store.base import Store
 
@@ -40,6 +43,17 @@ class Write(NamedTuple, Generic[R]):
 
     landed: bool
     held: Held[R] | None
+
+
+class Change(NamedTuple, Generic[R]):
+    """What `Register.change` did."""
+
+    written: R | None
+    """The record that `move` returned, once it is stored; None: nothing was written."""
+    before: Held[R] | None
+    """The version that `move` was last given; None: there was no record."""
+    held: Held[R] | None
+    """The version in the store now; None: there is no record."""
 
 
 class Register:
@@ -99,6 +113,44 @@ class Register:
         fresh = msgspec.structs.replace(record, rev=base.rev + 1, op=op, ops=ops, prev=held.version)
         return await self._write(held.key, fresh, held, entry, drop)
 
+    async def change(
+        self,
+        kind: type[R],
+        at: str | Held[R],
+        move: Callable[[R], R | Awaitable[R | None] | None],
+        *,
+        absent: R | None = None,
+        op: str = "",
+        drop: Callable[[R], str] | None = None,
+    ) -> Change[R]:
+        """Replace a record with `move(record)`. After a conflict, call `move` again with the record that is in the store now.
+
+        `at` is the record's key, or a version already read. `move` may be async; it returns None to leave the record as it is.
+        `absent` stands for a missing record: `move(absent)` is created. Without `absent` a missing record stays missing. A task's
+        new entry is written before its record. `op` and `drop(record)` are passed on to `update`. Raises what `move` raises, and
+        UnreadableRecord.
+
+        >>> pause = lambda settings: None if settings.paused else replace(settings, paused=True)  # doctest: +SKIP
+        >>> change = await register.change(QueueSettings, key, pause, absent=QueueSettings())  # doctest: +SKIP
+        >>> change.written is not None  # doctest: +SKIP
+        True
+        """
+        key, held = (at, await self.read(kind, at)) if isinstance(at, str) else (at.key, at)
+        while True:
+            record = held.record if held else absent
+            moved = move(record) if record is not None else None
+            fresh = await moved if isinstance(moved, Awaitable) else moved
+            if fresh is None:
+                return Change(None, held, held)
+            entry = _new_entry(held and held.record, fresh)
+            if held is None:
+                write = await self.create(key, fresh, op=op, entry=entry)
+            else:
+                write = await self.update(held, fresh, op=op, entry=entry, drop=drop(fresh) if drop else "")
+            if write.landed:
+                return Change(fresh, held, write.held)
+            held = write.held
+
     async def _write(self, key: str, record: R, base: Held[R] | None, entry: str = "", drop: str = "") -> Write[R]:
         body = encode_record(record)
         if entry and self.grouping is None:
@@ -133,3 +185,9 @@ class Register:
 
 def _held(kind: type[R], key: str, stored: Stored) -> Held[R]:
     return Held(key, decode_record(kind, stored.body, key), stored.etag, stored.version)
+
+
+def _new_entry(before: Record | None, after: Record) -> str:
+    """Return the entry that a task has and did not have before, if any."""
+    entry = after.entry if isinstance(after, Task) else ""
+    return "" if isinstance(before, Task) and before.entry == entry else entry

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from buquet.errors import StoreUnavailable
+from buquet.errors import StoreError, StoreUnavailable
 from buquet.store.base import PAGE
 
 if TYPE_CHECKING:
@@ -24,6 +24,32 @@ async def pause(clock: Clock, tries: int) -> None:
     await clock.sleep(min(FIRST_WAIT * 2 ** min(tries, 10), LONGEST_WAIT) * clock.jitter(0.5))
 
 
+async def persist(
+    clock: Clock,
+    work: Callable[[], Awaitable[T]],
+    report: Callable[[Any, int], None],
+    *,
+    on: type[Exception] = StoreError,
+    first: int = 0,
+) -> T:
+    """Await `work()` again and again until it raises no `on` (by default StoreError), however long that takes; return its result.
+
+    Each error goes to `report(error, tries)`, where `tries` counts the failed tries before. `report` gives up by raising. The
+    waits between tries are those of `pause`, from the one of number `first` on.
+
+    >>> report = partial(keeper.report, "the session could not be stored")  # doctest: +SKIP
+    >>> await persist(clock, lambda: register.update(held, session), report)  # doctest: +SKIP
+    """
+    tries = 0
+    while True:
+        try:
+            return await work()
+        except on as error:
+            report(error, tries)
+        await pause(clock, tries + first)
+        tries += 1
+
+
 class Retrying:
     """Wraps a store: GET, LIST, PUT without condition and DELETE retry freely; conditional PUTs are the register's business.
 
@@ -37,16 +63,13 @@ class Retrying:
 
     async def again(self, request: Callable[[], Awaitable[T]]) -> T:
         """Send a request until it is answered."""
-        tries = 0
         begun = self.clock.monotonic()
-        while True:
-            try:
-                return await request()
-            except StoreUnavailable:
-                if self.patience is not None and self.clock.monotonic() - begun >= self.patience:
-                    raise
-            await pause(self.clock, tries)
-            tries += 1
+
+        def give_up(error: StoreUnavailable, _tries: int) -> None:
+            if self.patience is not None and self.clock.monotonic() - begun >= self.patience:
+                raise error
+
+        return await persist(self.clock, request, give_up, on=StoreUnavailable)
 
     async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
         """GET, see Store."""

@@ -1,0 +1,63 @@
+"""Bounded concurrency: work on many items, some at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+async def each_of(items: Iterable[T] | AsyncIterable[T], work: Callable[[T], Awaitable[R]], at_once: int) -> list[R]:
+    """Return the results of `await work(item)` in the order of the items. At most `at_once` calls run at a time.
+
+    An item is taken from `items` only when there is room for it. The first error, or a cancellation, cancels the other calls;
+    it is raised once they have ended.
+
+    >>> await each_of(task_ids, lambda task_id: register.read(Task, keys.task(task_id)), 16)  # doctest: +SKIP
+    """
+    source = aiter(items if isinstance(items, AsyncIterable) else _walk(items))
+    taking = asyncio.Lock()
+    results: list[Any] = []
+    lanes: list[asyncio.Task[None]] = []
+
+    async def take() -> tuple[int, T] | None:
+        async with taking:
+            try:
+                item = await anext(source)
+            except StopAsyncIteration:
+                return None
+            results.append(None)
+            return len(results) - 1, item
+
+    async def lane(taken: tuple[int, T] | None) -> None:
+        while taken:
+            place, item = taken
+            results[place] = await work(item)
+            taken = await take()
+
+    try:
+        while len(lanes) < at_once and (taken := await take()):
+            lanes.append(asyncio.create_task(lane(taken)))
+        await asyncio.gather(*lanes)
+    except BaseException:
+        await cancel_all(lanes)
+        raise
+    return results
+
+
+async def cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _walk(items: Iterable[T]) -> AsyncIterator[T]:
+    for item in items:
+        yield item

@@ -189,7 +189,7 @@ def test_every_dependency_has_a_reason() -> None:
 
 def test_every_link_between_pages_leads_somewhere() -> None:
     broken: list[str] = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
         targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
         broken += [f"{page.name}: {to}" for to in targets if "://" not in to and not (page.parent / to).exists()]
     assert not broken

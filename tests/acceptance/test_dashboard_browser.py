@@ -159,11 +159,11 @@ def test_a_failed_task_is_found_read_compared_and_run_again(world: World) -> Non
     page.get_by_label("Key").fill("found-by-key")
     page.get_by_role("button", name="Search").click()
     page.locator("tbody tr a").first.click()
-    assert page.url.endswith(handle.id)
+    expect(page).to_have_url(re.compile(handle.id), timeout=SOON)
     shows(page, "Traceback")
     shows(page, '"value": "look"')
     page.get_by_role("link", name="Versions").click()
-    assert page.locator(".difference .new").count() > 0
+    expect(page.locator(".difference .new").first).to_be_visible(timeout=SOON)
     page.locator("tbody tr a").last.click()
     shows(page, "claimed")
     page.goto(f"{world.address}/tasks/{handle.id}")

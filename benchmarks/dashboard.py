@@ -18,9 +18,9 @@ import httpx2
 
 from buquet import App, keys
 from buquet.dashboard.app import dashboard
-from buquet.queue.finished import finished
+from buquet.journal.lines import finished
+from buquet.journal.writer import _encoder
 from buquet.records import Event, Task
-from buquet.worker.journal import _encoder
 
 FINISHED, WAITING, LINES = 10_000, 1_000, 30
 

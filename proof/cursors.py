@@ -52,7 +52,7 @@ class Producer(NamedTuple):
 
 
 class Lane(NamedTuple):
-    """How far the reader has looked through a priority, as worker/lane.py knows it."""
+    """How far the reader has looked through a priority, as worker/cursor.py knows it."""
 
     cursor: tuple[int, int] = (-9, 0)  # keys after it are still shown
     hand: tuple[Entry, ...] = ()

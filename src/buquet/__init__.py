@@ -12,7 +12,7 @@
 from importlib.metadata import version as _version
 
 from buquet.app import App
-from buquet.backoff import Backoff
+from buquet.clock import Backoff
 from buquet.errors import (
     AccessDenied,
     BatchFailed,
@@ -51,8 +51,7 @@ from buquet.errors import (
 )
 from buquet.queue.attempt import Attempt, current
 from buquet.queue.batch import Batch, BatchProgress
-from buquet.queue.handle import Handle
-from buquet.queue.handles import Handles
+from buquet.queue.handle import Handle, Handles
 from buquet.queue.schedules import current_fire
 from buquet.queue.task import AsyncTaskFunction, TaskFunction
 from buquet.records import Progress

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 from buquet import forking
-from buquet.backoff import YEARS, Backoff
-from buquet.clock import Clock
+from buquet.clock import YEARS, Backoff, Clock
 from buquet.errors import UsageError
 from buquet.insights.fleet import store_now
 from buquet.insights.schedules import list_schedules
@@ -26,18 +25,17 @@ from buquet.queue.client import PATIENCE, Client
 from buquet.queue.handle import Handle
 from buquet.queue.options import Policy, SubmitOptions, in_seconds
 from buquet.queue.pruning import HOUR
-from buquet.queue.rule import rule_of
-from buquet.queue.schedules import plan
+from buquet.queue.schedules import plan, rule_of
 from buquet.queue.task import AsyncTaskFunction, BaseTask, TaskFunction
 from buquet.sealing import sealer
-from buquet.store.fileurl import url_of
 from buquet.store.open import open_store
+from buquet.store.sqlite_writer import url_of
 from buquet.worker.worker import Worker
 from buquet.workflow.engine import Engine
 from buquet.workflow.finished import finished_run
 from buquet.workflow.function import AsyncWorkflowFunction, StartOptions, WorkflowFunction
 from buquet.workflow.handle import Run, homes
-from buquet.workflow.limits import check_max_items
+from buquet.workflow.records import check_max_items
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence

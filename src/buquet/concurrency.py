@@ -7,7 +7,8 @@ from collections.abc import AsyncIterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,6 +57,18 @@ async def cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def first_of(*others: Coroutine[Any, Any, object]) -> None:
+    """Wait for the first of some coroutines, and cancel the rest. Raises what it raised."""
+    tasks = [asyncio.ensure_future(other) for other in others]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await cancel_all(tasks)
+    for task in tasks:
+        if task in done:
+            task.result()
 
 
 async def _walk(items: Iterable[T]) -> AsyncIterator[T]:

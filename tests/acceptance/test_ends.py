@@ -10,7 +10,7 @@ import pytest
 
 from buquet import App
 from buquet.insights.fleet import workers
-from buquet.worker.neighbours import place
+from buquet.worker.fleet import place
 
 TASKS = """
 import asyncio, os, sqlite3

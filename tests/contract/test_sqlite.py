@@ -29,10 +29,10 @@ from buquet.errors import (
     StoreUnfit,
     UsageError,
 )
-from buquet.store import sqlite, sqlitewriter
+from buquet.store import sqlite, sqlite_writer
 from buquet.store.base import Receipt, Stored
 from buquet.store.sqlite import SqliteStore
-from buquet.store.sqlitewriter import Write, Writer
+from buquet.store.sqlite_writer import Write, Writer
 from buquet.testing.contract import read, write_all
 
 BEGIN = """if True:
@@ -280,7 +280,7 @@ class Ahead(Clock):
 async def test_after_a_slow_commit_the_next_is_made_beside_the_loop(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Ahead()
     store = SqliteStore(path, clock)
-    monkeypatch.setattr(sqlitewriter, "QUICK", 5.0)  # whatever this machine does meanwhile
+    monkeypatch.setattr(sqlite_writer, "QUICK", 5.0)  # whatever this machine does meanwhile
     connect = store._connect
     made: list[Watched] = []
 
@@ -587,7 +587,7 @@ async def test_no_rights(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_locked_for_too_long(store: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     await store.put("bell/q", b"1")
     with locked(path):
-        monkeypatch.setattr(sqlitewriter, "BUSY", 0.05)
+        monkeypatch.setattr(sqlite_writer, "BUSY", 0.05)
         with pytest.raises(StoreUnavailable, match="locked"):
             await store.put("bell/q", b"2")
         assert (await read(store, "bell/q")).body == b"1", "readers wait for nobody"

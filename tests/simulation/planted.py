@@ -26,7 +26,7 @@ from buquet.records import TERMINAL, Session, Task
 from buquet.store.base import Stored
 from buquet.store.register import Register, Write
 from buquet.testing.simulation import simulate
-from buquet.worker import claim, executor, finder, fleet, lane, notes, pausing, session
+from buquet.worker import claim, control, cursor, executor, finder, fleet, session
 
 PAGE = Path(__file__).parents[2] / "docs" / "proof.md"
 MOST = 2000
@@ -43,7 +43,7 @@ ORIGINAL = {
         "transitions.take_over": transitions,
         "QueueFinder._look_back": finder.QueueFinder,
         "QueueFinder._list": finder.QueueFinder,
-        "Pause.look": pausing.Pause,
+        "Pause.look": control.Pause,
         "Ringer._ring_now": bell.Ringer,
     }.items()
 }
@@ -324,7 +324,7 @@ BUGS = {
     "hbdel=lookup": ("a heartbeat deletes the entries of now, not those noted", [(session.SessionKeeper, "beat", hbdel_lookup)]),
     "hour=text": ("an old entry without a record is deleted without a tombstone", [(claim.Claimer, "_missing", hour_text)]),
     "cx=text": ("a lost task runs again though its cancel was promised", [(transitions, "_lost_for_good", cx_text)]),
-    "mbx=text": ("a note to cancel is obeyed without reading the record", [(notes.Notes, "_obey", mbx_text)]),
+    "mbx=text": ("a note to cancel is obeyed without reading the record", [(control.Notes, "_obey", mbx_text)]),
     "screate=resend": ("a session's create is sent again", [(Register, "create_once", screate_resend)]),
     "tok=worker": (
         "a claim is fenced by the worker, not by the token",
@@ -350,7 +350,7 @@ BUGS = {
         "a worker claims before its session is stored",
         [(session.SessionKeeper, "create", session_not_awaited)],
     ),
-    "cursor that skips": ("a look back does not set the cursor back", [(lane.Lane, "restart", cursor_skips)]),
+    "cursor that skips": ("a look back does not set the cursor back", [(cursor.Lane, "restart", cursor_skips)]),
     "gap trusted": ("the bell's hints are trusted though some are missing", [(finder, "news", gap_trusted)]),
     "session deleted first": (
         "a reaper deletes the session before it puts back",
@@ -379,7 +379,7 @@ BUGS = {
     ),
     "settings forgotten": (
         "a queue's settings are taken for read before they are answered",
-        [(pausing.Pause, "look", settings_forgotten)],
+        [(control.Pause, "look", settings_forgotten)],
     ),
     "ring forgotten": (
         "a ring that the store does not answer is not sent again",

@@ -14,14 +14,11 @@ from stateful.meaning import OVER, Meaning, Node, names_in
 
 from buquet.records import ErrorInfo
 from buquet.workflow import advance as module
-from buquet.workflow.carriers import arguments
-from buquet.workflow.event import Event
+from buquet.workflow.events import arguments, follows
 from buquet.workflow.expression import Apply, Choose, Const, Fields, Get, Items, Ref
-from buquet.workflow.follow import follows
-from buquet.workflow.graph import Call, Graph, Step, Undo
-from buquet.workflow.plan import Plan
-from buquet.workflow.records import ItemError, RunRecord
-from buquet.workflow.values import Values
+from buquet.workflow.graph import Call, Graph, Plan, Step, Undo
+from buquet.workflow.records import Event, ItemError, RunRecord
+from buquet.workflow.values import StepValues
 
 GRAPHS = 3_000
 BLOCKS = 10
@@ -182,7 +179,7 @@ class World:
         self.maker = Maker(self.rng, self.rng.randint(1, most))
         graph = graph_of(self.maker)
         self.plan = Plan(graph)
-        self.values = Values(graph, {})
+        self.values = StepValues(graph, {})
         self.run = RunRecord(id="r", workflow="w", queue="q", created=1)
         self.meaning = Meaning(self.maker.nodes, self.maker.output)
         self.now = 1_000

@@ -20,7 +20,7 @@ from buquet.records import Task
 from buquet.store.memory import MemoryStore
 from buquet.store.open import open_store
 from buquet.testing.virtual import run_virtual
-from buquet.worker.lane import Found
+from buquet.worker.cursor import Found
 from buquet.workflow.records import RunRecord
 
 EXAMPLES = settings(

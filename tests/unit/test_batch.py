@@ -25,7 +25,7 @@ from buquet import (
     keys,
 )
 from buquet.errors import InvalidArgument
-from buquet.queue import packing
+from buquet.queue import batch as queue_batch
 from buquet.queue.background import Background
 from buquet.records import ABSENT, Task
 from buquet.store.memory import MemoryStore
@@ -594,7 +594,7 @@ async def test_a_pack_that_is_closed_early_for_its_bytes_keeps_the_indexes_right
             raise ValueError
         return len(text)
 
-    half = packing.FULL // 2
+    half = queue_batch.FULL // 2
     batch = await work.abatch(["a", "b" * half, "c" * half, "bad"], pack=100)
     assert [each.pack for each in await rig.records(batch)] == [2, 2]
     await rig.drain()

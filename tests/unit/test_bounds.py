@@ -9,7 +9,7 @@ from buquet import App, keys
 from buquet.clock import Clock
 from buquet.codec import Oversized
 from buquet.errors import UnreadableRecord
-from buquet.queue.payloads import get_stored
+from buquet.queue.values import get_stored
 from buquet.records import ABSENT, Task
 from buquet.store.open import open_store
 from buquet.store.register import Register

@@ -11,7 +11,7 @@ from buquet.store.base import PAGE
 from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
-from buquet.worker.lane import Found
+from buquet.worker.cursor import Found
 
 AWAY = 6.5
 """Seconds for which requests fail: longer than a look waits for them."""

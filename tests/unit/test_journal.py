@@ -12,14 +12,14 @@ from buquet import App, Fail, keys
 from buquet import each as over
 from buquet.errors import StoreUnavailable
 from buquet.insights.journal import Journal
+from buquet.journal import writer as writing
+from buquet.journal.lines import decode_lines, finished, raised_in
+from buquet.journal.writer import JournalWriter
 from buquet.queue.background import Background
-from buquet.queue.finished import decode_lines, finished, raised_in
 from buquet.records import ErrorInfo, Event, Finished, Task
 from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
-from buquet.worker import journal as writing
-from buquet.worker.journal import JournalWriter
 from buquet.workflow.finished import finished_run
 from buquet.workflow.records import RunRecord
 

@@ -9,14 +9,12 @@ from buquet import App, Refused, RunCancelled, RunFailed, Signal, each, keys
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
-from buquet.workflow import committer, limits
+from buquet.workflow import committer, records
 from buquet.workflow.advance import advance
-from buquet.workflow.event import Event
 from buquet.workflow.expression import Const, Fault, Items, Raw, Ref, check_size
-from buquet.workflow.graph import Graph, Step
-from buquet.workflow.plan import Plan
-from buquet.workflow.records import RunRecord
-from buquet.workflow.values import Values
+from buquet.workflow.graph import Graph, Plan, Step
+from buquet.workflow.records import Event, RunRecord
+from buquet.workflow.values import StepValues
 
 GO, SAY = Signal("go", str), Signal("say", str)
 
@@ -74,7 +72,7 @@ def test_many_steps_results_go_to_payloads():
 
 
 def test_signals_that_nobody_takes_are_refused_after_a_thousand(monkeypatch):
-    monkeypatch.setattr(limits, "MOST_KEPT", 300)
+    monkeypatch.setattr(records, "MOST_KEPT", 300)
 
     async def main(clock):
         app = an_app(clock)
@@ -219,7 +217,7 @@ def test_the_start_of_a_thousand_steps_walks_through_them_once():
     graph = Graph(steps={f"s{n}": Step(kind="sleep", seconds=Const(Raw(b"60"))) for n in range(1000)})
     plan, run = Plan(graph), RunRecord(id="r", workflow="w", queue="q", created=0)
     plan.first = Walked(plan.first)
-    after = advance(run, plan, Event(id="r", kind="start"), 1, Values(graph, {}))
+    after = advance(run, plan, Event(id="r", kind="start"), 1, StepValues(graph, {}))
     assert {record.state for record in after.steps.values()} == {"due"}
     assert len(after.steps) == 1000
     assert run.steps == {}

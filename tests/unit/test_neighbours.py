@@ -8,8 +8,8 @@ import pytest
 from msgspec.structs import replace
 
 from buquet.records import Session
-from buquet.worker import neighbours
-from buquet.worker.neighbours import born, is_gone, is_neighbour, place
+from buquet.worker import fleet
+from buquet.worker.fleet import born, is_gone, is_neighbour, place
 
 pytestmark = pytest.mark.skipif(not place(), reason="this machine does not tell processes apart")
 
@@ -67,7 +67,7 @@ def test_where_it_cannot_be_told_nobody_is_gone(child, fields):
 
 def test_a_process_whose_start_cannot_be_read_is_not_gone(child, monkeypatch, tmp_path):
     there = session(child.pid)
-    monkeypatch.setattr(neighbours, "PROC", tmp_path)
+    monkeypatch.setattr(fleet, "PROC", tmp_path)
     assert not is_gone(there)
     assert place() == ""
     assert not is_neighbour(replace(there, place=""))

@@ -17,7 +17,7 @@ from buquet.queue.background import Background
 from buquet.records import Session
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
-from buquet.worker.neighbours import born, place
+from buquet.worker.fleet import born, place
 
 LARGE = "x" * 100_000
 

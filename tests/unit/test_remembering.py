@@ -16,8 +16,7 @@ from buquet.worker import reported
 from buquet.worker.processes import Processes
 from buquet.worker.reported import Reported
 from buquet.workflow import committer as committing
-from buquet.workflow.event import Event
-from buquet.workflow.records import RunRecord
+from buquet.workflow.records import Event, RunRecord
 
 
 def test_a_problem_is_logged_once_a_subject_and_only_so_many_subjects_are_remembered(caplog, monkeypatch):

@@ -17,11 +17,11 @@ from buquet.insights.overview import failures, overview, window
 from buquet.insights.scan import Scan
 from buquet.insights.search import Wanted, search
 from buquet.insights.tasks import Filter, find, status_of
+from buquet.journal.lines import decode_lines
 from buquet.operate.counting import CountingStore
 from buquet.operate.metrics import Metrics
 from buquet.operate.prune import prune
 from buquet.queue.background import Background
-from buquet.queue.finished import decode_lines
 from buquet.store.base import Stored
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual

@@ -14,7 +14,7 @@ from buquet.store.memory import MemoryStore
 from buquet.store.register import Register
 from buquet.testing.virtual import run_virtual
 from buquet.workflow.arriving import Arriving
-from buquet.workflow.carriers import SIGNAL, START, TIMER
+from buquet.workflow.events import SIGNAL, START, TIMER
 
 GO = Signal("go", int)
 RAN = []

@@ -22,7 +22,7 @@ from buquet.testing.auditor import ENDED, Auditor, read_bucket
 from buquet.testing.faulty import WRITES, FaultyStore
 from buquet.testing.run_auditor import OVER, RunAuditor, read_runs
 from buquet.testing.virtual import run_virtual
-from buquet.worker.lane import Found
+from buquet.worker.cursor import Found
 from buquet.workflow.records import RunRecord
 
 approved = Signal("approved", int)

@@ -9,7 +9,7 @@ from buquet import App, Fail, Signal, each, keys, sleep, when
 from buquet.errors import RunNotFound
 from buquet.insights import runs
 from buquet.insights.onerun import MOST_TASKS
-from buquet.insights.runsteps import task_of
+from buquet.insights.runview import task_of
 from buquet.insights.scan import Scan
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore

@@ -11,9 +11,9 @@ from tests.samples import tasks
 
 from buquet import App, BatchFailed, RunFailed, TaskExpired, TaskFailed, keys
 from buquet.codec import decode_record
+from buquet.journal.lines import decode_lines
 from buquet.operate.fsck import fsck
 from buquet.queue.background import Background
-from buquet.queue.finished import decode_lines
 from buquet.records import Bell, Layout, Note, QueueSettings, Schedule, Session, Task
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import START, run_virtual

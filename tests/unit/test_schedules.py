@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from buquet import App, ScheduleNotFound, UsageError, current, keys
-from buquet.bounds import LATEST
 from buquet.codec import encode_record
 from buquet.queue.background import Background
-from buquet.queue.rule import Rule, rule_of
-from buquet.queue.schedules import submit_fire
-from buquet.records import Schedule, Task
+from buquet.queue.schedules import Rule, rule_of, submit_fire
+from buquet.records import LATEST, Schedule, Task
 from buquet.store.memory import MemoryStore
 from buquet.store.register import Register
 from buquet.testing.faulty import FaultyStore

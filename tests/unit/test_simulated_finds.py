@@ -14,8 +14,8 @@ from buquet.store.register import Register
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
 from buquet.worker import finder as finding
-from buquet.worker.lane import Found
-from buquet.worker.permits import Permits
+from buquet.worker.cursor import Found
+from buquet.worker.threads import Permits
 
 
 class Rig:

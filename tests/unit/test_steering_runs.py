@@ -12,7 +12,7 @@ from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
-from buquet.workflow.carriers import RETRY
+from buquet.workflow.events import RETRY
 
 GO = Signal("go", int)
 

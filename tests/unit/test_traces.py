@@ -20,7 +20,7 @@ from buquet.store.register import KEPT_OPS, Register
 from buquet.testing.auditor import ENDED, Auditor, read_bucket
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
-from buquet.worker.lane import Found
+from buquet.worker.cursor import Found
 from buquet.worker.worker import Worker
 
 

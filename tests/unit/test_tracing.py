@@ -10,7 +10,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from buquet import App, Backoff, Fail, current
-from buquet.queue import tracing
+from buquet.queue import spans as queue_spans
 from buquet.queue.background import Background
 from buquet.records import Task
 from buquet.store.memory import MemoryStore
@@ -112,7 +112,7 @@ def test_without_an_sdk_or_without_the_package_nothing_is_stored(monkeypatch):
         return await handle.arecord()
 
     assert run_virtual(main).trace == ""  # the api is there, and nobody has set it up
-    monkeypatch.setattr(tracing, "_installed", False)
+    monkeypatch.setattr(queue_spans, "_installed", False)
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry", None)
     record = run_virtual(main)
     assert (record.trace, record.state) == ("", "completed")
@@ -141,7 +141,7 @@ def test_without_an_sdk_a_trace_from_outside_is_handed_on_to_what_an_attempt_sub
 @pytest.mark.parametrize("bad", ["", "x" * 10_000, "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "01-aa-bb-cc"])
 def test_a_bad_traceparent_begins_a_trace_of_its_own(spans, bad):
     task = Task(id="0" * 32, queue="default", name="noop", state="running", created=1, trace=bad)
-    with tracing.attempt(task) as tell:
+    with queue_spans.attempt(task) as tell:
         tell(None)
     assert tree(spans) == [("run noop", None)]
 

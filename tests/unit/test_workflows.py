@@ -27,7 +27,7 @@ from buquet import (
     when,
 )
 from buquet.testing import advance, run_until_idle
-from buquet.workflow.values import Values
+from buquet.workflow.values import StepValues
 
 app = App("memory:")
 undone = []
@@ -274,8 +274,8 @@ def test_what_failed_of_an_each_is_told_by_its_place_in_the_whole():
 
 def test_the_list_of_a_fan_out_is_not_decoded_for_each_of_its_items(monkeypatch):
     decoded = []
-    real = Values._value
-    monkeypatch.setattr(Values, "_value", lambda self, name, record: decoded.append(name) or real(self, name, record))
+    real = StepValues._value
+    monkeypatch.setattr(StepValues, "_value", lambda self, name, record: decoded.append(name) or real(self, name, record))
     run = as_run(lambda: each(inc, order(300).items))
     assert len(run.result(timeout=1)) == 300
     assert decoded.count("order") < 30

@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from buquet.app import App
-from buquet.backoff import YEARS
 from buquet.cli.base import Target, Url, cli
 from buquet.cli.output import log_to, say, to_stderr
 from buquet.cli.ui import Host, Port, need_ui
+from buquet.clock import YEARS
 from buquet.errors import UsageError
 
 if TYPE_CHECKING:

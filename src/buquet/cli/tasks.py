@@ -21,7 +21,7 @@ from buquet.queue.client import Client
 from buquet.queue.handle import ending
 from buquet.records import ABSENT, Progress, Task
 from buquet.sealing import HIDDEN
-from buquet.workflow.carriers import START
+from buquet.workflow.events import START
 
 if TYPE_CHECKING:
     from buquet.errors import FailedItem

@@ -10,12 +10,12 @@ from urllib.parse import quote
 from starlette.responses import RedirectResponse
 
 from buquet import keys
-from buquet.bounds import LATEST
 from buquet.dashboard import runs
 from buquet.dashboard.guard import local, who
 from buquet.errors import BuquetError, Refused
 from buquet.insights.overview import group_of
 from buquet.printing import counted
+from buquet.records import LATEST
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping

@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from buquet.dashboard import actions, events, login, pages, runs
+from buquet.dashboard import actions, events, pages, runs, sessions
 from buquet.dashboard.board import HERE, Board
 from buquet.dashboard.guard import Guard
 from buquet.dashboard.sessions import Sessions
@@ -44,9 +44,9 @@ GET = {
     "/runs/{id}": runs.run,
     "/run.css": runs.style,
     "/events": events.events,
-    "/login": login.login_form,
+    "/login": sessions.login_form,
 }
-POST = {"/act": actions.act, "/login": login.login, "/logout": login.logout}
+POST = {"/act": actions.act, "/login": sessions.login, "/logout": sessions.logout}
 
 
 def dashboard(

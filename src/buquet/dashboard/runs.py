@@ -14,9 +14,8 @@ from buquet.errors import RunNotFound, UsageError
 from buquet.insights.drawing.gantt import as_gantt
 from buquet.insights.drawing.paint import STYLE, tag
 from buquet.insights.drawing.svg import as_svg
-from buquet.insights.openruns import row_of
 from buquet.insights.pace import answering
-from buquet.insights.runs import RunFilter, find
+from buquet.insights.runs import RunFilter, find, row_of
 from buquet.insights.runview import RunStatus
 from buquet.insights.scan import Scan
 from buquet.insights.taskview import run_values
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from buquet.dashboard.board import Board
-    from buquet.insights.openruns import RunRow
+    from buquet.insights.runs import RunRow
     from buquet.insights.runview import StepView
     from buquet.workflow.schemas import Form
 

@@ -19,8 +19,8 @@ from buquet.errors import BuquetError, RunNotFound, StoreError
 from buquet.insights.fleet import worker_view
 from buquet.insights.looks import Backlog, BoundedJournal, Folder, Part, Sessions
 from buquet.insights.onerun import MOST_TASKS, OneRun
-from buquet.insights.openruns import OpenRuns, starting
 from buquet.insights.pace import ANSWER, QUICK, SLOW, Pace, PacedStore, answering
+from buquet.insights.runs import OpenRuns, starting
 from buquet.queue.client import Client
 from buquet.records import QueueSettings, Schedule, Task
 

@@ -10,7 +10,7 @@ import msgspec
 from buquet import keys
 from buquet.errors import StoreRefused
 from buquet.insights.scan import AT_ONCE, Scan
-from buquet.queue.parent import is_system
+from buquet.queue.names import is_system
 from buquet.records import Progress, QueueSettings, Session
 from buquet.store.base import Listed, Stored
 

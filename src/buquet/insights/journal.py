@@ -23,7 +23,7 @@ import msgspec
 
 from buquet import keys
 from buquet.insights.fleet import store_now
-from buquet.queue.finished import decode_lines
+from buquet.journal.lines import decode_lines
 from buquet.store.base import Stored
 
 if TYPE_CHECKING:

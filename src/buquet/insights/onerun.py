@@ -10,14 +10,13 @@ import msgspec
 
 from buquet import keys
 from buquet.errors import EncryptionKeyMissing, RunNotFound, UnreadableRecord
-from buquet.insights.runsteps import step_view, task_of
-from buquet.insights.runview import RunView
+from buquet.insights.runview import RunView, step_view, task_of
 from buquet.insights.scan import AT_ONCE
 from buquet.records import TERMINAL, Task
 from buquet.workflow import sending
 from buquet.workflow.graph import Graph, Step
-from buquet.workflow.hiding import shown
 from buquet.workflow.records import OVER, RunRecord
+from buquet.workflow.values import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -9,7 +9,7 @@ from buquet.insights.duration import duration
 from buquet.insights.feed import STALE
 from buquet.insights.journal import HOUR, MINUTE, ErrorGroup, Minute, Summary, is_failure, spread
 from buquet.insights.schedules import ScheduleView, view_of
-from buquet.queue.parent import is_system
+from buquet.queue.names import is_system
 
 if TYPE_CHECKING:
     from buquet.insights.feed import Feed

@@ -13,7 +13,7 @@ from buquet.insights.fleet import store_now, workers
 from buquet.insights.scan import AT_ONCE, Scan
 from buquet.queue.schedules import rule_in
 from buquet.records import Schedule
-from buquet.workflow.carriers import START
+from buquet.workflow.events import START
 
 if TYPE_CHECKING:
     from buquet.queue.client import Client

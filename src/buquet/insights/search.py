@@ -10,7 +10,7 @@ from buquet.errors import StoreError, TaskNotFound
 from buquet.insights.overview import due_by
 from buquet.insights.scan import Scan
 from buquet.insights.tasks import UNFINISHED, Filter, find, status_of, wanted_status
-from buquet.queue.parent import is_system
+from buquet.queue.names import is_system
 from buquet.store.base import Listed
 
 if TYPE_CHECKING:

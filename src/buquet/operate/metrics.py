@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from buquet import keys
 from buquet.errors import UsageError, install
-from buquet.queue.finished import is_retried
-from buquet.worker.watch import Watcher
-from buquet.workflow.carriers import KINDS
+from buquet.journal.lines import is_retried
+from buquet.worker.observers import Watcher
+from buquet.workflow.events import KINDS
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Histogram

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from buquet import keys
 from buquet.errors import UnreadableRecord, UsageError
+from buquet.journal.lines import decode_lines
 from buquet.operate.ages import store_ahead
 from buquet.operate.sweep import HOUR, each_key, each_record, owner_of_payload, side_by_side
-from buquet.queue.finished import decode_lines
 from buquet.queue.pruning import NOT_SETTLED, Pruner, is_prunable
 from buquet.store.base import Stored
 from buquet.workflow.pruning import prune_run

@@ -15,8 +15,8 @@ from buquet.errors import AccessDenied, KeyConflict, SubmitInterrupted, TaskNotF
 from buquet.printing import counted
 from buquet.queue import transitions
 from buquet.queue.bell import Ringer
-from buquet.queue.payloads import INLINE, Values, context, run_context
-from buquet.queue.tracing import submitting
+from buquet.queue.spans import submitting
+from buquet.queue.values import INLINE, Values, context, run_context
 from buquet.queue.waiting import Waiting
 from buquet.records import ABSENT, FORMAT, TERMINAL, Layout, Note, Progress, Raw, Session, Task
 from buquet.sealing import Plain

@@ -12,7 +12,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from buquet import keys
-from buquet.backoff import YEARS, Backoff
+from buquet.clock import YEARS, Backoff
 from buquet.errors import UsageError
 
 if TYPE_CHECKING:

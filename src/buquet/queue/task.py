@@ -14,12 +14,10 @@ from buquet.codec import Signature
 from buquet.errors import SubmitInterrupted, UsageError
 from buquet.printing import counted
 from buquet.queue.attempt import plainly
-from buquet.queue.batch import Batch
-from buquet.queue.handle import Handle
-from buquet.queue.handles import Handles
+from buquet.queue.batch import Batch, Packing, submit_packs, submit_packs_blocking
+from buquet.queue.handle import Handle, Handles
+from buquet.queue.names import SYSTEM, is_system, tracing
 from buquet.queue.options import Policy, StepOptions, SubmitOptions, in_seconds
-from buquet.queue.packing import Packing, submit_packs, submit_packs_blocking
-from buquet.queue.parent import SYSTEM, is_system, tracing
 from buquet.records import Task
 
 if TYPE_CHECKING:

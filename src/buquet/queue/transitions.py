@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from buquet import keys
 from buquet.errors import Refused
 from buquet.printing import counted
-from buquet.queue.parent import END, is_system
+from buquet.queue.names import END, is_system
 from buquet.records import ABSENT, ENDED, TERMINAL, ErrorInfo, Event, Raw, State, Task
 
 KEPT_EVENTS = 60

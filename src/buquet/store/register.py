@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from buquet.bounds import MOST
 from buquet.codec import decode_record, encode_record
 from buquet.errors import AlreadyExists, Changed, StoreUnavailable, UnreadableRecord
-from buquet.records import Record, Task
+from buquet.records import MOST, Record, Task
 from buquet.store.base import NOT_MODIFIED, Grouping, Receipt, Stored
 from buquet.store.retrying import Retrying, pause
 

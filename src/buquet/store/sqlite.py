@@ -23,8 +23,7 @@ from buquet.errors import (
     UsageError,
 )
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Stored
-from buquet.store.fileurl import is_missing, url_of
-from buquet.store.sqlitewriter import (
+from buquet.store.sqlite_writer import (
     BUSY,
     KEPT,
     Elsewhere,
@@ -35,16 +34,18 @@ from buquet.store.sqlitewriter import (
     delete,
     explain,
     forget,
+    is_missing,
     put,
     update,
     update_kept,
+    url_of,
 )
 
 if TYPE_CHECKING:
     import os
 
     from buquet.clock import Clock
-    from buquet.store.sqlitewriter import Apply, Results
+    from buquet.store.sqlite_writer import Apply, Results
 
 APPLICATION = 1651863924
 """Marks a file as ours, in the pragma application_id: "buqt"."""

@@ -9,14 +9,14 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from buquet.app import App
-from buquet.backoff import YEARS
+from buquet.clock import YEARS
 from buquet.errors import UsageError
 from buquet.queue.attempt import inside_handler
 from buquet.queue.background import Background
 from buquet.queue.options import in_seconds
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import SkippingLoop
-from buquet.worker.drained import everything, nothing
+from buquet.worker.finder import everything, nothing
 from buquet.worker.session import TTL
 from buquet.worker.threads import CallerThread
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from buquet import keys
 from buquet.errors import Refused, StoreError, TaskNotFound
 from buquet.queue import transitions
-from buquet.queue.parent import Later, is_system
-from buquet.queue.payloads import context
+from buquet.queue.names import Later, is_system
+from buquet.queue.values import context
 from buquet.records import ErrorInfo, Raw, Task
 from buquet.store.retrying import pause
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from buquet.queue.parent import Ending, Parent
+    from buquet.queue.names import Ending, Parent
     from buquet.store.register import Held
     from buquet.worker.executor import Running
     from buquet.worker.worker import Worker
@@ -28,7 +28,7 @@ log = logging.getLogger("buquet.task")
 
 
 class Children:
-    """A worker's part in the runs whose tasks it carries. It is the Helper of `buquet.queue.parent`."""
+    """A worker's part in the runs whose tasks it carries. It is the Helper of `buquet.queue.names`."""
 
     def __init__(self, worker: Worker, parent: Parent) -> None:
         self.worker = worker

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from buquet import keys
 from buquet.errors import StoreError, StoreRefused, UnreadableRecord
 from buquet.queue import transitions
-from buquet.queue.parent import may_stand_for
+from buquet.queue.names import may_stand_for
 from buquet.records import TERMINAL, Task
 from buquet.sealing import ONLY
 from buquet.worker.reported import Reported
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from buquet.clock import Clock
     from buquet.sealing import Sealer
     from buquet.store.register import Held, Register
+    from buquet.worker.cursor import Found
     from buquet.worker.finder import QueueFinder
     from buquet.worker.fleet import Fleet
-    from buquet.worker.lane import Found
     from buquet.worker.session import SessionKeeper
 
 log = logging.getLogger("buquet.worker")

@@ -26,14 +26,13 @@ from buquet.errors import (
 from buquet.queue import transitions
 from buquet.queue.attempt import Attempt, enter
 from buquet.queue.background import running_loop
-from buquet.queue.payloads import Values
+from buquet.queue.values import Values
 from buquet.records import TERMINAL, Progress, Task
 from buquet.store.retrying import pause
-from buquet.worker.failures import AttemptTimeout, TaskLogger, describe, exit_of, raised
+from buquet.worker.logs import AttemptTimeout, TaskLogger, describe, exit_of, raised
 from buquet.worker.pack import PackRunner
-from buquet.worker.permits import Permits
 from buquet.worker.session import Listing
-from buquet.worker.threads import Raised, Threads, in_this_thread
+from buquet.worker.threads import Permits, Raised, Threads, in_this_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from msgspec import Raw
 
     from buquet.clock import Clock
-    from buquet.queue.parent import Ending
+    from buquet.queue.names import Ending
     from buquet.queue.task import BaseTask
     from buquet.sealing import Sealer
     from buquet.store.register import Held, Register

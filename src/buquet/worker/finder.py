@@ -6,24 +6,152 @@ begins. It only ever trails: what was left behind it, by a late write or a wrong
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from buquet import keys
 from buquet.codec import decode_record
 from buquet.errors import UnreadableRecord
 from buquet.queue.bell import news
-from buquet.records import Bell
+from buquet.queue.names import is_system
+from buquet.records import Bell, Session
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, Stored
-from buquet.worker.lane import SHELVED, Found, Lane, own_first, priorities_in_use
-from buquet.worker.pausing import Pause
-from buquet.worker.polls import Polls
+from buquet.worker.control import Pause
+from buquet.worker.cursor import SHELVED, Found, Lane, own_first, priorities_in_use
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Container, Iterable
+    from typing import TypeAlias
 
     from buquet.clock import Clock
+    from buquet.store.register import Register
     from buquet.store.retrying import Retrying
     from buquet.worker.fleet import Fleet
+
+    Waits: TypeAlias = Callable[[keys.Entry], Awaitable[bool]]
+
+
+log = logging.getLogger("buquet.worker")
+
+
+async def everything(_entry: keys.Entry) -> bool:
+    """Wait for all that is not due yet."""
+    return True
+
+
+async def nothing(_entry: keys.Entry) -> bool:
+    """Wait for nothing that is not due yet."""
+    return False
+
+
+async def drained(register: Register, fleet: Fleet, finders: Iterable[QueueFinder], names: Container[str], waits: Waits) -> bool:
+    """Tell whether nothing is left that a worker with these handlers could run, here or under another worker.
+
+    `waits` tells of an entry that is not due whether a drain waits for it. What is in a paused queue is not waited for, since
+    that may take as long as somebody likes; a warning names it.
+    """
+    left: dict[str, int] = {}
+    now = fleet.due_now_ms()
+    for finder in finders:
+        for prefix in (keys.ready_prefix(finder.queue), keys.later_lane(finder.queue)):
+            async for page in register.reads.pages(prefix):
+                for each in page:
+                    entry = keys.parse_entry(each.key)
+                    if not entry or not (entry.name in names or is_system(entry.name)) or entry.key in finder.stale:
+                        continue
+                    if not finder.pause.holds(entry):
+                        if entry.priority is None and entry.at > now and not await waits(entry):
+                            continue
+                        return False
+                    left[finder.queue] = left.get(finder.queue, 0) + 1
+    if await _mates_run(register, fleet, names):
+        return False
+    for queue, count in left.items():
+        log.warning(
+            "queue %s is paused, tasks left there: %d. They are not waited for; `buquet resume` opens the queue", queue, count
+        )
+    return True
+
+
+async def next_due(
+    register: Register, fleet: Fleet, finders: Iterable[QueueFinder], names: Container[str], waits: Waits
+) -> int | None:
+    """Return when the first entry that is not due yet will be, in milliseconds; only those count that `waits` names."""
+    now, times = fleet.due_now_ms(), list[int]()
+    for finder in finders:
+        async for page in register.reads.pages(keys.later_lane(finder.queue)):
+            entries = filter(None, (keys.parse_entry(each.key) for each in page))
+            mine = (each for each in entries if each.at > now and (each.name in names or is_system(each.name)))
+            for each in mine:
+                if not finder.pause.holds(each) and await waits(each):
+                    times.append(each.at)
+                    break
+            else:
+                continue
+            break
+    return min(times, default=None)
+
+
+async def _mates_run(register: Register, fleet: Fleet, names: Container[str]) -> bool:
+    """Tell whether another worker runs what may come back to this one."""
+    for worker in fleet.mates:
+        if worker != fleet.keeper.id:
+            try:
+                held = await register.read(Session, keys.session(worker))
+            except UnreadableRecord:
+                continue  # its worker stops at its next heartbeat, and what it lists waits until the session is mended
+            if held is not None and any(claim.name in names or is_system(claim.name) for claim in held.record.claims):
+                return True
+    return False
+
+
+FIRST = 0.01
+HOLD = 0.15
+"""Seconds after work for which the polls come no slower: more often comes soon."""
+SLOWER = 1.15
+"""How much longer each poll that finds nothing makes the wait for the next."""
+SLOWEST = 0.5
+SLOWEST_A_WORKER = 0.05
+
+
+class Polls:
+    """The pace of one queue's polls. The more workers share the queue, the slower each of them polls."""
+
+    def __init__(self, clock: Clock, fleet: Fleet) -> None:
+        self.clock = clock
+        self.fleet = fleet
+        self.at = 0.0
+        """When the next poll is due, by the monotonic clock."""
+        self._pace = FIRST
+        self._hold_until = 0.0
+
+    @property
+    def _mates(self) -> int:
+        return max(len(self.fleet.mates), 1)
+
+    def rang(self) -> None:
+        """Start again at the quickest pace: the last poll found something."""
+        self._pace = FIRST * self._mates
+        self.at = self.clock.monotonic() + self._pace
+
+    def worked(self) -> None:
+        """Start again at the quickest pace and keep it for a while: there was work."""
+        self.rang()
+        self._hold_until = self.clock.monotonic() + HOLD
+
+    async def due(self, longest: float) -> bool:
+        """Wait for the next poll, at most `longest` seconds; tell whether it is due."""
+        now = self.clock.monotonic()
+        await self.clock.sleep(max(min(self.at - now, longest), 0))
+        now = self.clock.monotonic()
+        if now < self.at:
+            return False
+        # the time of the poll after it is set first: this one is cancelled where something else wakes the worker
+        if now > self._hold_until:
+            self._pace = min(self._pace * SLOWER, max(SLOWEST, SLOWEST_A_WORKER * self._mates))
+        self.at = now + self._pace
+        return True
+
 
 IN_HAND = 2.0
 """Seconds after which a page in hand is dropped, so that urgent work gets past it."""

@@ -17,9 +17,8 @@ from buquet.printing import counted
 from buquet.queue import transitions
 from buquet.queue.attempt import Attempt
 from buquet.records import ABSENT, ErrorInfo, Progress, Task
-from buquet.worker.failures import TaskLogger, describe, raised
-from buquet.worker.lanes import AsyncLane, ThreadLane
-from buquet.worker.ledger import Ledger
+from buquet.worker.items import AsyncLane, Ledger, ThreadLane
+from buquet.worker.logs import TaskLogger, describe, raised
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from buquet import keys
 from buquet.errors import BuquetError, UnreadableRecord, UsageError
+from buquet.journal.writer import JournalWriter
 from buquet.printing import counted
 from buquet.records import Session
 from buquet.store.register import Register
 from buquet.worker.fleet import Reaper
-from buquet.worker.journal import JournalWriter
-from buquet.worker.watch import Telling
+from buquet.worker.observers import Telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

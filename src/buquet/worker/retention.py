@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from buquet import keys
 from buquet.errors import StoreError, UnreadableRecord
-from buquet.queue.finished import decode_lines
+from buquet.journal.lines import decode_lines
 from buquet.queue.pruning import HOUR, NOT_SETTLED, Pruner, is_prunable
 from buquet.records import Task
 from buquet.store.base import PAGE, Stored
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from buquet.clock import Clock
-    from buquet.queue.parent import Parent
+    from buquet.queue.names import Parent
     from buquet.records import Finished
     from buquet.store.register import Register
     from buquet.worker.fleet import Fleet

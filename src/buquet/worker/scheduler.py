@@ -14,8 +14,7 @@ from msgspec.structs import replace
 
 from buquet import keys
 from buquet.errors import EncryptionKeyMissing, StoreError, StoreRefused, StoreUnavailable, UnreadableRecord, UsageError
-from buquet.queue.rule import iso
-from buquet.queue.schedules import opened, rule_in, same_spec, submit_fire
+from buquet.queue.schedules import iso, opened, rule_in, same_spec, submit_fire
 from buquet.records import Schedule
 from buquet.store.register import Register
 
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from buquet.queue.client import Client
-    from buquet.queue.rule import Rule
-    from buquet.queue.schedules import Plan
+    from buquet.queue.schedules import Plan, Rule
     from buquet.store.register import Held
     from buquet.worker.fleet import Fleet
 

@@ -7,6 +7,7 @@ import os
 import queue
 import sys
 import threading
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,47 @@ from buquet.queue.background import running_loop
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from concurrent.futures import Future
+
+
+class Permits:
+    """So many may run. Plain tasks, each of which has a slot already, go before items, of which there are many.
+
+    For one event loop.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.free = count
+        self.urgent: deque[asyncio.Future[None]] = deque()
+        self.waiting: deque[asyncio.Future[None]] = deque()
+
+    async def take(self, *, urgent: bool = False) -> None:
+        """Wait for a permit; when one is free it is had at once."""
+        if self.free:
+            self.free -= 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue = self.urgent if urgent else self.waiting
+        queue.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give()
+            else:
+                with suppress(ValueError):  # whoever gave a permit in between has taken it out already
+                    queue.remove(turn)
+            raise
+
+    def give(self) -> None:
+        """Hand a permit on to who has waited longest."""
+        for line in (self.urgent, self.waiting):
+            while line:
+                turn = line.popleft()
+                if not turn.done():
+                    turn.set_result(None)
+                    return
+        self.free += 1
+
 
 _Job = tuple["Callable[[], Any]", asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
 

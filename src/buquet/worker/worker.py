@@ -1,4 +1,4 @@
-"""The worker's loop: find, claim, run, finish; and how it ends."""
+"""The worker's loop: find, claim, run, finish; and how it ends. Long: the loop, its slots and its end share one state."""
 
 from __future__ import annotations
 
@@ -9,41 +9,39 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from buquet import keys
-from buquet.backoff import YEARS
+from buquet.clock import YEARS
+from buquet.concurrency import cancel_all, first_of
 from buquet.errors import StoreError, StoreFull, StoreRefused, UsageError
+from buquet.journal.writer import JournalWriter
 from buquet.printing import counted
-from buquet.queue import tracing
+from buquet.queue import spans
 from buquet.queue.background import new_loop, running_loop
-from buquet.queue.parent import is_system
+from buquet.queue.names import is_system
 from buquet.records import Task
 from buquet.store.register import Register
 from buquet.store.retrying import pause
 from buquet.worker.children import Children
 from buquet.worker.claim import Claimer
-from buquet.worker.drained import drained, next_due
-from buquet.worker.entries import put_back, put_entry_back
+from buquet.worker.control import EVERY, Notes
 from buquet.worker.executor import Executor, Running
-from buquet.worker.finder import QueueFinder
+from buquet.worker.finder import QueueFinder, drained, next_due
 from buquet.worker.fleet import Fleet, Reaper
-from buquet.worker.journal import JournalWriter
-from buquet.worker.notes import EVERY, Notes
-from buquet.worker.racing import cancel_all, first_of
+from buquet.worker.observers import Telling
 from buquet.worker.retention import Retention
 from buquet.worker.scheduler import Scheduler
-from buquet.worker.session import TTL, SessionKeeper
+from buquet.worker.session import TTL, SessionKeeper, put_back, put_entry_back
 from buquet.worker.signals import heeded
-from buquet.worker.watch import Telling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from buquet.queue.client import Client
-    from buquet.queue.parent import Parent
+    from buquet.queue.names import Parent
     from buquet.queue.schedules import Plan
     from buquet.queue.task import BaseTask
     from buquet.store.register import Held
-    from buquet.worker.drained import Waits
-    from buquet.worker.lane import Found
+    from buquet.worker.cursor import Found
+    from buquet.worker.finder import Waits
 
 log = logging.getLogger("buquet.worker")
 
@@ -528,7 +526,7 @@ class Worker:
         run.work = asyncio.current_task()
         try:
             self.telling.started(run.held.record)
-            with tracing.attempt(run.held.record) as tell:
+            with spans.attempt(run.held.record) as tell:
                 move = await self.executor.execute(run)
                 self._free_slot(run.work)
                 task = await self.executor.move(run, move)

@@ -7,8 +7,9 @@ unwinds, since the earlier carrier may have been held up), they are marked anew.
 
 from __future__ import annotations
 
+import re
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from msgspec import Raw
@@ -16,32 +17,102 @@ from msgspec.structs import replace
 
 from buquet.records import ErrorInfo
 from buquet.sealing import key_id_of
-from buquet.workflow import ranges
-from buquet.workflow.expression import PENDING, SKIPPED, Fault, check_size, is_mark, no_condition, show, strongest
+from buquet.workflow import records
+from buquet.workflow.expression import (
+    PENDING,
+    SKIPPED,
+    Fault,
+    Fields,
+    check_size,
+    is_mark,
+    no_condition,
+    show,
+    steps_of,
+    strongest,
+)
 from buquet.workflow.graph import packed, size_of
-from buquet.workflow.limits import kept_errors, takes_no_more, too_many
-from buquet.workflow.records import OVER, Fan, ItemError, RunRecord, Sent, StepRecord
-from buquet.workflow.reopening import again, opened, well_ended
+from buquet.workflow.records import OVER, Fan, ItemError, RunRecord, Sent, StepRecord, kept_errors, takes_no_more, too_many
 from buquet.workflow.values import kept
 
 if TYPE_CHECKING:
-    from buquet.workflow.event import Event
-    from buquet.workflow.graph import Graph, Step
-    from buquet.workflow.plan import Plan
-    from buquet.workflow.values import Values
+    from buquet.workflow.expression import Expr
+    from buquet.workflow.graph import Graph, Plan, Step
+    from buquet.workflow.records import Event
+    from buquet.workflow.values import StepValues
+
+
+MISFITS = {"InvalidPayload", "buquet.errors.InvalidPayload"}
+"""Types of the errors that say that a value does not fit: of a handler's arguments, and of what `advance` works out."""
+
+
+class Again(NamedTuple):
+    """The steps that run again."""
+
+    steps: set[str]
+    own: set[str]
+    """Those without a good outcome of their own; the others take the value of one that runs again."""
+    asked: set[str]
+    """Waits whose signal is not put back: its value did not fit, so another one is waited for."""
+
+
+def opened(run: RunRecord, by: str) -> RunRecord:
+    """Return a run that is over as one that goes on under the next generation."""
+    fresh = replace(run, unwinding=False, paused=False, error=None, failed="", finished=0)
+    return replace(fresh, state="running", gen=run.gen + 1, by=by)
+
+
+def again(run: RunRecord, plan: Plan) -> Again:
+    """Return what a retry of a run runs again."""
+    asked = _misfits(run, plan)
+    own = {name for name, record in run.steps.items() if record.state not in {"idle", "done", "skipped"} or record.undo} | asked
+    steps = set(own)
+    for name in plan.graph.steps:  # in order: each comes after what it needs
+        # one that has not begun again since the last retry may keep items of an older list
+        begun = run.step(name).state != "idle" or run.step(name).fan is not None
+        if begun and not steps.isdisjoint(plan.needs[name]):
+            steps.add(name)
+    return Again(steps, own, asked)
+
+
+def _misfits(run: RunRecord, plan: Plan) -> set[str]:
+    """Return the waits whose signal made the run fail: its value does not fit what took it."""
+    exprs: list[Expr] = []
+    for name, record in run.steps.items():
+        if record.state == "failed" and record.error is not None and record.error.type in MISFITS:
+            args = plan.graph.steps[name].args
+            place = re.search(r"at `\$\.(\w+)", record.error.message)
+            if isinstance(args, Fields) and place and place[1] in args.fields:
+                exprs.append(args.fields[place[1]])  # the other arguments fit
+            else:
+                exprs += [*(guard for guard, _ in plan.graph.steps[name].guards), *plan.inputs[name]]
+    if run.error is not None and run.error.type == "InvalidResult":
+        exprs.append(plan.graph.output)
+    return {name for expr in exprs for name in steps_of(expr) if run.step(name).signal}
+
+
+def well_ended(fan: Fan) -> Fan:
+    """Return an `each` with those of its tasks only that ended well; what comes later outranks what is in a chunk."""
+    bad = {*records.numbers(fan.failed), *records.numbers(fan.stopped), *records.numbers(fan.untried)}
+    ended: records.Ranges = ()
+    for index in records.numbers(fan.ended):
+        if index not in bad:
+            ended = records.add(ended, index)
+    results = {index: each for index, each in fan.results.items() if index not in bad}
+    return Fan(tasks=fan.tasks, items=fan.items, pack=fan.pack, ended=ended, results=results, chunks=fan.chunks)
+
 
 LONGEST_WAIT = 10 * 366 * 86_400
 LOOKS_SEALED = "has the one field that marks encrypted values. Name the field otherwise"
 CANCELLED = ErrorInfo(type="TaskCancelled", message="its task was cancelled")
 
 
-def advance(run: RunRecord, plan: Plan, event: Event, now: int, values: Values) -> RunRecord:
+def advance(run: RunRecord, plan: Plan, event: Event, now: int, values: StepValues) -> RunRecord:
     """Return the run after an event; the same object when the event changes nothing. Raises Missing for values not at hand."""
     return _Advance(run, plan, event, now, values).after()
 
 
 class _Advance:
-    def __init__(self, run: RunRecord, plan: Plan, event: Event, now: int, values: Values) -> None:
+    def __init__(self, run: RunRecord, plan: Plan, event: Event, now: int, values: StepValues) -> None:
         self.run = run
         self._before = run.steps
         self.plan = plan
@@ -83,16 +154,16 @@ class _Advance:
 
     def _fan(self, event: Event, record: StepRecord, fan: Fan) -> set[str] | None:
         """Enter what a task of an `each` came to. The step ends with the last of them."""
-        if ranges.has(fan.ended, event.item):
+        if records.has(fan.ended, event.item):
             return None
         step = self.graph.steps[event.step]
         if event.result_at or bytes(event.result):
             fan = replace(fan, results={**fan.results, event.item: kept(event)})
         if event.outcome != "done":
             fan = self._shortfall(event, step, fan)
-        fan = replace(fan, ended=ranges.add(fan.ended, event.item))
+        fan = replace(fan, ended=records.add(fan.ended, event.item))
         self._put(event.step, replace(record, fan=fan))
-        if ranges.count(fan.ended) < fan.tasks:
+        if records.count(fan.ended) < fan.tasks:
             return set()
         if not fan.stopped and (step.allow_failures or not fan.failed):
             return self._end(event.step, "done")
@@ -103,9 +174,9 @@ class _Advance:
     def _shortfall(self, event: Event, step: Step, fan: Fan) -> Fan:
         """Enter that a task of an `each` did not end well."""
         if not event.tried:
-            fan = replace(fan, untried=ranges.add(fan.untried, event.item))
+            fan = replace(fan, untried=records.add(fan.untried, event.item))
         if event.outcome == "cancelled" and self.run.unwinding:
-            return replace(fan, stopped=ranges.add(fan.stopped, event.item))
+            return replace(fan, stopped=records.add(fan.stopped, event.item))
         error = event.error or CANCELLED
         told = event.errors or (ItemError(index=0, type=error.type, message=error.message[:500]),)
         base = event.item * (packed(step, fan) or 1)
@@ -113,18 +184,18 @@ class _Advance:
         if not step.allow_failures:
             self._fail(event.step, _first(self.values, told))
         errors = (*fan.errors, *told)[: kept_errors(self.graph)]
-        return replace(fan, failed=ranges.add(fan.failed, event.item), errors=errors)
+        return replace(fan, failed=records.add(fan.failed, event.item), errors=errors)
 
     def _undo(self) -> set[str] | None:
         event = self.event
         record = self.run.step(event.step)
-        if record.gen != event.gen or record.undo != "due" or ranges.has(record.undo_ended, event.item):
+        if record.gen != event.gen or record.undo != "due" or records.has(record.undo_ended, event.item):
             return None
-        ended = ranges.add(record.undo_ended, event.item)
+        ended = records.add(record.undo_ended, event.item)
         error = record.undo_error
         if event.outcome != "done":
             error = event.error or CANCELLED
-        whole = record.fan is None or ranges.count(ended) + ranges.count(record.fan.untried) >= record.fan.tasks
+        whole = record.fan is None or records.count(ended) + records.count(record.fan.untried) >= record.fan.tasks
         state = ("failed" if error else "done") if whole else "due"
         self._put(event.step, replace(record, undo_ended=ended, undo=state, undo_error=error))
         return set()
@@ -278,7 +349,7 @@ class _Advance:
                 return self._fault(name, Fault(problem))
             fan = record.fan or Fan(tasks=-(-size // (pack or step.pack or 1)), items=size, pack=pack)
             self._put(name, replace(record, fan=fan))
-            return self._end(name, "done") if ranges.count(fan.ended) >= fan.tasks else set()
+            return self._end(name, "done") if records.count(fan.ended) >= fan.tasks else set()
         seconds = None
         if step.kind == "sleep":
             seconds = self.values.of(self.run, step.seconds)
@@ -368,7 +439,7 @@ class _Advance:
         can = record.state in {"done", "failed", "maybe"} and not record.untried
         if self.graph.steps[name].undo is None or record.undo or not can:
             return record.undo
-        nothing = record.fan is not None and ranges.count(record.fan.untried) >= record.fan.tasks
+        nothing = record.fan is not None and records.count(record.fan.untried) >= record.fan.tasks
         self._put(name, replace(record, undo="done" if nothing else "due", undo_by=self.event.id))
         return self.run.steps[name].undo
 
@@ -391,6 +462,6 @@ class _Advance:
         self.run.steps[name] = record
 
 
-def _first(values: Values, errors: tuple[ItemError, ...]) -> ErrorInfo:
+def _first(values: StepValues, errors: tuple[ItemError, ...]) -> ErrorInfo:
     """Return what is told of an `each` as a whole: its first item that failed."""
     return ErrorInfo(type=errors[0].type, message=f"item {errors[0].index}: {values.text(errors[0])}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from buquet import keys
 from buquet.errors import UnreadableRecord
 from buquet.records import Task
-from buquet.workflow.carriers import SIGNAL
+from buquet.workflow.events import SIGNAL
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,17 +11,13 @@ from msgspec.structs import replace
 from buquet import keys
 from buquet.codec import encode_record
 from buquet.errors import StoreRefused, UnreadableRecord
-from buquet.queue.payloads import Values as ValuesAtRest
-from buquet.queue.payloads import get_stored
+from buquet.queue.values import Values, get_stored
 from buquet.records import ABSENT
 from buquet.workflow.advance import advance
-from buquet.workflow.graph import Graph, packed, read_graph
-from buquet.workflow.hiding import hidden
-from buquet.workflow.limits import check_tasks
-from buquet.workflow.outcome import INLINE
-from buquet.workflow.plan import Plan
-from buquet.workflow.records import OVER, RunRecord
-from buquet.workflow.values import Missing, Values, of_step
+from buquet.workflow.events import INLINE
+from buquet.workflow.graph import Graph, Plan, packed, read_graph
+from buquet.workflow.records import OVER, RunRecord, check_tasks
+from buquet.workflow.values import Missing, StepValues, hidden, of_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,9 +25,8 @@ if TYPE_CHECKING:
     from buquet.clock import Clock
     from buquet.sealing import Sealer
     from buquet.store.register import Held, Register, Write
-    from buquet.workflow.event import Event
     from buquet.workflow.graph import Step
-    from buquet.workflow.records import Fan, Sent, StepRecord
+    from buquet.workflow.records import Event, Fan, Sent, StepRecord
 
 KEPT_RUNS = 200
 """Runs whose graph and last known record are kept."""
@@ -52,7 +47,7 @@ class Known(NamedTuple):
 
     run: RunRecord
     plan: Plan
-    values: Values
+    values: StepValues
 
 
 class Committer:
@@ -62,7 +57,7 @@ class Committer:
         self, register: Register, clock: Clock, now: Callable[[], int], sealer: Sealer, max_items: int | None = None
     ) -> None:
         self.register = register
-        self.at_rest = ValuesAtRest(register.reads, sealer)
+        self.at_rest = Values(register.reads, sealer)
         self.clock = clock
         self.now = now
         self.max_items = max_items
@@ -127,11 +122,11 @@ class Committer:
             raise UnreadableRecord(f"run {run.id} speaks of a step {strange[:80]!r} that its graph does not have so")
         return plan
 
-    def values(self, run_id: str, plan: Plan, before: Values | None = None) -> Values:
+    def values(self, run_id: str, plan: Plan, before: StepValues | None = None) -> StepValues:
         """Return what looks up the values of a run's steps for one evaluation: `before`, where that is of the same graph."""
         if before is not None and (before.graph is plan.graph or before.graph == plan.graph):
             return before
-        return Values(plan.graph, self._payloads, lambda what, body: self.at_rest.open_of_run(run_id, what, body))
+        return StepValues(plan.graph, self._payloads, lambda what, body: self.at_rest.open_of_run(run_id, what, body))
 
     async def fetch(self, missing: Missing) -> None:
         """Fetch payloads, so that what needs them can be computed again. Raises UnreadableRecord when one is gone."""
@@ -214,7 +209,7 @@ class Committer:
         """Apply all events that wait to the record, and those that come while that has not landed."""
         held = self._held.get(run_id)
         fresh = held is None
-        values: Values | None = None
+        values: StepValues | None = None
         races = 0
         while True:
             if held is None:
@@ -249,7 +244,7 @@ class Committer:
                 await self.clock.sleep(0.004 * min(races, 8) * self.clock.random.random())
             races += 1
 
-    async def _after(self, run: RunRecord, plan: Plan, events: list[Event], values: Values) -> RunRecord:
+    async def _after(self, run: RunRecord, plan: Plan, events: list[Event], values: StepValues) -> RunRecord:
         now = self.now()
         after = run
         for event in events:

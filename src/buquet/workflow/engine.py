@@ -11,31 +11,42 @@ import msgspec
 
 from buquet import keys
 from buquet.errors import EncryptionKeyMissing, UnreadableRecord
-from buquet.queue.parent import Ending, Later
+from buquet.queue.names import Ending, Later
 from buquet.records import TERMINAL, ErrorInfo, Task
-from buquet.workflow import ranges
+from buquet.workflow import records
 from buquet.workflow.advance import advance
 from buquet.workflow.arriving import Arriving
-from buquet.workflow.carriers import KINDS, RETRY, SIGNAL, START, TIMER, arguments, of_step
 from buquet.workflow.committer import Committer, Known
-from buquet.workflow.follow import follows, verdict
-from buquet.workflow.limits import takes_no_more
-from buquet.workflow.outcome import event_of, first_claim, left_nothing, orders_of
+from buquet.workflow.events import (
+    KINDS,
+    RETRY,
+    SIGNAL,
+    START,
+    TIMER,
+    arguments,
+    event_of,
+    first_claim,
+    follows,
+    left_nothing,
+    orders_of,
+    step_task,
+    verdict,
+)
 from buquet.workflow.pruning import prune_run
-from buquet.workflow.records import OVER, RunRecord
+from buquet.workflow.records import OVER, RunRecord, takes_no_more
 from buquet.workflow.values import Missing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from buquet.clock import Clock
-    from buquet.queue.parent import Helper
+    from buquet.queue.names import Helper
     from buquet.queue.pruning import Pruner
     from buquet.sealing import Sealer
     from buquet.store.register import Register
-    from buquet.workflow.event import Event
-    from buquet.workflow.follow import Follow
-    from buquet.workflow.plan import Plan
+    from buquet.workflow.events import Follow
+    from buquet.workflow.graph import Plan
+    from buquet.workflow.records import Event
 
 log = logging.getLogger("buquet.run")
 
@@ -94,9 +105,9 @@ class Engine:
         if record.gen != task.gen:
             return False
         if task.undoes:
-            if record.undo != "due" or ranges.has(record.undo_ended, task.index):
+            if record.undo != "due" or records.has(record.undo_ended, task.index):
                 return False
-        elif record.state != "due" or run.unwinding or (record.fan is not None and ranges.has(record.fan.ended, task.index)):
+        elif record.state != "due" or run.unwinding or (record.fan is not None and records.has(record.fan.ended, task.index)):
             return False
         if run.paused:
             raise Later(WHILE_PAUSED, "its run is paused", shelved=True)
@@ -298,7 +309,7 @@ class Engine:
             for gen in range(1, follow.gen + 1):
                 await self.register.reads.delete(keys.open_run(run.id, gen))
             return
-        task = of_step(run, follow, plan, self.now())
+        task = step_task(run, follow, plan, self.now())
         if follow.what == "no timer":
             await helper.close_task(task)
         elif follow.what == "stop":

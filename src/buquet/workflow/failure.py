@@ -21,7 +21,7 @@ from buquet.errors import (
 from buquet.printing import counted
 from buquet.queue.batch import failed_items
 from buquet.records import Task
-from buquet.workflow import ranges
+from buquet.workflow import records
 from buquet.workflow.graph import packed
 from buquet.workflow.sending import graph_of
 
@@ -59,7 +59,7 @@ async def _cause(client: Client, run: RunRecord) -> TaskError | None:
     record = run.step(run.failed)
     if record.error is not None and record.error.type == SignalTimeout.__name__:
         return SignalTimeout(record.error.message, run.id, error=record.error.message)
-    index = next(iter(ranges.numbers(record.fan.failed)), 0) if record.fan else 0
+    index = next(iter(records.numbers(record.fan.failed)), 0) if record.fan else 0
     held = await client.register.read(Task, keys.task(keys.follow_up(run.id, "step", run.failed, index, record.gen)))
     if held is None or held.record.state != "failed" or held.record.error is None:
         return None

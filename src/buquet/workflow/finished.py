@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import msgspec
 
-from buquet.queue.finished import LONGEST_MESSAGE
+from buquet.journal.lines import LONGEST_MESSAGE
 from buquet.records import ErrorInfo, Finished
 
 if TYPE_CHECKING:

@@ -11,21 +11,21 @@ from buquet import keys
 from buquet.codec import Signature, check_size
 from buquet.errors import UsageError
 from buquet.queue.attempt import plainly
+from buquet.queue.names import is_system
 from buquet.queue.options import check_key, check_tags
-from buquet.queue.parent import is_system
 from buquet.queue.schedules import firing
 from buquet.queue.task import Prepared
 from buquet.records import Raw, Task
-from buquet.workflow.carriers import START
+from buquet.workflow.building import current_trace, trace_of
+from buquet.workflow.events import START
 from buquet.workflow.handle import Run
-from buquet.workflow.tracing import current_trace, trace_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from buquet.queue.handle import Home
+    from buquet.workflow.building import Trace
     from buquet.workflow.graph import Graph
-    from buquet.workflow.tracing import Trace
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -9,15 +9,15 @@ import msgspec
 from msgspec import Meta, Raw
 
 from buquet import keys
-from buquet.bounds import MOST_ITEMS, AtLeastOne, Due, PackSize, Place
 from buquet.codec import decode_stored
 from buquet.errors import UnreadableRecord, UsageError
-from buquet.queue.packing import AUTO_BYTES, KEYED_WORKERS, PACKS_A_WORKER
-from buquet.records import ABSENT
+from buquet.queue.batch import AUTO_BYTES, KEYED_WORKERS, PACKS_A_WORKER
+from buquet.records import ABSENT, MOST_ITEMS, AtLeastOne, Due, PackSize, Place
 from buquet.workflow.expression import MOST_NODES, NULL, Expr, count_parts, depth_of, steps_of, text_of
 
 if TYPE_CHECKING:
     from buquet.workflow.records import Fan
+
 
 Kind: TypeAlias = Literal["task", "each", "wait", "sleep"]
 
@@ -194,3 +194,30 @@ def _sorted(needs: dict[str, tuple[str, ...]]) -> bool:
             return False
         seen.add(name)
     return True
+
+
+class Plan:
+    """The steps that each one needs, those that follow it, and its inputs."""
+
+    def __init__(self, graph: Graph, max_items: int | None = None) -> None:
+        self.graph = graph
+        self.max_items = max_items
+        """The most items of an `each` that the App of this process allows."""
+        self.needs: dict[str, frozenset[str]] = {name: frozenset(step.needs) for name, step in graph.steps.items()}
+        self.followers: dict[str, list[str]] = {name: [] for name in graph.steps}
+        for name, needs in self.needs.items():
+            for need in needs:
+                self.followers[need].append(name)
+        self.first = [name for name, needs in self.needs.items() if not needs]
+        self.inputs: dict[str, tuple[Expr, ...]] = {name: _inputs(step) for name, step in graph.steps.items()}
+
+
+def _inputs(step: Step) -> tuple[Expr, ...]:
+    """Return the expressions that a step takes values from; those of its own kind only."""
+    if step.kind == "task":
+        return (step.args,)
+    if step.kind == "each":
+        return step.args, step.over
+    if step.kind == "sleep":
+        return (step.seconds,)
+    return tuple(each for each in (step.timeout, step.default) if each is not None)

@@ -11,12 +11,11 @@ from buquet import keys
 from buquet.codec import ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord
 from buquet.queue.attempt import inside_handler
-from buquet.workflow import ranges, sending
+from buquet.workflow import records, sending
 from buquet.workflow.failure import run_ending
 from buquet.workflow.graph import RESTORE
-from buquet.workflow.hiding import shown
 from buquet.workflow.records import OVER, RunRecord
-from buquet.workflow.values import of_signal
+from buquet.workflow.values import of_signal, shown
 
 if TYPE_CHECKING:
     from msgspec import Raw
@@ -322,7 +321,7 @@ def _info(run: RunRecord, name: str, graph: Graph) -> StepInfo:
         until=record.until,
         ended=record.at,
         total=fan.tasks if fan else 0,
-        done=ranges.count(fan.ended) if fan else 0,
+        done=records.count(fan.ended) if fan else 0,
         error=f"{record.error.type}: {record.error.message}" if record.error else "",
         errors=fan.errors if fan else (),
         undo=record.undo,

@@ -14,8 +14,7 @@ from msgspec.structs import replace
 from buquet import keys
 from buquet.queue import transitions
 from buquet.records import ABSENT, ENDED, Task
-from buquet.workflow.limits import check_tasks
-from buquet.workflow.records import OVER, RunRecord, StepRecord
+from buquet.workflow.records import OVER, RunRecord, StepRecord, check_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

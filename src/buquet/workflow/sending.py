@@ -11,14 +11,13 @@ from msgspec.structs import replace
 from buquet import keys
 from buquet.errors import EncryptionKeyMissing, KeyConflict, Refused, RunNotFound, StoreRefused, UnreadableRecord
 from buquet.queue.control import whoami
-from buquet.queue.parent import SYSTEM
+from buquet.queue.names import SYSTEM
 from buquet.records import TERMINAL, Raw, Task
 from buquet.store.base import Stored
-from buquet.workflow.carriers import CANCEL, PAUSE, RESUME, RETRY, SENDER, SIGNAL, START, Orders
 from buquet.workflow.engine import Engine
+from buquet.workflow.events import CANCEL, PAUSE, RESUME, RETRY, SENDER, SIGNAL, START, Orders
 from buquet.workflow.graph import read_graph
-from buquet.workflow.limits import takes_no_more
-from buquet.workflow.records import OVER, RunRecord
+from buquet.workflow.records import OVER, RunRecord, takes_no_more
 from buquet.workflow.schemas import check
 
 if TYPE_CHECKING:

@@ -7,21 +7,55 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 from msgspec import Raw
+from msgspec.structs import replace
 
 from buquet.codec import ANY, decode_stored
 from buquet.errors import UnreadableRecord
 from buquet.printing import counted
-from buquet.records import ABSENT
+from buquet.records import ABSENT, ErrorInfo
 from buquet.workflow.expression import PENDING, SKIPPED, evaluate
 from buquet.workflow.graph import packed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from buquet.workflow.event import Event
+    from buquet.queue.values import Values
     from buquet.workflow.expression import Expr
     from buquet.workflow.graph import Graph
-    from buquet.workflow.records import Fan, ItemError, RunRecord, StepRecord
+    from buquet.workflow.records import Event, Fan, ItemError, RunRecord, StepRecord
+
+    Change = Callable[[ErrorInfo], ErrorInfo]
+
+
+def hidden(run: RunRecord, values: Values) -> RunRecord:
+    """Return a run as it may be stored."""
+    return _changed(run, lambda error: values.hide_of_run(run.id, error)) if values.sealer.key_id else run
+
+
+def shown(run: RunRecord, values: Values) -> RunRecord:
+    """Return a run with the texts of its errors, where a key for them is here."""
+    return _changed(run, lambda error: values.shown_of_run(run.id, error))
+
+
+def _changed(run: RunRecord, change: Change) -> RunRecord:
+    steps = {name: _of_step(record, change) for name, record in run.steps.items()}
+    return replace(run, steps=steps, error=run.error and change(run.error))
+
+
+def _of_step(record: StepRecord, change: Change) -> StepRecord:
+    fan = record.fan
+    if fan is not None and fan.errors:
+        record = replace(record, fan=replace(fan, errors=tuple(_of_item(each, change) for each in fan.errors)))
+    if record.error is None and record.undo_error is None:
+        return record
+    return replace(
+        record, error=record.error and change(record.error), undo_error=record.undo_error and change(record.undo_error)
+    )
+
+
+def _of_item(error: ItemError, change: Change) -> ItemError:
+    changed = change(ErrorInfo(type=error.type, message=error.message, sealed=error.sealed))
+    return replace(error, message=changed.message, sealed=changed.sealed)
 
 
 T = TypeVar("T")
@@ -32,7 +66,7 @@ MEND = "Something other than buquet changed it: restore it, or cancel the run"
 class Missing(Exception):
     """Values lie in payload objects that are not fetched yet. `keys` names them, and `values` the evaluation that needs them."""
 
-    def __init__(self, keys: set[str], values: Values) -> None:
+    def __init__(self, keys: set[str], values: StepValues) -> None:
         super().__init__(f"to be fetched first: {counted(len(keys), 'payload')}")
         self.keys = keys
         self.values = values
@@ -72,7 +106,7 @@ def plain(_what: str, body: bytes | Raw) -> bytes | Raw:
     return body
 
 
-class Values:
+class StepValues:
     """Looks steps up in a run's record; the bodies of payloads are given to it. Raises Missing for those that are not.
 
     It keeps every body that it has used, whatever becomes of the cache: so no evaluation needs a payload twice.

@@ -15,19 +15,19 @@ from datetime import timedelta  # noqa: TC003 - the types of `wait` are resolved
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, TypeVar, cast, overload
 
 from buquet import keys
-from buquet.bounds import MOST_ITEMS
 from buquet.codec import encode_value, read_as
 from buquet.declared import Declared
 from buquet.errors import InvalidArgument, SignalTimeout, UsageError
 from buquet.queue.options import in_seconds
+from buquet.records import MOST_ITEMS
 from buquet.workflow.advance import LONGEST_WAIT
+from buquet.workflow.building import after_of, check_task, choose, current_trace, fan_out, is_async
 from buquet.workflow.graph import Step
 from buquet.workflow.handle import Run, homes
-from buquet.workflow.limits import check_max_items
 from buquet.workflow.placeholder import Value, to_expr
+from buquet.workflow.records import check_max_items
 from buquet.workflow.schemas import schema_of
 from buquet.workflow.sending import send_signal
-from buquet.workflow.tracing import after_of, check_task, choose, current_trace, fan_out, is_async
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Generator

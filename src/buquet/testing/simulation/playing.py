@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from buquet.clock import Clock
-from buquet.queue import bell, payloads
+from buquet.queue import bell, values
 from buquet.testing.simulation.scenario import Play
 from buquet.testing.simulation.world import Defects, World
-from buquet.worker import failures, finder
+from buquet.worker import finder, logs
 from buquet.workflow import committer
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ def _tuned(world: World) -> Generator[None]:
     changed: tuple[tuple[Any, str, Any], ...] = (
         (bell, "HINTS", random.choice((64, 8, 2))),
         (finder, "PAGE", random.choice((1000, 1000, 3))),
-        (payloads, "INLINE", random.choice((64 << 10, 64 << 10, 8))),
+        (values, "INLINE", random.choice((64 << 10, 64 << 10, 8))),
         (committer, "ROOM", 1000 if tight else committer.ROOM),
         (committer, "SMALL", 8 if tight else committer.SMALL),
-        (failures, "trace_of", repr),
+        (logs, "trace_of", repr),
     )
     before = [(module, name, getattr(module, name)) for module, name, _ in changed]
     for module, name, value in changed:

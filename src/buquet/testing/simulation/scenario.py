@@ -19,7 +19,7 @@ from buquet.testing.simulation.outage import Outage
 from buquet.testing.simulation.wire import Weather
 from buquet.testing.simulation.world import Node, World
 from buquet.testing.watch import OVER
-from buquet.worker.drained import everything
+from buquet.worker.finder import everything
 
 PATIENCE = 120.0
 """Seconds within which, in good weather, what is due must be done."""

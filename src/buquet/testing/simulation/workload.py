@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from buquet.backoff import Backoff
+from buquet.clock import Backoff
 from buquet.errors import Fail, Snooze
 from buquet.queue.attempt import current
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     What = Literal["args", "result", "checkpoint", "error"]
 
+
 INLINE = 64 << 10
 """The most bytes of a value that a record holds itself."""
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from buquet.queue.task import BaseTask
     from buquet.records import ErrorInfo, Task
 
+
 SYSTEM = "buquet."
 """How the names of the tasks begin that every worker carries out, and that no pause of a queue holds up."""
 END = f"{SYSTEM}end"

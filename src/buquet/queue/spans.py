@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from buquet.records import Task
 
+
 _PARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _installed: bool | None = None
 

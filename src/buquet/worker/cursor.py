@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from buquet.store.base import Listed
     from buquet.store.retrying import Retrying
 
+
 log = logging.getLogger("buquet.worker")
 
 SHELVED = 450.0

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from buquet import keys
+from buquet.concurrency import first_of
 from buquet.errors import StoreError
-from buquet.queue.finished import finished
+from buquet.journal.lines import finished
 from buquet.store.retrying import pause
-from buquet.worker.racing import first_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from buquet.clock import Clock
     from buquet.records import Finished, Task
     from buquet.store.retrying import Retrying
+
 
 log = logging.getLogger("buquet.worker")
 

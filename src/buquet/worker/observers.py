@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from buquet.queue.finished import is_retried
+from buquet.journal.lines import is_retried
 from buquet.worker.logs import enter_task
 
 if TYPE_CHECKING:
+    from buquet.journal.writer import JournalWriter
     from buquet.queue.client import Client
     from buquet.records import Task
-    from buquet.worker.journal import JournalWriter
 
 
 class Watcher:

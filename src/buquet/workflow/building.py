@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from buquet.bounds import MOST_ITEMS
 from buquet.errors import UsageError
-from buquet.queue.parent import tracing
+from buquet.queue.names import tracing
 from buquet.queue.task import AsyncTaskFunction, BaseTask
+from buquet.records import MOST_ITEMS
 from buquet.workflow.catching import refuse_catching
 from buquet.workflow.expression import NULL, Choose, Const, Expr, Fields, Ref
 from buquet.workflow.graph import DEEPEST, Call, Graph, Step, Undo
-from buquet.workflow.limits import too_many
 from buquet.workflow.placeholder import Value, check_text, expr_of, to_expr, traced
+from buquet.workflow.records import too_many
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence

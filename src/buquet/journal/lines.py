@@ -14,6 +14,7 @@ from buquet.records import FORMAT, ErrorInfo, Finished
 if TYPE_CHECKING:
     from buquet.records import Task
 
+
 LONGEST_MESSAGE = 500
 TAGS = 1000
 """Characters of a task's tags that a line has room for; the rest are left out."""

@@ -26,7 +26,7 @@ MANY = ("PROCESSES", "report['lines']", "len(self.steps)", "min(named, 10**18)")
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 OWNERS = {
-    "obstore": {"store/objects.py", "store/s3.py", "store/azure.py", "store/answers.py"},
+    "obstore": {"store/objects.py", "store/answers.py"},
     "sqlite3": {"store/sqlite.py", "store/sqlite_writer.py"},
 }
 """Which files alone may import what. `answers` reads the errors that obstore raises."""

@@ -28,8 +28,7 @@ from buquet.queue.pruning import HOUR
 from buquet.queue.schedules import plan, rule_of
 from buquet.queue.task import AsyncTaskFunction, BaseTask, TaskFunction
 from buquet.sealing import sealer
-from buquet.store.open import open_store
-from buquet.store.sqlite_writer import url_of
+from buquet.store.open import open_store, sqlite_url
 from buquet.worker.worker import Worker
 from buquet.workflow.engine import Engine
 from buquet.workflow.finished import finished_run
@@ -152,7 +151,7 @@ class App:
         """The URL in force: the one given, else BUQUET_URL, else the embedded default with its absolute path."""
         if self._store is not None:
             return self._store.url
-        return self._given or os.environ.get("BUQUET_URL") or url_of(Path(DEFAULT_PATH))
+        return self._given or os.environ.get("BUQUET_URL") or sqlite_url(Path(DEFAULT_PATH))
 
     @property
     def home(self) -> App:

@@ -13,7 +13,7 @@ from buquet.clock import Clock
 from buquet.insights.scan import Scan
 from buquet.insights.tasks import Filter, find
 from buquet.operate.fsck import fsck
-from buquet.store.s3 import S3Store
+from buquet.store.objects import S3Store
 
 POLICIES = Path(__file__).parent.parent.parent / "docs" / "policies"
 GO = Signal("go", str)
@@ -200,7 +200,7 @@ async def test_nobody_reaches_beyond_the_prefix(app_of):
     for role in ROLES:
         app = app_of(role)
         place = app.client.store.place
-        elsewhere = S3Store(place.bucket, "other", place.endpoint, None, Clock())
+        elsewhere = S3Store(place._replace(prefix="other"), Clock())
         with pytest.raises(AccessDenied):
             await elsewhere.put("tasks/00/x.json", b"x")
         await app.aclose()

@@ -13,8 +13,8 @@ import pytest
 from buquet.clock import Clock
 from buquet.errors import InvalidURL
 from buquet.store.memory import MemoryStore
+from buquet.store.objects import S3Store
 from buquet.store.open import open_store
-from buquet.store.s3 import S3Store
 from buquet.store.sqlite import SqliteStore
 
 

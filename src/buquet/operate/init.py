@@ -13,7 +13,7 @@ import msgspec
 from buquet import keys
 from buquet.errors import AccessDenied, BucketMissing, StoreRefused, UsageError, install
 from buquet.records import Layout
-from buquet.store.answers import Place
+from buquet.store.open import Place
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

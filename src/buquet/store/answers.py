@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import NamedTuple
-from urllib.parse import urlencode
+from typing import TYPE_CHECKING
 
 from obstore.exceptions import AlreadyExistsError, PermissionDeniedError, PreconditionError, UnauthenticatedError
 
 from buquet.errors import AccessDenied, BucketMissing, StoreError, StoreFull, StoreRefused, StoreUnavailable, StoreUnfit
+
+if TYPE_CHECKING:
+    from buquet.store.open import Place
 
 STATUS = re.compile(r"status code: (\d{3})")
 CODE = re.compile(r"<Code>\s*([\w.]+)\s*</Code>")
@@ -36,23 +38,6 @@ SIGNS = {
     "certificate": "its certificate is not trusted",
 }
 """Words in obstore's description of a request without an answer."""
-
-
-class Place(NamedTuple):
-    """Which bucket is meant, and where."""
-
-    bucket: str
-    prefix: str
-    endpoint: str | None
-    region: str | None
-    scheme: str = "s3"
-
-    @property
-    def url(self) -> str:
-        """The URL that `open_store` understands."""
-        query = {"endpoint": self.endpoint, "region": self.region}
-        options = urlencode({name: value for name, value in query.items() if value}, safe=":/[]")
-        return f"{self.scheme}://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "") + (f"?{options}" if options else "")
 
 
 def status_of(error: BaseException) -> int:

@@ -1,6 +1,6 @@
-"""A bucket behind the object-store client: what all of its kinds share. With `s3`, `azure` and `answers` all that knows obstore.
+"""Buckets on S3 and Azure. This file and `answers` are the only users of obstore.
 
-The client's own retries are off: whether a request may be sent again is the caller's knowledge, not the client's.
+The client's own retries are off: only the caller knows whether a request may be sent again.
 """
 
 from __future__ import annotations
@@ -13,59 +13,68 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+from obstore import store as clients
 from obstore.exceptions import BaseError, NotModifiedError
 
 from buquet import keys
-from buquet.clock import Clock
 from buquet.codec import Oversized
-from buquet.errors import AlreadyExists, Changed, InvalidURL, StoreError, UsageError
-from buquet.store.answers import Place, explain, is_conflict, is_missing, is_no_version
+from buquet.errors import AccessDenied, AlreadyExists, Changed, InvalidURL, StoreError, UsageError, install
+from buquet.store.answers import explain, is_conflict, is_missing, is_no_version
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Stored
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from obstore import GetOptions, PutMode, PutResult
-    from obstore.store import AzureStore as AzureClient
-    from obstore.store import ClientConfig
-    from obstore.store import S3Store as S3Client
+    from obstore.auth.boto3 import Boto3CredentialProvider
 
-    Client = S3Client | AzureClient
+    from buquet.clock import Clock
+    from buquet.store.open import Place
+
+    Client = clients.S3Store | clients.AzureStore
 
 T = TypeVar("T")
 
 CONNECT_TIMEOUT = timedelta(seconds=5)
 REQUEST_TIMEOUT = timedelta(seconds=30)
+REGION = "us-east-1"
 ENDPOINT = re.compile(r"https?://([\w.-]+|\[[0-9a-fA-F:.]+\])(:(?P<port>\d{1,5}))?(/[\w./-]*)?", re.ASCII)
 PORTS = 65_535
-FIRST_LOOK = 0.02
-LONGEST_LOOK = 1.0
+FIRST_POLL = 0.02
+LONGEST_POLL = 1.0
 
 _started: list[int] = []
-"""The process in which obstore's threads were started; they do not survive a fork."""
+"""The process in which obstore's threads were started. They do not survive a fork."""
 
 
 @functools.cache
 def _let_threads_end(clock: Clock) -> None:
-    """Wait a moment at the interpreter's exit, once however many stores were used.
+    """Wait 50 ms at the interpreter's exit, once per process.
 
-    A thread of obstore's that is still handing an answer to Python while the interpreter is taken down aborts the process, which
-    then ends with status 134 although all is done (seen in 12 of 40 short processes; in none with this).
+    A thread of obstore that hands an answer to Python while the interpreter shuts down aborts the process with status 134.
     """
     atexit.register(clock.block, 0.05)
 
 
 class ObjectStore(ABC):
-    """Objects in a bucket, under a prefix. No request is sent before the first operation."""
+    """Objects in a bucket, under a prefix. No request is sent before the first operation.
+
+    Raises InvalidURL for a bucket, prefix or endpoint that cannot exist.
+    """
 
     can_wait = False
+    credentials: ClassVar[str]
+    """The environment variables that hold the credentials."""
 
-    def __init__(self, place: Place, clock: Clock | None = None) -> None:
-        self.clock = clock or Clock()
-        self.place = place
-        self.url = place.url
+    def __init__(self, place: Place, clock: Clock) -> None:
+        _check_place(place, self.credentials)
+        endpoint = place.endpoint and place.endpoint.rstrip("/")
+        self.place = place._replace(prefix=place.prefix.strip("/"), endpoint=endpoint)
+        self.clock = clock
+        self.url = self.place.url
         self._lock = threading.Lock()
         self._client: Client | None = None
         self._closed = False
@@ -76,7 +85,7 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def _connect(self) -> Client:
-        """Make the client. Raises InvalidURL, AccessDenied."""
+        """Make the client. Raises AccessDenied, and BaseError or ValueError where the client refuses its configuration."""
 
     # ------------------------------------------------------------------ operations
 
@@ -91,13 +100,15 @@ class ObjectStore(ABC):
 
     async def _write(self, key: str, body: bytes, mode: PutMode, conflict: StoreError | None) -> Receipt:
         client = await self._opened()
-        # in one part whatever its size: a multipart upload is several requests, and not conditional
-        answer = await self._ask(f"PUT {key}", lambda: client.put_async(key, body, mode=mode, use_multipart=False))
+        # in one part whatever its size: a multipart upload is several requests, and cannot be conditional
+        answer: PutResult | Exception = await self._ask(
+            f"PUT {key}", lambda: client.put_async(key, body, mode=mode, use_multipart=False)
+        )
         if isinstance(answer, BaseException):
             if conflict is not None and (is_conflict(answer) or (mode != "create" and is_missing(answer))):
                 raise conflict
             raise self._explain(answer, f"PUT {key}")
-        return _receipt(answer)
+        return Receipt(answer["e_tag"] or "", _version(answer["version"]))
 
     async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
         client = await self._opened()
@@ -110,9 +121,9 @@ class ObjectStore(ABC):
         async def fetch() -> Stored:
             answer = await client.get_async(key, options=options)
             meta = answer.meta
-            # the size comes with the head: what is too large is not read, or one object could use up a worker's memory
+            # the size comes with the headers; a body that is too large is not read, since it could fill the memory of a worker
             body = Oversized(meta["size"]) if meta["size"] > keys.most_bytes(key) else bytes(await answer.bytes_async())
-            return Stored(body, meta["e_tag"] or "", _kept(meta["version"]), meta["last_modified"].timestamp())
+            return Stored(body, meta["e_tag"] or "", _version(meta["version"]), meta["last_modified"].timestamp())
 
         answer = await self._ask(f"GET {key}", fetch)
         if isinstance(answer, NotModifiedError):
@@ -124,22 +135,23 @@ class ObjectStore(ABC):
         return answer
 
     async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
-        """See Store. One request, as long as the server gives full pages.
+        """Send one request if the server returns full pages.
 
-        SeaweedFS walks folders, so with it one LIST must not span folders of which one's name begins with another's.
+        SeaweedFS walks folders: one LIST must not span two folders of which one name starts with the other.
         """
         client = await self._opened()
 
         async def fetch() -> list[Listed]:
             page: list[Listed] = []
-            # obstore appends the slash itself, and reads on only when asked for the next chunk
+            # obstore appends the slash itself, and requests the next chunk only when asked for it
             chunks = client.list(prefix.rstrip("/") or None, offset=after or None, chunk_size=limit)  # pyright: ignore[reportUnknownMemberType]
             async for chunk in chunks:
-                # obstore drops a slash at the end of `after`, so that earlier keys may be met
-                found = (
-                    Listed(one["path"], _quoted(one["e_tag"]), one["last_modified"].timestamp(), one["size"]) for one in chunk
-                )
-                page += [one for one in found if one.key > after and one.key.startswith(prefix)]
+                listed = [
+                    Listed(meta["path"], _quoted(meta["e_tag"]), meta["last_modified"].timestamp(), meta["size"])
+                    for meta in chunk
+                ]
+                # obstore drops a slash at the end of `after`, so that the chunk may hold earlier keys
+                page += [each for each in listed if each.key > after and each.key.startswith(prefix)]
                 if len(page) >= limit:
                     break
             return sorted(page)[:limit]
@@ -156,25 +168,25 @@ class ObjectStore(ABC):
             raise self._explain(answer, f"DELETE {key}")
 
     async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - see Store
-        """See Store. Polls: 20 ms, growing by a quarter to 1 s."""
+        """Poll after 20 ms, then at intervals that grow by a quarter to 1 s."""
         until = self.clock.monotonic() + timeout
-        wait = FIRST_LOOK
+        wait = FIRST_POLL
         while True:
-            there = await self.get(key, unless=etag)
-            if there is not NOT_MODIFIED and (there is not None or etag is not None):
+            stored = await self.get(key, unless=etag)
+            if stored is not NOT_MODIFIED and (stored is not None or etag is not None):
                 return True
             left = until - self.clock.monotonic()
             if left <= 0:
                 return False
             await self.clock.sleep(min(wait, left))
-            wait = min(wait * 1.25, LONGEST_LOOK)
+            wait = min(wait * 1.25, LONGEST_POLL)
 
-    async def forget_versions(self, key: str) -> None:  # noqa: B027 - as meant: there is nothing to do
+    async def forget_versions(self, key: str) -> None:  # noqa: B027 - intended: there is nothing to do
         """Do nothing: a lifecycle rule of the bucket removes earlier versions."""
 
     async def close(self) -> None:
-        """Let go of the client and its connections."""
-        self._closed = True  # not under the lock, which may be held for as long as credentials are looked for
+        """Drop the client and its connections."""
+        self._closed = True  # without the lock, which is held while credentials are looked for
         self._client = None
 
     # ------------------------------------------------------------------ requests and their answers
@@ -182,8 +194,8 @@ class ObjectStore(ABC):
     async def _ask(self, what: str, request: Callable[[], Awaitable[T]]) -> T | Exception:
         """Return the answer, or the client's error.
 
-        Errors are returned, not raised, so that ours have no `__context__`: a server's answer to a bad signature quotes the
-        request's headers, a session token among them, and a logged traceback would show it.
+        The error is returned, not raised, so that ours has no `__context__`. A server's answer to a bad signature quotes the
+        headers of the request, which may hold a session token, and a logged traceback would show them.
         """
         try:
             answer = await request()
@@ -198,7 +210,7 @@ class ObjectStore(ABC):
         return error if isinstance(error, UsageError) else explain(error, what, self.place, answered=self._answered)
 
     async def _opened(self) -> Client:
-        """Return the client, made at first use: in a thread, since a profile may ask a server or a program for credentials."""
+        """Return the client. It is made in a thread, since a profile may ask a server or a program for credentials."""
         self._check_fork()
         return self._client or await asyncio.to_thread(self._open)
 
@@ -212,55 +224,140 @@ class ObjectStore(ABC):
 
     def _open(self) -> Client:
         self._check_fork()
-        client = self._client
-        if client is not None:
-            return client
         with self._lock:
             if self._closed:
                 raise UsageError(f"{self.url} was closed")
             if self._client is None:
                 _started[:] = [os.getpid()]
-                client = self._connect()
-                _let_threads_end(self.clock)
-                if self._closed:
+                try:
+                    client = self._connect()
+                except (BaseError, ValueError) as error:
+                    problem = InvalidURL(f"{self.url} cannot be opened: {str(error).partition(chr(10))[0]}")
+                else:
+                    _let_threads_end(self.clock)
+                    if self._closed:
+                        return client
+                    self._client = client
                     return client
-                self._client = client
+                raise problem  # here, so that it has no `__context__`
             return self._client
 
-    def _client_options(self, endpoint: str | None) -> ClientConfig:
+    def _options(self, endpoint: str | None) -> clients.ClientConfig:
         return {
             "allow_http": endpoint is not None and endpoint.startswith("http://"),
             "connect_timeout": CONNECT_TIMEOUT,
             "timeout": REQUEST_TIMEOUT,
         }
 
-    def _cannot_open(self, error: Exception) -> InvalidURL:
-        return InvalidURL(f"{self.url} cannot be opened: {str(error).partition(chr(10))[0]}")
+
+class S3Store(ObjectStore):
+    """A bucket on S3, or on a server that speaks its protocol.
+
+    Credentials are looked for where AWS's own tools look: in the environment, in a profile or shared file (needs boto3), and
+    then in the role of the container or machine.
+    """
+
+    credentials = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+
+    def _connect(self) -> Client:
+        place = self.place
+        endpoint = place.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+        provider = _profile()
+        of_profile = provider.config.get("region") if provider else None
+        region = place.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or of_profile or REGION
+        config: clients.S3Config = {
+            "bucket": place.bucket,
+            "region": region,
+            # AWS's certificates do not cover names with dots, and few other servers take the bucket's name as a host
+            "virtual_hosted_style_request": endpoint is None and "." not in place.bucket,
+            "disable_bulk_delete": True,
+        }
+        if endpoint is not None:
+            config["aws_endpoint_url_s3"] = endpoint
+        return clients.S3Store(
+            prefix=place.prefix or None,
+            config=config,
+            client_options=self._options(endpoint),
+            retry_config={"max_retries": 0},
+            credential_provider=provider,
+        )
 
 
-def check_place(place: Place, credentials: str) -> None:
-    """Raise InvalidURL for a bucket, prefix or endpoint that cannot be meant. `credentials`: where those belong."""
-    bucket, prefix, endpoint = place.bucket, place.prefix, place.endpoint
+class AzureStore(ObjectStore):
+    """A container of Azure Blob Storage.
+
+    The account is AZURE_STORAGE_ACCOUNT_NAME. Credentials are AZURE_STORAGE_ACCOUNT_KEY, a SAS token, a service principal or a
+    managed identity, as the client finds them in AZURE_… variables.
+    """
+
+    credentials = "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"
+
+    def _connect(self) -> Client:
+        place = self.place
+        if not os.environ.get("AZURE_STORAGE_ACCOUNT_NAME"):
+            msg = f"{self.url}: the account of the container is not known. Name it in AZURE_STORAGE_ACCOUNT_NAME"
+            raise AccessDenied(msg)
+        config: clients.AzureConfig = {"container_name": place.bucket}
+        if place.endpoint is not None:
+            config["endpoint"] = place.endpoint
+        return clients.AzureStore(
+            prefix=place.prefix or None,
+            config=config,
+            client_options=self._options(place.endpoint),
+            retry_config={"max_retries": 0},
+        )
+
+
+def _check_place(place: Place, credentials: str) -> None:
+    bucket, endpoint = place.bucket, place.endpoint
     if not bucket or "/" in bucket:
         raise InvalidURL(f"the name of a bucket is missing: {place.scheme}://bucket/prefix")
     if "@" in bucket or "@" in (endpoint or ""):
-        raise InvalidURL(f"no credentials in a URL, please: it is shown and logged. Put them into {credentials}")
-    if any(part in {"", ".", ".."} for part in prefix.split("/")) and prefix:
+        raise InvalidURL(f"a URL is shown and logged, and takes no credentials. Put them into {credentials}")
+    prefix = place.prefix.strip("/")
+    if prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/")):
         raise InvalidURL(f"the prefix {prefix!r} has an empty part, or one that is . or ..")
     if endpoint is not None:
-        found = ENDPOINT.fullmatch(endpoint)
-        if found is None or int(found["port"] or 0) > PORTS:  # the client panics at some of these
+        match = ENDPOINT.fullmatch(endpoint)
+        if match is None or int(match["port"] or 0) > PORTS:  # the client panics at some of these
             raise InvalidURL("an endpoint is http://host:port or https://host, and nothing behind it")
 
 
+def _profile() -> Boto3CredentialProvider | None:
+    """Return boto3's credentials if AWS's tools would look at a profile or a shared file first."""
+    environ = os.environ
+    profile = environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE")
+    if environ.get("AWS_ACCESS_KEY_ID") or (environ.get("AWS_WEB_IDENTITY_TOKEN_FILE") and not profile):
+        return None
+    files = (environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), environ.get("AWS_CONFIG_FILE", "~/.aws/config"))
+    if not profile and not any(_exists(file) for file in files):
+        return None
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415 - boto3 is slow to import, and optional
+    except ImportError:
+        if not profile:
+            return None
+        msg = f"the AWS profile {profile!r} takes boto3 to read: {install('s3')}, or put the keys into the environment"
+        raise AccessDenied(msg) from None
+    try:
+        return Boto3CredentialProvider()
+    except ValueError:  # it has no credentials; obstore's own chain is next
+        return None
+    except Exception as error:  # noqa: BLE001 - botocore's errors have no common base class
+        raise AccessDenied(f"the AWS profile cannot be used: {error}") from None
+
+
+def _exists(file: str) -> bool:
+    try:
+        return Path(file).expanduser().exists()
+    except (OSError, RuntimeError):  # no rights, or no home directory
+        return False
+
+
 def _quoted(etag: str | None) -> str | None:
-    """Return an ETag as PUT and GET tell it: Azure's LIST leaves the quotes out, and no session would ever look dead."""
+    """Return an ETag as PUT and GET return it: Azure's LIST leaves the quotes out, and no session would ever look dead."""
     return f'"{etag}"' if etag and not etag.endswith('"') else etag
 
 
-def _kept(version: str | None) -> str | None:
-    return None if version == "null" else version  # what S3 says where versioning is off
-
-
-def _receipt(answer: PutResult) -> Receipt:
-    return Receipt(answer["e_tag"] or "", _kept(answer["version"]))
+def _version(version: str | None) -> str | None:
+    return None if version == "null" else version  # S3 returns "null" where versioning is off

@@ -1,13 +1,15 @@
-"""From a URL to a store. Backends are imported when one of theirs is opened."""
+"""Opens the store that a URL names."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from buquet.errors import InvalidURL
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from buquet.clock import Clock
     from buquet.store.base import Store
 
@@ -19,33 +21,69 @@ UNDERSTOOD = """Understood are
   memory:                           this process's memory, for tests"""
 
 
+class Place(NamedTuple):
+    """A bucket, its server, and a prefix in it."""
+
+    bucket: str
+    prefix: str
+    endpoint: str | None
+    region: str | None
+    scheme: str = "s3"
+
+    @property
+    def url(self) -> str:
+        """The URL that `open_store` understands."""
+        query = {"endpoint": self.endpoint, "region": self.region}
+        options = urlencode({name: value for name, value in query.items() if value}, safe=":/[]")
+        return f"{self.scheme}://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "") + (f"?{options}" if options else "")
+
+
 def open_store(url: str, clock: Clock) -> Store:
     """Return the store that a URL names. Nothing is read or written yet.
 
-    Raises InvalidURL; its text never shows a secret that somebody put into the URL.
+    Raises InvalidURL. Its message never shows a secret that is part of the URL.
     """
-    scheme, colon, _ = url.partition(":")
+    scheme, colon, rest = url.partition(":")
     match scheme.lower() if colon else "":
         case "sqlite":
-            return _sqlite(url, clock)
+            path = _sqlite_path(rest)
+            from buquet.store.sqlite import SqliteStore  # noqa: PLC0415 - each backend is imported only when it is used
+
+            return SqliteStore(path, clock)
         case "s3":
-            return _s3(url, clock)
+            place = _place(url, "s3", ("endpoint", "region"))
+            from buquet.store.objects import S3Store  # noqa: PLC0415 - as above
+
+            return S3Store(place, clock)
         case "az":
-            return _azure(url, clock)
+            place = _place(url, "az", ("endpoint",))
+            from buquet.store.objects import AzureStore  # noqa: PLC0415 - as above
+
+            return AzureStore(place, clock)
         case "memory":
-            if url.partition(":")[2]:
+            if rest:
                 raise InvalidURL("memory: takes nothing after its colon")
-            from buquet.store.memory import MemoryStore  # noqa: PLC0415 - see above
+            from buquet.store.memory import MemoryStore  # noqa: PLC0415 - as above
 
             return MemoryStore(clock)
         case "":
             raise InvalidURL(f"a store's URL begins with sqlite:, s3:, az: or memory:. {UNDERSTOOD}")
         case other:
-            raise InvalidURL(f"{other}: is no kind of store that is known here. {UNDERSTOOD}")
+            raise InvalidURL(f"{other}: is no known kind of store. {UNDERSTOOD}")
 
 
-def _sqlite(url: str, clock: Clock) -> Store:
-    path = url.partition(":")[2]
+def sqlite_url(path: Path) -> str:
+    """Return the URL of a file, with its absolute path.
+
+    >>> from pathlib import Path
+    >>> sqlite_url(Path("/data/50%.db"))
+    'sqlite:/data/50%25.db'
+    """
+    text = str(path.absolute()).replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:{text}" if not text.startswith("//") else f"sqlite:/{text.lstrip('/')}"
+
+
+def _sqlite_path(path: str) -> str:
     if path.startswith("//"):
         host, slash, rest = path[2:].partition("/")
         if host:
@@ -53,51 +91,28 @@ def _sqlite(url: str, clock: Clock) -> Store:
         path = slash + rest
     path, question, query = path.partition("?")
     if question and query:
-        raise InvalidURL(f"a sqlite: URL takes no parameters ({_names(query)})")
+        names = ", ".join(name for name, _ in parse_qsl(query, keep_blank_values=True)) or "?"
+        raise InvalidURL(f"a sqlite: URL takes no parameters ({names})")
     path = unquote(path)
     if not path.strip("/") or path.endswith("/") or "\0" in path:
         raise InvalidURL(f"a sqlite: URL needs the path of a file. {UNDERSTOOD}")
-    from buquet.store.sqlite import SqliteStore  # noqa: PLC0415 - see above
-
-    return SqliteStore(path, clock)
+    return path
 
 
-def _s3(url: str, clock: Clock) -> Store:
-    bucket, prefix, values = _bucket(url, "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", ("endpoint", "region"))
-    from buquet.store.s3 import S3Store  # noqa: PLC0415 - obstore takes its time to import, and others do without
-
-    return S3Store(bucket, prefix, values.get("endpoint"), values.get("region"), clock)
-
-
-def _azure(url: str, clock: Clock) -> Store:
-    bucket, prefix, values = _bucket(url, "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY", ("endpoint",))
-    from buquet.store.azure import AzureStore  # noqa: PLC0415 - see above
-
-    return AzureStore(bucket, prefix, values.get("endpoint"), clock)
-
-
-def _bucket(url: str, credentials: str, taken: tuple[str, ...]) -> tuple[str, str, dict[str, str]]:
-    """Return bucket, prefix and parameters of a URL."""
-    scheme = url.partition(":")[0].lower()
+def _place(url: str, scheme: str, known: tuple[str, ...]) -> Place:
     try:
         parts = urlsplit(url)
     except ValueError as error:
         raise InvalidURL(f"the {scheme}: URL cannot be read: {error}") from None
-    if "@" in parts.netloc:
-        raise InvalidURL(f"no credentials in a URL, please: it is shown and logged. Put them into {credentials}")
     if not parts.netloc:
         raise InvalidURL(f"an {scheme}: URL needs the name of a bucket. {UNDERSTOOD}")
     if parts.fragment:
         raise InvalidURL(f"an {scheme}: URL has no part after #")
     options = parse_qsl(parts.query, keep_blank_values=True)
     values = dict(options)
-    if unknown := sorted(set(values) - set(taken)):
-        known = " and ".join(f"?{name}=" for name in taken)
-        raise InvalidURL(f"an {scheme}: URL takes {known}, not {', '.join(unknown)}. Credentials belong into the environment")
+    if unknown := sorted(set(values) - set(known)):
+        names = " and ".join(f"?{name}=" for name in known)
+        raise InvalidURL(f"an {scheme}: URL takes {names}, not {', '.join(unknown)}. Credentials belong into the environment")
     if len(values) < len(options) or not all(values.values()):
-        raise InvalidURL(f"a parameter of the {scheme}: URL is empty or there twice")
-    return parts.netloc, parts.path, values
-
-
-def _names(query: str) -> str:
-    return ", ".join(name for name, _ in parse_qsl(query, keep_blank_values=True)) or "?"
+        raise InvalidURL(f"a parameter of the {scheme}: URL is empty or appears twice")
+    return Place(parts.netloc, parts.path, values.get("endpoint"), values.get("region"), scheme)

@@ -23,6 +23,7 @@ from buquet.errors import (
     UsageError,
 )
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Stored
+from buquet.store.open import sqlite_url
 from buquet.store.sqlite_writer import (
     BUSY,
     KEPT,
@@ -34,11 +35,9 @@ from buquet.store.sqlite_writer import (
     delete,
     explain,
     forget,
-    is_missing,
     put,
     update,
     update_kept,
-    url_of,
 )
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ class SqliteStore:
     def __init__(self, path: str | os.PathLike[str], clock: Clock) -> None:
         self.path = Path(path).absolute()
         self.clock = clock
-        self.url = url_of(self.path)
+        self.url = sqlite_url(self.path)
         self._lock = threading.Lock()
         self._reading = threading.Lock()
         self._reader: sqlite3.Connection | None = None
@@ -217,7 +216,7 @@ class SqliteStore:
         return self.elsewhere.times
 
     def _read(self, sql: str, values: tuple[object, ...]) -> list[Any]:
-        if self._writer is None and not self._closing and is_missing(self.path):
+        if self._writer is None and not self._closing and _is_missing(self.path):
             return []
         self._open()
         with self._reading:
@@ -383,3 +382,13 @@ class _Watch:
 def _number(etag: str) -> int:
     """Return the number that an ETag of ours is; -1 for any other text."""
     return int(etag) if etag.isascii() and etag.isdigit() and len(etag) <= DIGITS else -1
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # unknown; opening the file will say what is wrong
+        return False
+    return False

@@ -16,7 +16,7 @@ from tests.simulation import planted
 import buquet
 from buquet.testing.simulation import simulate
 from buquet.testing.simulation.cli import many
-from buquet.testing.simulation.loop import SimLoop
+from buquet.testing.virtual import VirtualLoop
 
 SEEDS = 300
 QUICK = (
@@ -136,7 +136,7 @@ def test_a_planted_bug_is_found(bug):
 
 
 def test_what_goes_round_without_end_is_told():
-    loop = SimLoop()
+    loop = VirtualLoop()
 
     def again():
         loop.call_soon(again)

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from buquet.errors import AlreadyExists, Changed, StoreFull, StoreUnavailable
 from buquet.store.base import PAGE, Listed, NotModified, PassingStore, Receipt, Stored
 from buquet.store.memory import MemoryStore
-from buquet.testing.simulation.loop import BESIDE
+from buquet.testing.virtual import BESIDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from buquet.clock import Clock
     from buquet.store.base import Op
-    from buquet.testing.simulation.loop import SimLoop
+    from buquet.testing.virtual import VirtualLoop
 
 T = TypeVar("T")
 
@@ -137,7 +137,7 @@ class Bucket(MemoryStore):
 class Network:
     """What lies between the processes and the bucket."""
 
-    def __init__(self, loop: SimLoop, bucket: Bucket, clock: Clock) -> None:
+    def __init__(self, loop: VirtualLoop, bucket: Bucket, clock: Clock) -> None:
         self.loop = loop
         self.bucket = bucket
         self.random = clock.random

@@ -14,8 +14,8 @@ from buquet.clock import Clock
 from buquet.errors import StoreFull, StoreUnavailable
 from buquet.queue.background import Background
 from buquet.queue.client import Client
-from buquet.testing.simulation.loop import Process, SimClock, SimLoop
 from buquet.testing.simulation.wire import Bucket, GroupingWire, Network, Wire
+from buquet.testing.virtual import Process, VirtualClock, VirtualLoop
 from buquet.testing.watch import Watch
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Node(App):
         self.name = name
         self.process = Process(world.loop, name)
         seed = f"{world.seed}/{name}".encode()
-        self.sim_clock = SimClock(world.loop, seed, skew, base=world.random.random() * 1e6)
+        self.sim_clock = VirtualClock(world.loop, seed, skew, base=world.random.random() * 1e6)
         way = GroupingWire if world.bucket.grouping else Wire
         self.wire = way(world.network, name, self._sent)
         super().__init__(store=self.wire, clock=self.sim_clock)
@@ -173,13 +173,13 @@ class World:
         self.seed = seed
         self.clock = Clock(f"world {seed}".encode())
         self.random = self.clock.random
-        self.loop = SimLoop()
+        self.loop = VirtualLoop()
         self.watch = Watch()
         self.nodes: list[Node] = []
         self.hash = hashlib.blake2b(digest_size=8)
         self.lines: deque[str] = deque(maxlen=None if keep else KEPT_LINES)
         self.told = 0
-        store_clock = SimClock(self.loop, b"store", 0.0, 0.0)
+        store_clock = VirtualClock(self.loop, b"store", 0.0, 0.0)
         random = self.random
         self.bucket = Bucket(
             store_clock,
@@ -219,7 +219,7 @@ class World:
         """Close every coroutine that was dropped; nothing of it reaches the bucket any more."""
         self.ending = self.network.over = True
         for node in self.nodes:
-            node.process.bury()
+            node.process.close()
         for _ in range(ROUNDS):
             left = asyncio.all_tasks(self.loop)
             if not left:

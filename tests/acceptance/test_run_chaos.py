@@ -17,7 +17,6 @@ from buquet import Refused, RunCancelled, RunFailed
 from buquet.clock import Clock
 from buquet.store.open import open_store
 from buquet.testing.auditor import Auditor, outcomes, read_bucket
-from buquet.testing.run_auditor import RunAuditor, read_runs
 
 SECONDS = float(os.environ.get("BUQUET_CHAOS_SECONDS", "30"))
 RUNS = 100
@@ -98,7 +97,7 @@ async def chaos_of(url, notes, log):
         await chaos.app.aclose()
     store = open_store(url, Clock())
     try:
-        return kills, ended, await read_bucket(store, ["chaos"]), await read_runs(store)
+        return kills, ended, await read_bucket(store, ["chaos"])
     finally:
         await store.close()
 
@@ -156,24 +155,23 @@ def test_kill_9_at_random_loses_no_run(ground, tmp_path, request):
     notes.mkdir()
     with (tmp_path / "workers.log").open("w+") as log:
         try:
-            kills, ended, bucket, runs = asyncio.run(chaos_of(url, notes, log))
+            kills, ended, bucket = asyncio.run(chaos_of(url, notes, log))
         finally:
             log.seek(0)
             print("".join(line for line in log if "Traceback" in line or "ERROR" in line or "defect" in line)[-4000:])
     for run, ending in ended:
         if isinstance(ending, TimeoutError):
             print(
-                json.dumps(runs.records.get(run.id)),
+                json.dumps(bucket.runs.get(run.id)),
                 *map(json.dumps, (t for t in bucket.tasks.values() if t.get("run") == run.id)),
             )
-    auditor, judge_of_runs = Auditor(), RunAuditor()
-    auditor.submitted = judge_of_runs.started = {run.id for run, _ in ended}
+    ids = {run.id for run, _ in ended}
+    auditor = Auditor(submitted=ids, started=ids)
     states = {RunFailed: "failed", RunCancelled: "cancelled"}
-    judge_of_runs.told = {run.id: states.get(type(ending), "completed") for run, ending in ended}
+    auditor.told_runs = {run.id: states.get(type(ending), "completed") for run, ending in ended}
     assert auditor.findings(bucket) == []
-    assert judge_of_runs.findings(bucket, runs) == []
     assert set(outcomes(bucket).values()) == {1}
-    assert len(runs.records) == RUNS
+    assert len(bucket.runs) == RUNS
     found = defaultdict(lambda: defaultdict(list))
     for file in notes.iterdir():
         if file.suffix != ".new":

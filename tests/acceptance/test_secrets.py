@@ -10,7 +10,7 @@ import pytest
 from buquet import App, BuquetError, InvalidURL
 from buquet.clock import Clock
 from buquet.store.open import open_store
-from buquet.testing.auditor import _keys
+from buquet.testing.auditor import keys_under
 
 SOURCES = sorted((Path(__file__).parent.parent.parent / "src").rglob("*.py"))
 MARKED = "MARKED-SECRET-7f3a"
@@ -80,7 +80,7 @@ async def test_nothing_that_is_logged_stored_or_raised_holds_a_secret(seaweed, m
         await failed.aresult(timeout=10)
     said.append(told(caught.value))
     store = app.client.store
-    found = [key for prefix in ("tasks/", "workers/", "bell/") for key in await _keys(store, prefix)]
+    found = [key for prefix in ("tasks/", "workers/", "bell/") for key in await keys_under(store, prefix)]
     stored = [(await store.get(key)).body.decode() for key in found]
     said += [repr(app), repr(app.client.store), repr(app.client.sealer), app.url]
     url = app.url

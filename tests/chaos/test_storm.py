@@ -29,8 +29,7 @@ from servers import run_seaweed
 from buquet import Refused, RunCancelled, RunFailed
 from buquet.clock import Clock
 from buquet.store.open import open_store
-from buquet.testing.auditor import Auditor, outcomes, read_bucket
-from buquet.testing.run_auditor import OVER, RunAuditor, read_runs
+from buquet.testing.auditor import RUN_OVER, Auditor, outcomes, read_bucket
 
 TASKS = int(os.environ.get("BUQUET_STORM_TASKS", "1200"))
 RUNS = int(os.environ.get("BUQUET_STORM_RUNS", "40"))
@@ -259,7 +258,7 @@ async def one_run(number, start):
         elif fate == "paused":
             await run.apause()
             # a resume that comes first would be overtaken by the pause
-            while await run.astatus() not in {"paused", *OVER}:  # noqa: ASYNC110 - it is others who pause it
+            while await run.astatus() not in {"paused", *RUN_OVER}:  # noqa: ASYNC110 - it is others who pause it
                 await asyncio.sleep(1)
             await run.aresume()
     return run
@@ -340,24 +339,23 @@ async def weather(ground, log):
         await stormtasks.app.aclose()
         await ground.close()
     auditor.submitted.update(run.id for run in runs)
-    bucket, records = await read_bucket(store, ["chaos"]), await read_runs(store)
+    bucket = await read_bucket(store, ["chaos"])
     await store.close()
-    return storm, auditor, bucket, ended, records
+    return storm, auditor, bucket, ended
 
 
-def judge_runs(bucket, ended, runs):
+def judge_runs(bucket, ended):
     """Return the figures of the runs, after each was seen to have ended as its arguments and its fate say, and to be undone."""
     import stormruns
 
     states = {RunFailed: "failed", RunCancelled: "cancelled"}
-    judge_of_runs = RunAuditor()
-    judge_of_runs.started = {run.id for run, _ in ended}
-    judge_of_runs.told = {run.id: states.get(type(ending), "completed") for run, ending in ended}
-    assert judge_of_runs.findings(bucket, runs) == []
-    assert set(runs.records) == judge_of_runs.started
+    auditor = Auditor(started={run.id for run, _ in ended})
+    auditor.told_runs = {run.id: states.get(type(ending), "completed") for run, ending in ended}
+    assert auditor.findings(bucket) == []
+    assert set(bucket.runs) == auditor.started
     undone = 0
     for number, (run, ending) in enumerate(ended):
-        fate, steps = stormruns.fate(number), runs.records[run.id]["steps"]
+        fate, steps = stormruns.fate(number), bucket.runs[run.id]["steps"]
         if fate == "fails":
             assert f"order {number} fails on purpose" in str(ending)
             assert {steps[name]["undo"] for name in stormruns.UNDONE} == {"done"}
@@ -369,15 +367,15 @@ def judge_runs(bucket, ended, runs):
             assert ending == stormruns.output(number)
             assert not any(step.get("undo") for step in steps.values())
         undone += sum(step.get("undo") == "done" for step in steps.values())
-    how = Counter(judge_of_runs.told.values())
+    how = Counter(auditor.told_runs.values())
     return {f"runs {state}": how[state] for state in ("completed", "failed", "cancelled")} | {"steps undone": undone}
 
 
-def judge(storm, auditor, bucket, ended, runs):
+def judge(storm, auditor, bucket, ended):
     """Return the figures, after everything that must hold was seen to hold."""
     assert auditor.findings(bucket) == []
     plain = {task_id: task for task_id, task in bucket.tasks.items() if not task.get("run")}
-    assert set(plain) == auditor.submitted - set(runs.records)
+    assert set(plain) == auditor.submitted - set(bucket.runs)
     assert {task["state"] for task in plain.values()} == {"completed", "failed"}
     recorded = outcomes(bucket)
     events = Counter(event["why"] for task in bucket.tasks.values() for event in task["events"])
@@ -385,9 +383,9 @@ def judge(storm, auditor, bucket, ended, runs):
     figures = {
         "store": storm.ground.name,
         "tasks": len(plain),
-        "runs": len(runs.records),
+        "runs": len(bucket.runs),
         "tasks of runs": len(bucket.tasks) - len(plain),
-        **judge_runs(bucket, ended, runs),
+        **judge_runs(bucket, ended),
         "seconds of faults": SECONDS,
         "requests": storm.ground.requests,
         "faults": dict(sorted((storm.faults + storm.ground.faults).items())),

@@ -412,7 +412,7 @@ def unsound(name, seed):
     for owner, attribute, _ in bugs:
         setattr(owner, attribute, good[owner, attribute])
     try:
-        return bool(simulate(seed).found)
+        return bool(simulate(seed).findings)
     finally:
         for owner, attribute, bug in bugs:
             setattr(owner, attribute, bug)
@@ -423,7 +423,7 @@ def hunt(name, most=MOST, start=0):
     begun = time.process_time()
     with planted(name):
         for seed in range(start, start + most):
-            found = simulate(seed).found
+            found = simulate(seed).findings
             if found and not unsound(name, seed):
                 return {"bug": name, "seeds": seed - start + 1, "found": found[0], "cpu": round(time.process_time() - begun, 1)}
     return {"bug": name, "seeds": None, "tried": most, "found": "", "cpu": round(time.process_time() - begun, 1)}

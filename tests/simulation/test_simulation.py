@@ -35,9 +35,9 @@ QUICK = (
 @pytest.mark.timeout(600)
 def test_hundreds_of_seeds_find_nothing():
     found = [
-        f"buquet-sim --seed {outcome.seed} --trace: {outcome.found[0]}"
+        f"buquet-sim --seed {outcome.seed} --trace: {outcome.findings[0]}"
         for outcome in many(0, SEEDS, jobs=os.cpu_count() or 1)
-        if outcome.found
+        if outcome.findings
     ]
     assert not found, "\n".join(found)
 
@@ -70,9 +70,9 @@ def test_a_finding_prints_the_command_that_repeats_it(capsys, monkeypatch):
     import typer
 
     from buquet.testing.simulation import cli
-    from buquet.testing.simulation.playing import Outcome
+    from buquet.testing.simulation.play import SeedResult
 
-    monkeypatch.setattr(cli, "simulate", lambda seed: Outcome(seed, "", ["I1: it is lost"] if seed == 4 else []))
+    monkeypatch.setattr(cli, "simulate", lambda seed: SeedResult(seed, "", ["I1: it is lost"] if seed == 4 else []))
     with pytest.raises(typer.Exit) as ended:
         cli.run(seeds=5, start=2)
     assert ended.value.exit_code == 1
@@ -83,12 +83,12 @@ def test_trace_hashes_are_recorded_once_and_compared_from_then_on(capsys, monkey
     import typer
 
     from buquet.testing.simulation import cli
-    from buquet.testing.simulation.playing import Outcome
+    from buquet.testing.simulation.play import SeedResult
 
     path = tmp_path / "hashes.txt"
 
     def play(changed=(), **options):
-        monkeypatch.setattr(cli, "simulate", lambda seed: Outcome(seed, f"{seed}{'b' if seed in changed else 'a'}"))
+        monkeypatch.setattr(cli, "simulate", lambda seed: SeedResult(seed, f"{seed}{'b' if seed in changed else 'a'}"))
         with pytest.raises(typer.Exit) as ended:
             cli.run(**{"seeds": 4, "start": 2, "hashes": path, **options})
         return ended.value.exit_code, capsys.readouterr().out

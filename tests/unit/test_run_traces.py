@@ -18,9 +18,8 @@ from buquet.queue.background import Background
 from buquet.records import Task
 from buquet.store.memory import MemoryStore
 from buquet.store.register import Register
-from buquet.testing.auditor import ENDED, Auditor, read_bucket
+from buquet.testing.auditor import ENDED, RUN_OVER, Auditor, read_bucket
 from buquet.testing.faulty import WRITES, FaultyStore
-from buquet.testing.run_auditor import OVER, RunAuditor, read_runs
 from buquet.testing.virtual import run_virtual
 from buquet.worker.cursor import Found
 from buquet.workflow.records import RunRecord
@@ -108,7 +107,7 @@ class Process:
 
 
 class Rig:
-    """A bucket, the processes at work on it, what their handlers did, and the judges."""
+    """A bucket, the processes at work on it, what their handlers did, and the auditor."""
 
     def __init__(self, clock, declare):
         self.clock = clock
@@ -116,7 +115,6 @@ class Rig:
         self.bucket = MemoryStore(clock)
         self.register = Register(self.bucket, clock)
         self.auditor = Auditor()
-        self.runs = RunAuditor()
         self.began, self.did = [], []
         """What handlers began, and what they did."""
         self.gates = {}
@@ -148,7 +146,7 @@ class Rig:
     async def start(self, *args):
         run = await self.sender.app.workflows["flow"].astart(*args)
         self.auditor.submitted.add(run.id)
-        self.runs.started.add(run.id)
+        self.auditor.started.add(run.id)
         return run
 
     async def task(self, task_id):
@@ -196,7 +194,6 @@ class Rig:
     async def audit(self):
         bucket = await read_bucket(self.bucket, ["default"])
         assert self.auditor.findings(bucket) == []
-        assert self.runs.findings(bucket, await read_runs(self.bucket)) == []
         for task in bucket.tasks.values():
             assert sum(event["state"] in ENDED for event in task["events"]) == 1, task["events"]
 
@@ -299,7 +296,7 @@ async def cancelled(rig, run):
 
 async def retried(rig, run):
     rig.breaks.add("c")
-    while (record := await rig.run(run)) is None or record.state not in OVER:
+    while (record := await rig.run(run)) is None or record.state not in RUN_OVER:
         await rig.clock.sleep(0.05)
     assert record.state == "failed"
     rig.breaks.clear()
@@ -314,7 +311,7 @@ async def paused(rig, run):
         await rig.clock.sleep(0.01)
     with suppress(Refused):  # it was over already
         await run.apause()
-        while not (record := await rig.run(run)).paused and record.state not in OVER:
+        while not (record := await rig.run(run)).paused and record.state not in RUN_OVER:
             await rig.clock.sleep(0.01)
         await rig.clock.sleep(1)
         await run.aresume()
@@ -350,7 +347,7 @@ async def swept(clock, scenario, fault, at):
     if came:
         two.spawn(two.app.worker(heartbeat_thread=False).arun())
     states = await asyncio.wait_for(playing, 1000)
-    while (record := await rig.run(run)) is None or record.state not in OVER:
+    while (record := await rig.run(run)) is None or record.state not in RUN_OVER:
         await clock.sleep(1)
     if fault == "sleep":
         store.go.set()
@@ -372,7 +369,7 @@ async def over(rig, run, store, playing):
     """Wait until the worker has failed or, since it never will, the run is over; return whether it has failed."""
     while not store.failed.is_set():
         record = await rig.run(run)
-        if playing.done() and record is not None and record.state in OVER:
+        if playing.done() and record is not None and record.state in RUN_OVER:
             await rig.clock.sleep(1)  # the worker's last writes
             break
         await rig.clock.sleep(0.05)

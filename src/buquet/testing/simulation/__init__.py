@@ -3,6 +3,6 @@
 `simulate(seed)` plays one seed; `buquet-sim --seeds 1000` plays many. docs/proof.md says what is simulated and what is judged.
 """
 
-from buquet.testing.simulation.playing import Outcome, simulate
+from buquet.testing.simulation.play import SeedResult, simulate
 
-__all__ = ["Outcome", "simulate"]
+__all__ = ["SeedResult", "simulate"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from buquet.clock import Clock
-from buquet.testing.simulation.playing import Outcome, simulate
+from buquet.testing.simulation.play import SeedResult, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,10 +24,10 @@ STOPPED = 130
 """Exit status after Ctrl-C, as shells have it, when nothing was found until then."""
 
 
-def many(start: int, seeds: int, jobs: int) -> Iterator[Outcome]:
+def many(start: int, seeds: int, jobs: int) -> Iterator[SeedResult]:
     """Play seeds from `start` on, side by side in `jobs` processes; yield what each came to, in no certain order.
 
-    >>> sum(len(outcome.found) for outcome in many(1, 2, 1))
+    >>> sum(len(result.findings) for result in many(1, 2, 1))
     0
     """
     numbers = range(start, start + seeds)
@@ -59,25 +59,25 @@ def run(
     Exit status 1 when something was, or when a trace hash differs. Ctrl-C ends it early, with a summary.
     """
     if seed is not None:
-        outcome = simulate(seed, keep=trace)
+        result = simulate(seed, keep=trace)
         if trace:
-            print("\n".join(outcome.lines))
-        report(outcome, as_json=as_json)
-        print(json.dumps(summary([outcome])) if as_json else f"seed {seed}: trace {outcome.hash}, {len(outcome.found)} findings")
-        raise typer.Exit(bool(outcome.found))
+            print("\n".join(result.lines))
+        report(result, as_json=as_json)
+        print(json.dumps(summary([result])) if as_json else f"seed {seed}: trace {result.hash}, {len(result.findings)} findings")
+        raise typer.Exit(bool(result.findings))
     clock = Clock()
     begun = told = clock.monotonic()
     done = found = requests = tasks = 0
     stopped = False
     traces: dict[int, str] = {}
     try:
-        for outcome in many(start, seeds, jobs):
+        for result in many(start, seeds, jobs):
             done += 1
-            requests += outcome.requests
-            tasks += outcome.tasks
-            found += bool(outcome.found)
-            traces[outcome.seed] = outcome.hash
-            report(outcome, as_json=as_json)
+            requests += result.requests
+            tasks += result.tasks
+            found += bool(result.findings)
+            traces[result.seed] = result.hash
+            report(result, as_json=as_json)
             now = clock.monotonic()
             if now - told >= EVERY and not as_json:
                 told = now
@@ -109,26 +109,26 @@ def compare_hashes(path: Path, traces: dict[int, str], *, complete: bool) -> lis
     return []
 
 
-def report(outcome: Outcome, *, as_json: bool) -> None:
+def report(result: SeedResult, *, as_json: bool) -> None:
     """Print what a seed found, and how to see it again."""
-    if not outcome.found:
+    if not result.findings:
         return
-    command = f"buquet-sim --seed {outcome.seed} --trace"
+    command = f"buquet-sim --seed {result.seed} --trace"
     if as_json:
-        print(json.dumps({"seed": outcome.seed, "found": outcome.found, "repeat": command}), flush=True)
+        print(json.dumps({"seed": result.seed, "found": result.findings, "repeat": command}), flush=True)
         return
-    for line in outcome.found:
-        print(f"seed {outcome.seed}: {line}")
+    for line in result.findings:
+        print(f"seed {result.seed}: {line}")
     print(f"  again, with every request: {command}", flush=True)
 
 
-def summary(outcomes: list[Outcome]) -> dict[str, object]:
+def summary(results: list[SeedResult]) -> dict[str, object]:
     """Return the figures of some seeds."""
     return {
-        "seeds": len(outcomes),
-        "with_findings": sum(bool(outcome.found) for outcome in outcomes),
-        "hash": outcomes[0].hash,
-        "requests": outcomes[0].requests,
+        "seeds": len(results),
+        "with_findings": sum(bool(result.findings) for result in results),
+        "hash": results[0].hash,
+        "requests": results[0].requests,
     }
 
 

@@ -1,7 +1,9 @@
-"""How late work starts, as an invariant of its own: a worker with a free slot begins what is due within a bound.
+"""How late tasks start, as an invariant: a worker with a free slot begins a due task within a bound.
 
-The bound counts from when all of this holds: the task is pending and due, the store answers every request, and one worker that
-serves the queue is up, at ease, and not paused.
+The bound counts from when all of these hold: the task is pending and due, the store answers every request, and one worker that
+serves the queue is up, has a free slot, and is not paused.
+
+An `Outage` tries to make tasks late: the store refuses one kind of request just when an idle worker looks for work.
 """
 
 from __future__ import annotations
@@ -9,42 +11,61 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from typing import Any
+
+    from buquet.testing.simulation.play import Play
     from buquet.testing.simulation.world import Node, World
 
-PROMPT = 20.0
-"""Seconds for a task that was rung for, or whose due time is known: two waits of 7.5 s before a request is sent again."""
-AT_LAST = 60.0
+PROMPT_BOUND = 20.0
+"""Seconds for a task that the bell announced, or whose due time is known: two waits of 7.5 s before a request is sent again."""
+OTHER_BOUND = 60.0
 """Seconds for any other task: the next look back finds it."""
 SETTLED = 90.0
-"""Seconds after a jump of a clock until cursors are where they should be."""
+"""Seconds after a clock jumped until the cursors are right again."""
+READS = (
+    ("get", "bell/"),
+    ("get", "queues/"),
+    ("get", "control/"),
+    ("get", "tasks/"),
+    ("list", "ready/"),
+    ("list", "ready/default/5/"),
+    ("list", "later/"),
+    ("list", "workers/"),
+)
+"""The requests by which a worker looks for work."""
+LONGEST = 16.0
+"""Seconds of an outage."""
+LONG_AGO = 700.0
+"""Seconds after which a look back no longer reaches an entry."""
 
 
 class Lateness:
-    """Looks at the world now and then, and tells the auditor of every task that starts too late."""
+    """Looks at the world every second, and reports each task that starts too late."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.prompt: set[str] = set()
-        """Tasks that were submitted in good weather, so that the ring was heard."""
-        self.held: set[str] = set()
-        """Names of processes and of queues that somebody paused."""
+        """Tasks that were submitted in good weather, so that workers saw the bell."""
+        self.paused: set[str] = set()
+        """Names of the processes and queues that are paused."""
         self.jumped = -SETTLED
         """When a clock last jumped."""
-        self._clear = 0.0
+        self._store_well = 0.0
         """Since when the store answers every request."""
         self._pending: dict[str, tuple[int, float]] = {}
-        """The rev of each pending task, and since when it has that."""
+        """The rev of each pending task, and since when the task has had it."""
         self._free: dict[tuple[str, str], float] = {}
         """Since when a process could take a task of a queue."""
 
     def look(self) -> None:
-        """Judge how long every task has waited by now."""
+        """Report the tasks that have waited too long."""
         now, weather = self.world.loop.elapsed, self.world.network.weather
-        if weather.faults or weather.slow or weather.lag or now < max(weather.away, weather.spell_until):
-            self._clear = now
+        if weather.faults or weather.slow or weather.lag or now < max(weather.away, weather.refused_until):
+            self._store_well = now
         able = {(node.name, queue) for node in self.world.nodes for queue in ("default", "side") if self._able(node, queue)}
         self._free = {pair: self._free.get(pair, now) for pair in sorted(able)}
-        pending = {task_id: task for task_id, task in self.world.watch.tasks.items() if task["state"] == "pending"}
+        pending = {task_id: task for task_id, task in self.world.auditor.tasks.items() if task["state"] == "pending"}
         self._pending = {
             task_id: known
             if (known := self._pending.get(task_id)) and known[0] == task.get("rev", 0)
@@ -54,23 +75,159 @@ class Lateness:
         for task_id, task in pending.items():
             lane = str(task["entry"]).split("/")
             if lane[0] == "ready" and lane[2] != "5":
-                continue  # a priority that workers have to learn of
-            bound = PROMPT if task_id in self.prompt else AT_LAST
+                continue  # workers must first learn of this priority
+            bound = PROMPT_BOUND if task_id in self.prompt else OTHER_BOUND
             due = now - (self.world.bucket.clock.now() - due_ms(task) / 1000)
             free = min((since for (_, queue), since in self._free.items() if queue == lane[1]), default=now)
-            begun = max(self._pending[task_id][1], due, self._clear, free, self.jumped + SETTLED)
+            begun = max(self._pending[task_id][1], due, self._store_well, free, self.jumped + SETTLED)
             if now - begun > bound:
-                self.world.watch.say(f"late: {task['name']} {task_id} is not begun {bound:g} s after it could be")
+                self.world.auditor.report(f"late: {task['name']} {task_id} is not begun {bound:g} s after it could be")
                 self.prompt.discard(task_id)
 
     def _able(self, node: Node, queue: str) -> bool:
-        worker = node.worker_here
-        if worker is None or node.process.state != "up" or node.leaving or not worker.free or queue not in worker.queues:
+        worker = node.own_worker
+        if worker is None or node.process.state != "up" or node.stopping or not worker.free or queue not in worker.queues:
             return False
-        return node.holds_its_session() and not {node.name, queue} & self.held
+        return node.holds_its_session() and not {node.name, queue} & self.paused
 
 
 def due_ms(task: dict[str, object]) -> int:
-    """Return when a task's time comes, in milliseconds: one that ran too early, by a wrong clock, is met again only then."""
+    """Return when a task is due, in milliseconds: if a wrong clock released the task too early, at its entry's time."""
     lane, _, name = str(task.get("entry", "")).rpartition("/")
     return max(int(str(task.get("due", 0))), int(name[:13]) if lane.startswith("later/") else 0)
+
+
+class Outage:
+    """The act in which the store refuses one kind of request. It comes after the calm, when workers are idle."""
+
+    def __init__(self, play: Play) -> None:
+        self.play = play
+        self.world = play.world
+        self.random = play.random
+        self.lateness = play.lateness
+        self.ids: list[str] = []
+
+    async def run(self) -> None:
+        """Refuse requests during one kind of look for work, and wait until all tasks have begun."""
+        acts: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = (
+            *(self.due, self.due, self.hint, self.unrung, self.reaped),
+            *(self.queue_resumed, self.queue_resumed, self.worker_resumed, self.worker_resumed),
+        )
+        self.play.some("w")
+        await self.random.choice(acts)()
+        until = self.world.loop.elapsed + LONGEST + 70
+        while self.waiting() and self.world.loop.elapsed < until and not self.world.auditor.findings:
+            await self.play.pause(1)
+        await self.play.until_done("the workers of an outage")
+
+    def waiting(self) -> bool:
+        """Tell whether a task of this outage has not begun."""
+        tasks = self.world.auditor.tasks
+        return any(task_id not in tasks or tasks[task_id]["state"] == "pending" for task_id in self.ids)
+
+    def refuse(self, likely: tuple[str, str] | None = None) -> None:
+        """Refuse one kind of request for some seconds: `likely` in half of all cases, else any read."""
+        which = likely if likely and self.random.random() < 0.5 else self.random.choice(READS)
+        self.world.network.refuse(which, self.random.uniform(2, LONGEST))
+
+    def trap(self, op: str, prefix: str) -> None:
+        """Start to refuse requests now, or once a worker has sent a certain request."""
+        if self.random.random() < 0.5:
+            self.refuse((op, prefix))
+        else:
+            self.world.network.trap = (op, prefix, self.refuse)
+
+    async def submit(self, node: Node, name: str, args: tuple[object, ...], delay: float = 0) -> None:
+        """Submit a task in good weather."""
+        handle = await node.tasks[name].options(delay=delay or None).asubmit(*args)
+        self.world.auditor.told_submitted(handle.id)
+        self.lateness.prompt.add(handle.id)
+        self.ids.append(handle.id)
+
+    def caller(self) -> Node:
+        """Start a caller whose clock is nearly right."""
+        return self.play.node("c", self.random.uniform(-1, 1))
+
+    def some(self) -> None:
+        """Submit a few tasks."""
+        node = self.caller()
+        for _ in range(self.random.randrange(1, 4)):
+            self.play.callers.start(node, self.submit, "echo", (self.random.randrange(1000),))
+
+    # ------------------------------------------------------------------ the looks
+
+    async def due(self) -> None:
+        """Let a task come due."""
+        delay = self.random.uniform(2, 25)
+        self.play.callers.start(self.caller(), self.submit, "echo", (1,), delay)
+        await self.play.pause(delay - self.random.uniform(0, 1))
+        self.refuse(("list", "later/"))
+
+    async def hint(self) -> None:
+        """Let the bell announce tasks."""
+        self.refuse(("get", "bell/"))
+        await self.play.pause(self.random.random())
+        self.some()
+
+    async def unrung(self) -> None:
+        """Let a caller die before it rings the bell, so that a look back must find its task."""
+        node = self.caller()
+        self.world.network.refuse(("write", "bell/"), 2)
+        self.play.callers.start(node, self.submit, "echo", (1,))
+        await self.play.pause(1)
+        node.crash()
+        self.lateness.prompt.difference_update(self.ids)
+        self.trap("list", "ready/")
+
+    async def reaped(self) -> None:
+        """Reap a worker that runs a task."""
+        self.play.callers.start(self.caller(), self.submit, "slow", (1, 30.0))
+        await self.play.pause(8)
+        self.trap("create", "workers/")
+        self.play.callers.start(self.caller(), self.play.callers.reap)
+        await self.play.pause(10)
+
+    async def queue_resumed(self) -> None:
+        """Pause a queue and resume it, perhaps so late that only a look at all entries finds its tasks."""
+        node = self.caller()
+        self.lateness.paused.add("default")
+
+        async def pause(node: Node) -> None:
+            await node.apause_queue("default")
+
+        self.play.callers.start(node, pause)
+        await self.play.pause(8)
+        self.some()
+        await self.play.pause(self.random.choice((20.0, LONG_AGO)))
+
+        async def resume(node: Node) -> None:
+            await node.aresume_queue("default")
+            self.lateness.paused.discard("default")
+            self.trap("get", "queues/")
+
+        self.play.callers.start(node, resume)
+        await self.play.pause(1)
+
+    async def worker_resumed(self) -> None:
+        """Pause and resume all workers in the same way."""
+        node = self.caller()
+        workers = [(worker.name, worker.own_worker.id) for worker in self.play.living("w") if worker.own_worker]
+        self.lateness.paused.update(name for name, _ in workers)
+
+        async def pause(node: Node) -> None:
+            for _, worker in workers:
+                await node.apause_worker(worker)
+
+        self.play.callers.start(node, pause)
+        await self.play.pause(8)
+        self.some()
+        await self.play.pause(self.random.choice((20.0, LONG_AGO)))
+
+        async def resume(node: Node) -> None:
+            for name, worker in workers:
+                await node.aresume_worker(worker)
+                self.lateness.paused.discard(name)
+            self.trap("get", "control/")
+
+        self.play.callers.start(node, resume)
+        await self.play.pause(1)

@@ -1,4 +1,7 @@
-"""What the simulated processes work on, and what must come of each task: its name and arguments alone say so."""
+"""The tasks and the workflow of the simulated processes, and how each task and run may end.
+
+The name and the arguments alone decide that.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,22 @@ from typing import TYPE_CHECKING, Any
 from buquet.clock import Backoff
 from buquet.errors import Fail, Snooze
 from buquet.queue.attempt import current
+from buquet.testing.auditor import RUN_OVER, task_of
+from buquet.workflow.words import Signal, each
 
 if TYPE_CHECKING:
     from buquet.testing.simulation.world import Node
 
 POISON_LOSSES = 3
+GO = Signal("go", int)
+WORTH = 5
+"""The value of every signal."""
+UNDONE = ("add", "add_3")
+"""The steps that have an undo."""
 
 
 def declare(node: Node) -> None:  # noqa: C901 - a task after another
-    """Declare all tasks on a process's App."""
+    """Declare the tasks on a process's App."""
     clock, random = node.clock, node.clock.random
     quick = Backoff(initial=0.3, factor=2, max=5, jitter=0.5)
 
@@ -67,7 +77,7 @@ def declare(node: Node) -> None:  # noqa: C901 - a task after another
 
     @node.task(name="stumbles", max_attempts=2, backoff=quick)
     async def stumbles(n: int, seconds: float) -> int:
-        # the second attempt pushes the first one's last write out of the record's ops, and must not be taken for it
+        # the second attempt's writes push the first one's last write out of the record's ops
         if current().attempt == 1:
             raise ValueError(n)
         with node.at_work(current()):
@@ -92,11 +102,52 @@ def declare(node: Node) -> None:  # noqa: C901 - a task after another
             raise ValueError(n)
         return n * n
 
-    del echo, slow, plain, flaky, doomed, naps, steps, stumbles, poison, item  # they are found by their names
+    del echo, slow, plain, flaky, doomed, naps, steps, stumbles, poison, item  # they are called by their names
+
+
+def declare_workflow(node: Node) -> None:
+    """Declare the workflow `order` and the tasks of its steps on a process's App."""
+    clock, random = node.clock, node.clock.random
+    quick = Backoff(initial=0.3, factor=2, max=3, jitter=0.5)
+
+    # the steps of async tasks are typed as awaitables, so the workflow is async and awaits each
+    @node.task(name="add", backoff=quick)
+    async def add(n: int) -> int:
+        await clock.sleep(random.random() ** 3 * 2 * node.world.ttl)
+        node.world.ran.add(current().id)
+        return n + 1
+
+    @node.task(name="back", queue="side", backoff=quick)
+    async def back(n: int, result: int | None = None) -> None:  # noqa: ARG001 - undoing needs neither
+        await clock.sleep(random.random())
+        node.world.ran.add(current().id)
+
+    @node.task(name="join", queue="side", backoff=quick)
+    async def join(a: int, b: int) -> int:
+        await clock.sleep(random.random())
+        return a + b
+
+    @node.task(name="spoil", max_attempts=2, backoff=quick)
+    async def spoil(n: int, fails: bool) -> int:
+        if fails:
+            raise ValueError(n)
+        return n
+
+    @node.workflow(name="order")
+    async def order(n: int, waits: bool, fails: bool, fans: bool) -> int:
+        a = await add.options(undo=back)(n)
+        b, c = await add(a), await add.options(undo=back)(a)
+        if waits:
+            c = await join(c, GO.wait(timeout=15, default=0, after=[b]))
+        if fans:
+            each(add, [n, n, n], pack=2)
+        return await spoil(await join(b, c), fails)
+
+    node.order = order
 
 
 def draw(node: Node) -> tuple[str, tuple[Any, ...]]:
-    """Draw a task to submit: its name and arguments."""
+    """Draw a random task to submit: its name and arguments."""
     random = node.world.random
     n = random.randrange(1000)
     name = random.choice(
@@ -108,8 +159,6 @@ def draw(node: Node) -> tuple[str, tuple[Any, ...]]:
     match name:
         case "slow" | "stumbles":
             return name, (n, round(random.random() * 3 * node.world.ttl, 3))
-        case "plain":
-            return name, (n,)
         case "flaky":
             return name, (n, random.randrange(4))
         case "naps" | "steps":
@@ -120,8 +169,8 @@ def draw(node: Node) -> tuple[str, tuple[Any, ...]]:
             return name, (n,)
 
 
-def wrong(task: dict[str, Any], args: dict[str, Any] | None, result: Any, *, cancelled: bool) -> str:
-    """Say what is wrong with how a task ended; nothing, when it may end so. `args` is None where they are not at hand."""
+def wrong_task(task: dict[str, Any], args: dict[str, Any] | None, result: Any, *, cancelled: bool) -> str:
+    """Return what is wrong with how a task ended, in words; empty if nothing. `args` is None if they are unknown."""
     state = task["state"]
     error = task.get("error", {}).get("type", "").rpartition(".")[2]
     if state in {"pruned", "tombstone"}:
@@ -134,7 +183,7 @@ def wrong(task: dict[str, Any], args: dict[str, Any] | None, result: Any, *, can
         return "" if task.get("losses", 0) >= task.get("max_losses", 10) else "failed as lost too early"
     if task.get("pack"):
         return _wrong_pack(task, args, result)
-    want = expected(task["name"], args) if args is not None else None
+    want = _expected(task["name"], args) if args is not None else None
     if state == "failed":
         doomed = task["name"] == "doomed" and error == "Fail"
         worn = (
@@ -142,15 +191,14 @@ def wrong(task: dict[str, Any], args: dict[str, Any] | None, result: Any, *, can
             and error == "ValueError"
             and (args is None or args["failures"] >= task.get("max_attempts", 3))
         )
-        full = error == "StoreFull"  # a checkpoint that could not be stored is an error of the handler
+        full = error == "StoreFull"  # a checkpoint that cannot be stored raises in the handler
         return "" if doomed or worn or full else f"failed with {error}: {task.get('error', {}).get('message', '')[:200]}"
     if task["name"] == "doomed" or (args is not None and result != want):
         return f"completed with {result!r}, and not {want!r}"
     return ""
 
 
-def expected(name: str, args: dict[str, Any]) -> Any:
-    """Return what a task must return."""
+def _expected(name: str, args: dict[str, Any]) -> Any:
     match name:
         case "echo":
             return 2 * args["n"]
@@ -173,3 +221,37 @@ def _wrong_pack(task: dict[str, Any], args: dict[str, Any] | None, result: Any) 
     if bad or result["results"] != [n * n for n in args["items"]]:
         return f"a pack of {args['items']} completed with {result}"
     return ""
+
+
+def wrong_run(run: dict[str, Any], *, cancelled: bool, ran: set[str]) -> list[str]:
+    """Return what is wrong with how a run ended, in words. `ran`: the tasks whose handlers have completed."""
+    state = run["state"]
+    if state == "pruned":
+        return []
+    if state not in RUN_OVER:
+        # a paused run waits until a caller resumes it
+        return [] if run.get("paused") else [f"unfinished: the run is {state}"]
+    args = run.get("args")
+    problems: list[str] = []
+    lost = any(step.get("error", {}).get("type") == "WorkerLost" for step in run.get("steps", {}).values())
+    if state == "cancelled" and not cancelled:
+        problems.append("cancelled, though nobody asked")
+    if args is not None and state == "completed":
+        good = {2 * args["n"] + 4, 2 * args["n"] + 4 + WORTH} if args["waits"] else {2 * args["n"] + 4}
+        if args["fails"] or ("output" in run and run["output"] not in good):
+            problems.append(f"completed with {run.get('output')} for {args}")
+    if args is not None and state == "failed" and not args["fails"] and not lost:
+        problems.append(f"failed, though nothing in it fails: {run.get('error')}")
+    problems += [f"{state}, and {name} is due" for name, step in run.get("steps", {}).items() if step.get("state") == "due"]
+    if state in {"failed", "cancelled"} and run.get("undoing", True):
+        problems += [f"{state}, and {problem}" for name in UNDONE for problem in _not_undone(run, name, ran)]
+    return problems
+
+
+def _not_undone(run: dict[str, Any], name: str, ran: set[str]) -> list[str]:
+    """Return whether a step's effect remains, in words. The handler's effect counts, whatever the record says."""
+    step = run.get("steps", {}).get(name, {})
+    done, undone = (task_of(run["id"], kind, name, 0, step.get("gen", 1)) in ran for kind in ("step", "undo"))
+    if step.get("undo") == "failed" or undone or not (done or step.get("state") == "done"):
+        return []
+    return [f"{name} is done and not undone ({step.get('state')}, {step.get('undo', 'not begun')})"]

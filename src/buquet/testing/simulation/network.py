@@ -1,6 +1,7 @@
-"""The bucket, and each process's way to it, on which requests are slow, refused, lost, late, or sent twice.
+"""The bucket, and the network between it and each process: requests are slow, refused, lost, late, or sent twice.
 
-A request is sent, arrives, and is answered: three moments of virtual time. What was sent arrives whatever becomes of the sender.
+A request is sent, arrives, and is answered: three moments of virtual time. A request arrives
+even if its sender has died.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from buquet.errors import AlreadyExists, Changed, StoreFull, StoreUnavailable
 from buquet.store.base import PAGE, Listed, NotModified, PassingStore, Receipt, Stored
 from buquet.store.memory import MemoryStore
+from buquet.testing.faulty import WRITES
 from buquet.testing.virtual import BESIDE
 
 if TYPE_CHECKING:
@@ -27,30 +29,29 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Fate = Literal["ok", "refuse", "lose", "late", "never", "twice", "full"]
-WRITES = frozenset({"create", "update", "put", "delete"})
 RETRIED = frozenset({"put", "delete"})
-"""What a client library or a proxy may send twice by itself."""
+"""The requests that a client library or a proxy may send twice by itself."""
 
 
 @dataclass
 class Weather:
-    """What requests may meet, as probabilities; times in seconds."""
+    """The faults that requests may meet, as probabilities; times in seconds."""
 
     faults: float = 0.0
     slow: float = 0.0
     """The share of requests that take up to `slowest`."""
     slowest: float = 3.0
     pace: float = 0.02
-    """The usual time of a request is up to this."""
+    """Most requests take up to this long."""
     latest: float = 60.0
     """How much later than its error a late write lands, at most."""
     away: float = 0.0
-    """Until when, by the loop's time, nobody is answered."""
+    """Until when, by the loop's time, the store answers no request."""
     lag: float = 0.0
     """By how much a LIST may lag behind."""
-    spell: tuple[str, str] = ("", "")
-    """The operation (`write`: any that writes) and the keys' prefix of the requests that are refused until `spell_until`."""
-    spell_until: float = 0.0
+    refused: tuple[str, str] = ("", "")
+    """The operation (`write`: any that writes) and the keys' prefix of the requests that are refused until `refused_until`."""
+    refused_until: float = 0.0
 
 
 class Change(NamedTuple):
@@ -62,7 +63,7 @@ class Change(NamedTuple):
 
 
 class Bucket(MemoryStore):
-    """A bucket whose ETags are hashes of the bodies, as on S3, and that tells of each write."""
+    """A bucket whose ETags are hashes of the bodies, as on S3. It reports each write to the auditor."""
 
     def __init__(self, clock: Clock, *, versioned: bool, can_wait: bool, grouping: bool, whole_seconds: bool) -> None:
         super().__init__(clock, versioned=versioned, can_wait=can_wait)
@@ -79,19 +80,19 @@ class Bucket(MemoryStore):
         self._note(key)
         receipt = super()._write(key, body)
         etag = hashlib.md5(body, usedforsecurity=False).hexdigest()
-        there = self._objects[key]
-        modified = float(int(there.modified)) if self.whole_seconds else there.modified
-        self._objects[key] = there._replace(etag=etag, modified=modified)
-        self._told(key, body)
+        stored = self._objects[key]
+        modified = float(int(stored.modified)) if self.whole_seconds else stored.modified
+        self._objects[key] = stored._replace(etag=etag, modified=modified)
+        self._applied(key, body)
         return receipt._replace(etag=etag)
 
     async def delete(self, key: str) -> None:
         if key in self._objects:
             self._note(key)
             await super().delete(key)
-            self._told(key, None)
+            self._applied(key, None)
 
-    def _told(self, key: str, body: bytes | None) -> None:
+    def _applied(self, key: str, body: bytes | None) -> None:
         for waiter in self.waiters.pop(key, ()):
             if not waiter.done():
                 waiter.set_result(True)
@@ -99,22 +100,20 @@ class Bucket(MemoryStore):
 
     def _note(self, key: str) -> None:
         if self.keep_changes:
-            there = self._objects.get(key)
-            before = Listed(key, there.etag, there.modified, len(there.body)) if there else None
+            stored = self._objects.get(key)
+            before = Listed(key, stored.etag, stored.modified, len(stored.body)) if stored else None
             now = self.clock.monotonic()
             self.changes.append(Change(now, key, before))
             while self.changes[0].at < now - self.keep_changes:
                 self.changes.popleft()
 
     def etag(self, key: str) -> str | None:
-        """Return a key's ETag, None when it is missing."""
-        there = self._objects.get(key)
-        return there.etag if there else None
+        stored = self._objects.get(key)
+        return stored.etag if stored else None
 
     def body(self, key: str) -> bytes | None:
-        """Return what lies under a key, None when it is missing."""
-        there = self._objects.get(key)
-        return there.body if there else None
+        stored = self._objects.get(key)
+        return stored.body if stored else None
 
     async def list_as_of(self, lag: float, prefix: str, *, after: str, limit: int) -> list[Listed]:
         """LIST as it was some seconds ago."""
@@ -125,17 +124,13 @@ class Bucket(MemoryStore):
                 then.setdefault(change.key, change.before)
         if not then:
             return await self.list(prefix, after=after, limit=limit)
-        now = {each.key: each for each in await self.list(prefix, after="", limit=1_000_000)}
-        for key, before in then.items():
-            if before is None:
-                now.pop(key, None)
-            else:
-                now[key] = before
-        return [now[key] for key in sorted(now) if key > after][:limit]
+        listed: dict[str, Listed | None] = {item.key: item for item in await self.list(prefix, after="", limit=1_000_000)}
+        listed |= then
+        return [item for key, item in sorted(listed.items()) if item is not None and key > after][:limit]
 
 
 class Network:
-    """What lies between the processes and the bucket."""
+    """The network between the processes and the bucket."""
 
     def __init__(self, loop: VirtualLoop, bucket: Bucket, clock: Clock) -> None:
         self.loop = loop
@@ -145,18 +140,18 @@ class Network:
         self.trace: Callable[[str, str], None] = lambda _who, _what: None
         self.over = False
         self.trap: tuple[str, str, Callable[[], None]] | None = None
-        """An operation, a prefix of keys, and what is to happen once a worker has sent such a request."""
+        """An operation, a prefix of keys, and a function to call once a worker has sent such a request."""
 
-    def refuse(self, spell: tuple[str, str], seconds: float) -> None:
+    def refuse(self, which: tuple[str, str], seconds: float) -> None:
         """Let one kind of request fail for some seconds."""
-        self.weather.spell, self.weather.spell_until = spell, self.loop.elapsed + seconds
+        self.weather.refused, self.weather.refused_until = which, self.loop.elapsed + seconds
 
     def fate(self, op: str, key: str) -> Fate:
         """Draw what becomes of a request."""
         weather, random = self.weather, self.random
-        kind, prefix = weather.spell
+        kind, prefix = weather.refused
         if (
-            self.loop.elapsed < weather.spell_until
+            self.loop.elapsed < weather.refused_until
             and key.startswith(prefix)
             and (op == kind or (kind == "write" and op in WRITES))
         ):
@@ -173,18 +168,16 @@ class Network:
         return fate
 
     def delay(self) -> float:
-        """Draw how long a request takes one way."""
         weather, random = self.weather, self.random
         if weather.slow and random.random() < weather.slow:
             return random.random() * weather.slowest
         return random.random() * weather.pace
 
     def later(self) -> float:
-        """Draw how much later a late write lands: mostly soon, now and then very late."""
+        """Draw how much later a late write lands: mostly soon, rarely very late."""
         return self.weather.latest * self.random.random() ** 3
 
     def at(self, delay: float, call: Callable[..., object], *args: Any) -> None:
-        """Call something in a while, beside all processes."""
         self.loop.call_at(self.loop.elapsed + delay, call, *args, context=BESIDE)
 
     def carry(self, who: str, op: str, key: str, apply: Callable[[], Coroutine[Any, Any, Any]]) -> asyncio.Future[Any]:
@@ -194,21 +187,21 @@ class Network:
         if self.trap and who.startswith("w") and op == self.trap[0] and key.startswith(self.trap[1]):
             spring, self.trap = self.trap[2], None
             spring()
-        there, back = self.delay(), self.delay()
+        out, back = self.delay(), self.delay()
         if fate == "lose" and self.random.random() < 0.7:
-            back += self.random.random() * self.weather.slowest  # that no answer comes is known when the wait for it is over
+            back += self.random.random() * self.weather.slowest  # the sender learns of it when its time-out passes
         what = f"{op} {key}"
         if fate in {"refuse", "never", "full"}:
             error = StoreFull(f"{what}: full") if fate == "full" else StoreUnavailable(f"{what}: {fate}")
-            self.at(there + back, self.answer, future, None, error, who, f"{what} {fate}")
+            self.at(out + back, self.answer, future, None, error, who, f"{what} {fate}")
             return future
         if fate == "late":
-            self.at(there + back, self.answer, future, None, StoreUnavailable(f"{what}: no answer"), who, f"{what} no answer yet")
-            self.at(there + back + self.later(), self.arrive, who, what, apply, None, 0.0, fate)
+            self.at(out + back, self.answer, future, None, StoreUnavailable(f"{what}: no answer"), who, f"{what} no answer yet")
+            self.at(out + back + self.later(), self.arrive, who, what, apply, None, 0.0, fate)
             return future
-        self.at(there, self.arrive, who, what, apply, future, back, fate)
+        self.at(out, self.arrive, who, what, apply, future, back, fate)
         if fate == "twice":
-            self.at(there + self.later(), self.arrive, who, what, apply, None, 0.0, "second copy")
+            self.at(out + self.later(), self.arrive, who, what, apply, None, 0.0, "second copy")
         return future
 
     def arrive(
@@ -226,7 +219,7 @@ class Network:
         self.bucket.who = who
         answer, error, outcome = None, None, ""
         try:
-            answer = at_once(apply())
+            answer = run_now(apply())
             outcome = shown(answer)
         except (AlreadyExists, Changed) as conflict:
             error, outcome = conflict, "conflict"
@@ -238,7 +231,6 @@ class Network:
         self.at(back, self.answer, future, answer, error, who, "")
 
     def answer(self, future: asyncio.Future[Any], answer: Any, error: Exception | None, who: str, line: str) -> None:
-        """Hand an answer over, unless nobody waits for it any more."""
         if line:
             self.trace(who, line)
         if future.done():
@@ -250,7 +242,7 @@ class Network:
 
 
 class Wire(PassingStore):
-    """One process's way to the bucket; a store like any other."""
+    """A store: one process's connection to the bucket."""
 
     def __init__(self, network: Network, who: str, sent: Callable[[], None]) -> None:
         super().__init__(network.bucket)
@@ -258,7 +250,7 @@ class Wire(PassingStore):
         self.bucket = network.bucket
         self.who = who
         self.sent = sent
-        """Called when a request was sent: the process may stop at any of them."""
+        """Called after each request that was sent: the process may stop then."""
 
     async def _request(self, op: Op, key: str, send: Callable[[], Coroutine[Any, Any, T]]) -> T:
         if self.network.over:
@@ -297,7 +289,7 @@ class Wire(PassingStore):
 
 
 class GroupingWire(Wire):
-    """A way to a bucket that makes several writes at once, as SQLite does."""
+    """A connection to a bucket that makes several writes at once, as SQLite does."""
 
     async def write(self, key: str, body: bytes, etag: str | None, *, entry: str = "", drop: str = "") -> Receipt:
 
@@ -312,8 +304,8 @@ class GroupingWire(Wire):
         return await self._request("create" if etag is None else "update", key, apply)
 
 
-def at_once(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never waits, as those of the bucket are."""
+def run_now(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never waits, such as the bucket's."""
     try:
         work.send(None)
     except StopIteration as done:
@@ -322,7 +314,7 @@ def at_once(work: Coroutine[Any, Any, T]) -> T:
 
 
 def shown(answer: Any) -> str:
-    """Say of an answer what a trace should show."""
+    """Describe an answer for the trace."""
     if isinstance(answer, Stored):
         return "200"
     if isinstance(answer, NotModified):

@@ -1,10 +1,9 @@
-"""For tests: of code that uses buquet, and of stores of one's own.
+"""Helpers for tests of code that uses buquet, and for tests of your own stores.
 
-`run_until_idle(app)` and `in_memory(app)` are for the first, as is the fixture `buquet_app`, which pytest finds by itself;
-`contract.StoreContract` is for the second. `faulty`, `virtual` and `auditor` are what buquet's own tests stand on.
+To test tasks and workflows, use `run_until_idle(app)`, `in_memory(app)`, or the pytest fixture `buquet_app`. To test a store,
+subclass `contract.StoreContract`. buquet's own tests also use `faulty`, `virtual` and `auditor`.
 """
 
-from buquet.testing.attempt import FakeAttempt
-from buquet.testing.fixture import MemoryApp, aadvance, advance, arun_until_idle, in_memory, run_until_idle
+from buquet.testing.fixture import FakeAttempt, MemoryApp, aadvance, advance, arun_until_idle, in_memory, run_until_idle
 
 __all__ = ["FakeAttempt", "MemoryApp", "aadvance", "advance", "arun_until_idle", "in_memory", "run_until_idle"]

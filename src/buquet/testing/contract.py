@@ -1,13 +1,13 @@
-"""What every store must do, as tests.
+"""The contract of a store, as tests.
 
 Subclass `StoreContract` and give it a `store` fixture::
 
     class TestMyStore(StoreContract):
         @pytest.fixture
         def store(self):
-            return MyStore(...)  # empty, or under a prefix of its own
+            return MyStore(...)  # empty, or under its own prefix
 
-The tests are coroutines: pytest-asyncio with ``asyncio_mode = "auto"`` runs them.
+The tests are coroutines. Run them by pytest-asyncio with ``asyncio_mode = "auto"``.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ CARE = (
     "care/a/0000-x.0~send_mail%3A%2F",
     "care/(paren)/[bracket]/it's!*,;:@$",
 )
-"""Keys that an encoding too many, or one too few, would change."""
+"""Keys that a wrong number of encodings would change."""
 
 
 class StoreContract:
-    """The behaviour that everything else in buquet stands on."""
+    """The behaviour that buquet needs of a store."""
 
     versioned = True
     """Whether earlier versions of keys under ``tasks/`` can be read."""
@@ -56,8 +56,8 @@ class StoreContract:
         receipt = await store.create("tasks/00/a.json", b"first")
         with pytest.raises(AlreadyExists):
             await store.create("tasks/00/a.json", b"second")
-        there = await read(store, "tasks/00/a.json")
-        assert (there.body, there.etag) == (b"first", receipt.etag)
+        stored = await read(store, "tasks/00/a.json")
+        assert (stored.body, stored.etag) == (b"first", receipt.etag)
 
     async def test_create_again_after_delete(self, store: Store) -> None:
         await store.create("tasks/00/a.json", b"first")
@@ -71,8 +71,8 @@ class StoreContract:
         assert second.etag != first.etag
         with pytest.raises(Changed):
             await store.update("tasks/00/a.json", b"third", first.etag)
-        there = await read(store, "tasks/00/a.json")
-        assert (there.body, there.etag) == (b"second", second.etag)
+        stored = await read(store, "tasks/00/a.json")
+        assert (stored.body, stored.etag) == (b"second", second.etag)
 
     async def test_update_of_what_is_missing(self, store: Store) -> None:
         first = await store.create("tasks/00/a.json", b"first")
@@ -102,9 +102,9 @@ class StoreContract:
     async def test_reads_see_what_was_written(self, store: Store) -> None:
         for n in range(20):
             receipt = await store.put("bell/q", str(n).encode())
-            there = await read(store, "bell/q")
-            assert (there.body, there.etag) == (str(n).encode(), receipt.etag)
-            assert [one.etag for one in await store.list("bell/")] in ([receipt.etag], [None])
+            stored = await read(store, "bell/q")
+            assert (stored.body, stored.etag) == (str(n).encode(), receipt.etag)
+            assert [listed.etag for listed in await store.list("bell/")] in ([receipt.etag], [None])
 
     async def test_missing(self, store: Store) -> None:
         assert await store.get("tasks/00/never.json") is None
@@ -114,24 +114,24 @@ class StoreContract:
         first = await store.create("bell/q", b"one")
         assert await store.get("bell/q", unless=first.etag) is NOT_MODIFIED
         second = await store.update("bell/q", b"two", first.etag)
-        there = await store.get("bell/q", unless=first.etag)
-        assert isinstance(there, Stored)
-        assert (there.body, there.etag) == (b"two", second.etag)
+        stored = await store.get("bell/q", unless=first.etag)
+        assert isinstance(stored, Stored)
+        assert (stored.body, stored.etag) == (b"two", second.etag)
 
     async def test_bodies(self, store: Store) -> None:
         for body in (b"", b"\x00\xff\r\n", bytes(range(256)) * 4096):
             await store.put("payloads/a/b", body)
             assert (await read(store, "payloads/a/b")).body == body
-            assert [one.size for one in await store.list("payloads/a/")] == [len(body)]
+            assert [listed.size for listed in await store.list("payloads/a/")] == [len(body)]
 
     async def test_modified_is_the_time_of_the_write(self, store: Store) -> None:
         clock = getattr(store, "clock", None)
         now = (clock if isinstance(clock, Clock) else Clock()).now()
         await store.put("workers/aa/w.json", b"x")
-        there = await read(store, "workers/aa/w.json")
+        stored = await read(store, "workers/aa/w.json")
         (listed,) = await store.list("workers/aa/")
-        assert abs(there.modified - now) < self.clock_skew
-        assert abs(listed.modified - there.modified) <= 1
+        assert abs(stored.modified - now) < self.clock_skew
+        assert abs(listed.modified - stored.modified) <= 1
 
     # ------------------------------------------------------------------ versions
 
@@ -161,33 +161,33 @@ class StoreContract:
     async def test_list_in_pages(self, store: Store) -> None:
         keys = [f"ready/q/5/{n:013d}-{n:032x}.0~send" for n in range(PAGE + 30)]
         await write_all(store, reversed(keys))
-        first = [one.key for one in await store.list("ready/q/5/")]
+        first = await keys_of(store, "ready/q/5/")
         assert first == keys[:PAGE]
-        rest = [one.key for one in await store.list("ready/q/5/", after=first[-1])]
+        rest = await keys_of(store, "ready/q/5/", after=first[-1])
         assert rest == keys[PAGE:]
         assert await store.list("ready/q/5/", after=keys[-1]) == []
 
     async def test_list_from_anywhere(self, store: Store) -> None:
         keys = [f"later/q/{n:04d}~a" for n in range(12)]
         await write_all(store, keys)
-        assert [one.key for one in await store.list("later/q/", after="later/q/0004")] == keys[4:]
-        assert [one.key for one in await store.list("later/q/", after="later/q/0004~a")] == keys[5:]
-        assert [one.key for one in await store.list("later/q/", after="later/q/0004~b")] == keys[5:]
-        assert [one.key for one in await store.list("later/q/", after="later/q/", limit=5)] == keys[:5]
-        assert [one.key for one in await store.list("later/q/", after=keys[4], limit=5)] == keys[5:10]
-        assert [one.key for one in await store.list("later/q/", after=keys[9], limit=5)] == keys[10:]
+        assert await keys_of(store, "later/q/", after="later/q/0004") == keys[4:]
+        assert await keys_of(store, "later/q/", after="later/q/0004~a") == keys[5:]
+        assert await keys_of(store, "later/q/", after="later/q/0004~b") == keys[5:]
+        assert await keys_of(store, "later/q/", after="later/q/", limit=5) == keys[:5]
+        assert await keys_of(store, "later/q/", after=keys[4], limit=5) == keys[5:10]
+        assert await keys_of(store, "later/q/", after=keys[9], limit=5) == keys[10:]
 
     async def test_list_leaves_siblings_out(self, store: Store) -> None:
         beside = ["ready/q", "ready/q/50/a", "ready/q2/5/a", "ready/q.x/5/a", "readyx/q/5/a"]
         await write_all(store, ["ready/q/5/a", "ready/q/5/b", *beside])
-        assert [one.key for one in await store.list("ready/q/5/")] == ["ready/q/5/a", "ready/q/5/b"]
-        assert [one.key for one in await store.list("ready/q/")] == ["ready/q/5/a", "ready/q/5/b", "ready/q/50/a"]
+        assert await keys_of(store, "ready/q/5/") == ["ready/q/5/a", "ready/q/5/b"]
+        assert await keys_of(store, "ready/q/") == ["ready/q/5/a", "ready/q/5/b", "ready/q/50/a"]
         assert await store.list("ready/none/") == []
 
     async def test_list_forgets_the_deleted(self, store: Store) -> None:
         await write_all(store, ["ready/q/5/a", "ready/q/5/b", "ready/q/5/c"])
         await store.delete("ready/q/5/b")
-        assert [one.key for one in await store.list("ready/q/5/")] == ["ready/q/5/a", "ready/q/5/c"]
+        assert await keys_of(store, "ready/q/5/") == ["ready/q/5/a", "ready/q/5/c"]
 
     # ------------------------------------------------------------------ DELETE, names, loops
 
@@ -204,8 +204,8 @@ class StoreContract:
         for n, key in enumerate(CARE):
             assert (await read(store, key)).body == str(n).encode(), key
             folder, name = key.rsplit("/", 1)
-            assert [one.key for one in await store.list(folder + "/")] == [key]
-            assert [one.key for one in await store.list(folder + "/", after=f"{folder}/{name[:-1]}")] == [key]
+            assert await keys_of(store, folder + "/") == [key]
+            assert await keys_of(store, folder + "/", after=f"{folder}/{name[:-1]}") == [key]
             assert await store.list(folder + "/", after=key) == []
         for key in CARE:
             await store.delete(key)
@@ -243,14 +243,19 @@ class StoreContract:
 
 
 async def read(store: Store, key: str, *, version: str | None = None) -> Stored:
-    """GET what must be there."""
-    there = await store.get(key, version=version)
-    assert isinstance(there, Stored), key
-    return there
+    """GET an object that must exist."""
+    stored = await store.get(key, version=version)
+    assert isinstance(stored, Stored), key
+    return stored
+
+
+async def keys_of(store: Store, prefix: str, *, after: str = "", limit: int = PAGE) -> list[str]:
+    """Return the keys of one LIST page."""
+    return [listed.key for listed in await store.list(prefix, after=after, limit=limit)]
 
 
 async def winners(writes: Iterable[Awaitable[Receipt]], lost: type[Exception]) -> list[int]:
-    """Send all writes at once; return the numbers of those that were applied. Any error but `lost` is raised."""
+    """Send all writes at once, and return the numbers of those that were applied. Raises any error but `lost`."""
     answers = await asyncio.gather(*writes, return_exceptions=True)
     for answer in answers:
         if isinstance(answer, BaseException) and not isinstance(answer, lost):

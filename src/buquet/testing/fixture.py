@@ -1,19 +1,21 @@
-"""What a user's own tests need: an App in memory, and its tasks worked off in the test's own process."""
+"""For a user's tests: an App in memory, its tasks run in the test's own process, and an attempt for plain calls of tasks."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-from contextlib import ContextDecorator
+import logging
+from contextlib import ContextDecorator, ExitStack
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from buquet.app import App
-from buquet.clock import YEARS
+from buquet.clock import YEARS, Clock
 from buquet.errors import UsageError
-from buquet.queue.attempt import inside_handler
+from buquet.queue.attempt import Aside, Attempt, given_attempt, inside_handler
 from buquet.queue.background import Background
 from buquet.queue.options import in_seconds
+from buquet.records import Progress, Task
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import SkippingLoop
 from buquet.worker.finder import everything, nothing
@@ -21,7 +23,7 @@ from buquet.worker.session import TTL
 from buquet.worker.threads import CallerThread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
     from datetime import timedelta
     from typing import Self, TypeAlias
@@ -31,23 +33,22 @@ if TYPE_CHECKING:
     Until: TypeAlias = datetime | Callable[[], object]
 
 RARELY = 86_400.0
-"""Seconds between what a worker does for others, where there are none."""
+"""Seconds between a worker's checks for other workers, in an App that has none."""
 MOST_JUMPS = 10_000
-"""How often the time of one call may move on: work that always comes back would never be done."""
+"""How often one call may move the time on. More means that the work repeats for ever."""
 
 
 def run_until_idle(app: App, *, until: Until | None = None, virtual: bool = False, inline: bool = False) -> None:
-    """Work off every task that the App has a handler for, in this process; delays and backoffs between them take no time.
+    """Run every task that the App has a handler for, in this process. Delays and backoffs take no time.
 
-    It returns when nothing is left but runs that wait for a signal: the time-outs of waits do not count as work. With `until`,
-    time goes on through these and through the fires of schedules: as far as an aware datetime, or until a function returns
-    something true. The App's clock stays where it got to. A handler's own sleep takes its time; `virtual` spares the sleep
-    of async ones.
+    The call returns when only runs that wait for a signal are left: a wait's time-out does not count as work. With `until`, time
+    also passes time-outs and fires of schedules, up to an aware datetime, or until a function returns a true value. The App's
+    clock keeps the time that it reached. A handler's own sleep takes real time; with `virtual`, sleeps of async handlers do not.
 
-    With `inline`, handlers run in the calling thread, and so on its connection to a database, as Django's TestCase needs it.
-    A task that fails raises nothing here: ask its handle. Raises TimeoutError when no work is left and `until` has returned
-    nothing true, UsageError when work comes back for ever. An App that is not in memory goes by real time, and raises TypeError
-    for `until` and `virtual`.
+    With `inline`, handlers run in the calling thread and use its database connection, as Django's TestCase requires. A task
+    that fails raises nothing here: ask its handle. Raises TimeoutError if no work is left and `until` has returned no true value,
+    UsageError if work repeats for ever. An App that is not in memory uses real time, and raises TypeError for `until` and
+    `virtual`.
 
     >>> from buquet import App
     >>> app = App("memory:")
@@ -59,30 +60,30 @@ def run_until_idle(app: App, *, until: Until | None = None, virtual: bool = Fals
     >>> handle.result()
     8
     """
-    course = _Course(app, until, virtual=virtual, inline=inline)
-    with course:
-        while course.goes_on(course.asked and course.asked()):
-            course.work()
+    drain = _Drain(app, until, virtual=virtual, inline=inline)
+    with drain:
+        while drain.goes_on(drain.asked and drain.asked()):
+            drain.work()
 
 
 async def arun_until_idle(app: App, *, until: Until | None = None, virtual: bool = False) -> None:
-    """Do what `run_until_idle` does, with handlers on the running event loop; with `virtual` they are on one of their own.
+    """Like `run_until_idle`, with handlers on the running event loop; with `virtual`, on a loop of their own.
 
     `until` may be a function that returns an awaitable.
     """
-    course = _Course(app, until, virtual=virtual)
-    with course:
+    drain = _Drain(app, until, virtual=virtual)
+    with drain:
         while True:
-            answer: Any = course.asked and course.asked()
-            if not course.goes_on(await answer if inspect.isawaitable(answer) else answer):
+            answer: Any = drain.asked and drain.asked()
+            if not drain.goes_on(await answer if inspect.isawaitable(answer) else answer):
                 return
-            await course.awork()
+            await drain.awork()
 
 
 def advance(app: App, seconds: float | timedelta, *, virtual: bool = False, inline: bool = False) -> None:
-    """Move the time of an App in memory on, and do what comes due meanwhile: tasks, time-outs of waits, fires of schedules.
+    """Move an App in memory forward in time, and run what comes due: tasks, time-outs of waits, fires of schedules.
 
-    `seconds` may be a timedelta. Otherwise it does what `run_until_idle` does.
+    `seconds` may be a timedelta. The other arguments and the errors are those of `run_until_idle`.
 
     >>> from buquet import App
     >>> app = App("memory:")
@@ -94,23 +95,23 @@ def advance(app: App, seconds: float | timedelta, *, virtual: bool = False, inli
     >>> handle.status()
     'pending'
     """
-    run_until_idle(app, until=_in(app, seconds), virtual=virtual, inline=inline)
+    run_until_idle(app, until=_after(app, seconds), virtual=virtual, inline=inline)
 
 
 async def aadvance(app: App, seconds: float | timedelta, *, virtual: bool = False) -> None:
-    """Do what `advance` does, with handlers on the running event loop."""
-    await arun_until_idle(app, until=_in(app, seconds), virtual=virtual)
+    """Like `advance`, with handlers on the running event loop."""
+    await arun_until_idle(app, until=_after(app, seconds), virtual=virtual)
 
 
-def _in(app: App, seconds: float | timedelta) -> datetime:
+def _after(app: App, seconds: float | timedelta) -> datetime:
     number = in_seconds(seconds)
     if not 0 <= number < YEARS:
         raise UsageError(f"time moves forward only, by less than ten years at once, and not by {seconds!r}")
     return datetime.fromtimestamp(app.clock.now() + number).astimezone()
 
 
-class _Course:
-    """One call of `run_until_idle`: workers that drain, one after the other, and the time moved on between them."""
+class _Drain:
+    """One call of `run_until_idle`: draining workers, one after another, with jumps in time between them."""
 
     def __init__(self, app: App, until: Until | None, *, virtual: bool, inline: bool = False) -> None:
         if inside_handler():
@@ -130,21 +131,19 @@ class _Course:
         self.inline = inline
         self.jumps = -1
         self.next: int | None = None
-        """When work is due next, milliseconds since 1970."""
+        """When the next work is due, milliseconds since 1970."""
 
     def __enter__(self) -> Self:
-        """Start the loop of virtual time."""
         if self.virtual is not None:
             self.virtual.start(SkippingLoop(self.app.clock))
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it."""
         if self.virtual is not None:
             self.virtual.stop()
 
     def goes_on(self, answer: object) -> bool:
-        """Move the time on to what is due next; tell whether there is anything to do. `answer`: what `until` returns by now."""
+        """Move the time on to the next due work. Return whether there is any. `answer` is what `until` has just returned."""
         if inspect.iscoroutine(answer):
             answer.close()
             raise TypeError("`until` is an async function: use `await arun_until_idle(app, until=...)`")
@@ -154,7 +153,7 @@ class _Course:
         if not self.jumps:
             return True
         if self.jumps > MOST_JUMPS:
-            msg = f"there is always more to do: the time moved on {MOST_JUMPS:,} times. Say how far, with until=... or advance()"
+            msg = f"there is always more to do: the time moved on {MOST_JUMPS:,} times. Set an end with until=... or advance()"
             raise UsageError(msg)
         if self.next is None or (self.end is not None and self.next > self.end):
             if self.end is not None:
@@ -171,7 +170,7 @@ class _Course:
 
     def _worker(self) -> Worker:
         worker = self.app.worker(drain=True, heartbeat_thread=not self.in_memory, ttl=RARELY if self.in_memory else TTL)
-        if self.in_memory:  # nobody else has to see that this worker lives: a handler that sleeps for a day takes no beats
+        if self.in_memory:  # no other worker watches this one's heartbeats, so a handler may sleep for a day
             worker.drain_waits = nothing
             worker.executor.stay = 0
         if self.inline:
@@ -192,14 +191,14 @@ class _Course:
             self.next = fire if self.next is None else min(self.next, fire)
 
     def work(self) -> None:
-        """Do in this thread's name what is due now. KeyboardInterrupt ends the worker first."""
+        """Run what is due now, for this thread. KeyboardInterrupt stops the worker first."""
         worker, interrupted = self._worker(), False
 
         def interrupt() -> None:
             nonlocal interrupted
             interrupted = True
             worker.stop()
-            worker.stop()  # the second one gives back what runs
+            worker.stop()  # the second stop releases the running tasks
 
         background = self.virtual or self.app.background
         threads = worker.executor.threads
@@ -212,7 +211,6 @@ class _Course:
             raise KeyboardInterrupt
 
     async def awork(self) -> None:
-        """Do what is due now."""
         worker = self._worker()
         if self.virtual is None:
             await self._run(worker)
@@ -220,10 +218,10 @@ class _Course:
             await asyncio.wrap_future(self.virtual.begin(lambda: self._run(worker)))
 
 
-class in_memory(ContextDecorator):  # noqa: N801 - it is used as a function
-    """Put an App, such as the module-level one of the code under test, on a fresh store in memory for a while.
+class in_memory(ContextDecorator):  # noqa: N801 - used like a function
+    """Put an App on a fresh store in memory, for the length of a `with` or `async with` block or of a decorated function.
 
-    Both `with` and `async with` take it. Time that was moved on meanwhile is forgotten after it.
+    The App may be the module-level one of the code under test. At the end, its clock returns to the real time.
 
     >>> from buquet import App
     >>> app = App("s3://production")
@@ -243,45 +241,95 @@ class in_memory(ContextDecorator):  # noqa: N801 - it is used as a function
         self._store: AbstractContextManager[None] | None = None
 
     def __enter__(self) -> App:
-        """Put the App in memory and return it."""
         self._ahead = self.app.clock.ahead
         self._store = self.app.on_store(MemoryStore(self.app.clock))
         self._store.__enter__()
         return self.app
 
     def __exit__(self, *raised: object) -> None:
-        """Put it back on its own store."""
         assert self._store is not None, "entered before"
         self._store.__exit__(*cast("Any", raised))
         self.app.clock.ahead = self._ahead
 
     async def __aenter__(self) -> App:
-        """Do what `with` does."""
         return self.__enter__()
 
     async def __aexit__(self, *raised: object) -> None:
-        """Do what `with` does, in a thread: the bell is rung for what was submitted last."""
+        """Leave in a thread: the bell is still rung for the last submits, and that blocks."""
         await asyncio.to_thread(self.__exit__, *raised)
 
 
 class MemoryApp(App):
-    """An App on a store in memory that works its own tasks off; the fixture `buquet_app` gives one."""
+    """An App on a store in memory that runs its own tasks. The fixture `buquet_app` returns one.
+
+    Its methods are the functions of the same names.
+    """
 
     def __init__(self) -> None:
         super().__init__("memory:")
 
-    def run_until_idle(self, *, until: Until | None = None, virtual: bool = False, inline: bool = False) -> None:
-        """Do what the function `run_until_idle` does, for this App."""
-        run_until_idle(self, until=until, virtual=virtual, inline=inline)
+    run_until_idle = run_until_idle
+    arun_until_idle = arun_until_idle
+    advance = advance
+    aadvance = aadvance
 
-    async def arun_until_idle(self, *, until: Until | None = None, virtual: bool = False) -> None:
-        """Do what the function `arun_until_idle` does, for this App."""
-        await arun_until_idle(self, until=until, virtual=virtual)
 
-    def advance(self, seconds: float | timedelta, *, virtual: bool = False, inline: bool = False) -> None:
-        """Do what the function `advance` does, for this App."""
-        advance(self, seconds, virtual=virtual, inline=inline)
+class _Recorder(Aside):
+    def __init__(self) -> None:
+        self.checkpoints: list[Any] = []
+        self.reports: list[Progress] = []
 
-    async def aadvance(self, seconds: float | timedelta, *, virtual: bool = False) -> None:
-        """Do what the function `aadvance` does, for this App."""
-        await aadvance(self, seconds, virtual=virtual)
+    def run_blocking(self, value: Any) -> None:
+        super().run_blocking(value)
+        self.checkpoints.append(value)
+
+    def progress(self, fraction: float, message: str) -> None:
+        self.reports.append(Progress(fraction=fraction, message=message))
+
+
+class FakeAttempt(Attempt):
+    """The attempt that `current()` returns inside `with`, in plain calls of tasks. It records their checkpoints and progress.
+
+    `checkpointed` is the value of an earlier attempt's checkpoint. `current()` shows `attempt`, `tags`, `run` and `step`.
+
+    >>> from buquet import App, current
+    >>> app = App("memory:")
+    >>> @app.task
+    ... def crawl(pages: int) -> None:
+    ...     for page in range(current().checkpointed or 0, pages):
+    ...         current().checkpoint(page + 1)
+    ...         current().progress((page + 1) / pages)
+    >>> with FakeAttempt(attempt=2, checkpointed=2) as attempt:
+    ...     crawl(4)
+    >>> attempt.checkpoints, [report.fraction for report in attempt.reports]
+    ([3, 4], [0.75, 1.0])
+    """
+
+    def __init__(
+        self,
+        *,
+        attempt: int = 1,
+        checkpointed: Any = None,
+        tags: Mapping[str, str] | None = None,
+        cancelled: bool = False,
+        run: str = "",
+        step: str = "",
+    ) -> None:
+        recorder = _Recorder()
+        task_id = Clock().new_id()
+        task = Task(id=task_id, queue="", name="", state="running", created=0, tags=dict(tags or {}), run=run, step=step)
+        logger = logging.LoggerAdapter(logging.getLogger("buquet.task"), {"task": task_id, "attempt": attempt})
+        super().__init__(recorder, task, attempt, logger, checkpointed=checkpointed)
+        self.cancelled = cancelled
+        self.checkpoints = recorder.checkpoints
+        """The values of the checkpoints, in order."""
+        self.reports = recorder.reports
+        """The reports of progress, in order: `fraction` and `message`."""
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(given_attempt(self))
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()

@@ -1,4 +1,4 @@
-"""The pytest plugin: installed with buquet, it gives tests the fixture `buquet_app`, and keeps them off real stores."""
+"""The pytest plugin: the fixture `buquet_app`, and a guard that keeps tests off real stores. pytest loads it by itself."""
 
 from __future__ import annotations
 
@@ -19,21 +19,19 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Declare the ini options."""
+def pytest_addoption(parser: pytest.Parser) -> None:  # noqa: D103 - see pytest
     parser.addini("buquet_app", "the App under test, MODULE:APP, which the fixture buquet_app puts in memory", default="")
     parser.addini("buquet_real_stores", "let every test use the stores that Apps name by their URL", type="bool", default=False)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Declare the markers."""
+def pytest_configure(config: pytest.Config) -> None:  # noqa: D103 - see pytest
     config.addinivalue_line("markers", "buquet_app(app): the App, or MODULE:APP, that the fixture buquet_app puts in memory")
     config.addinivalue_line("markers", "buquet_real_store: let the test use the stores that Apps name by their URL")
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None]:
-    """While a test runs, refuse what would reach a real store by accident."""
+    """While a test runs, refuse to use a real store by accident."""
     meant = item.config.getini("buquet_real_stores") or item.get_closest_marker("buquet_real_store")
     before, App.on_use = App.on_use, None if meant else _refuse
     yield
@@ -57,9 +55,9 @@ def _refuse(app: App) -> None:
 
 @pytest.fixture
 def buquet_app(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Generator[MemoryApp]:
-    """Put the App under test on a fresh store in memory; `buquet_app.run_until_idle()` works its tasks off in the test's process.
+    """Put the App under test on a fresh store in memory. `buquet_app.run_until_idle()` runs its tasks in the test's process.
 
-    The marker `buquet_app(app)` or the ini option `buquet_app` names the App; without both it is a new one without tasks.
+    The marker `buquet_app(app)` or the ini option `buquet_app` names the App. Without both, the App is a new one without tasks.
     """
     marker = request.node.get_closest_marker("buquet_app")
     target = marker.args[0] if marker is not None else request.config.getini("buquet_app")

@@ -298,7 +298,7 @@ async def test_what_cannot_be_read_or_is_missing_is_told_and_left(rig):
         "unreadable record": keys.task(broken.id),
         "payload missing": keys.task(large.id),
         "orphaned payload": orphan,
-        "foreign object": "tasks/00/notes.txt",
+        "unknown object": "tasks/00/notes.txt",
     }
     assert (await rig.store.get(keys.task(broken.id))).body == b"{"
 
@@ -332,7 +332,7 @@ async def test_one_strange_record_is_named_and_the_others_are_checked(rig):
     unreadable = [("unreadable record", key, False) for key in sorted(broken)]
     assert [(each.kind, each.key, each.repaired) for each in report.findings] == [
         ("entry missing", keys.task(ours.id), True),
-        ("foreign object", f"bell/{'b' * 101}", False),
+        ("unknown object", f"bell/{'b' * 101}", False),
         *unreadable,
     ]
     said = {each.key: each.detail for each in report.findings}
@@ -468,7 +468,7 @@ async def test_one_strange_time_stops_no_prune(rig):
 @virtual
 async def test_younger_than_an_hour_is_refused(rig):
     for age in (0, 3599, float("nan")):
-        with pytest.raises(UsageError, match="an hour at least"):
+        with pytest.raises(UsageError, match="at least an hour"):
             await prune(rig.client, age)
 
 

@@ -315,7 +315,7 @@ def retry_unfenced(task, token):
 def _sweep():
     from buquet.operate import prune
 
-    return prune._Sweep
+    return prune._Pruning
 
 
 BUGS = {

@@ -24,7 +24,7 @@ from buquet.dashboard.app import GET, dashboard
 from buquet.dashboard.sessions import CROWD, Sessions
 from buquet.errors import StoreRefused, StoreUnavailable, UsageError
 from buquet.insights.feed import MOST_RECORDS
-from buquet.operate.counting import CountingStore
+from buquet.operate.bench import CountingStore
 from buquet.store.base import Stored
 from buquet.store.memory import MemoryStore
 from buquet.testing.fixture import run_until_idle

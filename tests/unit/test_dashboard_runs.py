@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from buquet import App, Fail, Run, Signal, each
 from buquet.dashboard.app import dashboard
-from buquet.operate.counting import CountingStore
+from buquet.operate.bench import CountingStore
 from buquet.queue.control import whoami
 from buquet.testing.fixture import run_until_idle
 

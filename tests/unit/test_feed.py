@@ -13,7 +13,7 @@ from buquet.errors import StoreUnavailable
 from buquet.insights.feed import FIRST, MOST_RECORDS, TOPICS, Feed
 from buquet.insights.overview import WINDOWS, crews, overview, queue_states, window
 from buquet.insights.search import Wanted, search
-from buquet.operate.counting import CountingStore
+from buquet.operate.bench import CountingStore
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
 

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from buquet import App, Fail, UsageError
 from buquet.operate import metrics as metrics_module
-from buquet.operate.counting import CountingStore
+from buquet.operate.bench import CountingStore
 from buquet.operate.metrics import Metrics, serve
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore

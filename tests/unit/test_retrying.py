@@ -18,7 +18,7 @@ from buquet.insights.scan import Scan
 from buquet.insights.search import Wanted, search
 from buquet.insights.tasks import Filter, find, status_of
 from buquet.journal.lines import decode_lines
-from buquet.operate.counting import CountingStore
+from buquet.operate.bench import CountingStore
 from buquet.operate.metrics import Metrics
 from buquet.operate.prune import prune
 from buquet.queue.background import Background

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from buquet import App, RunCancelled, RunFailed, Signal, keys
-from buquet.operate.counting import CountingStore
+from buquet.operate.bench import CountingStore
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.store.register import Register

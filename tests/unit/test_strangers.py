@@ -220,7 +220,7 @@ async def test_fsck_names_every_stranger_and_every_unreadable_record(rig):
     await rig.put(*unreadable, body=b"[]")
     await rig.clock.sleep(2 * HOUR)
     found = (await fsck(rig.app.client, repair=True)).findings
-    assert [each.key for each in found if each.kind == "foreign object"] == STRANGERS
+    assert [each.key for each in found if each.kind == "unknown object"] == STRANGERS
     assert sorted(each.key for each in found if each.kind == "unreadable record") == sorted(unreadable)
     assert not any(each.repaired for each in found)
 
@@ -228,12 +228,12 @@ async def test_fsck_names_every_stranger_and_every_unreadable_record(rig):
 @virtual
 async def test_doctor_tells_of_strangers(rig):
     verdicts = {each.name: each async for each in examine(rig.memory, rig.clock)}
-    assert not verdicts["strangers"].warning
+    assert not verdicts["unknown objects"].warning
     await rig.work.asubmit(1)
     # those inside a folder that doctor does not list as a whole are left to fsck
     seen = [key for key in STRANGERS if not key.endswith("5/zzz")]
     await rig.put(*STRANGERS)
-    verdict = next(each for each in [each async for each in examine(rig.memory, rig.clock)] if each.name == "strangers")
+    verdict = next(each for each in [each async for each in examine(rig.memory, rig.clock)] if each.name == "unknown objects")
     assert verdict.ok
     assert verdict.warning
     assert f"{len(seen)} objects are not buquet's" in verdict.detail

@@ -183,7 +183,7 @@ def bench(
     app = open_app(url)
     with asyncio.Runner(loop_factory=new_loop) as runner:  # the loop that workers and blocking calls run on
         measured: Measured = runner.run(
-            measure(app.url, app.clock, tasks=tasks, concurrency=concurrency, samples=samples, tell=to_stderr)
+            measure(app.url, app.clock, tasks=tasks, concurrency=concurrency, samples=samples, on_progress=to_stderr)
         )
     if json:
         print_json(measured._asdict())

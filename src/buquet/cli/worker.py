@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from buquet.app import App
-    from buquet.operate.counting import CountingStore
+    from buquet.operate.bench import CountingStore
     from buquet.store.base import Store
     from buquet.worker.worker import Worker
 
@@ -109,7 +109,7 @@ def worker(
 
 def _counting(app: App) -> CountingStore:
     """Have the App's requests counted."""
-    from buquet.operate.counting import CountingStore  # noqa: PLC0415 - only with metrics
+    from buquet.operate.bench import CountingStore  # noqa: PLC0415 - only with metrics
 
     made: list[CountingStore] = []
 

@@ -1,6 +1,6 @@
-"""Measures a store: tasks a second, how soon an idle worker starts one, and what a task asks of the store.
+"""Measures a store: tasks per second, how soon an idle worker starts a task, and requests per task.
 
-Its tasks have a queue of their own with a fresh name, so that it may run beside others, and are removed at the end.
+The tasks have their own queue with a fresh name, so that bench may run beside other work. They are removed at the end.
 """
 
 from __future__ import annotations
@@ -8,26 +8,31 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections import Counter
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from buquet import keys
 from buquet.clock import Clock
-from buquet.errors import BuquetError, StoreUnfit
-from buquet.operate.counting import CountingStore
-from buquet.operate.sweep import each_key, side_by_side
+from buquet.concurrency import each_of
+from buquet.errors import AlreadyExists, BuquetError, Changed, StoreError, StoreRefused, StoreUnfit
+from buquet.operate.sweep import AT_ONCE, each_key
 from buquet.printing import counted
 from buquet.queue.background import Background
 from buquet.queue.client import Client
 from buquet.queue.options import Policy, SubmitOptions
 from buquet.queue.task import AsyncTaskFunction
+from buquet.store.base import NotModified, PassingStore
 from buquet.store.open import open_store
 from buquet.worker.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 
     from buquet.queue.handle import Handle
+    from buquet.store.base import Op, Store
+
+T = TypeVar("T")
 
 EVERY = 0.1
 """Seconds between two submits to an idle worker."""
@@ -35,8 +40,40 @@ START_TIMEOUT = 30.0
 LONGEST = 600.0
 
 
+class CountingStore(PassingStore):
+    """Passes every request on, and counts it by kind (PUT, GET, LIST, DELETE) and outcome. A wait is not a request.
+
+    Outcomes: ok, missing and unchanged (of a GET), conflict, refused, unavailable, cancelled.
+    """
+
+    def __init__(self, inner: Store) -> None:
+        super().__init__(inner)
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def total(self, kind: str) -> int:
+        """Return how many requests of a kind there were, with any outcome."""
+        return sum(number for (counted_kind, _), number in dict(self.counts).items() if counted_kind == kind)
+
+    async def _request(self, op: Op, key: str, send: Callable[[], Coroutine[Any, Any, T]]) -> T:  # noqa: ARG002 - the base's
+        kind = "PUT" if op in {"create", "update"} else op.upper()
+        outcome = "cancelled"
+        try:
+            answer = await send()
+            outcome = "unchanged" if isinstance(answer, NotModified) else "missing" if kind == "GET" and answer is None else "ok"
+        except (AlreadyExists, Changed):
+            outcome = "conflict"
+            raise
+        except StoreError as error:
+            outcome = "refused" if isinstance(error, StoreRefused) else "unavailable"
+            raise
+        else:
+            return answer
+        finally:
+            self.counts[kind, outcome] += 1
+
+
 class Measured(NamedTuple):
-    """What was measured."""
+    """The result of a benchmark."""
 
     url: str
     tasks: int
@@ -44,17 +81,17 @@ class Measured(NamedTuple):
     submit_per_second: float
     drain_per_second: float
     samples: int
-    """How many single tasks the two latencies are from."""
+    """How many single tasks the two latencies come from."""
     start_p50_ms: float
     start_p99_ms: float
     submit_requests: dict[str, float]
-    """Requests for each submitted task, by kind: PUT, GET, LIST, DELETE."""
+    """Requests per submitted task, by kind: PUT, GET, LIST, DELETE."""
     run_requests: dict[str, float]
-    """Requests of the worker for each task that it drained, by kind."""
+    """Requests of the worker per drained task, by kind."""
 
 
 class _Bench:
-    """One process's side: a client whose requests are counted, and the two tasks."""
+    """One process of the benchmark: a client whose requests are counted, and the two tasks."""
 
     max_items: int | None = None
 
@@ -74,7 +111,7 @@ class _Bench:
         """Do nothing."""
 
     async def _started(self) -> float:
-        """Return the time of this machine's clock, which all processes on it share."""
+        """Return the time by this machine's clock, which its processes share."""
         return self.clock.now()
 
     def worker(self, concurrency: int, *, drain: bool) -> Worker:
@@ -93,28 +130,28 @@ async def bench(
     tasks: int = 1000,
     concurrency: int = 64,
     samples: int = 50,
-    tell: Callable[[str], None] | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> Measured:
     """Measure the store that a URL names.
 
-    `tasks` empty tasks are submitted, then drained by one worker in this process; then `samples` single ones, a tenth of a second
-    apart, go to one idle worker in a process of its own (for `memory:` in this one).
-    `tell` is called with a few words at each stage. Raises StoreError.
+    First `tasks` empty tasks are submitted, and drained by one worker in this process. Then `samples` single tasks, a tenth of a
+    second apart, go to one idle worker in another process (with `memory:`, in this one). `on_progress` is called with a few words
+    at each stage. Raises StoreError.
     """
-    tell = tell or (lambda _text: None)
+    on_progress = on_progress or (lambda _text: None)
     queue = f"bench-{clock.new_op()}"
     one = _Bench(url, queue, clock)
     ids: list[str] = []
     try:
         await one.client.open()
-        tell(f"submitting {counted(tasks, 'task')}")
+        on_progress(f"submitting {counted(tasks, 'task')}")
         submit_rate, submit_requests = await _submit(one, tasks, ids)
-        tell(f"draining them with one worker, {concurrency} at once")
+        on_progress(f"draining them with one worker, {concurrency} at once")
         drain_rate, run_requests = await _drain(one, tasks, concurrency)
-        tell(f"{counted(samples, 'task')}, one at a time, for a worker that is idle")
+        on_progress(f"{counted(samples, 'task')}, one at a time, for a worker that is idle")
         waits = sorted(await _latencies(one, url, samples, ids))
     finally:
-        tell("cleaning up")
+        on_progress("cleaning up")
         await _clean_up(one, ids)
         await one.close()
     return Measured(
@@ -137,7 +174,7 @@ async def _submit(one: _Bench, tasks: int, ids: list[str]) -> tuple[float, dict[
     ids += [handle.id for handle in await one.noop.asubmit_many(() for _ in range(tasks))]
     took = one.clock.monotonic() - begun
     await one.client.ringer.flush()
-    return tasks / took, _each(one, tasks)
+    return tasks / took, _per_task(one, tasks)
 
 
 async def _drain(one: _Bench, tasks: int, concurrency: int) -> tuple[float, dict[str, float]]:
@@ -146,21 +183,21 @@ async def _drain(one: _Bench, tasks: int, concurrency: int) -> tuple[float, dict
     begun = one.clock.monotonic()
     running = asyncio.create_task(worker.arun())
     try:
-        # the worker's own count: asking the store would be counted, too, and a drain waits a little to be sure that nothing comes
+        # the worker's own count: requests to the store would be counted, and a drain waits for late entries
         while worker.keeper.completed < tasks or worker.running:
             await one.clock.sleep(0.002)
             if running.done() or one.clock.monotonic() - begun > LONGEST:
                 done = f"only {worker.keeper.completed:,} of {counted(tasks, 'task')} completed"
                 raise StoreUnfit(f"{done} in {LONGEST:g} s. Run `buquet doctor`")
         took = one.clock.monotonic() - begun
-        requests = _each(one, tasks)
+        requests = _per_task(one, tasks)
     finally:
         worker.stop()
         await running
     return tasks / took, requests
 
 
-def _each(one: _Bench, tasks: int) -> dict[str, float]:
+def _per_task(one: _Bench, tasks: int) -> dict[str, float]:
     return {kind: round(one.store.total(kind) / tasks, 3) for kind in ("PUT", "GET", "LIST", "DELETE")}
 
 
@@ -181,7 +218,7 @@ async def _latencies(one: _Bench, url: str, samples: int, ids: list[str]) -> lis
 
 @asynccontextmanager
 async def _idle_worker(one: _Bench, url: str) -> AsyncGenerator[None]:
-    """Run a worker, in a process of its own where the store can be seen from there, and wait for nothing more than its start."""
+    """Run a worker: in its own process, unless the store is in memory."""
     if url == "memory:":
         worker = one.worker(4, drain=False)
         running = asyncio.create_task(worker.arun())
@@ -207,7 +244,7 @@ async def _idle_worker(one: _Bench, url: str) -> AsyncGenerator[None]:
 
 
 async def _clean_up(one: _Bench, ids: Sequence[str]) -> None:
-    """Remove every key that the tasks had. Nobody else knows them, and what is left where the store is away does no harm."""
+    """Remove every key of the tasks. Keys that are left while the store is unavailable do no harm."""
 
     async def remove(key: str) -> None:
         await one.client.reads.delete(key)
@@ -215,20 +252,20 @@ async def _clean_up(one: _Bench, ids: Sequence[str]) -> None:
             await one.store.forget_versions(key)
 
     with suppress(BuquetError):
-        await side_by_side(remove, [keys.task(task_id) for task_id in ids])
+        await each_of([keys.task(task_id) for task_id in ids], remove, AT_ONCE)
         for prefix in (keys.ready_prefix(one.queue), keys.later_lane(one.queue)):
-            await side_by_side(remove, [each.key async for each in each_key(one.client.reads, prefix)])
+            await each_of([listed.key async for listed in each_key(one.client.reads, prefix)], remove, AT_ONCE)
         await one.client.ringer.flush()
         await one.client.reads.delete(keys.bell(one.queue))
 
 
 def _share(ordered: Sequence[float], share: float) -> float:
-    """Return the value below which this share of some ordered ones lies."""
+    """Return the value below which a share of the ordered values lies."""
     return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else 0.0
 
 
 def _serve() -> None:
-    """Be the idle worker: the module's own command, URL and queue."""
+    """Run the idle worker. The module's arguments are the URL and the queue."""
     url, queue = sys.argv[1:]
     one = _Bench(url, queue, Clock())
     one.worker(4, drain=False).run()

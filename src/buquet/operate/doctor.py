@@ -1,7 +1,7 @@
-"""Proves that a store is fit to be trusted with tasks, by trying what everything else stands on.
+"""Checks whether buquet can rely on a store, by trying every operation that buquet needs.
 
-Its keys lie under `doctor/{random}/`, and one under `tasks/`, since some stores keep versions only there. They are removed at the
-end.
+The checks write under `doctor/{random}/`, and one key under `tasks/`, since some stores keep versions only there. All keys are
+removed at the end.
 """
 
 from __future__ import annotations
@@ -9,13 +9,24 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from buquet import keys
-from buquet.errors import AccessDenied, AlreadyExists, BucketMissing, Changed, StoreError, StoreUnavailable, UsageError
-from buquet.operate.rights import missing_rights, refused_sessions
-from buquet.operate.strangers import LARGE, is_stranger, strangers
+from buquet.codec import decode_record
+from buquet.concurrency import each_of
+from buquet.errors import (
+    AccessDenied,
+    AlreadyExists,
+    BucketMissing,
+    Changed,
+    StoreError,
+    StoreUnavailable,
+    UnreadableRecord,
+    UsageError,
+)
+from buquet.operate.sweep import LARGE, each_key, is_unknown, unknown_objects
 from buquet.printing import counted
+from buquet.records import Session
 from buquet.store.base import NOT_MODIFIED, Stored
 from buquet.store.retrying import Retrying
 
@@ -28,102 +39,108 @@ if TYPE_CHECKING:
 WRITERS = 32
 ROUNDS = 3
 ENOUGH = 8.0
-"""Seconds after which no further round begins: some servers let racing writers wait for each other for seconds."""
+"""Seconds after which no further round begins: on some servers, racing writers wait for each other for seconds."""
 SAMPLES = 12
 CLOCK_TOLERANCE = 2.0
-"""Seconds of difference that whole-second LastModified and the way there explain."""
+"""Seconds of difference that whole-second LastModified and the network explain."""
 PATIENCE = 20.0
 """Seconds for which an unanswered read or delete is sent again."""
 
+WRITTEN = (
+    keys.TASKS,
+    keys.READY,
+    keys.LATER,
+    keys.PAYLOADS,
+    keys.BELLS,
+    keys.NOTES,
+    keys.WORKERS,
+    keys.SCHEDULES,
+    keys.RUNS,
+    keys.OPEN,
+    keys.JOURNAL,
+)
+"""The folders that a worker writes to."""
+DELETED = (keys.READY, keys.LATER, keys.PAYLOADS, keys.NOTES, keys.CONTROL, keys.WORKERS, keys.OPEN)
+READ = (*WRITTEN, keys.CONTROL, keys.QUEUES)
+
+Seen: TypeAlias = tuple[Literal["good", "warning", "bad"], str, str]
+"""What a check saw: how well the store did, the detail, and the meaning."""
+
 
 class Verdict(NamedTuple):
-    """What one check found."""
+    """The result of one check."""
 
     name: str
     ok: bool
     """Whether buquet can work with this. A store with one verdict that is not ok is unfit."""
     detail: str
-    """What was seen."""
+    """What the check saw."""
     meaning: str
-    """What it means for tasks, and what to do where it is not well."""
+    """What this means for tasks, and how to mend a problem."""
     warning: bool = False
-    """True where it works, but something is worth knowing."""
-
-
-def _good(name: str, detail: str, meaning: str) -> Verdict:
-    return Verdict(name, ok=True, detail=detail, meaning=meaning)
-
-
-def _warning(name: str, detail: str, meaning: str) -> Verdict:
-    return Verdict(name, ok=True, detail=detail, meaning=meaning, warning=True)
-
-
-def _bad(name: str, detail: str, meaning: str) -> Verdict:
-    return Verdict(name, ok=False, detail=detail, meaning=meaning)
+    """Whether the check is ok, but saw something that an operator should know."""
 
 
 async def examine(store: Store, clock: Clock) -> AsyncIterator[Verdict]:
-    """Try a store out and yield a verdict after each check; a dozen in all, about 500 small requests.
+    """Check a store, and yield a verdict after each check: fourteen in all, with about 500 small requests.
 
-    An error that a check meets is its verdict; a denied request is the last one. Raises AccessDenied and BucketMissing where
-    even the first request is refused, which only reads.
+    An error that a check meets is its verdict. A denied request ends the checks. Raises AccessDenied and BucketMissing if even
+    the first request, a read, is refused.
 
     >>> async for verdict in examine(client.store, client.clock):  # doctest: +SKIP
     ...     print(verdict.name, verdict.ok, verdict.detail)
     """
-    examiner = _Examiner(store, clock)
+    checks = _Checks(store, clock)
     # a GET first: on some stores a PUT creates a missing bucket
-    await examiner.reads.get(keys.LAYOUT)
+    await checks.reads.get(keys.LAYOUT)
+    denied = False
     try:
-        for check in examiner.checks():
+        for name, check in checks.all():
             try:
-                yield await examiner.verdict(check)
+                level, detail, meaning = await check()
+            except (BucketMissing, UsageError):
+                raise
             except AccessDenied as error:
+                denied = True
                 meaning = "nothing more can be tried out. Give these credentials that right, or run doctor with an operator's"
-                yield _bad(check.__name__.replace("_", " "), str(error), meaning)
+                level, detail = "bad", str(error)
+            except Exception as error:  # noqa: BLE001 - any error is the check's result
+                meaning = "this could not be tried out; mend what the error says and run doctor again"
+                level, detail = "bad", str(error) or type(error).__name__
+            yield Verdict(name, level != "bad", detail, meaning, level == "warning")
+            if denied:
                 return
     finally:
-        await examiner.clean_up()
+        await checks.clean_up()
 
 
-class _Examiner:
+class _Checks:
     def __init__(self, store: Store, clock: Clock) -> None:
         self.store = store
         self.clock = clock
         self.reads = Retrying(store, clock, PATIENCE)
         self.folder = f"doctor/{clock.new_op()}"
-        # no key of a record: whoever reads all records meanwhile passes over it
-        self.kept = f"{keys.TASKS}00/doctor-{clock.new_op()}.json"
+        # not the key of a record: readers of all records skip it
+        self.versioned = f"{keys.TASKS}00/doctor-{clock.new_op()}.json"
         self.used: set[str] = set()
 
-    def checks(self) -> list[Callable[[], Awaitable[Verdict]]]:
+    def all(self) -> list[tuple[str, Callable[[], Awaitable[Seen]]]]:
         return [
-            self.rights,
-            self.reach,
-            self.racing_creates,
-            self.racing_updates,
-            self.update_of_nothing,
-            self.read_after_write,
-            self.conditional_get,
-            self.list_order,
-            self.delete,
-            self.versions,
-            self.strangers,
-            self.clock_difference,
-            self.latency,
-            self.workers,
+            ("rights", self.rights),
+            ("reach", self.reach),
+            ("racing creates", self.racing_creates),
+            ("racing updates", self.racing_updates),
+            ("update of nothing", self.update_of_nothing),
+            ("read after write", self.read_after_write),
+            ("conditional GET", self.conditional_get),
+            ("LIST", self.list_order),
+            ("delete", self.delete),
+            ("versions", self.versions),
+            ("unknown objects", self.unknown_objects),
+            ("clock", self.clock_difference),
+            ("latency", self.latency),
+            ("workers", self.workers),
         ]
-
-    async def verdict(self, check: Callable[[], Awaitable[Verdict]]) -> Verdict:
-        """Carry out a check; an error that it does not expect is a verdict, too."""
-        try:
-            return await check()
-        except (AccessDenied, BucketMissing, UsageError):
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever a check meets is what it found
-            name = check.__name__.replace("_", " ")
-            meaning = "this could not be tried out; mend what the error says and run doctor again"
-            return _bad(name, str(error) or type(error).__name__, meaning)
 
     def key(self, name: str) -> str:
         key = f"{self.folder}/{name}"
@@ -131,82 +148,110 @@ class _Examiner:
         return key
 
     async def clean_up(self) -> None:
-        """Remove every key that was written."""
-        limit = asyncio.Semaphore(WRITERS)
-
         async def remove(key: str) -> None:
-            async with limit:
-                with suppress(StoreError):
-                    await self.reads.delete(key)
-
-        await asyncio.gather(*(remove(key) for key in self.used))
-        if self.kept in self.used:
             with suppress(StoreError):
-                await self.store.forget_versions(self.kept)
+                await self.reads.delete(key)
+
+        await each_of(self.used, remove, WRITERS)
+        if self.versioned in self.used:
+            with suppress(StoreError):
+                await self.store.forget_versions(self.versioned)
 
     # ------------------------------------------------------------------ the checks
 
-    async def rights(self) -> Verdict:
-        denied = await missing_rights(self.store, self.clock)
-        if denied:
+    async def rights(self) -> Seen:
+        """Try each request where a worker needs it. Nothing is written: PUTs are updates of a missing object.
+
+        The store refuses such an update for its condition if the right is granted, and for the right otherwise.
+        """
+        probe = f"doctor-{self.clock.new_op()}"
+
+        async def update(key: str) -> None:
+            await self.store.update(key, b"", '"none"')
+            await self.store.delete(key)  # an unfit store has written it
+
+        async def denied(verb: str, folder: str) -> str:
+            key = f"{folder}{probe}"
+            requests: dict[str, Callable[[], Awaitable[object]]] = {
+                "LIST": lambda: self.store.list(folder, limit=1),
+                "GET": lambda: self.store.get(key),
+                "PUT": lambda: update(key),
+                "DELETE": lambda: self.store.delete(key),
+            }
+            try:
+                await requests[verb]()
+            except AccessDenied as error:
+                return f"{verb} {folder}: {error}"
+            except (Changed, AlreadyExists):
+                pass
+            return ""
+
+        needed = [("LIST", keys.WORKERS)]
+        needed += [(verb, at) for verb, folders in (("GET", READ), ("PUT", WRITTEN), ("DELETE", DELETED)) for at in folders]
+        lacking = [line for line in await each_of(needed, lambda right: denied(*right), len(needed)) if line]
+        if lacking:
             meaning = "a worker needs all of these; for others see docs/policies. Tasks wait for what their worker lacks"
-            return _bad("rights", "; ".join(denied), meaning)
-        return _good("rights", "a worker's reads, writes, lists and deletes are allowed", "no task will wait for a right")
+            return "bad", "; ".join(lacking), meaning
+        return "good", "a worker's reads, writes, lists and deletes are allowed", "no task will wait for a right"
 
-    async def workers(self) -> Verdict:
-        told = [f"{each.id} on {each.host}: {each.refused}" async for each in refused_sessions(self.reads)]
-        if told:
+    async def workers(self) -> Seen:
+        refused: list[str] = []
+        async for listed in each_key(self.reads, keys.WORKERS):
+            stored = await self.reads.get(listed.key)
+            with suppress(UnreadableRecord):
+                session = decode_record(Session, stored.body, listed.key) if isinstance(stored, Stored) else None
+                if session is not None and session.refused:
+                    refused.append(f"{session.id} on {session.host}: {session.refused}")
+        if refused:
             meaning = "tasks wait until these workers have what they lack: other credentials, other rights, or space"
-            return _warning("workers", "; ".join(told), meaning)
-        return _good("workers", "no worker was refused anything lately", "what their own credentials lack would be told here")
+            return "warning", "; ".join(refused), meaning
+        return "good", "no worker was refused anything lately", "requests that a worker is refused would be shown here"
 
-    async def reach(self) -> Verdict:
+    async def reach(self) -> Seen:
         key = self.key("reach")
         await self.reads.put(key, b"here")
         await self.reads.get(key)
-        return _good("reach", f"{self.store.url} answers", "credentials and rights are there to write and to read")
+        return "good", f"{self.store.url} answers", "the credentials allow writes and reads"
 
-    async def racing_creates(self) -> Verdict:
-        async def round_(number: int) -> str:
+    async def racing_creates(self) -> Seen:
+        async def race(number: int) -> str:
             key = self.key(f"create-{number}")
             return await self._race(key, lambda body: self.store.create(key, body))
 
         return await self._rounds(
-            "racing creates",
             "PUT If-None-Match",
-            round_,
+            race,
             "a task's key is taken once, so one submit is one task",
             "two submits of one idempotency key can both win. Do not use this store; it needs atomic PUT with If-None-Match",
         )
 
-    async def racing_updates(self) -> Verdict:
-        async def round_(number: int) -> str:
+    async def racing_updates(self) -> Seen:
+        async def race(number: int) -> str:
             key = self.key(f"update-{number}")
             etag = (await self.store.put(key, b"base")).etag
             return await self._race(key, lambda body: self.store.update(key, body, etag))
 
         return await self._rounds(
-            "racing updates",
             "PUT If-Match",
-            round_,
+            race,
             "a claim is won by one worker, and a worker that lost it can write no more",
             "two workers can win one claim. Do not use this store; it needs atomic PUT with If-Match",
         )
 
-    async def _rounds(self, name: str, what: str, round_: Callable[[int], Awaitable[str]], good: str, bad: str) -> Verdict:
+    async def _rounds(self, what: str, race: Callable[[int], Awaitable[str]], good: str, bad: str) -> Seen:
         outcomes: list[str] = []
         begun = self.clock.monotonic()
         while len(outcomes) < ROUNDS and self.clock.monotonic() - begun < ENOUGH:
-            outcomes.append(await round_(len(outcomes)))
-        problems = [each for each in outcomes if each not in {"one", "none"}]
+            outcomes.append(await race(len(outcomes)))
+        problems = [outcome for outcome in outcomes if outcome not in {"one", "none"}]
         if problems:
-            return _bad(name, f"{what}: in {len(problems)} of {len(outcomes)} rounds of {WRITERS} writers {problems[0]}", bad)
+            return "bad", f"{what}: in {len(problems)} of {len(outcomes)} rounds of {WRITERS} writers {problems[0]}", bad
         if "one" not in outcomes:
-            return _bad(name, f"{what}: in {len(outcomes)} rounds of {WRITERS} writers nobody won", bad)
-        return _good(name, f"{what}: {WRITERS} writers at once, rounds: {len(outcomes)}, never more than one winner", good)
+            return "bad", f"{what}: in {len(outcomes)} rounds of {WRITERS} writers nobody won", bad
+        return "good", f"{what}: {WRITERS} writers at once, rounds: {len(outcomes)}, never more than one winner", good
 
     async def _race(self, key: str, write: Callable[[bytes], Awaitable[Receipt]]) -> str:
-        """Let all write at once; say `one` (winner), `none`, or what is wrong."""
+        """Let all writers write at once. Return `one` (winner), `none`, or what is wrong."""
         won: dict[bytes, str] = {}
         unknown: set[bytes] = set()
 
@@ -219,134 +264,124 @@ class _Examiner:
             except (AlreadyExists, Changed):
                 pass
 
-        # all are awaited, also when one fails: nobody may still write when the keys are deleted
-        outcomes = await asyncio.gather(*(writer(number) for number in range(WRITERS)), return_exceptions=True)
-        if errors := [each for each in outcomes if each is not None]:
+        # all writers must have ended, even if one fails, before the keys are deleted
+        outcomes = await asyncio.gather(*map(writer, range(WRITERS)), return_exceptions=True)
+        if errors := [outcome for outcome in outcomes if outcome is not None]:
             raise errors[0]
         if len(won) > 1:
             return f"{len(won)} won"
-        there = await self.reads.get(key)
+        stored = await self.reads.get(key)
         for body, etag in won.items():
-            if not isinstance(there, Stored) or there.body != body:
-                return "the winner's object was not what lay there afterwards"
-            if there.etag != etag:
-                return "the ETag that the winner was told is not the one that a GET tells"
-        if won or (isinstance(there, Stored) and there.body in unknown):
-            return "one"
-        return "none"
+            if not isinstance(stored, Stored) or stored.body != body:
+                return "the winner's object was not stored"
+            if stored.etag != etag:
+                return "the winner's ETag differs from the one that a GET returns"
+        return "one" if won or (isinstance(stored, Stored) and stored.body in unknown) else "none"
 
-    async def update_of_nothing(self) -> Verdict:
-        name, good = "update of nothing", "a removed record cannot be brought back by a late write"
+    async def update_of_nothing(self) -> Seen:
+        good = "a removed record cannot be brought back by a late write"
         etag = (await self.store.put(self.key("gone"), b"here")).etag
         await self.reads.delete(self.key("gone"))
         for key in (self.key("gone"), self.key("never")):
             with suppress(Changed):
                 await self.store.update(key, b"ghost", etag)
                 bad = "a late write can bring back what was removed. Do not use this store"
-                return _bad(name, "an update with If-Match of a missing key was accepted", bad)
+                return "bad", "an update with If-Match of a missing key was accepted", bad
             if await self.reads.get(key) is not None:
-                return _bad(name, "a refused update of a missing key wrote an object all the same", good)
-        return _good(name, "PUT If-Match of a missing key is refused", good)
+                return "bad", "a refused update of a missing key wrote an object all the same", good
+        return "good", "PUT If-Match of a missing key is refused", good
 
-    async def read_after_write(self) -> Verdict:
-        name, meaning = "read after write", "what was written is seen by the next read, GET and LIST, of everybody"
+    async def read_after_write(self) -> Seen:
+        meaning = "every reader's next GET or LIST sees what was written"
         for number in range(SAMPLES):
             key = self.key(f"fresh/{number:02}")
             for body in (b"first", b"second"):
                 etag = (await self.store.put(key, body)).etag
-                there = await self.reads.get(key)
-                if not isinstance(there, Stored) or (there.body, there.etag) != (body, etag):
-                    return _bad(name, "a GET did not return what had just been written", f"not so here: {meaning}")
+                stored = await self.reads.get(key)
+                if not isinstance(stored, Stored) or (stored.body, stored.etag) != (body, etag):
+                    return "bad", "a GET did not return what had just been written", f"not so here: {meaning}"
             page = await self.reads.list(f"{self.folder}/fresh/")
-            if key not in {each.key for each in page}:
-                return _bad(name, "a LIST did not show a key that had just been written", f"not so here: {meaning}")
-        return _good(name, f"{SAMPLES} keys, by GET and by LIST", meaning)
+            if key not in {listed.key for listed in page}:
+                return "bad", "a LIST did not show a key that had just been written", f"not so here: {meaning}"
+        return "good", f"{SAMPLES} keys, by GET and by LIST", meaning
 
-    async def conditional_get(self) -> Verdict:
-        name = "conditional GET"
+    async def conditional_get(self) -> Seen:
         key = self.key("unchanged")
         etag = (await self.store.put(key, b"one")).etag
         same = await self.reads.get(key, unless=etag)
         await self.store.put(key, b"two")
         other = await self.reads.get(key, unless=etag)
         if not isinstance(other, Stored) or other.body != b"two":
-            return _bad(name, "a GET with If-None-Match did not see a change", "workers would not hear of new tasks")
+            return "bad", "a GET with If-None-Match did not see a change", "workers would not learn of new tasks"
         if same is not NOT_MODIFIED:
-            meaning = "idle workers read the whole bell each time; it works, and costs more traffic"
-            return _warning(name, "a GET with If-None-Match is never answered 304", meaning)
-        return _good(name, "304 while unchanged, the object once changed", "idle workers poll for next to nothing")
+            meaning = "idle workers read the whole bell each time; buquet works, and causes more traffic"
+            return "warning", "a GET with If-None-Match is never answered 304", meaning
+        return "good", "304 while unchanged, the object once changed", "idle workers poll for next to nothing"
 
-    async def list_order(self) -> Verdict:
-        name, meaning = "LIST", "workers find what waits, page by page, the oldest first"
+    async def list_order(self) -> Seen:
+        meaning = "workers find waiting tasks page by page, the oldest first"
         prefix = f"{self.folder}/list/"
         names = ["0-a.0~x", "0-a.1~x", "0-b.0~x", "00000", "1-a.0~x", "1-a.0~y", "1-a.0~y%20z", "A", "B", "_", "a", "a-b", "b"]
-        wanted = sorted(self.key(f"list/{each}") for each in names)
-        for key in sorted(wanted, key=lambda _: self.clock.random.random()):
+        wanted = sorted(self.key(f"list/{name}") for name in names)
+        for key in (*sorted(wanted, key=lambda _: self.clock.random.random()), self.key("list2")):
             await self.store.put(key, b"")
-        self.used.add(f"{self.folder}/list2")
-        await self.store.put(f"{self.folder}/list2", b"")
         pages = {
-            "of all": ([each.key for each in await self.reads.list(prefix)], wanted),
-            "after a key": ([each.key for each in await self.reads.list(prefix, after=wanted[4])], wanted[5:]),
-            "after what is not there": ([each.key for each in await self.reads.list(prefix, after=wanted[4] + "!")], wanted[5:]),
-            "of one page": ([each.key for each in await self.reads.list(prefix, after=wanted[1], limit=3)], wanted[2:5]),
+            "of all": (await self.reads.list(prefix), wanted),
+            "after a key": (await self.reads.list(prefix, after=wanted[4]), wanted[5:]),
+            "after a missing key": (await self.reads.list(prefix, after=wanted[4] + "!"), wanted[5:]),
+            "of one page": (await self.reads.list(prefix, after=wanted[1], limit=3), wanted[2:5]),
         }
-        for which, (found, right) in pages.items():
-            if found != right:
-                shown = ", ".join(key.removeprefix(prefix) for key in found) or "nothing"
-                return _bad(name, f"a LIST {which} returned {shown}", f"not so here: {meaning}")
-        return _good(name, "in order, from start-after on, in pages", meaning)
+        for which, (page, right) in pages.items():
+            if [listed.key for listed in page] != right:
+                shown = ", ".join(listed.key.removeprefix(prefix) for listed in page) or "nothing"
+                return "bad", f"a LIST {which} returned {shown}", f"not so here: {meaning}"
+        return "good", "in order, from start-after on, in pages", meaning
 
-    async def delete(self) -> Verdict:
-        name, meaning = "delete", "entries of finished tasks go away"
+    async def delete(self) -> Seen:
+        meaning = "entries of finished tasks are removed"
         key = self.key("deleted/one")
         await self.store.put(key, b"")
         await self.store.delete(key)
         await self.store.delete(key)
         if await self.reads.get(key) is not None or await self.reads.list(f"{self.folder}/deleted/"):
-            return _bad(name, "a deleted key was still shown", f"not so here: {meaning}")
-        return _good(name, "gone for GET and LIST; a second DELETE is no error", meaning)
+            return "bad", "a deleted key was still shown", f"not so here: {meaning}"
+        return "good", "gone for GET and LIST; a second DELETE is no error", meaning
 
-    async def versions(self) -> Verdict:
-        self.used.add(self.kept)
-        first = await self.store.put(self.kept, b"first")
-        await self.store.put(self.kept, b"second")
-        there = await self.reads.get(self.kept, version=first.version) if first.version else None
-        if isinstance(there, Stored) and there.body == b"first":
-            return _good("versions", "an earlier version can be read", "a task's whole past can be looked up")
-        meaning = (
-            "a task's timeline is kept all the same, in its record; earlier records are not. `buquet init` turns versions on"
-        )
-        return _warning("versions", "earlier versions are not kept", meaning)
+    async def versions(self) -> Seen:
+        self.used.add(self.versioned)
+        first = await self.store.put(self.versioned, b"first")
+        await self.store.put(self.versioned, b"second")
+        stored = await self.reads.get(self.versioned, version=first.version) if first.version else None
+        if isinstance(stored, Stored) and stored.body == b"first":
+            return "good", "an earlier version can be read", "a task's full history can be read"
+        meaning = "a task's record still holds its timeline; earlier records are not kept. `buquet init` turns versions on"
+        return "warning", "earlier versions are not kept", meaning
 
-    async def strangers(self) -> Verdict:
-        found = [key async for key in strangers(self.reads)]
-        for prefix in LARGE:  # there the first page must do: fsck lists all
-            found += [each.key for each in await self.reads.list(prefix) if is_stranger(each.key)]
-        if not found:
-            return _good("strangers", "every object that was listed is one of buquet's", "nothing else writes under this prefix")
-        detail = f"{counted(len(found), 'object is', 'objects are')} not buquet's, such as {found[0][:200]}"
-        return _warning(
-            "strangers", detail, "buquet skips them, but lists them again and again. `buquet fsck` names all: move them"
-        )
+    async def unknown_objects(self) -> Seen:
+        unknown = [key async for key in unknown_objects(self.reads)]
+        for prefix in LARGE:  # only the first page of these: fsck lists all
+            unknown += [listed.key for listed in await self.reads.list(prefix) if is_unknown(listed.key)]
+        if not unknown:
+            return "good", "every object that was listed is one of buquet's", "nothing else writes under this prefix"
+        detail = f"{counted(len(unknown), 'object is', 'objects are')} not buquet's, such as {unknown[0][:200]}"
+        return "warning", detail, "buquet skips them, but lists them again and again. `buquet fsck` names all: move them"
 
-    async def clock_difference(self) -> Verdict:
+    async def clock_difference(self) -> Seen:
         key = self.key("clock")
         before = self.clock.now()
         await self.store.put(key, b"")
         after = self.clock.now()
-        there = await self.reads.get(key)
-        modified = there.modified if isinstance(there, Stored) else 0.0
+        stored = await self.reads.get(key)
+        modified = stored.modified if isinstance(stored, Stored) else 0.0
         # LastModified may be cut to a whole second
         difference = max(modified - after, before - (modified + 1), 0.0)
-        ahead = "ahead of" if modified > after else "behind"
         if difference > CLOCK_TOLERANCE:
-            detail = f"the store's clock is {difference:.1f} s {ahead} this machine's"
-            meaning = "nothing is lost by it: workers judge by the store's clock. Set this machine's, or times shown look odd"
-            return _warning("clock", detail, meaning)
-        return _good("clock", f"within {CLOCK_TOLERANCE:g} s of the store's", "delays and times shown are right")
+            detail = f"the store's clock is {difference:.1f} s {'ahead of' if modified > after else 'behind'} this machine's"
+            meaning = "nothing is lost: workers use the store's clock. Set this machine's clock, or shown times are wrong"
+            return "warning", detail, meaning
+        return "good", f"within {CLOCK_TOLERANCE:g} s of the store's", "delays and shown times are right"
 
-    async def latency(self) -> Verdict:
+    async def latency(self) -> Seen:
         took: dict[str, list[float]] = {"create": [], "update": [], "GET": [], "LIST": []}
 
         async def timed(kind: str, request: Awaitable[object]) -> object:
@@ -358,11 +393,10 @@ class _Examiner:
         for number in range(SAMPLES):
             key = self.key(f"time/{number}")
             await timed("create", self.store.create(key, b"x" * 400))
-            there = await timed("GET", self.store.get(key))
-            if isinstance(there, Stored):
-                await timed("update", self.store.update(key, b"y" * 400, there.etag))
+            stored = await timed("GET", self.store.get(key))
+            if isinstance(stored, Stored):
+                await timed("update", self.store.update(key, b"y" * 400, stored.etag))
             await timed("LIST", self.store.list(f"{self.folder}/time/"))
         shown = ", ".join(f"{kind} {median(times) * 1000:.1f} ms" for kind, times in took.items() if times)
         alone = sum(median(took[kind]) for kind in ("create", "update") if took[kind]) * 2
-        meaning = f"a task alone takes about {alone * 1000:.0f} ms beside its work; many run side by side"
-        return _good("latency", shown, meaning)
+        return "good", shown, f"a task alone takes about {alone * 1000:.0f} ms beside its work; many run side by side"

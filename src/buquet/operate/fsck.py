@@ -1,36 +1,45 @@
 """Checks every record of a bucket against the invariants, while others work on it.
 
-A live system moves while fsck looks, so each verdict rests on an order of reads that makes it sound at some moment in between:
+Records change while fsck reads, so each finding rests on an order of reads that makes it sound at some moment in between:
 
-- **entry missing** (I1): record pending under E; E is not there; the record is read again and is the same version. No two
-  versions have one ETag, so it was pending under E all the while, and E should have been there.
-- **claim missing** (I2): record running under claim K; its entry is not there; the session does not list K; the record is read
-  again and is the same version. An entry goes only after a heartbeat that lists K was stored, and K is dropped from the list only
-  after the record was stored as no longer under K. So while the record stood still, one of the two should have been there.
-- **payload missing**: the record names it; it is not there; the record is the same version still.
-- **stale entry**: over a day old by the store's clock; the record, read after the entry was listed, has a rev no lower and is
+- **entry missing** (I1): the record is pending under entry E; E is not there; the record is read again and has the same version.
+  No two versions share an ETag, so the record was pending under E all the while, and E should have been there.
+- **claim missing** (I2): the record is running under claim K; its entry is not there; the session does not list K; the record is
+  read again and has the same version. An entry is deleted only after a heartbeat that lists K was stored, and K leaves the list
+  only after the record was stored as no longer under K. So one of the two should have been there.
+- **payload missing**: the record names the payload; the payload is not there; the record still has the same version.
+- **stale entry**: over a day old by the store's clock; the record, read after the entry was listed, has a rev no lower, has
   ended or names another entry, and has been so for a minute; the entry is still there. Once true this stays true (I3), so
-  deleting it is harmless.
+  deleting the entry is harmless. The entry of a run is stale when the run's generation is over.
 - **abandoned entry**: over a day old, and of a later rev than an ended record's: the move that wrote it never came. The record's
-  rev is raised by CAS before the entry goes, so that a move that still comes meets a conflict.
-- **orphaned entry**: over a day old, and no record. A tombstone is created (If-None-Match) before the entry goes, so that a
-  submit which still comes meets it instead of leaving a task without an entry.
-- **orphaned payload**: over an hour old; no record, read after the payload was listed. Only prune removes those.
-- **overdue**: pending, though cancelled or a day past its deadline; ended by CAS, as the claim of a worker would.
+  rev is raised by CAS before the entry is deleted, so that a move that still comes meets a conflict.
+- **orphaned entry**: over a day old, and no record. A tombstone is created (If-None-Match) before the entry is deleted, so that a
+  submit that still comes meets the tombstone instead of leaving a task without an entry.
+- **orphaned payload**: over an hour old; no record, read after the payload was listed. Only prune removes these.
+- **overdue**: pending, though cancelled or a day past its deadline; ended by CAS, as a worker's claim would.
 
-What cannot be read is reported and never touched.
+Unreadable records are reported and never changed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from buquet import keys
+from buquet.concurrency import each_of
 from buquet.errors import StoreRefused, UnreadableRecord
-from buquet.operate.ages import store_ahead
-from buquet.operate.strangers import ADVICE, is_stranger, strangers
-from buquet.operate.sweep import DAY, HOUR, each_entry, each_key, each_record, queue_of_bell, side_by_side
+from buquet.operate.sweep import (
+    AT_ONCE,
+    DAY,
+    HOUR,
+    each_key,
+    each_record,
+    is_unknown,
+    queue_of_bell,
+    store_ahead,
+    unknown_objects,
+)
 from buquet.queue import transitions
 from buquet.queue.names import may_stand_for
 from buquet.records import TERMINAL, Bell, Note, QueueSettings, Record, Schedule, Session, Task
@@ -41,82 +50,7 @@ if TYPE_CHECKING:
 
     from buquet.queue.client import Client
     from buquet.store.base import Listed
-    from buquet.store.register import Held, Register
-
-
-class _Finding(Protocol):
-    repaired: bool
-
-
-class _Find(Protocol):
-    def __call__(self, kind: str, key: str, detail: str) -> _Finding: ...
-
-
-async def check_runs(register: Register, find: _Find, foreign: Callable[[str], None], *, repair: bool) -> None:
-    """Look at every run and at every entry of an open one; with `repair`, put missing entries back and delete stale ones."""
-
-    async def look(listed: Listed) -> None:
-        if is_stranger(listed.key):
-            foreign(listed.key)
-        else:
-            await _check_run(register, listed, find, repair)
-
-    await side_by_side(look, each_key(register.reads, keys.RUNS))
-    await side_by_side(lambda each: _check_entry(register, each, find, repair), each_key(register.reads, keys.OPEN))
-
-
-async def _check_run(register: Register, listed: Listed, find: _Find, repair: bool) -> None:
-    try:
-        held = await register.read(RunRecord, listed.key)
-    except UnreadableRecord as error:
-        find("unreadable record", listed.key, str(error))
-        return
-    if held is None:
-        return
-    run = held.record
-    try:
-        check_tasks(run)
-    except UnreadableRecord as error:
-        find("unreadable record", listed.key, str(error))
-        return
-    if run.state in OVER:
-        return
-    entry = keys.open_run(run.id, run.gen)
-    if await register.reads.get(entry) is None:
-        finding = find("entry missing", held.key, f"the run is not over, and its entry {entry} is not there")
-        if repair:
-            await register.reads.put(entry, b"")
-            finding.repaired = True
-
-
-async def _check_entry(register: Register, listed: Listed, find: _Find, repair: bool) -> None:
-    parsed = keys.parse_open(listed.key)
-    if parsed is None:
-        return  # named with the other strangers
-    run_id, gen = parsed
-    if not await _is_over(register, run_id, gen):
-        return
-    finding = find("stale entry", listed.key, f"generation {gen} of this run is over: a PUT that landed late has left this")
-    if repair:
-        await register.reads.delete(listed.key)
-        finding.repaired = True
-        # the key of a pruned run may have been started anew meanwhile, which counts from generation 1 again
-        if not await _is_over(register, run_id, gen):
-            await register.reads.put(listed.key, b"")
-
-
-async def _is_over(register: Register, run_id: str, gen: int) -> bool:
-    """Tell whether a generation of a run is over, or its run was pruned; one that may be about to open is not."""
-    try:
-        # the start's task first: it ends after the run's record is there
-        start = await register.read(Task, keys.task(run_id))
-        held = await register.read(RunRecord, keys.run(run_id))
-    except UnreadableRecord:
-        return False  # reported with the record
-    if held is not None:
-        return gen < held.record.gen or (gen == held.record.gen and held.record.state in OVER)
-    return start is None or start.record.state in TERMINAL
-
+    from buquet.store.register import Held
 
 SMALL_RECORDS: dict[str, type[Record]] = {
     keys.BELLS: Bell,
@@ -127,9 +61,9 @@ SMALL_RECORDS: dict[str, type[Record]] = {
     keys.CONTROL: Note,
 }
 LOOKS = 3
-"""How often a record is looked at again that was written meanwhile."""
+"""How often fsck reads a record again that was written meanwhile."""
 SETTLED_MS = 60_000
-"""How long a record must have been as it is before an entry that it left behind is called stale: its owner may just be at it."""
+"""How long a record must be unchanged before an entry that it left behind counts as stale: its owner may still delete it."""
 
 
 @dataclass
@@ -138,16 +72,16 @@ class Finding:
 
     kind: str
     """entry missing, claim missing, payload missing, stale entry, abandoned entry, orphaned entry, orphaned payload, overdue,
-    unreadable record, foreign object."""
+    unreadable record, unknown object."""
     key: str
-    """The object that it is about."""
+    """The object that the finding is about."""
     detail: str
     repaired: bool = False
 
 
 @dataclass
 class Report:
-    """What fsck saw."""
+    """The result of fsck."""
 
     records: int = 0
     entries: int = 0
@@ -157,13 +91,13 @@ class Report:
     @property
     def left(self) -> list[Finding]:
         """The findings that were not repaired."""
-        return [each for each in self.findings if not each.repaired]
+        return [finding for finding in self.findings if not finding.repaired]
 
 
 async def fsck(client: Client, *, repair: bool = False, progress: Callable[[float, str], None] | None = None) -> Report:
-    """Check every record, entry and payload; with `repair`, put right what can be put right without a risk.
+    """Check every record, entry and payload. With `repair`, mend what can be mended without a risk.
 
-    `progress` is called with a fraction from 0 to 1 and a few words. One GET a record, and a LIST for each 1,000 keys.
+    `progress` is called with a fraction from 0 to 1 and a few words. fsck sends one GET per record, and a LIST per 1,000 keys.
 
     >>> (await fsck(client, repair=True)).left  # doctest: +SKIP
     []
@@ -181,84 +115,90 @@ class _Checker:
         self.progress = progress
         self.report = Report()
         self.queues: set[str] = set()
-        self.moved: set[str] = set()
-        """Records that were written while they were looked at."""
-        self.strangers: set[str] = set()
+        self.changed: set[str] = set()
+        """Records that were written while fsck read them."""
+        self.unknown: set[str] = set()
         self.now = 0.0
 
     async def run(self) -> Report:
         await self.client.open()
-        self.now = self.clock.now() + await self._ahead()
-        await side_by_side(self._record, each_record(self.reads, lambda part: self.progress(0.9 * part, "records")))
+        self.now = self.clock.now() + await self._store_ahead()
+        await each_of(each_record(self.reads, lambda part: self.progress(0.9 * part, "records")), self._record, AT_ONCE)
         for _ in range(LOOKS):
-            moved, self.moved = self.moved, set()
-            await side_by_side(self._look, moved)
+            changed, self.changed = self.changed, set()
+            await each_of(changed, self._task, AT_ONCE)
         self.progress(0.9, "old entries")
         await self._small_records()
-        await side_by_side(self._old_entry, self._old_entries())
+        await each_of(self._old_entries(), self._old_entry, AT_ONCE)
         self.progress(0.93, "runs")
-        await check_runs(self.register, self._find, self._foreign, repair=self.repair)
+        await each_of(each_key(self.reads, keys.RUNS), self._run, AT_ONCE)
+        await each_of(each_key(self.reads, keys.OPEN), self._run_entry, AT_ONCE)
         self.progress(0.95, "payloads")
-        await self._payloads()
+        await each_of(self._old_payloads(), self._payload, AT_ONCE)
         self.progress(1.0, "done")
-        self.report.findings.sort(key=lambda each: (each.kind, each.key))
+        self.report.findings.sort(key=lambda finding: (finding.kind, finding.key))
         return self.report
 
-    async def _ahead(self) -> float:
+    async def _store_ahead(self) -> float:
         try:
             return await store_ahead(self.client)
         except StoreRefused:
             if self.repair:
                 raise
-            return 0.0  # whoever may only read can look all the same
+            return 0.0  # a read-only check needs no right to write
 
     def _find(self, kind: str, key: str, detail: str) -> Finding:
         finding = Finding(kind, key, detail)
         self.report.findings.append(finding)
         return finding
 
+    def _unknown(self, key: str) -> None:
+        if key not in self.unknown:
+            self.unknown.add(key)
+            self._find("unknown object", key, "buquet did not write this key, and skips it; look at it and move it away")
+
+    async def _missing(self, key: str) -> bool:
+        return await self.reads.get(key) is None
+
     # ------------------------------------------------------------------ queues and their entries
 
     async def _small_records(self) -> None:
-        """Read all records but those of tasks and runs, which told of their queues; learn queues from bells and sessions."""
-        async for key in strangers(self.reads, (keys.JOURNAL,)):
-            self._foreign(key)
+        """Read all records but those of tasks and runs, and learn the queues of bells and sessions."""
+        async for key in unknown_objects(self.reads, (keys.JOURNAL,)):
+            self._unknown(key)
         for prefix, kind in SMALL_RECORDS.items():
-            async for each in each_key(self.reads, prefix):
-                if is_stranger(each.key):
+            async for listed in each_key(self.reads, prefix):
+                if is_unknown(listed.key):
                     continue
                 if prefix == keys.BELLS:
-                    self.queues.add(queue_of_bell(each.key))
+                    self.queues.add(queue_of_bell(listed.key))
                 try:
-                    held = await self.register.read(kind, each.key)
+                    held = await self.register.read(kind, listed.key)
                 except UnreadableRecord as error:
-                    self._find("unreadable record", each.key, str(error))
+                    self._find("unreadable record", listed.key, str(error))
                     continue
                 if held is not None and isinstance(held.record, Session):
                     self.queues.update(held.record.queues)
 
-    def _foreign(self, key: str) -> None:
-        if key not in self.strangers:
-            self.strangers.add(key)
-            self._find("foreign object", key, ADVICE)
-
     async def _old_entries(self) -> AsyncIterator[Listed]:
         for queue in sorted(self.queues):
-            async for each in each_entry(self.reads, queue):
-                self.report.entries += 1
-                if self.now - each.modified > HOUR:
-                    yield each
+            # lane by lane: some stores lose keys where a LIST crosses folders
+            for lane in keys.lanes(queue):
+                async for listed in each_key(self.reads, lane):
+                    self.report.entries += 1
+                    if self.now - listed.modified > HOUR:
+                        yield listed
 
-    # ------------------------------------------------------------------ records
+    # ------------------------------------------------------------------ tasks
 
     async def _record(self, listed: Listed) -> None:
         self.report.records += 1
         if keys.task_id_of(listed.key) is not None:
-            await self._look(listed.key)
-        elif self.now - listed.modified > HOUR and await self.reads.get(listed.key) is not None:  # doctor's is soon gone
-            self._foreign(listed.key)
+            await self._task(listed.key)
+        elif self.now - listed.modified > HOUR and not await self._missing(listed.key):  # doctor's key is soon gone
+            self._unknown(listed.key)
 
-    async def _look(self, key: str) -> None:
+    async def _task(self, key: str) -> None:
         try:
             held = await self.register.read(Task, key)
         except UnreadableRecord as error:
@@ -267,7 +207,7 @@ class _Checker:
         if held is None:
             return
         task = held.record
-        if task.queue:  # a tombstone that prune made of a payload knows of no queue
+        if task.queue:  # a tombstone that prune wrote for a payload has no queue
             self.queues.add(task.queue)
         if task.state == "pending":
             await self._pending(held)
@@ -275,18 +215,15 @@ class _Checker:
             await self._running(held)
         await self._payloads_of(held)
 
-    async def _entry_there(self, entry: str) -> bool:
-        return await self.reads.get(entry) is not None
-
     async def _unchanged(self, held: Held[Task]) -> bool:
-        """Read the record again; tell whether it is still the same version. If not, it is looked at once more, later."""
+        """Read the record again, and return whether it has the same version. If not, the record is checked again later."""
         try:
-            now = await self.register.reread(Task, held)
+            again = await self.register.reread(Task, held)
         except UnreadableRecord:
-            now = None
-        same = now is not None and now.etag == held.etag
+            again = None
+        same = again is not None and again.etag == held.etag
         if not same:
-            self.moved.add(held.key)
+            self.changed.add(held.key)
         return same
 
     async def _pending(self, held: Held[Task]) -> None:
@@ -295,24 +232,39 @@ class _Checker:
         if entry is None or not may_stand_for(entry.name, task.name):
             self._find("unreadable record", held.key, f"it is pending and names {task.entry[:120]!r}, which is no entry of it")
             return
-        if not await self._entry_there(task.entry) and await self._unchanged(held):
-            finding = self._find(
-                "entry missing", held.key, f"it is pending, and its entry {task.entry} is not there: no worker would find it"
-            )
-            await self._put_back(finding, task)
+        if await self._missing(task.entry) and await self._unchanged(held):
+            detail = f"it is pending, and its entry {task.entry} is not there: no worker would find it"
+            await self._put_entry_back(self._find("entry missing", held.key, detail), task)
         if task.deadline and not task.started and self.now - max(task.deadline, task.due) / 1000 > DAY:
             await self._overdue(held)
 
-    async def _put_back(self, finding: Finding, task: Task) -> None:
-        """PUT the entry that the record names. Where the record has moved on, it is stale, and whoever meets it deletes it."""
+    async def _running(self, held: Held[Task]) -> None:
+        task = held.record
+        if not await self._missing(task.entry):
+            return
+        try:
+            # a name that is no worker's id names no session, and perhaps no key
+            session = await self.register.read(Session, keys.session(task.worker)) if keys.is_worker(task.worker) else None
+        except UnreadableRecord as error:
+            self._find("unreadable record", keys.session(task.worker), str(error))
+            return
+        if session is not None and any(claim.token == task.token for claim in session.record.claims):
+            return
+        if await self._unchanged(held):
+            where = "has no session" if session is None else "does not list it"
+            detail = f"it runs under {task.worker[:120]!r}, which {where}, and its entry is not there"
+            await self._put_entry_back(self._find("claim missing", held.key, detail), task)
+
+    async def _put_entry_back(self, finding: Finding, task: Task) -> None:
+        """PUT the entry that the record names. If the record has changed, the entry is stale, and its reader deletes it."""
         if self.repair:
             await self.reads.put(task.entry, b"")
-            # a look back does not reach as far as this entry's time: only the bell tells of it at once
+            # a rescan does not reach as far back as this entry's time: only the bell announces it at once
             self.client.added(task.queue, task.entry)
             finding.repaired = True
 
     async def _overdue(self, held: Held[Task]) -> None:
-        """End a task that no worker has met since its deadline passed, and its time came, a day ago."""
+        """End a task that no worker has read since its deadline, and its due time, passed a day ago."""
         ended = transitions.claim(held.record, "", self.clock.new_op(), int(self.now * 1000))
         if ended.state not in TERMINAL or not await self._unchanged(held):
             return
@@ -322,26 +274,7 @@ class _Checker:
             if write.landed:
                 await self.reads.delete(held.record.entry)
                 self.client.waiting.ended(held.record.id)
-            finding.repaired = True  # by this or, after a conflict, by whoever moved it
-
-    async def _running(self, held: Held[Task]) -> None:
-        task = held.record
-        if await self._entry_there(task.entry):
-            return
-        try:
-            # what is no worker's id is the name of no session, and perhaps of no key
-            session = await self.register.read(Session, keys.session(task.worker)) if keys.is_worker(task.worker) else None
-        except UnreadableRecord as error:
-            self._find("unreadable record", keys.session(task.worker), str(error))
-            return
-        if session is not None and any(claim.token == task.token for claim in session.record.claims):
-            return
-        if await self._unchanged(held):
-            where = "has no session" if session is None else "does not list it"
-            finding = self._find(
-                "claim missing", held.key, f"it runs under {task.worker[:120]!r}, which {where}, and its entry is not there"
-            )
-            await self._put_back(finding, task)
+            finding.repaired = True  # by this write or, after a conflict, by the writer that won
 
     # ------------------------------------------------------------------ payloads
 
@@ -350,39 +283,37 @@ class _Checker:
         named = [key for key in (task.args_at, task.result_at, task.checkpoint_at, task.graph_at) if key]
         if not named:
             return
-        there = {each.key async for each in each_key(self.reads, keys.payloads(task.id))}
-        missing = [key for key in named if key not in there]
+        stored = {listed.key async for listed in each_key(self.reads, keys.payloads(task.id))}
+        missing = [key for key in named if key not in stored]
         if missing and await self._unchanged(held):
-            names = ", ".join(each[:200] for each in missing)
+            names = ", ".join(key[:200] for key in missing)
             text = f"it names {names}, which is not there. Restore it from a backup, or submit the task anew"
             self._find("payload missing", held.key, text)
 
-    async def _payloads(self) -> None:
-        async def look(listed: Listed) -> None:
-            task_id = listed.key.split("/")[1]
-            ownerless = await self.reads.get(keys.task(task_id)) is None
-            if ownerless and await self.reads.list(keys.payloads(task_id), limit=1):
-                self._find("orphaned payload", listed.key, "it belongs to no record; `buquet prune` removes it")
-
-        old: list[Listed] = []
+    async def _old_payloads(self) -> AsyncIterator[Listed]:
+        """Yield one payload of each task that has old ones."""
         last = ""
-        async for each in each_key(self.reads, keys.PAYLOADS):
-            if is_stranger(each.key):
-                self._foreign(each.key)
+        async for listed in each_key(self.reads, keys.PAYLOADS):
+            if is_unknown(listed.key):
+                self._unknown(listed.key)
                 continue
             self.report.payloads += 1
-            folder = each.key.rpartition("/")[0]
-            if self.now - each.modified > HOUR and folder != last:  # one of a task speaks for the others
+            folder = listed.key.rpartition("/")[0]
+            if self.now - listed.modified > HOUR and folder != last:
                 last = folder
-                old.append(each)
-        await side_by_side(look, old)
+                yield listed
+
+    async def _payload(self, listed: Listed) -> None:
+        task_id = listed.key.split("/")[1]
+        if await self._missing(keys.task(task_id)) and await self.reads.list(keys.payloads(task_id), limit=1):
+            self._find("orphaned payload", listed.key, "it belongs to no record; `buquet prune` removes it")
 
     # ------------------------------------------------------------------ old entries
 
     async def _old_entry(self, listed: Listed) -> None:
         entry = keys.parse_entry(listed.key)
         if entry is None:
-            self._foreign(listed.key)
+            self._unknown(listed.key)
             return
         try:
             held = await self.register.read(Task, keys.task(entry.task))
@@ -396,17 +327,16 @@ class _Checker:
             await self._left_behind(held, entry)
 
     async def _orphan(self, entry: keys.Entry) -> None:
-        if await self.reads.get(entry.key) is None:
+        if await self._missing(entry.key):
             return
-        finding = self._find(
-            "orphaned entry", entry.key, "it has been there for over a day and has no record: its submit was never finished"
-        )
+        detail = "it has been there for over a day and has no record: its submit was never finished"
+        finding = self._find("orphaned entry", entry.key, detail)
         if self.repair:
             tombstone = transitions.bury(entry.task, entry.queue, entry.name, self.clock.now_ms())
             write = await self.register.create(keys.task(entry.task), tombstone, rev=entry.rev)
             if write.landed:
                 await self.reads.delete(entry.key)
-            finding.repaired = True  # by this or, after a conflict, by the submit that came after all
+            finding.repaired = True  # by this write or, after a conflict, by the late submit
 
     async def _left_behind(self, held: Held[Task], entry: keys.Entry) -> None:
         task = held.record
@@ -419,21 +349,19 @@ class _Checker:
                 return  # a move in progress, however old: the record's next move decides
             kind, detail = "abandoned entry", f"it is over a day old, and of a later rev than its task, which is {task.state}"
         elif ended or task.entry != entry.key:
-            kind, detail = (
-                "stale entry",
-                f"it is over an hour old, and its task is {task.state}" + ("" if ended else " under another entry"),
-            )
+            under = "" if ended else " under another entry"
+            kind, detail = "stale entry", f"it is over an hour old, and its task is {task.state}{under}"
         else:
             return
-        if await self.reads.get(entry.key) is None:
+        if await self._missing(entry.key):
             return
         finding = self._find(kind, entry.key, detail)
-        if self.repair and await self._raised(held, entry):
+        if self.repair and await self._raise_rev(held, entry):
             await self.reads.delete(entry.key)
             finding.repaired = True
 
-    async def _raised(self, held: Held[Task], entry: keys.Entry) -> bool:
-        """Raise an ended record's rev to that of an entry, by CAS; tell whether the entry may now be deleted."""
+    async def _raise_rev(self, held: Held[Task], entry: keys.Entry) -> bool:
+        """Raise an ended record's rev to that of an entry, by CAS. Return whether the entry may now be deleted."""
         while held.record.rev < entry.rev:
             if held.record.state not in TERMINAL:
                 return False
@@ -442,3 +370,54 @@ class _Checker:
                 return False
             held = write.held
         return held.record.state in TERMINAL or held.record.entry != entry.key
+
+    # ------------------------------------------------------------------ runs
+
+    async def _run(self, listed: Listed) -> None:
+        """Check that a run is readable and, if open, has its entry."""
+        if is_unknown(listed.key):
+            self._unknown(listed.key)
+            return
+        try:
+            held = await self.register.read(RunRecord, listed.key)
+            if held is not None:
+                check_tasks(held.record)
+        except UnreadableRecord as error:
+            self._find("unreadable record", listed.key, str(error))
+            return
+        if held is None or held.record.state in OVER:
+            return
+        entry = keys.open_run(held.record.id, held.record.gen)
+        if await self._missing(entry):
+            finding = self._find("entry missing", held.key, f"the run is not over, and its entry {entry} is not there")
+            if self.repair:
+                await self.reads.put(entry, b"")
+                finding.repaired = True
+
+    async def _run_entry(self, listed: Listed) -> None:
+        parsed = keys.parse_open(listed.key)
+        if parsed is None:
+            return  # reported with the unknown objects
+        run_id, gen = parsed
+        if not await self._is_over(run_id, gen):
+            return
+        detail = f"generation {gen} of this run is over: a PUT that landed late has left this"
+        finding = self._find("stale entry", listed.key, detail)
+        if self.repair:
+            await self.reads.delete(listed.key)
+            finding.repaired = True
+            # a pruned run's key may have been used anew meanwhile, and its generations count from 1 again
+            if not await self._is_over(run_id, gen):
+                await self.reads.put(listed.key, b"")
+
+    async def _is_over(self, run_id: str, gen: int) -> bool:
+        """Return whether a generation of a run is over, or the run was pruned. A run that may be about to open is not over."""
+        try:
+            # the start's task first: it ends after the run's record is there
+            start = await self.register.read(Task, keys.task(run_id))
+            held = await self.register.read(RunRecord, keys.run(run_id))
+        except UnreadableRecord:
+            return False  # reported with the record
+        if held is not None:
+            return gen < held.record.gen or (gen == held.record.gen and held.record.state in OVER)
+        return start is None or start.record.state in TERMINAL

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-    from buquet.operate.counting import CountingStore
+    from buquet.operate.bench import CountingStore
     from buquet.records import Task
     from buquet.worker.worker import Worker
 

@@ -1,4 +1,4 @@
-"""Prepares a place for tasks: a bucket with versions and lifecycle rules, or a file. May be run again at any time."""
+"""`buquet init`: prepares a bucket with versions and lifecycle rules, or a file. It may be run again at any time."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ OURS = {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}
 DENIED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 
 
-class Step(NamedTuple):
-    """One thing that was to be prepared."""
+class InitStep(NamedTuple):
+    """One step of the preparation."""
 
     what: str
     done: bool
     detail: str
     by_hand: str = ""
-    """Where it was not done: JSON to set by other means."""
+    """If the step was not done: the JSON to set by other means."""
 
 
-async def prepare(client: Client, *, keep_versions_days: int = 30) -> AsyncIterator[Step]:
-    """Prepare the client's store, and yield what was done, step by step.
+async def prepare(client: Client, *, keep_versions_days: int = 30) -> AsyncIterator[InitStep]:
+    """Prepare the client's store, and yield each step.
 
-    On S3: create the bucket if it is missing, turn versions on, set lifecycle rules under the URL's prefix (earlier versions are
-    kept `keep_versions_days`; markers of deleted objects and unfinished uploads go), beside the rules that are there. What the
-    server refuses is reported, and the rest is done. Then write the layout's format. Needs boto3 for S3, the extra `s3`.
-    Raises UsageError, AccessDenied, StoreRefused.
+    On S3: create the bucket if it is missing, turn versions on, and add lifecycle rules for the URL's prefix. They remove earlier
+    versions after `keep_versions_days`, markers of deleted objects, and unfinished uploads. If the server refuses a step, this is
+    reported, and the other steps are done. Then write the layout. S3 needs boto3, the extra `s3`. Raises UsageError,
+    AccessDenied, StoreRefused.
     """
     if keep_versions_days < 1:
         raise UsageError(f"earlier versions are kept for a day at least, not {keep_versions_days}")
@@ -59,16 +59,18 @@ async def prepare(client: Client, *, keep_versions_days: int = 30) -> AsyncItera
     await _obey_control_only(client)
     if isinstance(place, Place):
         if place.scheme != "s3":
-            yield Step("bucket", done=True, detail=f"{place.bucket} is there; versions and lifecycle rules are left as they are")
-        yield Step("layout", done=True, detail="buquet.json says in which format the rest is")
+            yield InitStep(
+                "bucket", done=True, detail=f"{place.bucket} is there; versions and lifecycle rules are left as they are"
+            )
+        yield InitStep("layout", done=True, detail="buquet.json says in which format the rest is")
     elif store.url.startswith("sqlite:"):
-        yield Step("file", done=True, detail=f"{store.url.removeprefix('sqlite:')} is there")
+        yield InitStep("file", done=True, detail=f"{store.url.removeprefix('sqlite:')} is there")
     else:
-        yield Step("memory", done=True, detail="there is nothing to prepare, and nothing will be kept")
+        yield InitStep("memory", done=True, detail="there is nothing to prepare, and nothing will be kept")
 
 
 async def _obey_control_only(client: Client) -> None:
-    """Have workers that start from now on ignore requests to pause and drain in `notes/`, which producers may write."""
+    """Let future workers ignore requests to pause and drain in `notes/`, where producers may write."""
     held = await client.register.read(Layout, keys.LAYOUT)
     while held is not None and not held.record.control:
         held = (await client.register.update(held, msgspec.structs.replace(held.record, control=True))).held
@@ -76,14 +78,14 @@ async def _obey_control_only(client: Client) -> None:
 
 
 def lifecycle_rules(prefix: str, keep_versions_days: int) -> list[dict[str, Any]]:
-    """Return the lifecycle rules of a prefix (empty: the whole bucket), in S3's own words.
+    """Return the lifecycle rules of a prefix (empty: the whole bucket), in S3's format.
 
-    One is for all that lies there: records of tasks, runs, schedules and queues, payloads, the journal. What is written all the
-    time and read only as it is now (`VOLATILE`) has a rule of its own: earlier versions go after a day. S3
-    takes the shorter time where two rules fit.
+    One rule covers everything: records, payloads, the journal. Each folder of `VOLATILE`, whose objects change often and whose
+    earlier versions nobody reads, has a rule that removes earlier versions after a day. Where two rules apply, S3 uses the
+    shorter time.
     """
     folder = f"{prefix}/" if prefix else ""
-    # the rule's name tells the prefixes of one bucket apart; it may have 255 bytes
+    # the name distinguishes the prefixes of one bucket; S3 allows 255 bytes
     name = folder if len(folder) <= LONGEST_NAME else hashlib.sha256(folder.encode()).hexdigest()
     return [
         {
@@ -107,10 +109,10 @@ def lifecycle_rules(prefix: str, keep_versions_days: int) -> list[dict[str, Any]
     ]
 
 
-def merged(there: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rules that are there with ours in the place of earlier ones of the same name."""
+def merged(existing: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the existing rules and ours, which replace existing ones of the same name."""
     names = {rule["ID"] for rule in ours}
-    return [*(rule for rule in there if rule.get("ID") not in names), *ours]
+    return [*(rule for rule in existing if rule.get("ID") not in names), *ours]
 
 
 class _Bucket:
@@ -119,106 +121,93 @@ class _Bucket:
             boto3 = cast("Any", importlib.import_module("boto3"))
             self.errors = cast("Any", importlib.import_module("botocore.exceptions"))
         except ImportError:
-            msg = (
+            raise UsageError(
                 f"`buquet init` needs boto3 to prepare a bucket: {install('s3')}. Or create the bucket by other "
-                "means and turn its versions on; buquet itself does without boto3"
-            )
-            raise UsageError(msg) from None
+                "means and turn its versions on; buquet itself does not need boto3"
+            ) from None
         self.place = place
-        environ = os.environ
-        named = place.region or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
-        self.region: str = named or boto3.session.Session().region_name or DEFAULT_REGION
-        elsewhere = place.endpoint or environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
+        region = place.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        self.region: str = region or boto3.session.Session().region_name or DEFAULT_REGION
+        own_endpoint = place.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         config = cast("Any", importlib.import_module("botocore.config")).Config(
             connect_timeout=5,
             read_timeout=30,
             retries={"max_attempts": 3, "mode": "standard"},
-            # other servers seldom know names of buckets as hosts
-            s3={"addressing_style": "path" if elsewhere else "auto"},
+            # other servers rarely support bucket names as hosts
+            s3={"addressing_style": "path" if own_endpoint else "auto"},
         )
         self.boto = boto3.client("s3", endpoint_url=place.endpoint, region_name=self.region, config=config)
 
-    def prepare(self, keep_versions_days: int) -> list[Step]:
-        """Carry out the steps of a bucket. A handful of requests, one after the other."""
+    def prepare(self, keep_versions_days: int) -> list[InitStep]:
         return [self._create(), self._turn_versions_on(), self._set_rules(keep_versions_days)]
 
     def _ask(self, request: Callable[..., Any], **words: Any) -> tuple[Any, str, str]:
-        """Return the answer, and the code and text of a refusal. Raises AccessDenied, StoreRefused where there is none."""
-        errors = self.errors
+        """Return the answer, and the code and text of a refusal. Raises AccessDenied, StoreRefused if there is no answer."""
         try:
             return request(Bucket=self.place.bucket, **words), "", ""
-        except errors.ClientError as error:
+        except self.errors.ClientError as error:
             said = error.response.get("Error", {})
             code = str(said.get("Code", ""))
             return None, code or "?", f"{code} {said.get('Message', '')}".strip().rstrip(".")
-        except errors.NoCredentialsError:
-            msg = (
+        except self.errors.NoCredentialsError:
+            raise AccessDenied(
                 f"no credentials were found for {self.place.url}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
                 "AWS_PROFILE, or run where a role is given"
-            )
-            raise AccessDenied(msg) from None
-        except errors.BotoCoreError as error:
+            ) from None
+        except self.errors.BotoCoreError as error:
             raise StoreRefused(f"{self.place.url} does not answer: {error}. Look at the endpoint and the network") from None
 
-    def _create(self) -> Step:
+    def _create(self) -> InitStep:
         bucket = self.place.bucket
         _, code, said = self._ask(self.boto.head_bucket)
         if not code:
-            return Step("bucket", done=True, detail=f"{bucket} is there")
+            return InitStep("bucket", done=True, detail=f"{bucket} is there")
         if code not in MISSING:
-            msg = f"the bucket {bucket} cannot be looked at: {said}. Is it somebody else's, or is s3:ListBucket not granted?"
-            raise AccessDenied(msg)
-        elsewhere = self.place.endpoint is None and self.region != DEFAULT_REGION
-        words = {"CreateBucketConfiguration": {"LocationConstraint": self.region}} if elsewhere else {}
+            raise AccessDenied(
+                f"the bucket {bucket} cannot be read: {said}. Does it belong to another account, or is s3:ListBucket not granted?"
+            )
+        needs_region = self.place.endpoint is None and self.region != DEFAULT_REGION
+        words = {"CreateBucketConfiguration": {"LocationConstraint": self.region}} if needs_region else {}
         _, code, said = self._ask(self.boto.create_bucket, **words)
         if code and code not in OURS:
             kind = AccessDenied if code in DENIED else BucketMissing
             raise kind(f"the bucket {bucket} is missing and cannot be created: {said}. Create it by other means, or name another")
-        return Step(
-            "bucket", done=True, detail=f"{bucket} was created" + (f" in {self.region}" if self.place.endpoint is None else "")
-        )
+        where = f" in {self.region}" if self.place.endpoint is None else ""
+        return InitStep("bucket", done=True, detail=f"{bucket} was created{where}")
 
-    def _turn_versions_on(self) -> Step:
+    def _turn_versions_on(self) -> InitStep:
         answer, code, _ = self._ask(self.boto.get_bucket_versioning)
         if not code and answer.get("Status") == "Enabled":
-            return Step("versions", done=True, detail="are on")
+            return InitStep("versions", done=True, detail="are on")
         wanted = {"Status": "Enabled"}
         _, code, said = self._ask(self.boto.put_bucket_versioning, VersioningConfiguration=wanted)
         if code:
-            detail = f"could not be turned on ({said}). Tasks work without: only the full earlier records are not kept"
-            return Step("versions", done=False, detail=detail, by_hand=_json(wanted))
-        return Step("versions", done=True, detail="were turned on")
+            detail = f"could not be turned on ({said}). Tasks work without versions: only the full earlier records are not kept"
+            return InitStep("versions", done=False, detail=detail, by_hand=_json(wanted))
+        return InitStep("versions", done=True, detail="were turned on")
 
-    def _set_rules(self, keep_versions_days: int) -> Step:
+    def _set_rules(self, keep_versions_days: int) -> InitStep:
         ours = lifecycle_rules(self.place.prefix, keep_versions_days)
         where = f"under {self.place.prefix}/" if self.place.prefix else "in the whole bucket"
-        days = f"{keep_versions_days} days"
         good = (
-            f"{where}: earlier versions go after {days} (of {', '.join(VOLATILE)} after a day), markers of deleted objects then, "
-            "too, unfinished uploads after a day"
+            f"{where}: earlier versions are removed after {keep_versions_days} days (of {', '.join(VOLATILE)} after a day), "
+            "markers of deleted objects then, too, unfinished uploads after a day"
         )
         answer, code, said = self._ask(self.boto.get_bucket_lifecycle_configuration)
         if code and code not in ABSENT:
-            return Step(
-                "lifecycle",
-                done=False,
-                detail=f"the rules could not be read ({said}), so none were written: set them by hand",
-                by_hand=_json({"Rules": ours}),
-            )
-        there = cast("list[dict[str, Any]]", [] if code else answer.get("Rules", []))
-        rules = merged(there, ours)
-        if _json(rules) == _json(there):
-            return Step("lifecycle", done=True, detail=good + "; as before")
+            detail = f"the rules could not be read ({said}), so none were written: set them by hand"
+            return InitStep("lifecycle", done=False, detail=detail, by_hand=_json({"Rules": ours}))
+        existing = cast("list[dict[str, Any]]", [] if code else answer.get("Rules", []))
+        rules = merged(existing, ours)
+        if _json(rules) == _json(existing):
+            return InitStep("lifecycle", done=True, detail=good + "; as before")
         _, code, said = self._ask(self.boto.put_bucket_lifecycle_configuration, LifecycleConfiguration={"Rules": rules})
         if code:
             detail = f"the rules were refused ({said}): set them by hand, or earlier versions are kept for ever"
-            return Step("lifecycle", done=False, detail=detail, by_hand=_json({"Rules": rules}))
+            return InitStep("lifecycle", done=False, detail=detail, by_hand=_json({"Rules": rules}))
         others = len(rules) - len(ours)
-        return Step(
-            "lifecycle",
-            done=True,
-            detail=good + (f"; {others} other rule{'s' * (others > 1)} left as they are" if others else ""),
-        )
+        kept = f"; {others} other rule{'s' * (others > 1)} left as they are" if others else ""
+        return InitStep("lifecycle", done=True, detail=good + kept)
 
 
 def _json(value: Any) -> str:

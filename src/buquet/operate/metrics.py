@@ -1,7 +1,7 @@
-"""A worker's metrics for Prometheus, served over HTTP by the worker's own process. Needs the extra `metrics`.
+"""A worker's metrics for Prometheus, served over HTTP by the worker's process. Needs the extra `metrics`.
 
-Labels are bounded: `name` and `queue` are those that the worker has handlers for and serves, and the few names of a run's own
-events; all others are `other`.
+Labels are bounded: `name` is a task that the worker has a handler for or an event task, `queue` a queue that it serves, or else
+`other`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 OTHER = "other"
 MOST_RETRYING = 100_000
-"""Tasks that are kept for the gauge of those that are retried."""
+"""The most tasks in the gauge of retrying tasks."""
 MOST = 32
-"""Connections that are served at once."""
+"""Connections served at once."""
 SECONDS = 5.0
-"""Seconds in which a request must have come and its answer be taken."""
+"""Seconds for one request and its answer."""
 LONGEST = 16_384
-"""Bytes of a request."""
+"""The most bytes of a request."""
 LOST = {"lost", "taken over"}
 EVENTS = {
     "completed": "completed",
@@ -53,12 +53,12 @@ EVENTS = {
     "cancelled": "cancelled",
     "expired": "expired",
 }
-"""Words of a record's timeline, and those of the metrics."""
+"""The reasons of a timeline, and the metrics' words for them."""
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200)
 
 
 class Metrics(Watcher):
-    """Counts what a worker tells, and reads the rest from it when it is asked.
+    """Counts what a worker reports, and reads the other figures from the worker when they are collected.
 
     >>> metrics = Metrics(worker, store)  # doctest: +SKIP
     >>> worker.telling.watchers.append(metrics)  # doctest: +SKIP
@@ -90,7 +90,7 @@ class Metrics(Watcher):
             registry=self.registry,
         )
         self.retrying: dict[str, tuple[int, tuple[str, str]]] = {}
-        """Of each task whose attempt failed here: when the next one is due (milliseconds since 1970), and its labels."""
+        """When the next attempt of each retrying task is due (milliseconds since 1970), and the task's labels."""
         self.registry.register(self)
 
     def _which(self, task: Task) -> tuple[str, str]:
@@ -109,7 +109,7 @@ class Metrics(Watcher):
             return
         entry = keys.parse_entry(task.entry)
         if entry is not None:
-            # its time is when the task was put there or, delayed, when it was due
+            # an entry's time is when it was written or, if delayed, when its task is due
             self.delay.labels(*which).observe(max(event.at - entry.at, 0) / 1000)
 
     def moved(self, task: Task) -> None:
@@ -120,7 +120,7 @@ class Metrics(Watcher):
             self.retrying[task.id] = task.due, which
         if why in LOST:
             self.tasks.labels(*which, "lost").inc()
-            why = task.state  # out of losses it has failed
+            why = task.state  # a task out of losses has failed
         if why in EVENTS and not (why == "failed" and task.allowed):
             self.tasks.labels(*which, EVENTS[why]).inc()
         since = next((event.at for event in reversed(task.events) if event.why in {"claimed", "taken over"}), None)
@@ -128,7 +128,7 @@ class Metrics(Watcher):
             self.duration.labels(*which).observe(max(task.events[-1].at - since, 0) / 1000)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what is read from the worker at this moment; prometheus-client calls it, in its own thread."""
+        """Yield the figures that are read from the worker now. prometheus-client calls this, in its own thread."""
         worker = self.worker
         yield _gauge("buquet_running_tasks", "Tasks that run, or whose outcome is being stored.", len(worker.running))
         yield _gauge("buquet_slots", "Handlers that may run at once.", worker.concurrency)
@@ -146,7 +146,7 @@ class Metrics(Watcher):
         yield requests
 
     def _retrying(self) -> Metric:
-        """Count the tasks whose attempt failed here and whose next one is not due yet."""
+        """Count the tasks whose last attempt failed in this worker, and whose next attempt is not due yet."""
         now = self.worker.clock.now_ms()
         for task in [task for task, (due, _) in dict(self.retrying).items() if due <= now]:
             self.retrying.pop(task, None)
@@ -162,18 +162,17 @@ def _gauge(name: str, text: str, value: float) -> Metric:
 
 
 def serve(metrics: Metrics, host: str, port: int) -> Callable[[], None]:
-    """Serve metrics at http://host:port/metrics, in one thread; return what ends that. Raises UsageError where it cannot.
+    """Serve metrics at http://host:port/metrics, in one thread. Return a function that stops this. Raises UsageError.
 
-    However many connect, there is no thread more: `MOST` connections are served, each has `SECONDS` for its request, and the rest
-    is closed at once.
+    At most `MOST` connections are served at once, each for `SECONDS`. Further connections are closed at once.
     """
     loop = asyncio.new_event_loop()
     try:
         server = loop.run_until_complete(asyncio.start_server(_Scrapes(metrics.registry).serve, host, port, limit=LONGEST))
     except OSError as error:
         loop.close()
-        msg = f"metrics cannot be served at {host}:{port}: {error.strerror or error}. Choose another --metrics-port"
-        raise UsageError(msg) from None
+        reason = error.strerror or error
+        raise UsageError(f"metrics cannot be served at {host}:{port}: {reason}. Choose another --metrics-port") from None
     thread = threading.Thread(target=loop.run_forever, name="buquet metrics", daemon=True)
     thread.start()
 
@@ -194,7 +193,7 @@ def serve(metrics: Metrics, host: str, port: int) -> Callable[[], None]:
 
 
 class _Scrapes:
-    """Answers the requests of scrapers."""
+    """Answers HTTP requests for metrics."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -206,11 +205,11 @@ class _Scrapes:
         try:
             if self.open <= MOST:
                 async with asyncio.timeout(SECONDS):
-                    writer.transport.set_write_buffer_limits(0)  # so `drain` waits until all is taken
+                    writer.transport.set_write_buffer_limits(0)  # so that `drain` waits until the answer is sent
                     writer.write(self._answer(await reader.readuntil(b"\r\n\r\n")))
                     await writer.drain()
         except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError):
-            writer.transport.abort()  # the other side has gone, or never asked, or does not take the answer
+            writer.transport.abort()  # the client has gone, sent no request, or does not read the answer
         finally:
             self.open -= 1
             writer.close()

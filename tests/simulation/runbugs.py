@@ -16,7 +16,7 @@ from buquet.workflow.values import Missing
 
 ORIGINAL = {
     "told": children.Children.told,
-    "of_step": engine.of_step,
+    "step_task": engine.step_task,
     "_follow_up": engine.Engine._follow_up,
     "_step": advance._Advance._step,
     "_undo_of": advance._Advance._undo_of,
@@ -30,7 +30,7 @@ async def finish_first(self, run, ended):
 
 
 def random_id(run, follow, plan, now):
-    task = ORIGINAL["of_step"](run, follow, plan, now)
+    task = ORIGINAL["step_task"](run, follow, plan, now)
     if follow.what in {"timer", "no timer"}:
         return task
     return replace(task, id=hashlib.sha256(f"{task.id} {now} {run.rev}".encode()).hexdigest()[:32])
@@ -125,7 +125,7 @@ RUN_BUGS = {
     ),
     "follow-up with a random id": (
         "who repeats a follow-up submits another task",
-        [(engine, "of_step", random_id)],
+        [(engine, "step_task", random_id)],
     ),
     "follow-ups not awaited": (
         "a task of a run ends before what follows from it is submitted",

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from buquet import keys
 from buquet.concurrency import each_of
 from buquet.errors import UnreadableRecord, UsageError
-from buquet.operate.sweep import AT_ONCE, HOUR, each_key, each_record, owner_of_payload, store_ahead
 from buquet.journal.lines import decode_lines
+from buquet.operate.sweep import AT_ONCE, HOUR, each_key, each_record, owner_of_payload, store_ahead
 from buquet.queue.pruning import NOT_SETTLED, Pruner, is_prunable
 from buquet.store.base import Stored
 from buquet.workflow.pruning import prune_run

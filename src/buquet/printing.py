@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 UNSAFE = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}
 """Unicode's categories of controls, of invisible and bidirectional marks, of what is no character, and of line breaks."""
+LONGEST = 10**18
+"""Milliseconds, the most that a length of time is shown as."""
 JOINERS = "\u200c\u200d"
 """Invisible, but harmless, and part of words (Persian) and of emoji."""
 
@@ -71,3 +73,29 @@ def encodable(text: str) -> str:
     '\\udc80'
     """
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def in_seconds(ms: float) -> float:
+    """Return milliseconds as seconds. A record may hold a number too large to be divided, so the result is bounded.
+
+    >>> in_seconds(1500), in_seconds(10**400)
+    (1.5, 1000000000000000.0)
+    """
+    return min(max(ms, -LONGEST), LONGEST) / 1000
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time as people write it.
+
+    >>> [duration(seconds) for seconds in (0.24, 12.34, 130, 7500, 201_600)]
+    ['240 ms', '12.3 s', '2 min 10 s', '2 h 5 min', '2 d 8 h']
+    """
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:  # noqa: PLR2004 - a minute
+        return f"{seconds:.1f} s"
+    for size, unit, smaller, name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            whole, rest = divmod(int(seconds), size)
+            return f"{whole} {unit} {rest // smaller} {name}" if rest >= smaller else f"{whole} {unit}"
+    return ""

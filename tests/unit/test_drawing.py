@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from buquet.insights.drawing import as_gantt, as_mermaid, as_svg, as_text, words
-from buquet.insights.drawing.layout import crossings, lay_out, settle
-from buquet.insights.drawing.order import order_of
+from buquet.insights.drawing.layout import crossings, lay_out, order_of, settle
 from buquet.insights.runview import RunView, StepView
 from buquet.printing import printable
 

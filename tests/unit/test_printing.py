@@ -17,7 +17,7 @@ from buquet.cli import main as command
 from buquet.cli import output
 from buquet.cli.watch import _next
 from buquet.dashboard.app import GET, dashboard
-from buquet.insights.drawing.paint import legal
+from buquet.insights.drawing.svg import legal
 from buquet.insights.drawing.words import plain
 from buquet.insights.journal import ErrorGroup
 from buquet.printing import indented, json_line, printable

@@ -7,9 +7,9 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
-from buquet.insights.duration import duration as duration
-from buquet.insights.duration import in_seconds as in_seconds
 from buquet.printing import counted, json_line, printable
+from buquet.printing import duration as duration
+from buquet.printing import in_seconds as in_seconds
 from buquet.worker.logs import JsonLines, TaskFields, TextLines
 
 if TYPE_CHECKING:

@@ -11,9 +11,7 @@ from starlette.responses import RedirectResponse, Response
 
 from buquet import keys
 from buquet.errors import RunNotFound, UsageError
-from buquet.insights.drawing.gantt import as_gantt
-from buquet.insights.drawing.paint import STYLE, tag
-from buquet.insights.drawing.svg import as_svg
+from buquet.insights.drawing.svg import STYLE, as_gantt, as_svg, element
 from buquet.insights.pace import answering
 from buquet.insights.runs import RunFilter, find, row_of
 from buquet.insights.runview import RunStatus
@@ -127,7 +125,7 @@ def _link(step: StepView) -> str:
 
 def _picture(svg: str) -> Markup:
     """Return a drawing without its own style, which the page's policy would not take: `/run.css` has it."""
-    return Markup(svg.replace(tag("style").around(STYLE), ""))  # noqa: S704 - the drawing escapes every text
+    return Markup(svg.replace(element("style", STYLE), ""))  # noqa: S704 - the drawing escapes every text
 
 
 async def style(_: Board, __: Request) -> Response:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
-from buquet.insights.duration import MOST, in_seconds
-from buquet.printing import printable
+from buquet.printing import LONGEST, in_seconds, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -93,7 +92,7 @@ def moment(milliseconds: int, now: int = 0) -> Markup:
     try:
         at = datetime.fromtimestamp(milliseconds / 1000, UTC)
     except (ValueError, OverflowError, OSError):  # a record may hold any number
-        return escape(milliseconds if abs(milliseconds) < MOST else "?")
+        return escape(milliseconds if abs(milliseconds) < LONGEST else "?")
     whole = at.strftime("%Y-%m-%d %H:%M:%S.") + f"{milliseconds % 1000:03d}"
     if not now:
         return Markup('<time datetime="{}Z" data-show="whole">{} UTC</time>').format(whole.replace(" ", "T"), whole)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from buquet.insights.duration import duration
 from buquet.insights.feed import STALE
 from buquet.insights.journal import HOUR, MINUTE, ErrorGroup, Minute, Summary, is_failure, spread
 from buquet.insights.schedules import ScheduleView, view_of
+from buquet.printing import duration
 from buquet.queue.names import is_system
 
 if TYPE_CHECKING:

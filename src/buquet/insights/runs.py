@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, cast
 from buquet import keys
 from buquet.errors import RunNotFound, UnreadableRecord
 from buquet.insights import fleet
-from buquet.insights.duration import in_seconds
 from buquet.insights.onerun import OneRun, graph_of_begun, read_graph, view_of, view_of_start
 from buquet.insights.runview import ENDED
 from buquet.insights.scan import AT_ONCE, Scan, newest
+from buquet.printing import in_seconds
 from buquet.records import Task
 from buquet.store.base import PAGE, Listed
 from buquet.workflow.events import START

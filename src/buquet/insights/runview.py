@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 import msgspec
 
 from buquet import keys
-from buquet.insights.duration import duration, in_seconds
-from buquet.printing import counted
+from buquet.printing import counted, duration, in_seconds
 from buquet.workflow import records
 from buquet.workflow.graph import packed
 from buquet.workflow.handle import never_began

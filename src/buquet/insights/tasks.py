@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import msgspec
 
 from buquet import keys
-from buquet.insights.duration import in_seconds
 from buquet.insights.fleet import known_queues, sessions
 from buquet.insights.scan import Scan, newest, records
+from buquet.printing import in_seconds
 from buquet.records import STATES, State
 from buquet.store.base import Listed
 

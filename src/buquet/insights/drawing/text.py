@@ -1,15 +1,18 @@
-"""A run as lines for a terminal, in the manner of `git log --graph`."""
+"""A run as text: lines for a terminal, in the manner of `git log --graph`, and a Mermaid flowchart for Markdown."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING, TypeAlias
 
 from buquet.insights.drawing import words
-from buquet.insights.drawing.order import Order, order_of
+from buquet.insights.drawing.layout import Order, order_of
 
 if TYPE_CHECKING:
-    from buquet.insights.runview import RunView, StepState, StepView
+    from collections.abc import Iterable
+
+    from buquet.insights.runview import RunView, StepKind, StepState, StepView
 
 Span: TypeAlias = tuple[str, str]
 """A piece of a line, and its style as rich names it; "" for none."""
@@ -25,18 +28,38 @@ STYLES: dict[StepState, str] = {
     "stopped": "yellow",
     "cancelled": "magenta",
 }
-STATE = 20
-"""Columns of a state and its time."""
+STATUS = 20
+"""Columns of a status and its time."""
 NAME = 32
 """Most columns of a name."""
 LANES = 10
-"""With more lanes than this side by side, layers are listed instead: nobody follows so many lines."""
+"""With more parallel lanes than this, nobody could follow the lines: layers are listed instead."""
+
+SHAPES: dict[StepKind, tuple[str, str]] = {
+    "task": ("[", "]"),
+    "each": ("[[", "]]"),
+    "wait": ("{{", "}}"),
+    "sleep": ("([", "])"),
+}
+CLASSES: dict[str, str] = {
+    "waiting": "fill:#eaeef2,stroke:#6e7781,color:#1f2328",
+    "ready": "fill:#fff8c5,stroke:#9a6700,color:#1f2328",
+    "running": "fill:#ddf4ff,stroke:#0969da,color:#1f2328",
+    "completed": "fill:#dafbe1,stroke:#1a7f37,color:#1f2328",
+    "failed": "fill:#ffebe9,stroke:#cf222e,color:#1f2328",
+    "skipped": "fill:#f6f8fa,stroke:#8c959f,color:#6e7781,stroke-dasharray:4 3",
+    "stopped": "fill:#fff1e5,stroke:#bc4c00,color:#1f2328",
+    "cancelled": "fill:#fbefff,stroke:#8250df,color:#1f2328",
+}
+SAFE = frozenset(" _,/=.():")
+LABEL = 60
+"""Most columns of a label in Mermaid."""
 
 
 def as_text(run: RunView, now: int, width: int = 80) -> list[Line]:
-    """Return a run as lines of at most `width` columns: what it is, then a line a step, joined by what comes before what.
+    """Return a run as lines of at most `width` columns: a headline, then a line for each step, joined by its dependencies.
 
-    `now` (milliseconds) is for the times of what still runs. Plain text is the spans of each line, put together:
+    `now` (milliseconds) is for the times of running steps. A line is a list of spans; their texts together are plain text:
 
     >>> from buquet.insights.runview import RunView, StepView
     >>> steps = [StepView(name="a"), StepView(name="b", depends=("a",)), StepView(name="c", depends=("a",))]
@@ -49,48 +72,75 @@ def as_text(run: RunView, now: int, width: int = 80) -> list[Line]:
       ○  c  waiting
     """
     order = order_of(run.steps)
-    graph = _Lanes(order, min(LANES, width // 7)).drawn() or _listed(order)
+    rows = _Lanes(order, min(LANES, width // 7)).drawn() or _listed(order)
     lines: list[Line] = [[(words.cut(words.headline(run, now), width), "bold")]]
     if run.error:
         lines.append([(words.cut(run.error, width), "red")])
-    left = max((len(cells.rstrip()) for cells, _ in graph), default=0)
+    left = max((len(cells.rstrip()) for cells, _ in rows), default=0)
     longest = max((words.columns(words.plain(words.title(step))) for step in run.steps), default=0)
-    names = min(longest, NAME, max(width - left - 2 - STATE - 2, STATE // 2))
-    for cells, name in graph:
-        if name:
-            step = order.steps[name]
-            text = cells.rstrip()
-            mark = text.index(words.MARKS[step.state])
-            drawing = [(text[:mark], "dim"), (text[mark], STYLES[step.state]), (text[mark + 1 :].ljust(left - mark - 1), "dim")]
-            lines.append([*(span for span in drawing if span[0]), *_said(step, now, names, max(width - left - 2, 0))])
-        else:
-            lines.append([(cells.rstrip(), "dim")])
+    names = min(longest, NAME, max(width - left - 2 - STATUS - 2, STATUS // 2))
+    for cells, name in rows:
+        text = cells.rstrip()
+        if not name:
+            lines.append([(text, "dim")])
+            continue
+        step = order.steps[name]
+        before, mark, after = text.partition(words.MARKS[step.state])
+        drawing = [(before, "dim"), (mark, STYLES[step.state]), (after.ljust(left - len(before) - 1), "dim")]
+        lines.append([*(span for span in drawing if span[0]), *_details(step, now, names, max(width - left - 2, 0))])
     return lines
 
 
-def _said(step: StepView, now: int, names: int, room: int) -> Line:
-    """Return what stands beside the mark of a step."""
+def as_mermaid(run: RunView, now: int) -> str:
+    r"""Return a run as the source of a Mermaid flowchart. `now` (milliseconds) is for the times of running steps.
+
+    >>> from buquet.insights.runview import RunView, StepView
+    >>> print(as_mermaid(RunView(id="1", workflow="w", steps=[StepView(name='say "hi"')]), 0).splitlines()[1])
+      s0["say #34;hi#34;<br/>waiting"]:::waiting
+    """
+    order = order_of(run.steps)
+    ids = {name: f"s{index}" for index, name in enumerate(order.steps)}
+    lines = ["flowchart LR"]
+    for name, step in order.steps.items():
+        opening, closing = SHAPES[step.kind]
+        details = ", ".join(filter(None, (step.state, words.items(step), words.time(step, now), words.UNDONE[step.undo])))
+        lines.append(f'  {ids[name]}{opening}"{_escaped(words.title(step))}<br/>{_escaped(details)}"{closing}:::{step.state}')
+    for name, step in order.steps.items():
+        before = order.before[name]
+        # one edge shows the condition: that from the step that the condition names
+        judge = next((source for source in before if source in step.condition), before[0] if before else "")
+        for source in before:
+            label = f'|"{_escaped(step.condition)}"|' if step.condition and source == judge else ""
+            arrow = "-.->" if "skipped" in {step.state, order.steps[source].state} else "-->"
+            lines.append(f"  {ids[source]} {arrow}{label} {ids[name]}")
+    statuses = dict.fromkeys(step.state for step in order.steps.values())
+    lines += [f"  classDef {status} {CLASSES[status]}" for status in statuses]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """Return a text for a quoted Mermaid label: letters, digits and a few signs as they are, the rest as numbers."""
+    safe = "".join(char if char.isalnum() or char in SAFE else f"#{ord(char)};" for char in words.cut(text, LABEL))
+    return safe.replace(". ", "#46; ")  # "1. item" would be a list
+
+
+def _details(step: StepView, now: int, names: int, room: int) -> Line:
+    """Return the text beside the mark of a step: its name in `names` columns, its status, and remarks where they have room."""
     style = STYLES[step.state]
     name = words.cut(words.title(step), names)
-    state = f"{step.state:<9}  {words.time(step, now):>9}"
-    state = state[: max(room - names - 2, 0)]
-    left = room - names - 2 - len(state)
-    remarks = words.cut(" · ".join(words.remarks(step)), left - 2) if left > NAME // 2 else ""
     padding = " " * (names - words.columns(name) + 2)
-    spans = [
-        ("  ", ""),
-        (name, "dim" if step.state == "skipped" else ""),
-        (padding, ""),
-        (state if remarks else state.rstrip(), style),
-    ]
-    if remarks:
-        spans.append((f"  {remarks}", "red" if step.error else ""))
-    return spans
+    status = f"{step.state:<9}  {words.time(step, now):>9}"[: max(room - names - 2, 0)]
+    left = room - names - 2 - len(status)
+    remarks = words.cut(" · ".join(words.remarks(step)), left - 2) if left > NAME // 2 else ""
+    line = [("  ", ""), (name, "dim" if step.state == "skipped" else ""), (padding, "")]
+    if not remarks:
+        return [*line, (status.rstrip(), style)]
+    return [*line, (status, style), (f"  {remarks}", "red" if step.error else "")]
 
 
 @dataclass
 class _Lanes:
-    """Draws steps from the top down. A lane leads to a step that is still to come; all that lead to one share it."""
+    """Draws steps from the top down. A lane leads to a step that is not drawn yet; all edges to a step share its lane."""
 
     order: Order
     most: int
@@ -99,14 +149,16 @@ class _Lanes:
     """The drawing's columns, and the step on the row or ""."""
 
     def drawn(self) -> list[tuple[str, str]]:
-        """Return the rows; none where that takes more than `most` lanes."""
+        """Return the rows; none where they need more than `most` lanes."""
         done: set[str] = set()
         while len(done) < len(self.order.steps):
             name = self._next(done)
             if name not in self.lanes:
                 self._begin(name)
             here = self.lanes.index(name)
-            self.rows.append((self._row(here, words.MARKS[self.order.steps[name].state]), name))
+            mark = words.MARKS[self.order.steps[name].state]
+            cells = (mark if index == here else " " if lane is None else "│" for index, lane in enumerate(self.lanes))
+            self.rows.append((" ".join(cells), name))
             self._lead_on(name, here)
             if len(self.lanes) > self.most:
                 return []
@@ -114,83 +166,61 @@ class _Lanes:
         return self.rows
 
     def _next(self, done: set[str]) -> str:
-        """Return the step to draw next: what a lane leads to before what stands for itself."""
+        """Return the step to draw next: steps that a lane leads to come first."""
         for name in self.lanes:
             if name is not None and done.issuperset(self.order.before[name]):
                 return name
         return next(name for name in self.order.steps if name not in done and name not in self.lanes)
 
     def _begin(self, name: str) -> None:
-        """Give a lane to a step that nothing leads to, so that it does not stand right below one that it has no tie to."""
+        """Give a lane to a step that nothing leads to. It must not stand right below a step that it has no edge to."""
         if self.rows and not any(self.lanes):
             self.rows.append(("", ""))
         above = self.rows[-1][0] if self.rows else ""
-        for index, lane in enumerate(self.lanes):
-            if lane is None and above[2 * index : 2 * index + 1] in {"", " "}:
-                self.lanes[index] = name
-                return
-        self.lanes.append(name)
+        self._take(name, (index for index in range(len(self.lanes)) if above[2 * index : 2 * index + 1] in {"", " "}))
 
-    def _take(self, name: str, near: int) -> int:
-        """Give a step a free lane, to the right of `near` where there is one."""
-        for index in (*range(near, len(self.lanes)), *range(near)):
-            if self.lanes[index] is None:
-                self.lanes[index] = name
-                return index
-        self.lanes.append(name)
-        return len(self.lanes) - 1
-
-    def _row(self, here: int, mark: str) -> str:
-        return " ".join(mark if index == here else " " if lane is None else "│" for index, lane in enumerate(self.lanes))
+    def _take(self, name: str, places: Iterable[int]) -> int:
+        """Give a step the first free lane of `places`, or a new lane."""
+        place = next((index for index in places if self.lanes[index] is None), len(self.lanes))
+        self.lanes[place : place + 1] = [name]
+        return place
 
     def _lead_on(self, name: str, here: int) -> None:
-        """Open lanes from a step to what waits for it, or join those that others opened."""
+        """Open lanes from a step to the steps that depend on it, or join the lanes that other steps opened."""
         before = list(self.lanes)
         targets = self.order.after[name]
-        fresh = [each for each in targets if each not in self.lanes]
-        joined = [self.lanes.index(each) for each in targets if each in self.lanes]
+        fresh = [target for target in targets if target not in self.lanes]
+        joined = [self.lanes.index(target) for target in targets if target in self.lanes]
         self.lanes[here] = fresh[0] if fresh else None
-        opened = [self._take(each, here) for each in fresh[1:]]
+        # to the right of `here` where there is a free lane
+        opened = [self._take(target, (*range(here, len(self.lanes)), *range(here))) for target in fresh[1:]]
         if joined or opened:
-            self.rows.append((self._connector(here, joined, opened, before), ""))
+            self.rows.append((self._connector(here, joined + opened, before), ""))
         while self.lanes and self.lanes[-1] is None:
             self.lanes.pop()
 
-    def _connector(self, here: int, joined: list[int], opened: list[int], before: list[str | None]) -> str:
-        """Return a row on which `here` is tied to lanes that go on and to new ones. A lane that is passed stays whole: `─│─`."""
-        ends = [here, *joined, *opened]
+    def _connector(self, here: int, others: list[int], before: list[str | None]) -> str:
+        """Return a row that ties `here` to other lanes. A lane that the row passes stays whole: `─│─`."""
+        ends = [here, *others]
         first, last = min(ends), max(ends)
         cells: list[str] = []
         for index in range(len(self.lanes)):
             up = index == here or (index < len(before) and before[index] is not None)
             down = self.lanes[index] is not None
             tied = index in ends
-            left, right = tied and index > first, tied and index < last
             passed = first < index < last and not tied
-            cells.append(_CORNERS[up, down, left, right] if tied else "│" if up and down else "─" if passed else " ")
+            corner = _CORNERS[up, down, tied and index > first, tied and index < last]
+            cells.append(corner if tied else "│" if up and down else "─" if passed else " ")
             cells.append("─" if first <= index < last else " ")
         return "".join(cells)
 
 
-_CORNERS = {
-    (up, down, left, right): sign
-    for (up, down, left, right), sign in zip(
-        (
-            (up, down, left, right)
-            for up in (False, True)
-            for down in (False, True)
-            for left in (False, True)
-            for right in (False, True)
-        ),
-        " ╶╴─╷╭╮┬╵╰╯┴│├┤┼",
-        strict=True,
-    )
-}
-"""A box character by where lines leave it: up, down, left, right."""
+_CORNERS = dict(zip(product((False, True), repeat=4), " ╶╴─╷╭╮┬╵╰╯┴│├┤┼", strict=True))
+"""A box character by the sides where lines leave it: up, down, left, right."""
 
 
 def _listed(order: Order) -> list[tuple[str, str]]:
-    """Return layer under layer; what can run side by side is bracketed."""
+    """Return layer after layer. The steps of one layer, which can run in parallel, are bracketed."""
     rows: list[tuple[str, str]] = []
     for layer in order.layers():
         for index, name in enumerate(layer):

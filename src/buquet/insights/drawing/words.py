@@ -5,8 +5,7 @@ from __future__ import annotations
 import unicodedata
 from typing import TYPE_CHECKING
 
-from buquet.insights.duration import duration
-from buquet.printing import JOINERS, printable
+from buquet.printing import JOINERS, duration, printable
 
 if TYPE_CHECKING:
     from buquet.insights.runview import RunView, StepState, StepView
@@ -21,13 +20,12 @@ MARKS: dict[StepState, str] = {
     "stopped": "■",
     "cancelled": "⊘",
 }
-"""A sign for each state, one column wide in every terminal."""
+"""A sign for each status, one column wide in every terminal."""
 UNDONE = {"": "", "due": "to be undone", "done": "undone", "failed": "undo failed"}
-WIDE = {"W", "F"}
 
 
 def plain(text: str) -> str:
-    """Return a text as one line of printable characters: names and errors come from anywhere."""
+    """Return a text as one line of printable characters: anybody may have written names and errors."""
     return " ".join(printable(text, mark=lambda _: " ").split())
 
 
@@ -39,11 +37,11 @@ def columns(text: str) -> int:
 def _columns(character: str) -> int:
     if unicodedata.combining(character) or character in JOINERS:
         return 0
-    return 2 if unicodedata.east_asian_width(character) in WIDE else 1
+    return 2 if unicodedata.east_asian_width(character) in {"W", "F"} else 1
 
 
 def cut(text: str, most: int) -> str:
-    """Return a text as one printable line of at most so many columns.
+    """Return a text as one printable line of at most `most` columns.
 
     >>> cut("validate the order", 9)
     'validate…'
@@ -52,26 +50,26 @@ def cut(text: str, most: int) -> str:
     if columns(text) <= most:
         return text
     kept, room = "", most - 1
-    for each in text:
-        room -= _columns(each)
+    for character in text:
+        room -= _columns(character)
         if room < 0:
             break
-        kept += each
+        kept += character
     return kept.rstrip() + "…" if most > 0 else ""
 
 
 def title(step: StepView) -> str:
-    """Return a step's name, and its task's where that has another."""
+    """Return a step's name, and its task's name where that is another."""
     return f"{step.name} ({step.task})" if step.task not in {"", step.name} else step.name
 
 
 def items(step: StepView) -> str:
-    """Return how far a fan-out is."""
+    """Return the progress of a fan-out."""
     return f"{step.done:,}/{step.total:,}" if step.kind == "each" and step.total else ""
 
 
 def kind(step: StepView) -> str:
-    """Return what a step is, where it is no plain task."""
+    """Return the kind of a step that is no plain task."""
     return {"wait": "signal", "sleep": "sleep"}.get(step.kind, "") if step.kind != step.name else ""
 
 
@@ -82,8 +80,8 @@ def time(step: StepView, now: int) -> str:
 
 
 def remarks(step: StepView) -> list[str]:
-    """Return what else there is to say of a step, the most important first."""
-    said = (
+    """Return the other facts about a step, the most important first."""
+    facts = (
         step.error,
         UNDONE[step.undo],
         step.reason,
@@ -92,17 +90,17 @@ def remarks(step: StepView) -> list[str]:
         f"if {step.condition}" if step.condition else "",
         kind(step),
     )
-    return [plain(each) for each in said if each]
+    return [plain(fact) for fact in facts if fact]
 
 
 def headline(run: RunView, now: int) -> str:
     """Return a run in one line."""
-    seconds = run.seconds(now)
-    said = (
+    seconds, retries = run.seconds(now), run.generation - 1
+    facts = (
         run.status + (", paused" if run.paused else ""),
         "" if seconds is None else duration(seconds),
-        f"retried {run.generation - 1} times" if run.generation > 2 else "retried once" if run.generation == 2 else "",  # noqa: PLR2004
+        f"retried {retries} times" if retries > 1 else "retried once" if retries == 1 else "",
         f"key {run.key}" if run.key else "",
         run.reason,
     )
-    return plain(f"{run.workflow} {run.id}: {', '.join(each for each in said if each)}")
+    return plain(f"{run.workflow} {run.id}: {', '.join(filter(None, facts))}")

@@ -19,6 +19,7 @@ from buquet import (
     keys,
 )
 from buquet.queue.background import Background
+from buquet.queue.values import of_task
 from buquet.sealing import Keyring, Plain, key_id_of, sealer
 from buquet.store.memory import MemoryStore
 from buquet.testing.auditor import Auditor, read_bucket
@@ -119,7 +120,7 @@ async def test_a_checkpoint_under_another_key_gives_the_task_back_unspent(clock,
     old, new = make_app(clock, store, []), make_app(clock, store, ONE)
     handle = await old.tasks["echo"].asubmit(SECRET)
     held = await old.client.read(handle.id)
-    sealed, at = await new.client.values.put(handle.id, "checkpoint", b'"half"')
+    sealed, at = await new.client.values.put(of_task(handle.id, "checkpoint"), b'"half"')
     from msgspec.structs import replace
 
     await old.client.register.update(held, replace(held.record, checkpoint=sealed, checkpoint_at=at))

@@ -19,6 +19,7 @@ from buquet.insights import runs
 from buquet.insights.drawing import as_gantt, as_mermaid, as_svg
 from buquet.insights.runview import RunStatus, RunView
 from buquet.insights.scan import Scan
+from buquet.queue.values import of_run
 from buquet.workflow import sending
 from buquet.workflow.graph import RESTORE
 from buquet.workflow.handle import Run
@@ -119,7 +120,7 @@ async def _result_of(client: Client, view: RunView) -> bytes | None:
     if record is None:
         return None
     try:
-        body = bytes(await client.values.get_of_run(record.id, "result", record.output, record.output_at))
+        body = bytes(await client.values.get(of_run(record.id, "result"), record.output, record.output_at))
         decode_stored(ANY, body, f"the result of run {record.id}", RESTORE)
     except (EncryptionKeyMissing, UnreadableRecord) as error:
         to_stderr(str(error))

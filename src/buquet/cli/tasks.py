@@ -105,11 +105,11 @@ def get(task_id: Id, url: Url = None, json: Json = False) -> None:
 
 async def _with_values(client: Client, task: Task) -> Task:
     """Put the values that lie in payload objects, or are encrypted under a key that is here, into the record."""
-    task = client.values.shown(task)
+    task = client.values.with_error(task)
     values: dict[str, msgspec.Raw] = {}
-    for name, read in (("args", client.values.args), ("checkpoint", client.values.checkpoint), ("result", client.values.result)):
+    for name in ("args", "checkpoint", "result"):
         try:
-            if body := bytes(await read(task)):  # what is not there stays the default, which encoders leave out
+            if body := bytes(await client.values.of(task, name)):  # what is not there stays the default, which encoders leave out
                 decode_stored(ANY, body, f"the {name} of task {task.id}", AGAIN)
                 values[name] = msgspec.Raw(body)
         except EncryptionKeyMissing:

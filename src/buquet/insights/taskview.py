@@ -13,6 +13,7 @@ import msgspec
 from buquet.errors import EncryptionKeyMissing, StoreError, UnreadableRecord
 from buquet.insights.pace import ANSWER
 from buquet.queue.batch import failed_items
+from buquet.queue.values import of_run, of_task
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -59,12 +60,14 @@ class Line:
 
 async def values(client: Client, task: Task) -> dict[str, Value]:
     """Return the task's arguments, checkpoint and result, those that it has. One GET for each that lies outside of the record."""
-    wanted = (
-        ("arguments", task.args_at or bytes(task.args), client.values.args),
-        ("checkpoint", task.checkpoint_at or bytes(task.checkpoint), client.values.checkpoint),
-        ("result", task.result_at or bytes(task.result), client.values.result),
-    )
-    return await _read({name: get(task) for name, there, get in wanted if there})
+    wanted: dict[str, Awaitable[bytes | Raw]] = {}
+    if task.args_at or bytes(task.args):
+        wanted["arguments"] = client.values.of(task, "args")
+    if task.checkpoint_at or bytes(task.checkpoint):
+        wanted["checkpoint"] = client.values.of(task, "checkpoint")
+    if task.result_at or bytes(task.result):
+        wanted["result"] = client.values.of(task, "result")
+    return await _read(wanted)
 
 
 async def failed_in_pack(client: Client, task: Task) -> list[FailedItem]:
@@ -79,9 +82,9 @@ async def run_values(client: Client, run: RunRecord) -> dict[str, Value]:
     """Return a run's arguments and result, those that it has. One GET for each that lies outside of the record."""
     wanted: dict[str, Awaitable[bytes | Raw]] = {}
     if run.args_at or bytes(run.args):
-        wanted["arguments"] = client.values.get(run.id, "args", run.args, run.args_at)
+        wanted["arguments"] = client.values.get(of_task(run.id, "args"), run.args, run.args_at)
     if run.output_at or bytes(run.output):
-        wanted["result"] = client.values.get_of_run(run.id, "result", run.output, run.output_at)
+        wanted["result"] = client.values.get(of_run(run.id, "result"), run.output, run.output_at)
     return await _read(wanted)
 
 

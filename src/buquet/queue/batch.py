@@ -27,7 +27,6 @@ from buquet.errors import (
 from buquet.printing import counted
 from buquet.queue.attempt import inside_handler
 from buquet.queue.handle import ending
-from buquet.queue.values import LARGEST
 from buquet.records import MOST_ITEMS, TERMINAL, PackItems, PackResults, PackState, Session, Task
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ KEYED_WORKERS = 16
 FULL = 16 << 20
 """A pack of so many bytes is closed, however few its items are."""
 FRAME = (b'{"items":[', b"]}")
-LARGEST_ITEM = LARGEST - len(b"".join(FRAME))
+LARGEST_ITEM = keys.LARGEST - len(b"".join(FRAME))
 CHUNK = 256
 CHECKED = 100
 CHECKED_BYTES = 1 << 20
@@ -199,7 +198,7 @@ class Packing:
             raise InvalidArgument(msg) from None
         if len(body) > LARGEST_ITEM:
             msg = (
-                f"item {self.read + len(before)} of the batch has {len(body):,} bytes as JSON; the most is {LARGEST:,}. "
+                f"item {self.read + len(before)} of the batch has {len(body):,} bytes as JSON; the most is {keys.LARGEST:,}. "
                 "Store it in an object of yours and pass its key"
             )
             raise InvalidArgument(msg)
@@ -531,12 +530,12 @@ async def failed_items(client: Client, task: Task, of: str = "") -> list[FailedI
 
     Raises UnreadableRecord, EncryptionKeyMissing.
     """
-    task = client.values.shown(task)
+    task = client.values.with_error(task)
     state = await _state_of(client, task, of)
     stored = {each.index: each for each in state.failed}
     items: list[msgspec.Raw] = []
     if stored or task.state in TERMINAL:
-        items = decode_stored(_items, await client.values.args(task), f"the items of {_pack(task, of)}", AGAIN).items
+        items = decode_stored(_items, await client.values.of(task, "args"), f"the items of {_pack(task, of)}", AGAIN).items
         if len(items) != task.pack:
             msg = f"the items of {_pack(task, of)} are {len(items):,}, and it should hold {task.pack:,}. {AGAIN}"
             raise UnreadableRecord(msg)
@@ -559,7 +558,7 @@ async def _state_of(client: Client, task: Task, of: str) -> PackState:
         if not bytes(task.checkpoint) and not task.checkpoint_at:
             return PackState(started=task.started)
         try:
-            body = await client.values.checkpoint(task)
+            body = await client.values.of(task, "checkpoint")
         except UnreadableRecord:  # the pack has stored a later one, and removed this
             task = (await client.read(task.id)).record
             continue

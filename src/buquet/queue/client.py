@@ -16,9 +16,9 @@ from buquet.printing import counted
 from buquet.queue import transitions
 from buquet.queue.bell import Ringer
 from buquet.queue.spans import submitting
-from buquet.queue.values import INLINE, Values, context, run_context
+from buquet.queue.values import INLINE, Values, of_run, of_task
 from buquet.queue.waiting import Waiting
-from buquet.records import ABSENT, FORMAT, TERMINAL, Layout, Note, Progress, Raw, Session, Task
+from buquet.records import FORMAT, TERMINAL, Layout, Note, Progress, Session, Task
 from buquet.sealing import Plain
 from buquet.store.register import Held, Register
 
@@ -132,7 +132,7 @@ class Client:
     async def _submit(self, task: Task, args: bytes) -> Submitted:
         if not self._open:
             await self.open()
-        value, at = await self.values.put(task.id, "args", args)
+        value, at = await self.values.put(of_task(task.id, "args"), args)
         if bytes(task.graph):
             task = await self._with_graph(task)
         task = replace(task, args=value, args_at=at, key_id=self.sealer.key_id)
@@ -156,7 +156,7 @@ class Client:
 
         With a worker and a token it is under that claim from its first version on.
         """
-        value, at = await self.values.put(task.id, "args", args)
+        value, at = await self.values.put(of_task(task.id, "args"), args)
         now = self.clock.now_ms()
         pending = transitions.submit(replace(task, args=value, args_at=at, key_id=self.sealer.key_id), now)
         fresh = transitions.claim(pending, worker, token, now) if token else pending
@@ -210,13 +210,9 @@ class Client:
 
     async def _with_graph(self, task: Task) -> Task:
         """Return the task that starts a run with its graph as it is stored."""
-        graph = self.sealer.seal(bytes(task.graph), run_context(task.id, "graph"))
-        if len(graph) <= INLINE:
-            return replace(task, graph=Raw(graph))
-        # under a name of its own: a pruned run of the same key may be about to lose its payloads
-        key = f"{keys.payload(task.id, graph)}.{self.clock.new_op()}"
-        await self.reads.put(key, graph)
-        return replace(task, graph=ABSENT, graph_at=key)
+        # unique: a pruned run of the same key may be about to lose its payloads
+        graph, at = await self.values.put(of_run(task.id, "graph"), bytes(task.graph), inline=INLINE, unique=True)
+        return replace(task, graph=graph, graph_at=at)
 
     async def _meet(self, fresh: Task, held: Held[Task] | None, args: bytes) -> str:
         """Go on where the record exists: the same task, or a stub that this submit revives. Returns the new entry, if any."""
@@ -230,7 +226,7 @@ class Client:
                 if revived.args_at:
                     # under a key of this life's own: who prunes the life before may still be about to delete that one's
                     revived = replace(revived, args_at=f"{fresh.args_at}.{held.record.rev + 1}")
-                    await self.reads.put(revived.args_at, self.sealer.seal(args, context(fresh.id, "args")))
+                    await self.reads.put(revived.args_at, self.sealer.seal(args, str(of_task(fresh.id, "args"))))
                 write = await self.register.update(held, revived, entry=revived.entry)
             if write.landed:
                 return revived.entry
@@ -250,7 +246,8 @@ class Client:
         if there.key_id == fresh.key_id and (there.args_at or fresh.args_at):
             return False  # the hashes differ
         # another way to write the same JSON, or sealed under another key
-        before = decode_stored(ANY, await self.values.args(there), f"the arguments of task {there.id} ({there.name})", AGAIN)
+        stored = await self.values.of(there, "args")
+        before = decode_stored(ANY, stored, f"the arguments of task {there.id} ({there.name})", AGAIN)
         return before == decode_any(args)
 
     async def submit_chunk(self, tasks: Sequence[tuple[Task, bytes]]) -> list[Submitted]:
@@ -364,7 +361,7 @@ class Client:
 
     async def value_of(self, task: Task) -> bytes:
         """Return an ended task's result as JSON."""
-        return bytes(await self.values.result(task))
+        return bytes(await self.values.of(task, "result"))
 
     async def close(self) -> None:
         """Ring for what was added, then release the store."""

@@ -114,7 +114,7 @@ class Handle(Generic[R_co]):
         client = self._home.client
         task = await client.wait(self.id, timeout)
         if task.state != "completed":
-            raise ending(client.values.shown(task))
+            raise ending(client.values.with_error(task))
         body = await client.value_of(task)
         if self._signature is not None:
             return cast("R_co", self._signature.decode_result(body))

@@ -32,7 +32,7 @@ from buquet.codec import encode_record
 from buquet.errors import InvalidPayload, KeyConflict, ScheduleNotFound, UnreadableRecord, UsageError
 from buquet.queue.attempt import inside_handler
 from buquet.queue.control import whoami
-from buquet.queue.values import INLINE
+from buquet.queue.values import INLINE, Address
 from buquet.records import ABSENT, LATEST, CatchUp, Schedule, Task
 
 if TYPE_CHECKING:
@@ -298,9 +298,9 @@ class Plan:
 
     def sealed(self, sealer: Sealer) -> Plan:
         """Return it as it may be stored: with keys, its arguments and the constants of its graph are encrypted."""
-        template, bound_to = self.template, context(self.name)
+        template, address = self.template, str(Address("schedule", self.name, "template"))
         args, graph = (
-            Raw(sealer.seal(bytes(each), bound_to)) if bytes(each) else each for each in (template.args, template.graph)
+            Raw(sealer.seal(bytes(each), address)) if bytes(each) else each for each in (template.args, template.graph)
         )
         return replace_plan(self, template=replace(template, args=args, graph=graph, key_id=sealer.key_id))
 
@@ -437,13 +437,8 @@ class _Daemons(Executor):
 
 def opened(client: Client, schedule: Schedule) -> tuple[bytes | Raw, bytes | Raw]:
     """Return the arguments and the graph of a schedule's template. Raises EncryptionKeyMissing, UnreadableRecord."""
-    template, bound_to = schedule.template, context(schedule.name)
-    return client.sealer.open(template.args, bound_to), client.sealer.open(template.graph, bound_to)
-
-
-def context(schedule: str) -> str:
-    """Return what the encrypted values of a schedule's template are bound to."""
-    return f"template of schedule {schedule}"
+    address = Address("schedule", schedule.name, "template")
+    return client.values.open(address, schedule.template.args), client.values.open(address, schedule.template.graph)
 
 
 async def read(client: Client, name: str) -> Held[Schedule]:

@@ -10,7 +10,7 @@ from buquet import keys
 from buquet.errors import Refused, StoreError, TaskNotFound
 from buquet.queue import transitions
 from buquet.queue.names import Later, is_system
-from buquet.queue.values import context
+from buquet.queue.values import of_task
 from buquet.records import ErrorInfo, Raw, Task
 from buquet.store.retrying import pause
 
@@ -80,7 +80,7 @@ class Children:
         if ending is None or ending.state == "cancelled":
             return transitions.stop(task, run.token, now)
         if ending.state == "completed":
-            nothing = Raw(self.client.sealer.seal(b"null", context(task.id, "result")))  # its run holds the result
+            nothing = Raw(self.client.sealer.seal(b"null", str(of_task(task.id, "result"))))  # its run holds the result
             return transitions.complete(task, run.token, nothing, "", now)
         error = ending.error or ErrorInfo(type="StepFailed", message="its run holds it as failed")
         return transitions.fail(task, run.token, error, now)

@@ -26,7 +26,7 @@ from buquet.errors import (
 from buquet.queue import transitions
 from buquet.queue.attempt import Attempt, enter
 from buquet.queue.background import running_loop
-from buquet.queue.values import Values
+from buquet.queue.values import Values, of_task
 from buquet.records import TERMINAL, Progress, Task
 from buquet.store.retrying import pause
 from buquet.worker.logs import AttemptTimeout, TaskLogger, describe, exit_of, raised
@@ -102,7 +102,7 @@ class Running:
         if not self.in_handler:
             raise Refused(f"task {self.listing.task}: this attempt is over, and its checkpoint was not stored")
         try:
-            raw, at = await self.executor.values.put(self.listing.task, "checkpoint", body)
+            raw, at = await self.executor.values.put(of_task(self.listing.task, "checkpoint"), body)
         except StoreError as error:
             self.refused = error
             raise
@@ -203,7 +203,7 @@ class Executor:
         try:
             if task.pack:
                 return await PackRunner(self, run, function).run()
-            body = await self.values.args(task)
+            body = await self.values.of(task, "args")
             args, kwargs = function.signature.decode(body)
             checkpointed = await self._checkpoint(task)
         except EncryptionKeyMissing as error:
@@ -242,7 +242,7 @@ class Executor:
             run.work.uncancel()
 
     async def _checkpoint(self, task: Task) -> Any:
-        body = await self.values.checkpoint(task)
+        body = await self.values.of(task, "checkpoint")
         if not bytes(body):
             return None
         return decode_stored(ANY, body, f"the checkpoint of task {task.id}", "Restore it, or submit the task anew")
@@ -307,7 +307,7 @@ class Executor:
         tries = 0
         while True:
             try:
-                return await self.values.put(run.listing.task, what, body)
+                return await self.values.put(of_task(run.listing.task, what), body)
             except StoreError as error:
                 self.keeper.report(f"task {run.listing.task}: its {what} cannot be stored yet", error, tries)
                 await pause(self.clock, tries)
@@ -342,7 +342,7 @@ class Executor:
         text = "task %s (%s) failed for good: %s: %s"
         level = logging.WARNING if run.held.record.allowed else logging.ERROR
         log.log(level, text, run.listing.task, run.listing.name, info.type, info.message, exc_info=raised(error))
-        info = self.values.hide(run.listing.task, info)
+        info = self.values.seal_error(of_task(run.listing.task, "error"), info)
         return lambda task: transitions.fail(task, run.token, info, self.now())
 
     def _retried(self, run: Running, function: BaseTask[Any, Any], error: BaseException) -> Callable[[Task], Task]:
@@ -365,7 +365,7 @@ class Executor:
             info.message,
             exc_info=raised(error),
         )
-        info = self.values.hide(run.listing.task, info)
+        info = self.values.seal_error(of_task(run.listing.task, "error"), info)
         return lambda task: transitions.retry(task, run.token, info, self.now() + wait, self.now())
 
     def now(self) -> int:

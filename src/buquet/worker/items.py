@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 from msgspec import Raw
 
+from buquet import keys
 from buquet.errors import InvalidPayload, InvalidResult, UsageError
 from buquet.printing import counted
 from buquet.queue.attempt import Attempt, enter
 from buquet.queue.batch import read_state
-from buquet.queue.values import LARGEST
 from buquet.records import ErrorInfo, ItemFailure, PackItems, PackState, Task
 from buquet.worker.logs import AttemptTimeout, TaskLogger, exit_of
 
@@ -30,7 +30,7 @@ TRACES = 10
 """Failed items of a pack whose traceback is kept."""
 LONGEST_TRACE = 4000
 LONGEST_MESSAGE = 500
-ROOM = LARGEST - (8 << 20)
+ROOM = keys.LARGEST - (8 << 20)
 """The most bytes of a pack's results: failures must find room beside them."""
 
 _items = msgspec.json.Decoder(PackItems)
@@ -71,8 +71,8 @@ class Ledger:
     async def load(self, values: Values) -> None:
         """Read the items and the last checkpoint. Raises InvalidPayload, UnreadableRecord, EncryptionKeyMissing."""
         task = self.task
-        args = await values.args(task)
-        body = await values.checkpoint(task)
+        args = await values.of(task, "args")
+        body = await values.of(task, "checkpoint")
         try:
             self.items = _items.decode(args).items
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

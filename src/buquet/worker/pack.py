@@ -16,6 +16,7 @@ from buquet.errors import Fail, InvalidPayload, InvalidResult, Snooze, StoreErro
 from buquet.printing import counted
 from buquet.queue import transitions
 from buquet.queue.attempt import Attempt
+from buquet.queue.values import of_task
 from buquet.records import ABSENT, ErrorInfo, Progress, Task
 from buquet.worker.items import AsyncLane, Ledger, ThreadLane
 from buquet.worker.logs import TaskLogger, describe, raised
@@ -208,7 +209,7 @@ class PackRunner:
         run.listing.progress = Progress(fraction=self.ledger.settled / self.task.pack, message=self._retried_items())
         version, body = self.ledger.snapshot()
         try:
-            raw, at = await self.executor.values.put(self.task.id, "checkpoint", body)
+            raw, at = await self.executor.values.put(of_task(self.task.id, "checkpoint"), body)
         except StoreError as error:
             self.executor.keeper.report(f"task {self.task.id}: its checkpoint could not be stored", error, self._refused)
             self._save_at = self.clock.monotonic() + min(SAVE_EVERY * 2**self._refused, LONGEST_PAUSE)
@@ -236,7 +237,7 @@ class PackRunner:
             return self.task.error
         index, info = self._last
         text = f"{self._retried_items()}; the last of them, item {index}: {info.type}: {info.message}"
-        return self.executor.values.hide(self.task.id, ErrorInfo(type="ItemsRetried", message=text))
+        return self.executor.values.seal_error(of_task(self.task.id, "error"), ErrorInfo(type="ItemsRetried", message=text))
 
     async def _drop_last(self, at: str) -> None:
         """Delete the payload of the checkpoint that was replaced: a long pack would leave one every second."""
@@ -283,5 +284,5 @@ class PackRunner:
         text = f"{count}; the first of them, item {first.index}: {first.type}: {first.message}"
         level = logging.WARNING if self.task.allowed else logging.ERROR
         log.log(level, "task %s (%s) failed for good: %s", self.task.id, self.task.name, text)
-        info = executor.values.hide(self.task.id, ErrorInfo(type="ItemsFailed", message=text))
+        info = executor.values.seal_error(of_task(self.task.id, "error"), ErrorInfo(type="ItemsFailed", message=text))
         return lambda task: transitions.fail(task, run.token, info, executor.now())

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from buquet import keys
 from buquet.codec import encode_record
 from buquet.errors import StoreRefused, UnreadableRecord
-from buquet.queue.values import Values, get_stored
+from buquet.queue.values import Values, of_run
 from buquet.records import ABSENT
 from buquet.workflow.advance import advance
 from buquet.workflow.events import INLINE
@@ -100,7 +100,7 @@ class Committer:
         """Return a run's graph. Raises UnreadableRecord for one that this buquet cannot read."""
         plan = self._plans.get(run.id)
         if plan is None:
-            body = await self.at_rest.get_of_run(run.id, "graph", run.graph, run.graph_at)
+            body = await self.at_rest.get(of_run(run.id, "graph"), run.graph, run.graph_at)
             plan = Plan(read_graph(run.id, body), self.max_items)
             if run.state not in OVER:
                 self._plans[run.id] = plan
@@ -126,7 +126,7 @@ class Committer:
         """Return what looks up the values of a run's steps for one evaluation: `before`, where that is of the same graph."""
         if before is not None and (before.graph is plan.graph or before.graph == plan.graph):
             return before
-        return StepValues(plan.graph, self._payloads, lambda what, body: self.at_rest.open_of_run(run_id, what, body))
+        return StepValues(plan.graph, self._payloads, lambda what, body: self.at_rest.open(of_run(run_id, what), body))
 
     async def fetch(self, missing: Missing) -> None:
         """Fetch payloads, so that what needs them can be computed again. Raises UnreadableRecord when one is gone."""
@@ -138,7 +138,7 @@ class Committer:
                 self._cache(key, body)
 
     async def _payload(self, key: str) -> bytes:
-        return bytes(await get_stored(self.register.reads, ABSENT, key))
+        return bytes(await self.at_rest.stored(ABSENT, key))
 
     def _cache(self, key: str, body: bytes) -> None:
         self._payload_bytes += len(body) - len(self._payloads.pop(key, b""))
@@ -262,7 +262,7 @@ class Committer:
                 steps[name] = await self._step_stored(run.id, name, record, own=own and not record.signal)
         run = hidden(replace(run, steps=steps), self.at_rest)
         if bytes(run.output) and run.output is not before.output:
-            value, at = await self.at_rest.put_of_run(run.id, "result", bytes(run.output), INLINE)
+            value, at = await self.at_rest.put(of_run(run.id, "result"), bytes(run.output), inline=INLINE)
             run = replace(run, output=value, output_at=at)
         size = len(encode_record(run))
         if size > ROOM:
@@ -281,7 +281,7 @@ class Committer:
         if fan is not None and _size(fan) > FAN_INLINE:
             return await self._chunked(run_id, record, fan)
         if own:  # `advance` made its result
-            value, at = await self.at_rest.put_of_run(run_id, of_step(name, 0), bytes(record.result), INLINE)
+            value, at = await self.at_rest.put(of_run(run_id, of_step(name, 0)), bytes(record.result), inline=INLINE)
             return replace(record, result=value, result_at=at)
         return record
 

@@ -13,6 +13,7 @@ from buquet.errors import UnreadableRecord
 from buquet.printing import counted
 from buquet.queue.batch import read_state
 from buquet.queue.names import SYSTEM, Ending
+from buquet.queue.values import of_run
 from buquet.records import ErrorInfo, Task
 from buquet.workflow import records
 from buquet.workflow.graph import packed
@@ -157,7 +158,7 @@ async def event_of(task: Task, ended: Task | None, values: Values, *, holds: boo
     kind = KINDS.get(task.name)
     if kind is not None:
         orders = await orders_of(task, values) if kind != "start" else Orders()
-        value, at = await values.put_of_run(task.run, of_signal(orders.signal), bytes(orders.value), INLINE)
+        value, at = await values.put(of_run(task.run, of_signal(orders.signal)), bytes(orders.value), inline=INLINE)
         return Event(
             id=task.id,
             kind=kind,
@@ -181,20 +182,24 @@ async def event_of(task: Task, ended: Task | None, values: Values, *, holds: boo
     if ended.state == "completed":
         if ended.result_at and not values.sealer.key_id:
             return event._replace(outcome="done", result_at=ended.result_at)
-        value, at = await values.put_of_run(
-            task.run, of_step(task.step, task.index), bytes(await values.result(ended)), INLINE, task.id
-        )
+        value, at = await _put_result(task, bytes(await values.of(ended, "result")), values)
         return event._replace(outcome="done", result=value, result_at=at)
-    error = values.shown(ended).error or ErrorInfo(type="TaskExpired", message="it was not started before its deadline")
+    error = values.with_error(ended).error or ErrorInfo(type="TaskExpired", message="it was not started before its deadline")
     brief = ErrorInfo(type=error.type, message=error.message[:2000])
     # it may have been taken over by now, and who has it may be at work: see left_nothing
     event = event._replace(outcome="failed", error=brief)
     return await _of_pack(event, task, ended, values) if task.pack and ended.state == "failed" else event
 
 
+async def _put_result(task: Task, body: bytes, values: Values) -> tuple[Raw, str]:
+    """Encrypt and store a step's result at its address in the run."""
+    address = of_run(task.run, of_step(task.step, task.index))
+    return await values.put(address, body, inline=INLINE, folder=task.id)
+
+
 async def orders_of(task: Task, values: Values) -> Orders:
     """Return what a task that carries an event of a run says of it. Raises UnreadableRecord, EncryptionKeyMissing."""
-    body = await values.args(task)
+    body = await values.of(task, "args")
     if not bytes(body):
         return Orders()
     what = f"what task {task.id} carries, an event of run {task.run},"
@@ -220,7 +225,7 @@ def left_nothing(task: Task) -> bool:
 async def _of_pack(event: Event, task: Task, ended: Task, values: Values) -> Event:
     """Tell of a pack that failed: which items did, and the results of the others."""
     try:
-        state = read_state(ended, await values.checkpoint(ended))
+        state = read_state(ended, await values.of(ended, "checkpoint"))
     except UnreadableRecord:
         return event  # the pack may have failed by just that: no item of it is known to be done
     if not state.done and not state.failed:
@@ -230,7 +235,7 @@ async def _of_pack(event: Event, task: Task, ended: Task, values: Values) -> Eve
     for at, result in zip(places, state.results, strict=True):
         results[at] = result
     body = msgspec.json.encode({"results": results})
-    value, at_key = await values.put_of_run(task.run, of_step(task.step, task.index), body, INLINE, task.id)
+    value, at_key = await _put_result(task, body, values)
     errors = tuple(ItemError(index=each.index, type=each.type, message=each.message) for each in state.failed[:KEPT_ERRORS])
     return event._replace(result=value, result_at=at_key, errors=errors)
 

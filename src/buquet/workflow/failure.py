@@ -63,7 +63,7 @@ async def _cause(client: Client, run: RunRecord) -> TaskError | None:
     held = await client.register.read(Task, keys.task(keys.follow_up(run.id, "step", run.failed, index, record.gen)))
     if held is None or held.record.state != "failed" or held.record.error is None:
         return None
-    task = client.values.shown(held.record)
+    task = client.values.with_error(held.record)
     if task.pack:
         step = (await graph_of(client, run)).steps[run.failed]
         return await _of_pack(client, task, packed(step, record.fan) if record.fan else 0)

@@ -11,6 +11,7 @@ from buquet import keys
 from buquet.codec import ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord
 from buquet.queue.attempt import inside_handler
+from buquet.queue.values import of_run
 from buquet.workflow import records, sending
 from buquet.workflow.failure import run_ending
 from buquet.workflow.graph import RESTORE
@@ -190,7 +191,7 @@ class Run(Generic[R_co]):
         run = held.record
         if run.state != "completed":
             raise await run_ending(client, shown(run, client.values))
-        body = await client.values.get_of_run(self.id, "result", run.output, run.output_at)
+        body = await client.values.get(of_run(self.id, "result"), run.output, run.output_at)
         if self._signature is None:
             return cast("R_co", decode_stored(ANY, body, f"the result of run {self.id} ({run.workflow})", RESTORE))
         try:
@@ -273,7 +274,7 @@ async def _shown(client: Client, run: RunRecord, signal: _Signal, *, inline: boo
         if inline and signal.value_at:
             problem = f"it is large: `buquet get {signal.event}` shows it"
         else:
-            body = await client.values.get_of_run(run.id, of_signal(signal.name), signal.value, signal.value_at)
+            body = await client.values.get(of_run(run.id, of_signal(signal.name)), signal.value, signal.value_at)
             value = decode_stored(ANY, body, f"a signal {signal.name!r} of run {run.id}", RESTORE)
     except (EncryptionKeyMissing, UnreadableRecord) as error:
         problem = str(error)

@@ -12,6 +12,7 @@ from buquet import keys
 from buquet.errors import EncryptionKeyMissing, KeyConflict, Refused, RunNotFound, StoreRefused, UnreadableRecord
 from buquet.queue.control import whoami
 from buquet.queue.names import SYSTEM
+from buquet.queue.values import of_run
 from buquet.records import TERMINAL, Raw, Task
 from buquet.store.base import Stored
 from buquet.workflow.engine import Engine
@@ -168,7 +169,7 @@ async def _carried(client: Client, task: Task) -> None:
 
 async def graph_of(client: Client, source: RunRecord | Task) -> Graph:
     """Return the graph of a run, or of a start that is to be carried out. Raises UnreadableRecord, EncryptionKeyMissing."""
-    return read_graph(source.id, await client.values.get_of_run(source.id, "graph", source.graph, source.graph_at))
+    return read_graph(source.id, await client.values.get(of_run(source.id, "graph"), source.graph, source.graph_at))
 
 
 async def _store_ahead(client: Client, task: Task) -> int:

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from buquet.codec import ANY, decode_stored
 from buquet.errors import UnreadableRecord
 from buquet.printing import counted
+from buquet.queue.values import of_run
 from buquet.records import ABSENT, ErrorInfo
 from buquet.workflow.expression import PENDING, SKIPPED, evaluate
 from buquet.workflow.graph import packed
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 
 def hidden(run: RunRecord, values: Values) -> RunRecord:
     """Return a run as it may be stored."""
-    return _changed(run, lambda error: values.hide_of_run(run.id, error)) if values.sealer.key_id else run
+    return _changed(run, lambda error: values.seal_error(of_run(run.id, "error"), error)) if values.sealer.key_id else run
 
 
 def shown(run: RunRecord, values: Values) -> RunRecord:
     """Return a run with the texts of its errors, where a key for them is here."""
-    return _changed(run, lambda error: values.shown_of_run(run.id, error))
+    return _changed(run, lambda error: values.open_error(of_run(run.id, "error"), error))
 
 
 def _changed(run: RunRecord, change: Change) -> RunRecord:

@@ -1,4 +1,4 @@
-"""A worker that drains a backlog of 100,000 tasks: does it slow down, does it grow?
+"""Drain a backlog of 100,000 tasks in one worker: does its rate fall, does its memory grow?
 
 python benchmarks/backlog.py [--tasks 100000] [--url sqlite:PATH]
 

@@ -1,7 +1,7 @@
 """Compare task queues on this machine: `python benchmarks/compare.py [--only a,b] [--tasks N] [--out results.json [--docs]]`.
 
-Needs nothing but the standard library; each peer gets a virtual environment of its own, and an empty server of its own. One that
-fails is noted with its reason, and the others go on. See README.md beside this file for what is measured and how each is set up.
+Needs only the standard library. Each peer gets its own virtual environment and its own empty server. If a peer fails, the results
+note the reason and the others go on. README.md in this folder describes the measurements and each peer's set-up.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LIMIT = 1200
 
 
 def run_peer(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one peer in a folder and on a server of its own."""
+    """Measure one peer, in its own folder and on its own server."""
     python = envs.environment(options.envs, peer.env, peer.packages)
     helper = envs.environment(options.envs, "seaweed", SEAWEED) if peer.server == "seaweed" else python
     tasks = max(peer.unit, round(options.tasks * peer.scale) // peer.unit * peer.unit)
@@ -48,7 +48,7 @@ def run_peer(peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_extra(extra: Extra, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one of buquet's own benchmarks, whose figures no peer has."""
+    """Run one of buquet's own benchmarks, which no peer has."""
     python = envs.environment(options.envs, extra.env, extra.packages)
     count = max(1000, round(extra.count * min(1.0, options.tasks / options.full)))
     with tempfile.TemporaryDirectory(prefix="buquet-bench-", ignore_cleanup_errors=True) as name:
@@ -77,7 +77,7 @@ def run(command: list[str], env: dict[str, str], folder: Path) -> dict[str, Any]
 
 
 def tail(errors: str, folder: Path) -> str:
-    """The end of what a failed peer and its workers said."""
+    """Return the last output of a failed peer and its workers."""
     logs = [log.read_text(errors="replace")[-1500:] for log in sorted(folder.glob("worker*.log"))]
     return "\n".join([errors[-2500:], *logs]).strip()
 
@@ -107,7 +107,7 @@ def options() -> argparse.Namespace:
 
 
 def install(given: argparse.Namespace) -> None:
-    """Make every environment before the first measurement, so that no pip runs beside one. What fails is told again there."""
+    """Make every environment before the first measurement, so that no pip runs during one. Its peer reports a failure again."""
     wanted = {each.env: each.packages for each in given.chosen}
     if any(isinstance(each, Peer) and each.server == "seaweed" for each in given.chosen):
         wanted["seaweed"] = SEAWEED
@@ -121,12 +121,12 @@ def install(given: argparse.Namespace) -> None:
 
 
 def say(text: str) -> None:
-    """Tell how far it is."""
+    """Print the progress."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def measure(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Measure one after another, and store each result at once; return all of them, and the names of those that failed."""
+    """Measure the peers in turn, and store each result at once. Return all results, and the names of failed peers."""
     machine = facts.machine()
     whole: dict[str, Any] = {}
     failed: list[str] = []
@@ -149,7 +149,7 @@ def measure(given: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
 
 
 def main() -> int:
-    """Install, measure, and write down what was found."""
+    """Install, measure, and write the results."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwinds, so that servers and workers are stopped
     given = options()
     if given.list:

@@ -1,7 +1,7 @@
 """What the counted requests cost at AWS's list prices: `python benchmarks/costs.py results.json`, as a Markdown table.
 
-Only requests: $5 a million PUT, LIST, COPY and POST, $0.40 a million GET and HEAD, DELETE free (S3 Standard, us-east-1). Not in
-it: storage, traffic, and the old versions that a versioned bucket keeps until a lifecycle rule removes them.
+Requests only: $5 a million PUT, LIST, COPY and POST, $0.40 a million GET and HEAD, DELETE free (S3 Standard, us-east-1).
+It leaves out storage, traffic, and the old versions that a bucket keeps until a lifecycle rule removes them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MILLION = 1e6
 
 @dataclass(frozen=True)
 class Figure:
-    """One line: what it is, where its counts are in the results, and how many of them it stands for."""
+    """One line: its name, where its counts are in the results, and the factor for them."""
 
     label: str
     peer: str
@@ -42,7 +42,7 @@ FIGURES = (
 
 
 def dollars(counts: dict[str, float]) -> float:
-    """The price of so many requests."""
+    """Return the price of these requests."""
     unknown = set(counts) - set(DOLLARS_A_MILLION)
     if unknown:
         raise ValueError(f"no price is known for {', '.join(sorted(unknown))}")
@@ -50,7 +50,7 @@ def dollars(counts: dict[str, float]) -> float:
 
 
 def counts_of(figure: Figure, results: dict[str, Any]) -> dict[str, float] | None:
-    """The counted requests that a figure rests on, None where they were not measured."""
+    """Return the counted requests of a figure, or None if they were not measured."""
     found: Any = results.get(figure.peer, {})
     for step in figure.where:
         found = found.get(step) or {}
@@ -58,7 +58,7 @@ def counts_of(figure: Figure, results: dict[str, Any]) -> dict[str, float] | Non
 
 
 def table(whole: dict[str, Any], file: str) -> str:
-    """The whole table, of the results that are in this file."""
+    """Return the whole table for the results in this file."""
     results = {result["name"]: result for result in whole["results"]}
     lines = [f"| | {' | '.join(SHOWN)} | US$ | counted by |", f"|---|{'---:|' * len(SHOWN)}---:|---|"]
     for figure in FIGURES:

@@ -1,9 +1,9 @@
-"""How long the dashboard's first page takes on SQLite, with 10,000 finished tasks in the journal and 1,000 that wait.
+"""Measure the dashboard's first page on SQLite, with 10,000 ended tasks in the journal and 1,000 waiting tasks.
 
     python benchmarks/dashboard.py [FOLDER]
 
-Prints the milliseconds of the first page of a new server (it reads everything) and of some after it (from memory); beside them
-those of this process's own work, which another's load does not change.
+Prints the milliseconds of a new server's first page (it reads everything) and of some later pages (from memory). It also prints
+the CPU time of this process, which the load of other processes does not change.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Write the measured parts of docs/performance.md anew: `python benchmarks/document.py results.json`.
+"""Rewrite the measured parts of docs/performance.md: `python benchmarks/document.py results.json`.
 
-Each stands between two comments that name it; what is between others is left as it is.
+Each part is between two comments that name it. All other text stays as it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ UNITS = {"_mb": " MB", "_per_s": " a second"}
 
 
 def parts(whole: dict[str, Any], file: str) -> dict[str, str]:
-    """The text of each part."""
+    """Return the text of each part."""
     machine = whole["machine"]
     ground = (
         f"Measured on {machine['date']} on {machine['cores']} cores ({machine['cpu']}, {machine['memory_gib']} GiB), "
@@ -40,7 +40,7 @@ def parts(whole: dict[str, Any], file: str) -> dict[str, str]:
 
 
 def memory(extra: dict[str, Any]) -> str:
-    """What the two benchmarks of many items found."""
+    """Return the results of the two benchmarks of many items."""
     lines = ["| command | what | |", "|---|---|---:|"]
     for name in ("backlog", "million"):
         for key, value in extra.get(name, {}).items():
@@ -55,7 +55,7 @@ def memory(extra: dict[str, Any]) -> str:
 
 
 def replaced(page: str, name: str, text: str) -> str:
-    """Return the page with one part anew."""
+    """Return the page with one part rewritten."""
     begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
     before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)
@@ -65,7 +65,7 @@ def replaced(page: str, name: str, text: str) -> str:
 
 
 def rewritten(page: str, whole: dict[str, Any], results: Path) -> str:
-    """Return the page with all parts anew."""
+    """Return the page with all parts rewritten."""
     file = results.resolve()
     name = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name
     for part, text in parts(whole, name).items():

@@ -1,9 +1,9 @@
-"""A million items as a batch on SQLite, read from a generator: how much memory do submitter and worker take?
+"""Submit a million items from a generator as a batch on SQLite: how much memory do submitter and worker use?
 
 python benchmarks/million.py [--items 1000000] [--singles] [--url sqlite:PATH]
 
-Each is a process of its own. Prints, as JSON, the rates and each one's highest resident memory. With --singles the items are
-submitted by `submit_many`, a task each, and not drained (for that see backlog.py).
+Submitter and worker are separate processes. Prints, as JSON, the rates and the highest resident memory of each. With --singles,
+`submit_many` submits the items, a task each, and they are not drained (for that see backlog.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOLD_EVERY = 100_000
 
 
 def highest_mb() -> float:
-    """This process's highest resident memory."""
+    """Return this process's highest resident memory."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count the parent's memory at the moment of the fork, too
         found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
@@ -32,7 +32,7 @@ def highest_mb() -> float:
 
 
 def make(url: str) -> Any:
-    """The App and its one task; the measuring process itself does not import buquet."""
+    """Return the App and its one task. The measuring process itself does not import buquet."""
     from buquet import App
 
     app = App(url)

@@ -1,6 +1,6 @@
 """Draw the results: `python benchmarks/plot.py results.json [--out docs/performance.svg]`; .png works as well.
 
-matplotlib is installed into an environment of its own, beside those of the peers.
+matplotlib gets its own environment, beside those of the peers.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ COLOURS = {"ours": "#1f6feb", "earlier": "#8250df", "bare": "#c9ced6", "peer": "
 
 
 def kind(name: str) -> str:
-    """Which colour an entry has."""
+    """Return the colour of an entry."""
     if name.startswith("buquet-0.1"):
         return "earlier"
     return "ours" if name.startswith("buquet") else "bare" if name.startswith("bare") else "peer"
 
 
 def draw(document: dict[str, Any], out: Path) -> None:
-    """Draw one panel a figure, the entries below each other in the order of the file."""
+    """Draw one panel per figure, with the entries below each other in the order of the file."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""What was asked of buquet beside what a run reached: `python benchmarks/reached.py results.json`, as a Markdown table."""
+"""Compare buquet's targets with the results of a run: `python benchmarks/reached.py results.json`, as a Markdown table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Asked:
-    """One line: what, how much of it, and where the figure is found in the results."""
+    """One line: the target, its value, and where the figure is in the results."""
 
     what: str
     at_least: float
@@ -23,7 +23,7 @@ class Asked:
 
 
 class Results:
-    """Figures by the names of entries, with the dates of the runs that they are of."""
+    """Figures by the names of entries, with the dates of their runs."""
 
     def __init__(self, whole: dict[str, Any]) -> None:
         self.entries = {result["name"]: result for result in whole.get("results", [])} | whole.get("extra", {})
@@ -31,7 +31,7 @@ class Results:
         """Of what was looked at."""
 
     def get(self, name: str, *keys: str) -> float:
-        """One figure. Raises KeyError where it was not measured."""
+        """Return one figure. Raises KeyError if it was not measured."""
         value: Any = self.entries[name]
         self.dates.add(value.get("date", ""))
         for key in keys:
@@ -39,11 +39,11 @@ class Results:
         return float(value)
 
     def ratio(self, name: str, other: str, key: str) -> float:
-        """How many times one entry's rate is another's."""
+        """Return the ratio of two entries' rates."""
         return self.get(name, key) / self.get(other, key)
 
     def million(self, key: str) -> float:
-        """A figure of million.py. Raises KeyError where it was given fewer."""
+        """Return a figure of million.py. Raises KeyError if that ran with fewer items."""
         if self.get("million", "items") < MILLION:
             raise KeyError(key)
         return self.get("million", key)
@@ -72,7 +72,7 @@ ASKED = (
 
 
 def table(whole: dict[str, Any]) -> str:
-    """The whole table."""
+    """Return the whole table."""
     lines = ["| | asked | reached | |", "|---|---:|---:|---|"]
     for asked in ASKED:
         results = Results(whole)

@@ -1,10 +1,10 @@
-"""Workflows: three steps on SQLite beside DBOS, one run after another and 16 side by side; a chain of ten steps on SeaweedFS.
+"""Measure workflows: three steps on SQLite against DBOS, one run after another and 16 at once; ten steps in a chain on SeaweedFS.
 
     python benchmarks/workflows.py [--rounds 3] [--seconds 6] [--out benchmarks/workflows.json] [--write docs/performance.md]
 
-Needs nothing but Python: buquet, DBOS and SeaweedFS are installed into environments of their own at first. On SQLite each side
-runs in one process, as a user would write it first: the program starts runs and waits for their results, and the same process
-carries them out; the sides take turns. `--write` puts the table between the two marks of that page.
+Needs only Python: it installs buquet, DBOS and SeaweedFS into their own environments first. On SQLite each side is one process,
+as a user would first write it: the program starts runs and waits for their results, and the same process executes them. The sides
+take turns. `--write` puts the table between the two marks of that page.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def on_sqlite(pythons: dict[str, Path], rounds: int, seconds: float) -> dict[str
 
 
 def on_seaweed(python: Path, helper: Path, runs: int) -> dict[str, Any]:
-    """Measure the chain on a server of its own."""
+    """Measure the chain on its own server."""
     with tempfile.TemporaryDirectory(prefix="buquet-bench-") as name, servers.seaweed(Path(name), helper) as server:
         found = measure(python, "run_chain.py", server.url, server.extra["metrics"], str(runs), env=server.env)
         return found | {"seaweedfs": server.version}
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures as a Markdown section."""
+    """Return the figures as a Markdown section."""
     lines = ["| three steps, SQLite | buquet, runs/s | DBOS, runs/s | ratio |", "|---|---:|---:|---:|"]
     for mode, label in (("alone", "one after another"), ("side_by_side", "16 side by side")):
         ours, theirs = (statistics.median(each[mode] for each in results["sqlite"][side]) for side in SIDES)
@@ -76,7 +76,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write(page: Path, text: str) -> None:
-    """Put the section between its marks."""
+    """Write the section between its marks."""
     whole = page.read_text()
     before, rest = whole.split(BEGIN)
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")

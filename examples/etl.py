@@ -1,9 +1,9 @@
-"""Extract, transform, load: the CSV, JSON and text files that Python and its packages ship, into one SQLite table.
+"""Extract, transform, load: reads the CSV, JSON and text files of Python and its packages into one SQLite table.
 
     python examples/etl.py
 
-runs it on a temporary store, with a worker in this process, and prints what happened. In earnest it is three commands, each of
-them as often and on as many machines as you like:
+runs the workflow on a temporary store, with a worker in this process, and prints the results. In production, run these three
+commands, each as often and on as many machines as you like:
 
     buquet worker etl:app
     buquet run start etl:app etl --args '[["/usr/lib/python3"], "files.db"]' --key 2026-01-31
@@ -44,7 +44,7 @@ class File:
 
 @app.task
 def find(folders: list[str], most: int) -> Found:
-    """List the files of each kind, at most so many."""
+    """List the files of each kind, at most `most` of each."""
     csv, json, text = (
         sorted(str(path) for folder in folders for path in Path(folder).rglob(f"*.{end}"))[:most]
         for end in ("csv", "json", "txt")
@@ -59,7 +59,7 @@ def read_csv(path: str) -> File:
     return File(path, "csv", len(rows), Counter(cell for row in rows for cell in row).most_common(1)[0][0][:40])
 
 
-@app.task(max_attempts=1)  # a file that is no JSON will not become so
+@app.task(max_attempts=1)  # a retry does not help if a file is not valid JSON
 def read_json(path: str) -> File:
     values: dict[str, object] | list[object] = json.loads(Path(path).read_text(encoding="utf-8"))
     return File(path, "json", len(values), type(values).__name__)
@@ -73,13 +73,13 @@ def read_text(path: str) -> File:
 
 @app.task
 def clean(files: Sequence[File | None]) -> list[File]:
-    """Leave out what could not be read, and what is empty."""
+    """Drop unreadable and empty files."""
     return [file for file in files if file is not None and file.entries]
 
 
 @app.task
 def load(database: str, tables: list[File], values: list[File], texts: list[File]) -> int:
-    """Write all in one transaction, and so that a second time changes nothing: a task may run twice."""
+    """Write all rows in one transaction. A second run changes nothing, since a task may run twice."""
     with sqlite3.connect(database) as db:
         db.execute("CREATE TABLE IF NOT EXISTS files (path PRIMARY KEY, kind, entries, commonest)")
         rows = [(file.path, file.kind, file.entries, file.commonest) for file in [*tables, *values, *texts]]
@@ -90,7 +90,7 @@ def load(database: str, tables: list[File], values: list[File], texts: list[File
 @app.workflow
 def etl(folders: list[str], database: str, most: int = 200) -> int:
     found = find(folders, most)
-    # the three kinds are read side by side; a file that cannot be read is None in its list, and the others count
+    # the three kinds are read concurrently; an unreadable file is None in its list, and the others remain
     tables = clean.options(step="clean_csv")(each(read_csv.options(allow_failures=True), found.csv))
     values = clean.options(step="clean_json")(each(read_json.options(allow_failures=True), found.json))
     texts = clean.options(step="clean_text")(each(read_text.options(allow_failures=True), found.text, pack=20))
@@ -111,7 +111,7 @@ async def main() -> None:
                     print("{}: {} files with {} entries".format(*row))
             for step in await run.asteps():
                 for error in step.errors[:3]:
-                    print(f"left out by {step.name}: item {error.index}, {error.type}")
+                    print(f"{step.name} left out item {error.index}: {error.type}")
             worker.stop()
             await working
 

@@ -2,8 +2,8 @@
 
     python examples/mapreduce.py
 
-runs it on a temporary store, with a worker in this process. The 10,000 words are mapped in 20 tasks of 500 words each, side by
-side on as many workers as there are:
+runs the workflow on a temporary store, with a worker in this process. 20 tasks of 500 words each map the 10,000 words,
+concurrently on any number of workers:
 
     buquet worker mapreduce:app --processes 4
     buquet run start mapreduce:app anagrams --args '["/usr/lib/python3", 10000]' --wait
@@ -23,7 +23,7 @@ app = App()
 
 @app.task
 def words(folder: str, most: int) -> list[str]:
-    """Return so many different words of the sources in a folder."""
+    """Return up to `most` different words of the sources in a folder."""
     found: dict[str, None] = {}
     for path in sorted(Path(folder).rglob("*.py")):
         found |= dict.fromkeys(re.findall(r"\b[a-z]{4,15}\b", path.read_text(encoding="utf-8", errors="replace")))
@@ -34,13 +34,13 @@ def words(folder: str, most: int) -> list[str]:
 
 @app.task
 def letters(word: str) -> tuple[str, str]:
-    """Map: a word's letters in order, which anagrams have in common."""
+    """Map: return a word's letters in order, which are equal for all its anagrams."""
     return "".join(sorted(word)), word
 
 
 @app.task
 def largest(pairs: list[tuple[str, str]], most: int) -> list[list[str]]:
-    """Reduce: the largest groups of words with the same letters."""
+    """Reduce: return the largest groups of words with the same letters."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for key, word in pairs:
         groups[key].append(word)

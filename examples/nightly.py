@@ -1,9 +1,9 @@
-"""A report every night, with a branch: what is unfinished in a source tree, and does anybody need to be told?
+"""A nightly report with a branch: it counts unfinished work in a source tree, and raises an alarm above a limit.
 
     python examples/nightly.py
 
-runs the report once, on Python's own sources, on a temporary store with a worker in this process. In earnest a worker is all that
-is needed: it keeps the schedule, one report a night however many workers there are, also when all of them were away at two.
+runs the report twice, on Python's own sources, on a temporary store with a worker in this process. In production you only need
+workers. They submit one report a night, however many workers there are, even if none of them ran at two o'clock.
 
     buquet worker nightly:app
     buquet run ls --workflow report

@@ -1,17 +1,17 @@
-"""An order that waits for a person, and that takes back what it did when it fails: a saga.
+"""An order that waits for an approval, and undoes its steps if a later step fails: a saga.
 
     python examples/order.py
 
-runs two orders on a temporary store, with a worker in this process. Both are approved; the second cannot be shipped, so its
-money is paid back and its goods return to the shelf. In earnest:
+runs two orders on a temporary store, with a worker in this process. Both are approved. The second cannot be shipped, so its
+payment is refunded and its goods return to the shelf. In production:
 
     buquet worker order:app
     buquet run start order:app order --args '["shop.db", {"id": "o-1", "item": "lamp", "count": 2, "to": "Ulm"}]' --key o-1
     buquet run signal RUN approved --value '{"granted": true, "by": "Ada"}'
     buquet run get RUN --watch
 
-A task may run twice, when its worker died at the wrong moment. So each of these says what it did under the order's id, and doing
-it again changes nothing.
+A task may run twice, if its worker dies at the wrong moment. So each task stores its effect under the order's id, and a second
+run changes nothing.
 """
 
 import asyncio
@@ -43,19 +43,19 @@ approved = Signal("approved", Decision)
 
 @app.task
 def reserve(shop: str, order: Order) -> int:
-    """Take the goods off the shelf; return what they cost."""
+    """Take the goods off the shelf, and return their cost."""
     with sqlite3.connect(shop) as db:
         left, price = db.execute("SELECT count, price FROM shelf WHERE item = ?", [order.item]).fetchone()
         if db.execute("INSERT OR IGNORE INTO reserved VALUES (?, ?, ?)", [order.id, order.item, order.count]).rowcount:
             if left < order.count:
-                raise Fail(f"only {left} of {order.item} are left")  # what this transaction did is rolled back
+                raise Fail(f"only {left} of {order.item} are left")  # the transaction is rolled back
             db.execute("UPDATE shelf SET count = count - ? WHERE item = ?", [order.count, order.item])
     return order.count * price
 
 
 @app.task
 def release(cost: int | None, shop: str, order: Order) -> None:
-    """Undo `reserve`, of which perhaps nothing has happened: then its result is None, and no row is there."""
+    """Undo `reserve`. If it never ran to its end, its result is None and there may be no row."""
     with sqlite3.connect(shop) as db:
         for item, count in db.execute("DELETE FROM reserved WHERE id = ? RETURNING item, count", [order.id]).fetchall():
             db.execute("UPDATE shelf SET count = count + ? WHERE item = ?", [count, item])
@@ -89,7 +89,7 @@ def turn_down(decision: Decision) -> None:
 @app.workflow
 def order(shop: str, order: Order) -> str | None:
     cost = reserve.options(undo=release)(shop, order)
-    decision = approved.wait(timeout=3 * 86_400, after=[cost])  # three days, in which no worker is held
+    decision = approved.wait(timeout=3 * 86_400, after=[cost])  # three days; no worker is held while it waits
     return when(
         decision.granted,
         then=lambda: ship(order, charge.options(undo=refund)(shop, order, cost)),

@@ -1,4 +1,4 @@
-"""Make a versioned bucket: `python bucket.py ENDPOINT BUCKET`, credentials in the environment. Fails until the server is up."""
+"""Create a versioned bucket: `python bucket.py ENDPOINT BUCKET`, credentials in the environment. Fails without a server."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Virtual environments, one for each peer, made once and kept."""
+"""Virtual environments, one per peer, created once and kept."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 
 class InstallError(RuntimeError):
-    """pip could not install what a peer needs."""
+    """pip could not install a peer's packages."""
 
 
 def environment(folder: Path, name: str, packages: tuple[str, ...]) -> Path:
-    """Return the python of the environment `name`, made anew when its list of packages changed."""
+    """Return the Python of the environment `name`, which is created again if its list of packages changed."""
     folder.mkdir(parents=True, exist_ok=True)
     ignore = folder / ".gitignore"
     if not ignore.exists():

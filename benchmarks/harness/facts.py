@@ -1,4 +1,4 @@
-"""What the numbers depend on: the machine and the day."""
+"""The facts that the figures depend on: the machine and the day."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def machine() -> dict[str, str | int | float]:
-    """Facts of this machine, without its name."""
+    """Return facts about this machine, without its name."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

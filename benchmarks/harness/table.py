@@ -14,7 +14,7 @@ HEAD = ("system", "workers", "submit/s", "drain/s", "start p50 ms", "p99 ms", "r
 
 
 def ratios(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
-    """For each entry, its rates as multiples of those of some peers, measured in the same file."""
+    """Return each entry's rates as multiples of some peers' rates in the same file."""
     by_name = {result["name"]: result for result in results}
     return {
         name: {
@@ -27,14 +27,14 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float
 
 
 def load(path: Path | None) -> dict[str, Any]:
-    """What an earlier run has left in this file."""
+    """Return the results of an earlier run in this file."""
     return json.loads(path.read_text()) if path and path.exists() else {}
 
 
 def add(whole: dict[str, Any], name: str, found: dict[str, Any], machine: dict[str, Any], *, peer: bool) -> dict[str, Any]:
-    """Return the results with one more, in the place of an earlier one of that name. Each carries the date of its run.
+    """Return the results with one more, which replaces an earlier one of that name. Each carries the date of its run.
 
-    One that failed takes nothing's place: its reason stands in `failed` until it succeeds.
+    A failed one replaces nothing: its reason stays in `failed` until it succeeds.
     """
     order = [each.name for each in PEERS]
     results = [result for result in whole.get("results", []) if result["name"] in order]
@@ -58,7 +58,7 @@ def _requests(result: dict[str, Any]) -> str:
 
 
 def rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The cells, a row an entry."""
+    """Return the cells, one row per entry."""
     found: list[tuple[str, ...]] = []
     for result in results:
         rates = tuple(f"{result[key]:,.0f}" for key in RATES)
@@ -68,7 +68,7 @@ def rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def markdown(whole: dict[str, Any]) -> str:
-    """The table for a page."""
+    """Return the table for a page."""
     lines = [f"| {' | '.join(HEAD)} |", "|---|---|---:|---:|---:|---:|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows(whole.get("results", []))]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""What SeaweedFS allows: bare obstore loops that make the requests of docs/protocol.md, and nothing else.
+"""The limit of SeaweedFS: bare obstore loops that send the requests of docs/protocol.md, and nothing else.
 
 Submit: PUT the entry, create the record. Drain: LIST the entries, GET the record, CAS it to running, CAS it to completed,
-DELETE the entry. With `pack` items an object, each of these is made once for so many, and the record carries items and results.
-No heartbeat, no bell, no retries, no second worker: no task queue of this kind can be faster on this ground.
+DELETE the entry. With `pack` items an object, each request serves that many items, and the record carries items and results.
+There is no heartbeat, bell, retry or second worker: no task queue of this kind can be faster on this store.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ def record_key(task: str) -> str:
 
 
 async def lanes(one, work) -> None:
-    """Do `one` for each piece of work, so many at a time."""
+    """Do `one` for each piece of work, with bounded concurrency."""
     left = iter(work)
 
     async def lane() -> None:
@@ -63,7 +63,7 @@ async def run(entry: str) -> None:
 
 
 async def drain() -> int:
-    """Page through the entries with a cursor and run what each page names."""
+    """Page through the entries with a cursor, and run the tasks of each page."""
     done, after = 0, None
     while True:
         page: list[str] = []

@@ -1,7 +1,7 @@
-"""What SQLite allows: one thread that makes the operations of docs/protocol.md as SQL, many in each transaction.
+"""The limit of SQLite: one thread that executes the operations of docs/protocol.md as SQL, many in each transaction.
 
-WAL and synchronous=FULL: a commit is on the disk before it is answered. `together` pieces of work share a commit, as they do
-where one writer thread serves many tasks at once; claim and finish are in different commits, since the handler runs between.
+WAL and synchronous=FULL: a commit is on the disk before it returns. `together` pieces of work share a commit, as with one writer
+thread for many concurrent tasks. Claim and finish are in different commits, since the handler runs between them.
 """
 
 import json

@@ -20,7 +20,7 @@ async def noop(item: int | float) -> int | float:  # noqa: PYI041 - an int is to
 
 
 async def work(total: int) -> None:
-    """Be the worker, and note when `total` task objects have their outcome stored, by its own count."""
+    """Run the worker, and note when it has stored the outcomes of `total` tasks, by its own count."""
     worker = app.worker()
     running = asyncio.create_task(worker.arun())
     while not running.done() and (worker.keeper.completed < total or worker.running):  # noqa: ASYNC110 - a count has no event

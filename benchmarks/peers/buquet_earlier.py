@@ -1,4 +1,4 @@
-"""The earlier buquet 0.1.0 (Rust core) on SeaweedFS, with its own default options; WORKERS processes, each with all shards."""
+"""The earlier buquet 0.1.0 (Rust core) on SeaweedFS, with its default options: WORKERS processes, each with all shards."""
 
 import asyncio
 import os

@@ -19,7 +19,7 @@ async def noop(sent: float) -> None:
 
 
 async def work(total: int) -> None:
-    """Be the worker, and note when `total` outcomes are stored: by its own count, since asking the store would be counted too."""
+    """Run the worker, and note when it has stored `total` outcomes, by its own count: reading the store would be counted, too."""
     worker = app.worker()
     running = asyncio.create_task(worker.arun())
     while not running.done() and (worker.keeper.completed < total or worker.running):  # noqa: ASYNC110 - a count has no event
@@ -42,7 +42,7 @@ def main() -> None:
         noop.submit,
     )
     for handle in (*handles[:5], *handles[-5:]):
-        handle.result(timeout=10)  # raises where the outcome is not what it should be
+        handle.result(timeout=10)  # raises unless the outcome is right
     app.close()
     result["idle_hour"] = idle.requests_an_hour(lambda: common.worker(sys.executable, __file__, "work", "0", name="worker-idle"))
     common.report(**result, versions=common.versions("buquet", "obstore"))

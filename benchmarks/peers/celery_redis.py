@@ -20,7 +20,7 @@ def main() -> None:
             noop.delay(0.0)
 
     def finished() -> int:
-        # Each result is a key of its own; a handful of other keys are Celery's bookkeeping.
+        # Each result is one key. A few other keys are Celery's bookkeeping.
         return sum(1 for _ in redis.scan_iter("celery-task-meta-*", count=10_000)) if redis.llen("celery") == 0 else 0
 
     def workers():

@@ -1,7 +1,7 @@
-"""What every peer module shares: its settings, the clock, the phases of a measurement and the one JSON line that is printed.
+"""Shared code of the peer modules: settings, the clock, the phases of a measurement, and the JSON line that each prints.
 
-Only the standard library: each peer runs in a virtual environment of its own. A peer's worker is another process; what its
-handlers saw reaches the measuring process through small files in the peer's own folder.
+It uses only the standard library, since each peer runs in its own virtual environment. A peer's worker is another process. Its
+handlers report to the measuring process through small files in the peer's folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _seen: set[str] = set()
 
 
 def setting(name: str, default: str = "") -> str:
-    """A setting of this peer, as compare.py gave it."""
+    """Return a setting of this peer, as compare.py gave it."""
     return os.environ.get(f"BENCH_{name.upper()}", default)
 
 
@@ -56,7 +56,7 @@ def append(path: Path, value: float) -> None:
 
 
 def handled(sent: float) -> None:
-    """What every no-op handler does: note the first start in this process, and a probe's wait from submit to start."""
+    """Note the first start in this process, and a probe's time from submit to start. Every no-op handler calls this."""
     if sent:
         append(WAITS, time.time() - sent)
     elif "start" not in _seen:
@@ -68,7 +68,7 @@ def handled(sent: float) -> None:
 
 
 def numbers(path: Path) -> list[float]:
-    """The numbers that were appended to a file."""
+    """Return the numbers that were appended to a file."""
     return [float(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -82,23 +82,23 @@ def wait_until(done: Callable[[], bool], timeout: float = 600, every: float = 0.
 
 
 def percentile(values: Iterable[float], q: float) -> float:
-    """The q-quantile of the values, by nearest rank."""
+    """Return the q-quantile of the values, by nearest rank."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
 def rate(count: int, seconds: float) -> float:
-    """Things a second, rounded for print."""
+    """Return a rate per second, rounded for print."""
     return round(count / seconds, 1)
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The installed versions of these packages."""
+    """Return the installed versions of these packages."""
     return {name: version(name) for name in packages}
 
 
 def requests() -> Counter[str]:
-    """What the S3 server answered since its start, by operation; nothing where no server counts."""
+    """Return the S3 server's request counts since its start, by operation, or nothing without such a server."""
     counts: Counter[str] = Counter()
     url = setting("metrics")
     if url:
@@ -111,13 +111,13 @@ def requests() -> Counter[str]:
 
 
 def per_item(before: Counter[str], after: Counter[str], items: int) -> dict[str, float]:
-    """Requests an item between two counts."""
+    """Return the requests per item between two counts."""
     return {op: round((n - before[op]) / items, 4) for op, n in sorted(after.items()) if n > before[op]}
 
 
 @contextmanager
 def worker(*argv: str, env: dict[str, str] | None = None, name: str = "worker"):
-    """Run a worker process; its output goes to a log file. Ended by its own process id."""
+    """Run a worker process with its output in a log file, and end it by its process id."""
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
     with (DIR / f"{name}.log").open("ab") as out:
         process = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": path, **(env or {})}, stdout=out, stderr=out, cwd=DIR)
@@ -134,7 +134,7 @@ def worker(*argv: str, env: dict[str, str] | None = None, name: str = "worker"):
 
 
 def tool(name: str) -> str:
-    """The path of a command of this peer's own virtual environment."""
+    """Return the path of a command in this peer's virtual environment."""
     return str(Path(sys.executable).parent / name)
 
 
@@ -149,8 +149,8 @@ def measure(
 ) -> dict[str, Any]:
     """Submit without a worker, drain with one, then probe the idle worker. `finished` counts stored outcomes.
 
-    The drain's clock runs from the first handler's start to the moment when the last outcome is found stored. A system that
-    claims a whole backlog before the first start gives `claimed`, the time of its first claim, from which its clock runs.
+    The drain's clock runs from the first handler's start until the last outcome is found stored. A system that claims a whole
+    backlog before the first start gives `claimed`, the time of its first claim, and its clock starts there.
     """
     result: dict[str, Any] = {"tasks": tasks}
     zero = requests()
@@ -186,7 +186,7 @@ def measure(
 
 
 def waits() -> dict[str, Any]:
-    """p50 and p99 in milliseconds of the probes' waits."""
+    """Return p50 and p99 of the probes' waits in milliseconds."""
     ms = [1000 * s for s in numbers(WAITS)]
     return {"start_p50_ms": round(percentile(ms, 0.5), 1), "start_p99_ms": round(percentile(ms, 0.99), 1), "probes": len(ms)}
 

@@ -28,7 +28,7 @@ def work() -> None:
 
 
 def main() -> None:
-    # Tables and queue are made by a first launch in a process of its own, as a deployment would have them.
+    # A first launch in another process creates tables and queue, as in a deployment.
     launch()
     DBOS.destroy()
     client = DBOSClient(system_database_url=URL)

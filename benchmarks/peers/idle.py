@@ -1,4 +1,4 @@
-"""Counts what an idle worker asks of its S3 server, and gives it for an hour."""
+"""Counts the requests of an idle worker to its S3 server, and converts them to an hour."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REST = 45.0
 
 
 def requests_an_hour(worker: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
-    """Start one worker on an empty queue, let it come to rest, count. Nothing where no server counts, or for `idle` 0."""
+    """Start one worker on an empty queue, let it come to rest, and count. Nothing without a counting server or for `idle` 0."""
     if SECONDS <= 0 or not common.requests():
         return {}
     with worker():

@@ -1,6 +1,6 @@
 """A chain of ten no-op steps on S3: run_chain.py URL METRICS RUNS. Times from one step's end to the next one's start, and PUTs.
 
-The PUTs are the server's own count, less those of the workers' sessions, which this process counts.
+The PUTs are the server's count, minus those of the workers' sessions, which this process counts.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ def chain() -> int:
 
 
 def puts() -> int:
-    """What the server has counted by now."""
+    """Return the server's count so far."""
     with urllib.request.urlopen(METRICS, timeout=10) as answer:  # noqa: S310 - the benchmark's own server
         found = COUNTED.findall(answer.read().decode())
     return round(sum(float(number) for labels, number in found if dict(LABEL.findall(labels)).get("type") == "PUT"))

@@ -256,9 +256,9 @@ async def record_before_entry(self, held, record, *, op="", entry="", drop=""):
 
 async def payload_not_buried(self, listed):
     """Prune payloads without a record as they are met."""
-    from buquet.operate.sweep import owner_of_payload
+    from buquet import keys
 
-    needed, _ = await self.pruner.needed(owner_of_payload(listed.key) or "")
+    needed, _ = await self.pruner.needed(keys.owner_of_payload(listed.key) or "")
     if not needed:
         await self.reads.delete(listed.key)
 

@@ -149,7 +149,7 @@ def test_a_session_is_named_after_the_set_of_its_queues():
     assert keys.queues_hash(("a", "b")) == keys.queues_hash(("b", "a"))
     assert keys.queues_hash(("a", "b")) != keys.queues_hash(("ab",))
     worker = f"{keys.queues_hash(('q',))}.0123456789abcdef"
-    assert keys.worker_of(keys.session(worker)) == worker
+    assert keys.session_of(keys.session(worker)) == worker
     assert set(keys.queues_hash(("q",))) <= set(string.hexdigits)
 
 

@@ -149,8 +149,8 @@ def worker_view(session: Session, age: float, *, alive: bool) -> WorkerView:
 
 async def known_queues(client: Client, fleet: Iterable[WorkerView | Session]) -> list[str]:
     """Return the queues that have a bell or a worker."""
-    names = {each.key.partition("/")[2] async for page in client.reads.pages(keys.BELLS) for each in page}
-    found = {keys.unquoted(name) for name in names} | {queue for worker in fleet for queue in worker.queues}
+    rung = {keys.queue_of_bell(each.key) async for page in client.reads.pages(keys.BELLS) for each in page}
+    found = rung | {queue for worker in fleet for queue in worker.queues}
     return sorted(filter(keys.is_name, found))
 
 

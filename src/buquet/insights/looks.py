@@ -167,7 +167,7 @@ class Backlog:
 
     async def _with_bells(self) -> set[str]:
         bells = [each.key async for page in self.client.reads.pages(keys.BELLS) for each in page]
-        return {keys.unquoted(key.partition("/")[2]) for key in bells}
+        return {keys.queue_of_bell(key) for key in bells}
 
     async def _lane(self, entries: dict[str, keys.Entry], lane: str) -> bool:
         """Read a queue's entries, and tell whether that was all."""

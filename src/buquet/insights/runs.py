@@ -101,8 +101,8 @@ async def _open(client: Client) -> list[Listed]:
     found: dict[str, Listed] = {}
     async for page in client.reads.pages(keys.OPEN):
         for each in page:
-            run_id = each.key.removeprefix(keys.OPEN).partition(".")[0]
-            if keys.is_id(run_id):
+            if parsed := keys.parse_open(each.key):
+                run_id, _ = parsed
                 found[run_id] = Listed(keys.run(run_id), None, each.modified, 0)
     return sorted(found.values(), key=newest)
 
@@ -201,8 +201,8 @@ class OpenRuns:
         for _ in range(PAGES):
             page = await self.client.reads.list(keys.OPEN, after=after)
             for each in page:
-                run_id = each.key.removeprefix(keys.OPEN).partition(".")[0]
-                if keys.is_id(run_id):
+                if parsed := keys.parse_open(each.key):
+                    run_id, _ = parsed
                     found[run_id] = each.modified
             if len(page) < PAGE:
                 break

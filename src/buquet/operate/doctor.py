@@ -24,7 +24,7 @@ from buquet.errors import (
     UnreadableRecord,
     UsageError,
 )
-from buquet.operate.sweep import LARGE, each_key, is_unknown, unknown_objects
+from buquet.operate.sweep import LARGE, each_key, unknown_objects
 from buquet.printing import counted
 from buquet.records import Session
 from buquet.store.base import NOT_MODIFIED, Stored
@@ -121,7 +121,7 @@ class _Checks:
         self.reads = Retrying(store, clock, PATIENCE)
         self.folder = f"doctor/{clock.new_op()}"
         # not the key of a record: readers of all records skip it
-        self.versioned = f"{keys.TASKS}00/doctor-{clock.new_op()}.json"
+        self.versioned = f"{keys.TASK_FOLDERS[0]}doctor-{clock.new_op()}.json"
         self.used: set[str] = set()
 
     def all(self) -> list[tuple[str, Callable[[], Awaitable[Seen]]]]:
@@ -360,7 +360,7 @@ class _Checks:
     async def unknown_objects(self) -> Seen:
         unknown = [key async for key in unknown_objects(self.reads)]
         for prefix in LARGE:  # only the first page of these: fsck lists all
-            unknown += [listed.key for listed in await self.reads.list(prefix) if is_unknown(listed.key)]
+            unknown += [listed.key for listed in await self.reads.list(prefix) if keys.is_unknown(listed.key)]
         if not unknown:
             return "good", "every object that was listed is one of buquet's", "nothing else writes under this prefix"
         detail = f"{counted(len(unknown), 'object is', 'objects are')} not buquet's, such as {unknown[0][:200]}"

@@ -35,8 +35,6 @@ from buquet.operate.sweep import (
     HOUR,
     each_key,
     each_record,
-    is_unknown,
-    queue_of_bell,
     store_ahead,
     unknown_objects,
 )
@@ -168,10 +166,10 @@ class _Checker:
             self._unknown(key)
         for prefix, kind in SMALL_RECORDS.items():
             async for listed in each_key(self.reads, prefix):
-                if is_unknown(listed.key):
+                if keys.is_unknown(listed.key):
                     continue
                 if prefix == keys.BELLS:
-                    self.queues.add(queue_of_bell(listed.key))
+                    self.queues.add(keys.queue_of_bell(listed.key))
                 try:
                     held = await self.register.read(kind, listed.key)
                 except UnreadableRecord as error:
@@ -294,7 +292,7 @@ class _Checker:
         """Yield one payload of each task that has old ones."""
         last = ""
         async for listed in each_key(self.reads, keys.PAYLOADS):
-            if is_unknown(listed.key):
+            if keys.is_unknown(listed.key):
                 self._unknown(listed.key)
                 continue
             self.report.payloads += 1
@@ -304,7 +302,7 @@ class _Checker:
                 yield listed
 
     async def _payload(self, listed: Listed) -> None:
-        task_id = listed.key.split("/")[1]
+        task_id = keys.owner_of_payload(listed.key) or ""
         if await self._missing(keys.task(task_id)) and await self.reads.list(keys.payloads(task_id), limit=1):
             self._find("orphaned payload", listed.key, "it belongs to no record; `buquet prune` removes it")
 
@@ -375,7 +373,7 @@ class _Checker:
 
     async def _run(self, listed: Listed) -> None:
         """Check that a run is readable and, if open, has its entry."""
-        if is_unknown(listed.key):
+        if keys.is_unknown(listed.key):
             self._unknown(listed.key)
             return
         try:

@@ -15,7 +15,7 @@ from buquet import keys
 from buquet.concurrency import each_of
 from buquet.errors import UnreadableRecord, UsageError
 from buquet.journal.lines import decode_lines
-from buquet.operate.sweep import AT_ONCE, HOUR, each_key, each_record, owner_of_payload, store_ahead
+from buquet.operate.sweep import AT_ONCE, HOUR, each_key, each_record, store_ahead
 from buquet.queue.pruning import NOT_SETTLED, Pruner, is_prunable
 from buquet.store.base import Stored
 from buquet.workflow.pruning import prune_run
@@ -154,7 +154,7 @@ class _Pruning:
         last = ""
         needed = True
         async for listed in each_key(self.reads, keys.PAYLOADS):
-            task_id = owner_of_payload(listed.key)
+            task_id = keys.owner_of_payload(listed.key)
             if task_id is None or self.now - listed.modified < HOUR:
                 continue
             if task_id != last:
@@ -164,7 +164,7 @@ class _Pruning:
                 yield listed
 
     async def _payload(self, listed: Listed) -> None:
-        await self.pruner.payload(listed.key, owner_of_payload(listed.key) or "", before=listed.modified)
+        await self.pruner.payload(listed.key, keys.owner_of_payload(listed.key) or "", before=listed.modified)
 
     # ------------------------------------------------------------------ one task, one run
 

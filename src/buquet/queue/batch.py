@@ -305,7 +305,7 @@ async def live_workers(client: Client, queue: str) -> int:
             worker = keys.session_of(each.key)
             if worker is None:
                 continue
-            kind = worker.partition(".")[0]
+            kind = keys.queues_hash_of(worker)
             found.setdefault(kind, []).append(each.modified)
             one[kind] = worker
     count = 0

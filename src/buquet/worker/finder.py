@@ -414,7 +414,7 @@ class QueueFinder:
             self.noted(key)
             return
         if key.startswith(keys.WORKERS):
-            self.gone(keys.worker_of(key))
+            self.gone(keys.session_of(key) or key)
             return
         entry, now = keys.parse_entry(key), self.clock.monotonic()
         if entry is None or entry.queue != self.queue or not (self._wanted(entry, now) and self.handled(entry)):

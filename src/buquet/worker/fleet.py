@@ -202,7 +202,7 @@ class Fleet:
         self._tell(strangers)
         self.sessions = found
         self._learn_time()
-        mine = self.keeper.id.partition(".")[0]
+        mine = keys.queues_hash_of(self.keeper.id)
         now = self.store_now()
         self.mates = sorted(
             worker

@@ -1,4 +1,4 @@
-"""Durable task queues in a bucket: any S3-compatible object store, or a SQLite file.
+"""Durable task queues and workflows in a bucket: S3 and compatible stores, Azure Blob Storage, or one SQLite file.
 
 >>> from buquet import App
 >>> app = App("memory:")

@@ -1,4 +1,4 @@
-"""Puts the parts together: one App is a store, the tasks declared on it, and the loop behind its blocking calls."""
+"""App: a store, the tasks declared on it, and the event loop of its blocking calls."""
 
 from __future__ import annotations
 
@@ -72,20 +72,23 @@ class _WorkflowDecorator(Protocol):
 
 
 class App:
-    """A store and the tasks declared on it. Does no I/O before its first use.
+    """A store, and the tasks declared on it. Does no I/O before its first use.
 
-    `url`: `sqlite:path.db`, `s3://bucket/prefix?endpoint=…&region=…` or `memory:`; else the environment's BUQUET_URL; else the
-    SQLite file `.buquet/buquet.db` in the current folder. May be used from several threads and event loops at once, and in
-    processes that are forked after it was made. A bucket raises UsageError in a child whose parent had used one before the fork.
-    `encryption`: keys, 32 bytes in base64 each, under which arguments, results, checkpoints and the texts of errors are
-    encrypted: the first encrypts, all decrypt. By default those of the environment's BUQUET_ENCRYPTION_KEYS, with commas between.
-    `encrypted_only`: refuse values that are not encrypted (docs/security.md); by default as BUQUET_ENCRYPTED_ONLY says, 0 or 1.
+    `url`: `sqlite:path.db`, `s3://bucket/prefix?endpoint=…&region=…`, `az://container/prefix` or `memory:`. The default is
+    BUQUET_URL of the environment, or else the SQLite file `.buquet/buquet.db` in the current folder.
 
-    `max_items`: the most items that an `each` may run over, in workflows that are started here and in those that its workers
-    carry out. None: 10,000 tasks, or what the `each` says.
+    `retention`: how long ended tasks are kept, as a timedelta or in seconds, an hour at least. This App's workers then prune
+    older tasks of the queues that they serve. None: tasks stay until `buquet prune`.
 
-    `retention`: how long ended tasks are kept, a timedelta or seconds, an hour at least. This App's workers then prune older ones
-    of the queues that they serve, bit by bit. None: until `buquet prune`.
+    `encryption`: keys of 32 bytes in base64. They encrypt arguments, results, checkpoints and the texts of errors. The first
+    key encrypts, and all keys decrypt. The default is BUQUET_ENCRYPTION_KEYS of the environment, separated by commas.
+
+    `encrypted_only`: refuse values that are not encrypted. The default is BUQUET_ENCRYPTED_ONLY of the environment, 0 or 1.
+
+    `max_items`: the most items of an `each`, in workflows that this App starts or runs. None: as many as 10,000 tasks hold.
+
+    An App may be used from several threads and event loops at once, and in processes that are forked after its creation. On S3
+    and Azure it raises UsageError in a child if the parent used it before the fork.
 
     >>> app = App("memory:")
     >>> @app.task
@@ -96,7 +99,7 @@ class App:
     """
 
     on_use: ClassVar[Callable[[App], None] | None] = None
-    """Called whenever an App uses a store that is named by its URL; it may raise. The pytest plugin sets it."""
+    """Called whenever an App uses a store named by a URL; it may raise. The pytest plugin sets it."""
 
     def __init__(
         self,
@@ -131,15 +134,15 @@ class App:
         self._lock = threading.Lock()
         self.background = Background()
         self.patience = PATIENCE
-        """Seconds to go on trying when the store does not answer; set it before the first use."""
+        """Seconds of retries while the store does not answer. Set it before the first use."""
         self.tasks: dict[str, BaseTask[Any, Any]] = {}
         self.workflows: dict[str, WorkflowFunction[Any, Any]] = {}
         self.plans: dict[str, Plan] = {}
-        """The schedules that are declared here."""
+        """The schedules declared on this App."""
         forking.watch(self)
 
     def after_fork(self) -> None:
-        """Take a lock of the child's own. Called in a forked child."""
+        """Give a forked child its own lock."""
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -148,7 +151,7 @@ class App:
 
     @property
     def url(self) -> str:
-        """The URL in force: the one given, else BUQUET_URL, else the embedded default with its absolute path."""
+        """The URL of the store: the given one, or else BUQUET_URL, or else that of the default SQLite file."""
         if self._store is not None:
             return self._store.url
         return self._given or os.environ.get("BUQUET_URL") or sqlite_url(Path(DEFAULT_PATH))
@@ -160,16 +163,16 @@ class App:
 
     @property
     def named(self) -> bool:
-        """Whether this App was given a store, and does not follow BUQUET_URL or the default."""
+        """Whether this App was given a store, instead of BUQUET_URL or the default."""
         return self._named
 
     @property
     def in_use(self) -> bool:
-        """Whether the way to the store is open."""
+        """Whether this App has used its store."""
         return self._client is not None
 
     def use(self, url: str) -> None:
-        """Take another store than the one given, as the command line's `--url` does. Raises UsageError after the first use."""
+        """Use another store than the given one, as `--url` of the command line does. Raises UsageError after the first use."""
         if self._client is not None:
             raise UsageError(f"this App already uses {self.url}, and cannot change to {url}")
         self._given = url
@@ -178,7 +181,7 @@ class App:
 
     @property
     def client(self) -> Client:
-        """The way to the store, made at first use."""
+        """The client of the store, created at first use."""
         forking.check()
         if App.on_use is not None and (self._opened or self._store is None):
             App.on_use(self)
@@ -200,14 +203,14 @@ class App:
         return client
 
     def wrap_store(self, wrap: Callable[[Store], Store]) -> None:
-        """Put something around the store, such as what counts requests. Raises UsageError after the first use."""
+        """Wrap the store, for example to count requests. Raises UsageError after the first use."""
         if self._client is not None:
             raise UsageError(f"this App already uses {self.url}: wrap its store before that")
         self._store = wrap(self._store or open_store(self.url, self.clock))
 
     @contextmanager
     def on_store(self, store: Store) -> Generator[None]:
-        """Use another store for a while, also after the first use: for tests."""
+        """Use another store inside the `with` block, also after the first use. For tests."""
         before = (self._store, self._client, self._named, self._opened)
         self._store, self._client, self._named, self._opened = store, None, True, False
         try:
@@ -247,12 +250,13 @@ class App:
         backoff: Backoff | None = None,
         timeout: float | timedelta | None = None,
     ) -> Any:
-        """Declare a plain or async function as a task, under its own name or `name`.
+        """Declare a plain or async function as a task, named after the function or `name`.
 
-        `max_attempts`: how often the handler may fail before the task does; `max_losses`: how many workers may be lost with it.
-        `backoff`: the waits between attempts; `timeout`: seconds, or a timedelta, for one attempt (an async handler is
-        cancelled, one in a thread
-        is given up on). Raises UsageError for a name declared twice.
+        `queue`: the queue of its tasks. `max_attempts`: the most attempts that may fail. `max_losses`: the most workers that may
+        be lost while they run the task. `backoff`: the pauses between attempts. `timeout`: the longest time of one attempt, in
+        seconds or as a timedelta. At a timeout an async handler is cancelled, and a thread is abandoned.
+
+        Raises UsageError for a name declared twice, and for a type that JSON cannot carry.
 
         >>> @app.task(queue="images", max_attempts=5, timeout=60)  # doctest: +SKIP
         ... def resize(path: str, *, width: int = 800) -> str: ...
@@ -283,9 +287,10 @@ class App:
     def workflow(self, *, name: str | None = None, queue: str = "default") -> _WorkflowDecorator: ...
 
     def workflow(self, function: Callable[..., Any] | None = None, *, name: str | None = None, queue: str = "default") -> Any:
-        """Declare a plain or async function that wires tasks as a workflow, under its own name or `name`.
+        """Declare a plain or async function that wires tasks as a workflow, named after the function or `name`.
 
-        `queue`: where the run's own events are carried; its steps go to their tasks' queues.
+        `queue`: the queue of the run's event tasks. Its steps go to the queues of their tasks.
+
         Raises UsageError for a name declared twice.
 
         >>> @app.workflow  # doctest: +SKIP
@@ -318,12 +323,15 @@ class App:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Submit a task again and again: by a cron expression in a time zone, or every so many seconds (or a timedelta).
+        """Declare a schedule: submit a task, or start a workflow, by a cron expression or at an interval.
 
-        The App's workers keep it, each fire once however many they are, under the name of the schedule; nothing happens here.
-        `tz`: the zone of `cron`, by default UTC; `every` counts from 1970. `catch_up`: of the fires that no worker was there for,
-        submit the last one, all (the newest 1,000), or none. `args` and `kwargs` are those of each task; its tags tell the
-        `schedule` and the `fire` (ISO 8601). Raises UsageError, and TypeError or InvalidArgument for wrong arguments.
+        The App's workers submit each fire once, however many workers there are. The declaration itself does nothing.
+
+        `tz`: the time zone of `cron`, by default UTC. `every`: the interval in seconds or as a timedelta, counted from 1970.
+        `catch_up`: of the fires that no worker submitted in time, submit the last one, all (the newest 1,000), or none.
+        `args`, `kwargs`: the arguments of each task. Its tags `schedule` and `fire` (ISO 8601) name the schedule and the time.
+
+        Raises UsageError, and TypeError or InvalidArgument for wrong arguments.
 
         >>> app.schedule("nightly", report, cron="0 2 * * *", tz="Europe/Berlin")  # doctest: +SKIP
         """
@@ -352,13 +360,16 @@ class App:
         parent: str = "",
         heartbeat_thread: bool = True,
     ) -> Worker:
-        """Return a worker for this App's tasks; `run()` or `await arun()` starts it.
+        """Return a worker for this App's tasks. `run()` or `await arun()` starts it.
 
-        `queues`: which to serve, by default those of all tasks. `concurrency`: handlers at once.
-        `drain`: end when only runs that wait for a signal are left. `max_time`: end after this number of seconds.
-        `grace`: seconds that running handlers get at the end.
-        `ttl`: seconds without a heartbeat after which others take over.
-        `parent` and `heartbeat_thread` are for process managers and simulations.
+        `queues`: the queues to serve, by default those of all tasks and workflows. `concurrency`: handlers at once.
+        `drain`: end when nothing is left but runs that wait for a signal. `max_time`: end after this number of seconds.
+        `grace`: seconds that running handlers get when the worker stops. `ttl`: seconds without a heartbeat after which other
+        workers take over. `parent` and `heartbeat_thread` are for process managers and simulations.
+
+        Raises UsageError for wrong options, and for an App without tasks.
+
+        >>> app.worker(concurrency=8, drain=True).run()  # doctest: +SKIP
         """
         numbers: tuple[object, ...] = (grace, ttl, max_time or 0)
         counted = isinstance(cast("object", concurrency), int) and not isinstance(concurrency, bool)
@@ -387,7 +398,7 @@ class App:
         )
 
     def _runs(self, worker: Worker) -> Engine:
-        """Return what a worker asks about runs."""
+        """Return the engine that runs workflows for a worker."""
         engine = Engine(worker.register, worker.clock, worker.fleet.due_now_ms, worker.client.sealer, self.max_items)
 
         def ended(run: RunRecord) -> None:
@@ -400,7 +411,7 @@ class App:
     # ------------------------------------------------------------------ by id
 
     def get(self, task_id: str) -> Handle[Any]:
-        """Return a handle of any task by its id; nothing is read yet. Its result comes as plain builtins."""
+        """Return a handle of any task by its id. Nothing is read yet. Its result is made of plain builtins."""
         return Handle(self, task_id)
 
     def cancel(self, task_id: str) -> Literal["cancelled", "requested"]:
@@ -428,32 +439,35 @@ class App:
         return await self.get(task_id).ahistory()
 
     def run(self, run_id: str) -> Run[Any]:
-        """Return a handle of any run by its id; nothing is read yet. Its result comes as plain builtins."""
+        """Return a handle of any run by its id. Nothing is read yet. Its result is made of plain builtins."""
         return Run(self, run_id)
 
     # ------------------------------------------------------------------ schedules, queues, workers
 
     async def aschedules(self) -> list[ScheduleView]:
-        """Return the schedules that lie in the store, whichever code declared them."""
+        """Return all schedules in the store, whichever code declared them."""
         return await list_schedules(self.client)
 
     schedules = blocking(aschedules)
 
     async def atrigger_schedule(self, name: str) -> Handle[Any]:
-        """Submit a schedule's task now, beside its rule and also while it is paused. Raises ScheduleNotFound."""
+        """Submit a schedule's task now, beside its rule, also while it is paused. Raises ScheduleNotFound."""
         now = int(await store_now(self.client) * 1000)
         return Handle(self, await schedules.trigger(self.client, name, now, self.plans.get(name)), created=True)
 
     trigger_schedule = blocking(atrigger_schedule)
 
     async def apause_schedule(self, name: str) -> bool:
-        """Let a schedule fire no more until it is resumed; tell whether it did before. Raises ScheduleNotFound."""
+        """Stop a schedule's fires until it is resumed. Returns whether that changed anything. Raises ScheduleNotFound."""
         return await self._set_paused(name, paused=True)
 
     pause_schedule = blocking(apause_schedule)
 
     async def aresume_schedule(self, name: str) -> bool:
-        """Let a schedule fire again; what passed meanwhile is not caught up. Tell whether it was paused."""
+        """Continue a schedule's fires. Fires of the meantime are not caught up.
+
+        Returns whether it was paused. Raises ScheduleNotFound.
+        """
         return await self._set_paused(name, paused=False)
 
     resume_schedule = blocking(aresume_schedule)
@@ -463,25 +477,25 @@ class App:
         return await schedules.set_paused(self.client, name, now, paused=paused)
 
     async def apause_queue(self, queue: str) -> bool:
-        """Let workers claim nothing more of a queue; what runs goes on. Tell whether it was open before."""
+        """Stop workers from claiming tasks of a queue. Running tasks go on. Returns whether that changed anything."""
         return await control.set_paused(self.client, queue, paused=True)
 
     pause_queue = blocking(apause_queue)
 
     async def aresume_queue(self, queue: str) -> bool:
-        """Let workers claim from a queue again. Tell whether it was paused."""
+        """Let workers claim tasks of a queue again. Returns whether the queue was paused."""
         return await control.set_paused(self.client, queue, paused=False)
 
     resume_queue = blocking(aresume_queue)
 
     async def adrain_worker(self, worker_id: str) -> None:
-        """Ask a worker to claim nothing more, finish what it runs, however long that takes, and end. Raises WorkerNotFound."""
+        """Ask a worker to claim nothing more, to finish its tasks without a time limit, and to end. Raises WorkerNotFound."""
         await control.drain_worker(self.client, worker_id)
 
     drain_worker = blocking(adrain_worker)
 
     async def apause_worker(self, worker_id: str) -> None:
-        """Ask a worker to claim nothing until it is resumed; what it runs goes on. Raises WorkerNotFound."""
+        """Ask a worker to claim nothing until it is resumed. Its running tasks go on. Raises WorkerNotFound."""
         await control.pause_worker(self.client, worker_id, paused=True)
 
     pause_worker = blocking(apause_worker)
@@ -495,9 +509,9 @@ class App:
     # ------------------------------------------------------------------ closing
 
     def close(self) -> None:
-        """Ring for what was submitted and release the store. An App that was given a URL opens it again at its next use.
+        """Ring for the latest submits, and release the store. An App with a URL opens its store again at its next use.
 
-        While a worker of this App runs in this process it stays open: a handler may use `with app:`, as other code does.
+        While a worker of this App runs in this process, this does nothing: a handler may use `with app:`, as other code does.
         """
         if self._works():
             return
@@ -524,7 +538,7 @@ class App:
         return client is not None and bool(client.listeners)
 
     def _let_go(self) -> Client | None:
-        """Forget the client that is to be closed, and its store where that can be opened again: the same one, wherever we are."""
+        """Detach the client, and the store if its URL can be opened again, also from another current folder."""
         with self._lock:
             client, self._client = self._client, None
             if client is not None and self._opened and client.store.url != "memory:":
@@ -551,7 +565,7 @@ class App:
 
 
 def _ring_at_exit(reference: weakref.ref[App]) -> None:
-    """Ring for what was submitted in the last 0.1 s of a program that ends without closing its App."""
+    """Ring for the submits of the last 0.1 s of a program that ends without closing its App."""
     app = reference()
     client = app.client if app is not None and app.in_use else None
     if client is not None and client.ringer.is_due:
@@ -560,7 +574,7 @@ def _ring_at_exit(reference: weakref.ref[App]) -> None:
 
 
 def _name_of(function: Callable[..., Any]) -> str:
-    """Return a function's name. Raises UsageError for what has none, such as a partial."""
+    """Return a function's name. Raises UsageError for an object without one, such as a partial."""
     name = getattr(function, "__name__", None)
     if name is None:
         raise UsageError(f"{function!r} is no function: wrap it in one of yours with declared parameters")

@@ -1,33 +1,33 @@
-"""Every error that buquet raises, as one tree.
+"""All errors of buquet, in one tree.
 
 ::
 
     BuquetError
     ├── UsageError                the call itself is wrong: an option, a URL, a name
-    │   ├── InvalidURL            a store URL that cannot be understood
-    │   ├── InvalidArgument       an argument that JSON does not carry
+    │   ├── InvalidURL            a store URL that is not valid
+    │   ├── InvalidArgument       an argument that JSON cannot carry, or of another type than declared
     │   └── WrongLoop             a blocking call on an event loop where a worker runs
-    ├── StoreError                the store said no, or nothing
-    │   ├── StoreUnavailable      no answer, or a passing one (timeout, 5xx, throttled): the outcome is unknown
-    │   ├── StoreRefused          a lasting no: nothing was written
+    ├── StoreError                the store refused a request, or did not answer
+    │   ├── StoreUnavailable      no answer, or a temporary error (timeout, 5xx, throttled): the outcome is unknown
+    │   ├── StoreRefused          a permanent refusal: nothing was written
     │   │   ├── AccessDenied      wrong or missing credentials, or too few rights
     │   │   ├── BucketMissing     the bucket does not exist
     │   │   ├── StoreFull         disk or quota is used up
-    │   │   └── StoreUnfit        the store lacks something that buquet cannot do without
-    │   ├── AlreadyExists         create-if-absent met an object
-    │   └── Changed               a conditional write met another version, or none
-    ├── UnreadableRecord          an object that is no JSON, or of a newer format
+    │   │   └── StoreUnfit        the store lacks a feature that buquet needs
+    │   ├── AlreadyExists         create-if-absent found an object
+    │   └── Changed               a conditional write found another version, or no object
+    ├── UnreadableRecord          an object that is not valid JSON, or has a newer format
     ├── EncryptionKeyMissing      a value is encrypted under a key that this process does not have
     ├── InvalidPayload            stored arguments, or a stored result, do not fit the declared types
-    ├── InvalidResult             a handler's result that JSON does not carry, or of another type than declared
+    ├── InvalidResult             a handler's result that JSON cannot carry, or of another type than declared
     ├── KeyConflict               a second submit of a key with other arguments
-    ├── SubmitInterrupted         many were to be submitted, and only some were
+    ├── SubmitInterrupted         only some of many tasks were submitted
     ├── TaskNotFound              no task has this id
     │   └── RunNotFound           no run of a workflow has this id
     ├── ScheduleNotFound          no schedule has this name
-    ├── WorkerNotFound            no worker has a session of this id
-    ├── Refused                   a move that the task's state does not allow
-    └── TaskError                 how a task ended, other than well
+    ├── WorkerNotFound            no worker has a session with this id
+    ├── Refused                   a change that the task's status does not allow
+    └── TaskError                 a task ended without a result
         ├── TaskFailed
         │   ├── RunFailed         a run of a workflow failed
         │   └── SignalTimeout     no signal came in time
@@ -36,8 +36,8 @@
         ├── TaskExpired
         └── BatchFailed           some items of a batch have no result
 
-``Fail`` and ``Snooze`` are not errors but what a handler raises to say how its attempt is to end.
-Every error's text says what happened, to what, and what to do next.
+A handler raises ``Fail`` and ``Snooze`` to choose how its attempt ends. They are not errors of buquet.
+The text of every error says what happened, to which object, and what to do next.
 """
 
 from __future__ import annotations
@@ -48,39 +48,39 @@ from typing import Any
 
 
 class BuquetError(Exception):
-    """Base of all errors of this library."""
+    """The base of all errors of buquet."""
 
 
 class UsageError(BuquetError):
-    """The call itself is wrong; nothing was read or written."""
+    """The call itself is wrong. Nothing was read or written."""
 
 
 class InvalidURL(UsageError):
-    """A store URL that cannot be understood."""
+    """A store URL is not valid."""
 
 
 class InvalidArgument(UsageError):
-    """An argument that JSON does not carry (NaN, infinity, an open file, ...)."""
+    """An argument does not fit its declared type, or JSON cannot carry it (NaN, infinity, an open file, ...)."""
 
 
 class WrongLoop(UsageError):
-    """A blocking method was called on an event loop where a worker runs; its async twin is named in the text."""
+    """A blocking method was called on an event loop where a worker runs. The text names its async twin."""
 
 
 class StoreError(BuquetError):
-    """The store said no, or nothing."""
+    """The store refused a request, or did not answer."""
 
 
 class StoreUnavailable(StoreError):
-    """No answer, or a passing one (timeout, reset, 5xx, 429). Whether a write was applied is unknown."""
+    """The store did not answer, or with a temporary error (timeout, reset, 5xx, 429). A write may be applied or not."""
 
 
 class StoreRefused(StoreError):
-    """A lasting no: the request was not applied, and sending it again will not help."""
+    """The store refused a request permanently. It was not applied, and sending it again does not help."""
 
 
 class AccessDenied(StoreRefused):
-    """Wrong or missing credentials, or too few rights."""
+    """The credentials are wrong or missing, or lack a right."""
 
 
 class BucketMissing(StoreRefused):
@@ -88,45 +88,45 @@ class BucketMissing(StoreRefused):
 
 
 class StoreFull(StoreRefused):
-    """The disk or the quota behind the store is used up; nothing was written."""
+    """The disk or the quota of the store is used up. Nothing was written."""
 
 
 class StoreUnfit(StoreRefused):
-    """The store lacks something buquet cannot do without, such as conditional writes."""
+    """The store lacks a feature that buquet needs, such as conditional writes."""
 
 
 class AlreadyExists(StoreError):
-    """Create-if-absent met an object that is there."""
+    """Create-if-absent found an existing object."""
 
 
 class Changed(StoreError):
-    """A conditional write met another version than the one named, or no object at all."""
+    """A conditional write found another version than the expected one, or no object."""
 
 
 class UnreadableRecord(BuquetError):
-    """An object that is no JSON, lacks a field, or is of a newer format. It is left as it is."""
+    """An object is not valid JSON, lacks a field, or has a newer format. It is left as it is."""
 
 
 class EncryptionKeyMissing(BuquetError):
-    """A value is encrypted under a key that this process does not have. Nothing is wrong with the value."""
+    """A value is encrypted under a key that this process does not have. The value itself is intact."""
 
 
 class InvalidPayload(BuquetError):
-    """Stored arguments, or a stored result, do not fit the declared types of the function."""
+    """Stored arguments, or a stored result, do not fit the function's declared types."""
 
 
 class InvalidResult(BuquetError):
-    """A handler's result is no JSON value or not of the declared type."""
+    """A handler's result does not fit its declared type, or JSON cannot carry it."""
 
 
 class KeyConflict(BuquetError):
-    """A key was submitted a second time with other arguments. The first task stands."""
+    """A key was submitted a second time with other arguments. The first task is unchanged."""
 
 
 class SubmitInterrupted(BuquetError):
-    """Submitting many stopped half way. `ids` are the tasks that were submitted, in order; `__cause__` says why.
+    """Only some of many tasks were submitted. `ids` lists them in order, and `__cause__` is the reason.
 
-    `batch_id` names the batch of what was submitted, where that is whole packs up to some item; else it is empty.
+    `batch_id` is the id of a batch of the submitted packs. It is empty if they are not all packs up to some item.
     """
 
     def __init__(self, message: str, ids: list[str], *, batch_id: str = "") -> None:
@@ -144,19 +144,19 @@ class RunNotFound(TaskNotFound):
 
 
 class ScheduleNotFound(BuquetError):
-    """No schedule of this name lies in the store."""
+    """No schedule in the store has this name."""
 
 
 class WorkerNotFound(BuquetError):
-    """No worker has a session of this id."""
+    """No worker has a session with this id."""
 
 
 class Refused(BuquetError):
-    """A move that the task's present state does not allow; nothing was changed."""
+    """The task's or run's status does not allow the change. Nothing was changed."""
 
 
 class TaskError(BuquetError):
-    """A task ended, but not well. ``task_id`` says which."""
+    """A task ended without a result. ``task_id`` is its id."""
 
     def __init__(self, message: str, task_id: str = "") -> None:
         super().__init__(message)
@@ -164,7 +164,7 @@ class TaskError(BuquetError):
 
 
 class TaskFailed(TaskError):
-    """The task failed for good. ``error`` is the last error's text, ``traceback`` where it was raised."""
+    """A task failed for good. ``error`` is the text of its last error, ``traceback`` the traceback in the worker."""
 
     def __init__(self, message: str, task_id: str = "", *, error: str = "", traceback: str = "") -> None:
         super().__init__(message, task_id)
@@ -173,14 +173,15 @@ class TaskFailed(TaskError):
 
 
 class TaskCancelled(TaskError):
-    """The task was cancelled."""
+    """A task was cancelled."""
 
 
 class RunFailed(TaskFailed):
-    """A run of a workflow failed. ``task_id`` is the run's id, ``error`` names the step and why.
+    """A run of a workflow failed. ``task_id`` is the run's id, and ``error`` names the step and the reason.
 
-    ``step`` is the step's name, empty where no step failed, ``traceback`` where its error was raised, and ``__cause__`` the error
-    of its task: TaskFailed; BatchFailed, with the failed items, for a pack of an `each`; SignalTimeout for a wait.
+    ``step`` is the name of the failed step, or empty if no step failed. ``traceback`` is the traceback of its error.
+    ``__cause__`` is the error of the step's task: TaskFailed, SignalTimeout for a wait, or BatchFailed with the failed items for
+    a pack of an `each`.
     """
 
     def __init__(self, message: str, task_id: str = "", *, error: str = "", traceback: str = "", step: str = "") -> None:
@@ -197,12 +198,12 @@ class RunCancelled(TaskCancelled):
 
 
 class TaskExpired(TaskError):
-    """The task was not started before its deadline."""
+    """A task did not start before its deadline."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailedItem:
-    """An item of a batch that has no result, and why."""
+    """An item of a batch without a result, and the reason."""
 
     index: int
     """Its place in the batch, from 0."""
@@ -210,15 +211,15 @@ class FailedItem:
     """The item itself, as plain builtins."""
     error: str
     traceback: str = ""
-    """Where the error was raised; kept for the first few failed items of a pack."""
+    """The traceback of the error; stored for the first few failed items of a pack."""
     attempts: int = 0
-    """How often it was tried; 0 where it never was, or nobody could record it."""
+    """The number of attempts; 0 if there was none, or none could be recorded."""
     task_id: str = ""
-    """The pack that it is in: the task that `buquet get` shows."""
+    """The task of its pack, for `buquet get`."""
 
 
 class BatchFailed(TaskError):
-    """Some items of a batch have no result. ``failed`` lists them, by their index."""
+    """Some items of a batch have no result. ``failed`` lists them by index."""
 
     def __init__(self, message: str, task_id: str = "", *, failed: list[FailedItem] | None = None) -> None:
         super().__init__(message, task_id)
@@ -226,7 +227,7 @@ class BatchFailed(TaskError):
 
 
 class Fail(Exception):
-    """Raise in a handler to fail the task at once, without another attempt.
+    """Raise this in a handler to fail the task at once, without another attempt.
 
     >>> raise Fail("the order was deleted")
     Traceback (most recent call last):
@@ -235,7 +236,7 @@ class Fail(Exception):
 
 
 class Snooze(Exception):
-    """Raise in a handler to come back after ``seconds``, or a timedelta, without spending an attempt.
+    """Raise this in a handler to run the task again after ``seconds`` (or a timedelta). No attempt is spent.
 
     >>> raise Snooze(30)
     Traceback (most recent call last):
@@ -252,7 +253,7 @@ class Snooze(Exception):
 
 
 def install(extra: str) -> str:
-    """Return the command that installs an extra of this version: on PyPI an older project has the same name.
+    """Return the command that installs an extra of this version. An older project on PyPI has the same name.
 
     >>> install("ui")
     "pip install 'buquet[ui]>=0.2'"

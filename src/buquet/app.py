@@ -256,7 +256,7 @@ class App:
         be lost while they run the task. `backoff`: the pauses between attempts. `timeout`: the longest time of one attempt, in
         seconds or as a timedelta. At a timeout an async handler is cancelled, and a thread is abandoned.
 
-        Raises UsageError for a name declared twice, and for a type that JSON cannot carry.
+        Raises UsageError for a name declared twice, and for parameters that cannot be stored or decoded.
 
         >>> @app.task(queue="images", max_attempts=5, timeout=60)  # doctest: +SKIP
         ... def resize(path: str, *, width: int = 800) -> str: ...

@@ -319,13 +319,16 @@ def _sweep():
 
 
 BUGS = {
-    "i3=text": ("an entry of a later rev than its record's is deleted", [(claim.Claimer, "_decide", i3_text)]),
+    "i3=text": ("an entry with a later rev than its record is deleted", [(claim.Claimer, "_decide", i3_text)]),
     "take=text": ("a task is taken over while the dead worker's session is still stored", [(fleet.Fleet, "missing", take_text)]),
-    "hbdel=lookup": ("a heartbeat deletes the entries of now, not those noted", [(session.SessionKeeper, "beat", hbdel_lookup)]),
+    "hbdel=lookup": (
+        "a heartbeat deletes the current entries instead of the noted ones",
+        [(session.SessionKeeper, "beat", hbdel_lookup)],
+    ),
     "hour=text": ("an old entry without a record is deleted without a tombstone", [(claim.Claimer, "_missing", hour_text)]),
-    "cx=text": ("a lost task runs again though its cancel was promised", [(transitions, "_lost_for_good", cx_text)]),
-    "mbx=text": ("a note to cancel is obeyed without reading the record", [(control.Notes, "_obey", mbx_text)]),
-    "screate=resend": ("a session's create is sent again", [(Register, "create_once", screate_resend)]),
+    "cx=text": ("a lost task runs again although its cancel was acknowledged", [(transitions, "_lost_for_good", cx_text)]),
+    "mbx=text": ("a worker obeys a note without reading the record", [(control.Notes, "_obey", mbx_text)]),
+    "screate=resend": ("the create of a session is sent twice", [(Register, "create_once", screate_resend)]),
     "tok=worker": (
         "a claim is fenced by the worker, not by the token",
         [
@@ -335,25 +338,28 @@ BUGS = {
         ],
     ),
     "rerev=reuse": (
-        "a lost race is run again under the same entry",
+        "after a lost race, the next try uses the same entry",
         [(client.Client, "redrive", rerev_reuse), (fleet.Reaper, "put_back", rerev_reuse_reaper)],
     ),
     "selfrun=leave, giveup": (
-        "a claim of unknown outcome is given up on, and not adopted when it is met",
+        "a claim with an unknown outcome is given up, and not adopted when its task is found",
         [(claim.Claimer, "_decide", selfrun_leave), (Register, "update", giveup)],
     ),
-    "orphan=leave": ("an old entry of a later rev than an ended record's is left", [(claim.Claimer, "_decide", orphan_leave)]),
-    "earlydrop": ("a claim is unlisted before its outcome is stored", [(executor.Executor, "move", earlydrop)]),
+    "orphan=leave": ("an old entry with a later rev than an ended record stays", [(claim.Claimer, "_decide", orphan_leave)]),
+    "earlydrop": ("a claim leaves the session's list before its outcome is stored", [(executor.Executor, "move", earlydrop)]),
     "nofence": ("a session is reaped without being marked first", [(fleet.Reaper, "reap", nofence)]),
-    "no write id": ("what is read back after a conflict is taken for the own write", [(Register, "_write", no_write_id)]),
+    "no write id": (
+        "after a conflict, the record that is read back is taken for this process's own write",
+        [(Register, "_write", no_write_id)],
+    ),
     "session not awaited": (
         "a worker claims before its session is stored",
         [(session.SessionKeeper, "create", session_not_awaited)],
     ),
-    "cursor that skips": ("a look back does not set the cursor back", [(cursor.Lane, "restart", cursor_skips)]),
-    "gap trusted": ("the bell's hints are trusted though some are missing", [(finder, "news", gap_trusted)]),
+    "cursor that skips": ("a rescan does not move the cursor back", [(cursor.Lane, "restart", cursor_skips)]),
+    "gap trusted": ("the bell's hints are trusted although some are missing", [(finder, "news", gap_trusted)]),
     "session deleted first": (
-        "a reaper deletes the session before it puts back",
+        "a reaper deletes the session before it puts the tasks back",
         [(fleet.Reaper, "reap", session_deleted_first)],
     ),
     "entry before record": (
@@ -362,30 +368,30 @@ BUGS = {
     ),
     "record before entry": ("a retry stores the record before its entry", [(Register, "update", record_before_entry)]),
     "payload not buried": (
-        "prune deletes a payload without a record and leaves no tombstone",
+        "prune deletes a payload without a record and writes no tombstone",
         [(_sweep(), "_payload", payload_not_buried)],
     ),
     "drain forgets": (
-        "an entry met while its task is being claimed is forgotten",
+        "an entry that is found while its task is being claimed is forgotten",
         [(finder.QueueFinder, "leave", drain_forgets)],
     ),
     "look forgotten": (
-        "a look at everything is taken for done before its requests are answered",
+        "a full rescan counts as done before its requests are answered",
         [(finder.QueueFinder, "_look_back", look_forgotten)],
     ),
     "list forgotten": (
-        "a lane is taken for listed before the LIST is answered",
+        "a lane counts as listed before the LIST is answered",
         [(finder.QueueFinder, "_list", list_forgotten)],
     ),
     "settings forgotten": (
-        "a queue's settings are taken for read before they are answered",
+        "a queue's settings count as read before the GET is answered",
         [(control.Pause, "look", settings_forgotten)],
     ),
     "ring forgotten": (
-        "a ring that the store does not answer is not sent again",
+        "a ring without an answer from the store is not sent again",
         [(bell.Ringer, "_ring_now", ring_forgotten)],
     ),
-    "no fence": ("a claimant's move needs no claim", [(transitions, "_need_claim", retry_unfenced)]),
+    "no fence": ("a transition by a claimant needs no claim", [(transitions, "_need_claim", retry_unfenced)]),
     **RUN_BUGS,
 }
 """Name: what is wrong, and the patches that make it so."""

@@ -120,39 +120,39 @@ def steps_go_on(self):
 
 RUN_BUGS = {
     "finish before the run's record": (
-        "a step's task ends before its run was told",
+        "a step's task ends before its run's record holds the outcome",
         [(children.Children, "told", finish_first)],
     ),
     "follow-up with a random id": (
-        "who repeats a follow-up submits another task",
+        "a repeated submit of a run task creates another task",
         [(engine, "step_task", random_id)],
     ),
     "follow-ups not awaited": (
-        "a task of a run ends before what follows from it is submitted",
+        "a run task ends before its actions are done",
         [(engine.Engine, "_follow_up", not_awaited)],
     ),
     "outcome entered again": (
-        "an outcome that is told twice counts twice",
+        "an outcome that is delivered twice counts twice",
         [(advance._Advance, "_step", entered_again)],
     ),
     "run's lost race": (
-        "an event that lost the race for the run's record is taken for stored",
+        "an event that lost the race for the run's record counts as stored",
         [(committer.Committer, "_write", race_not_run_again)],
     ),
     "run's record before its entry": (
-        "a run is there before its entry is",
+        "a run's record is created before its entry",
         [(engine.Engine, "_start", record_before_entry)],
     ),
     "undo not awaited": (
-        "a run is over before its undos are",
+        "a run ends before its undos",
         [(advance._Advance, "_undo_of", undo_not_awaited)],
     ),
     "unwinds early": (
-        "undoing begins while steps are still at work",
+        "undos start while steps still run",
         [(advance._Advance, "_unwind", unwinds_early)],
     ),
     "stopped unseen": (
-        "a cancelled run takes what is at work for stopped, and does not undo it",
+        "a cancelled run counts running steps as stopped, and does not undo them",
         [(advance._Advance, "_cancel", steps_go_on)],
     ),
 }

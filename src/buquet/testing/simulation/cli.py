@@ -1,4 +1,4 @@
-"""`buquet-sim`: play many seeds, in several processes, and print the command that repeats each one that found something."""
+"""`buquet-sim`: plays many seeds in several processes, and prints the command that repeats each seed with findings."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 EVERY = 10.0
-"""Seconds between two lines of progress."""
+"""Seconds between two progress lines."""
 STOPPED = 130
-"""Exit status after Ctrl-C, as shells have it, when nothing was found until then."""
+"""Exit status after Ctrl-C without findings, as in shells."""
 
 
 def many(start: int, seeds: int, jobs: int) -> Iterator[SeedResult]:
-    """Play seeds from `start` on, side by side in `jobs` processes; yield what each came to, in no certain order.
+    """Play seeds from `start` on in `jobs` processes, and yield their results in any order.
 
     >>> sum(len(result.findings) for result in many(1, 2, 1))
     0
@@ -34,7 +34,7 @@ def many(start: int, seeds: int, jobs: int) -> Iterator[SeedResult]:
     if jobs == 1:
         yield from map(simulate, numbers)
         return
-    # Ctrl-C reaches every process of a terminal: this one answers it, and ends the others
+    # Ctrl-C reaches every process of the terminal: this process handles it, and ends the others
     with multiprocessing.get_context("spawn").Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from pool.imap_unordered(simulate, numbers, chunksize=5)
 
@@ -43,10 +43,10 @@ def many(start: int, seeds: int, jobs: int) -> Iterator[SeedResult]:
 def run(
     seeds: Annotated[int, typer.Option(help="How many seeds to play.", min=1)] = 1000,
     start: Annotated[int, typer.Option(help="The first seed.")] = 0,
-    seed: Annotated[int | None, typer.Option(help="Play this one only.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Play this seed only.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
     trace: Annotated[bool, typer.Option("--trace", help="With --seed: print every request and event.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON value a finding, and one at the end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON value per seed with findings, and one at the end.")] = False,
     hashes: Annotated[
         Path | None,
         typer.Option(
@@ -54,46 +54,51 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Simulate the queue under faults, and say what was found wrong.
+    """Simulate the queue under faults, and print the findings.
 
-    Exit status 1 when something was, or when a trace hash differs. Ctrl-C ends it early, with a summary.
+    Exit status 1 if there are any, or if a trace hash differs. Ctrl-C ends it early, with a summary.
     """
-    if seed is not None:
-        result = simulate(seed, keep=trace)
-        if trace:
-            print("\n".join(result.lines))
-        report(result, as_json=as_json)
-        print(json.dumps(summary([result])) if as_json else f"seed {seed}: trace {result.hash}, {len(result.findings)} findings")
-        raise typer.Exit(bool(result.findings))
     clock = Clock()
-    begun = told = clock.monotonic()
-    done = found = requests = tasks = 0
+    begun = last_line = clock.monotonic()
+    requests = tasks = findings = with_findings = 0
     stopped = False
     traces: dict[int, str] = {}
+    results = many(start, seeds, jobs) if seed is None else iter([simulate(seed, keep=trace)])
     try:
-        for result in many(start, seeds, jobs):
-            done += 1
+        for result in results:
+            traces[result.seed] = result.hash
             requests += result.requests
             tasks += result.tasks
-            found += bool(result.findings)
-            traces[result.seed] = result.hash
+            findings += len(result.findings)
+            with_findings += bool(result.findings)
+            if trace and seed is not None:
+                print("\n".join(result.lines))
             report(result, as_json=as_json)
             now = clock.monotonic()
-            if now - told >= EVERY and not as_json:
-                told = now
-                rate = done / (now - begun)
-                print(f"{done} of {seeds} seeds, {found} with findings, {rate:.1f} a second", file=sys.stderr, flush=True)
+            if now - last_line >= EVERY and not as_json:
+                last_line = now
+                line = (
+                    f"{len(traces)} of {seeds} seeds, {with_findings} with findings, {len(traces) / (now - begun):.1f} a second"
+                )
+                print(line, file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        stopped = True  # what was played so far is told all the same
+        stopped = True  # the seeds so far are summarized all the same
     seconds = round(clock.monotonic() - begun, 1)
-    total = {"seeds": done, "start": start, "with_findings": found, "requests": requests, "tasks": tasks, "seconds": seconds}
-    text = f"{done} seeds from {start} on, {tasks} tasks, {requests} requests, in {seconds:g} s: {found} with findings"
-    print(json.dumps(total) if as_json else text + ", and stopped" * stopped)
+    if as_json:
+        total = {"seeds": len(traces), "start": start, "with_findings": with_findings, "requests": requests, "tasks": tasks}
+        print(json.dumps({**total, "seconds": seconds, **({} if seed is None else {"start": seed, "hash": traces[seed]})}))
+    elif seed is not None:
+        print(f"seed {seed}: trace {traces[seed]}, {findings} findings")
+    else:
+        text = f"{len(traces)} seeds from {start} on, {tasks} tasks, {requests} requests, in {seconds:g} s"
+        print(f"{text}: {with_findings} with findings" + ", and stopped" * stopped)
     differing = compare_hashes(hashes, traces, complete=not stopped) if hashes else []
     if differing:
-        message = f"{len(differing)} of {done} seeds have another trace hash than in {hashes}: {', '.join(map(str, differing))}"
+        message = (
+            f"{len(differing)} of {len(traces)} seeds have another trace hash than in {hashes}: {', '.join(map(str, differing))}"
+        )
         print(json.dumps({"other_hash": differing}) if as_json else message)
-    raise typer.Exit(1 if found or differing else STOPPED * stopped)
+    raise typer.Exit(1 if with_findings or differing else STOPPED * stopped)
 
 
 def compare_hashes(path: Path, traces: dict[int, str], *, complete: bool) -> list[int]:
@@ -110,7 +115,7 @@ def compare_hashes(path: Path, traces: dict[int, str], *, complete: bool) -> lis
 
 
 def report(result: SeedResult, *, as_json: bool) -> None:
-    """Print what a seed found, and how to see it again."""
+    """Print the findings of a seed, and the command that repeats it."""
     if not result.findings:
         return
     command = f"buquet-sim --seed {result.seed} --trace"
@@ -120,16 +125,6 @@ def report(result: SeedResult, *, as_json: bool) -> None:
     for line in result.findings:
         print(f"seed {result.seed}: {line}")
     print(f"  again, with every request: {command}", flush=True)
-
-
-def summary(results: list[SeedResult]) -> dict[str, object]:
-    """Return the figures of some seeds."""
-    return {
-        "seeds": len(results),
-        "with_findings": sum(bool(result.findings) for result in results),
-        "hash": results[0].hash,
-        "requests": results[0].requests,
-    }
 
 
 def main() -> None:

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from buquet.testing.simulation.play import Play
     from buquet.testing.simulation.world import Node, World
 
+    Call = Callable[[str], Coroutine[Any, Any, object]]
+
 PROMPT_BOUND = 20.0
 """Seconds for a task that the bell announced, or whose due time is known: two waits of 7.5 s before a request is sent again."""
 OTHER_BOUND = 60.0
-"""Seconds for any other task: the next look back finds it."""
+"""Seconds for any other task: the next rescan finds it."""
 SETTLED = 90.0
 """Seconds after a clock jumped until the cursors are right again."""
 READS = (
@@ -37,7 +39,7 @@ READS = (
 LONGEST = 16.0
 """Seconds of an outage."""
 LONG_AGO = 700.0
-"""Seconds after which a look back no longer reaches an entry."""
+"""Seconds after which a rescan no longer reaches an entry."""
 
 
 class Lateness:
@@ -170,7 +172,7 @@ class Outage:
         self.some()
 
     async def unrung(self) -> None:
-        """Let a caller die before it rings the bell, so that a look back must find its task."""
+        """Let a caller die before it rings the bell, so that a rescan must find its task."""
         node = self.caller()
         self.world.network.refuse(("write", "bell/"), 2)
         self.play.callers.start(node, self.submit, "echo", (1,))
@@ -188,46 +190,33 @@ class Outage:
         await self.play.pause(10)
 
     async def queue_resumed(self) -> None:
-        """Pause a queue and resume it, perhaps so late that only a look at all entries finds its tasks."""
+        """Pause a queue and resume it, perhaps so late that only a full rescan finds its tasks."""
         node = self.caller()
-        self.lateness.paused.add("default")
-
-        async def pause(node: Node) -> None:
-            await node.apause_queue("default")
-
-        self.play.callers.start(node, pause)
-        await self.play.pause(8)
-        self.some()
-        await self.play.pause(self.random.choice((20.0, LONG_AGO)))
-
-        async def resume(node: Node) -> None:
-            await node.aresume_queue("default")
-            self.lateness.paused.discard("default")
-            self.trap("get", "queues/")
-
-        self.play.callers.start(node, resume)
-        await self.play.pause(1)
+        await self._resumed(node, {"default": "default"}, node.apause_queue, node.aresume_queue, "queues/")
 
     async def worker_resumed(self) -> None:
         """Pause and resume all workers in the same way."""
         node = self.caller()
-        workers = [(worker.name, worker.own_worker.id) for worker in self.play.living("w") if worker.own_worker]
-        self.lateness.paused.update(name for name, _ in workers)
+        workers = {worker.name: worker.own_worker.id for worker in self.play.living("w") if worker.own_worker}
+        await self._resumed(node, workers, node.apause_worker, node.aresume_worker, "control/")
 
-        async def pause(node: Node) -> None:
-            for _, worker in workers:
-                await node.apause_worker(worker)
+    async def _resumed(self, node: Node, ids: dict[str, str], pause: Call, resume: Call, prefix: str) -> None:
+        """Pause queues or workers, submit tasks, and resume. `ids` are by the names that Lateness knows."""
+        self.lateness.paused.update(ids)
 
-        self.play.callers.start(node, pause)
+        async def pause_all(_node: Node) -> None:
+            for one in ids.values():
+                await pause(one)
+
+        async def resume_all(_node: Node) -> None:
+            for name, one in ids.items():
+                await resume(one)
+                self.lateness.paused.discard(name)
+            self.trap("get", prefix)
+
+        self.play.callers.start(node, pause_all)
         await self.play.pause(8)
         self.some()
         await self.play.pause(self.random.choice((20.0, LONG_AGO)))
-
-        async def resume(node: Node) -> None:
-            for name, worker in workers:
-                await node.aresume_worker(worker)
-                self.lateness.paused.discard(name)
-            self.trap("get", "control/")
-
-        self.play.callers.start(node, resume)
+        self.play.callers.start(node, resume_all)
         await self.play.pause(1)

@@ -268,7 +268,7 @@ class Play:
         await self.pause(PROMPT)
         slow = [task for task in ids if self.auditor.tasks[task]["state"] == "pending"]
         if slow and world.loop.elapsed - self.lateness.jumped < SETTLED:
-            # the next look back corrects a cursor that was set while its worker's clock was wrong
+            # the next rescan corrects a cursor that was set while its worker's clock was wrong
             await self.pause(40)
             slow = [task for task in slow if self.auditor.tasks[task]["state"] == "pending"]
         if slow:

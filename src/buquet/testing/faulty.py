@@ -1,11 +1,11 @@
-"""Stores that misbehave on purpose.
+"""A store that injects faults.
 
 >>> from buquet.clock import Clock
 >>> from buquet.store.memory import MemoryStore
 >>> async def example():
 ...     clock = Clock()
 ...     faulty = FaultyStore(MemoryStore(clock), clock)
-...     faulty.inject("lose", "put", "bell/")  # the next put under bell/ is applied, but its answer is lost
+...     faulty.inject("lose", "put", "bell/")  # the next put under bell/ is applied, and its answer is lost
 ...     try:
 ...         await faulty.put("bell/q", b"1")
 ...     except StoreUnavailable as error:
@@ -33,10 +33,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from buquet.errors import AlreadyExists, Changed, StoreFull, StoreUnavailable
-from buquet.store.base import NOT_MODIFIED, Op, PassingStore, Receipt, Store
+from buquet.store.base import NOT_MODIFIED, Op, PassingStore, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Coroutine, Iterable
+    from collections.abc import Awaitable, Coroutine
 
     from buquet.clock import Clock
 
@@ -44,15 +44,16 @@ T = TypeVar("T")
 
 Fault = Literal["lose", "refuse", "late", "full", "delay"]
 Keys = str | Callable[[str], bool]
-"""Which keys are meant: those that start with a text, or for which a function says so."""
+"""A prefix of keys, or a function that says whether a key matches."""
 
 WRITES = frozenset({"create", "update", "put", "delete"})
+RANDOM: tuple[Fault, ...] = ("lose", "refuse", "late")
 LATEST = 30
-"""Within how many further requests a write lands that the random rate made late."""
+"""A write that a random fault made late lands within this many further requests."""
 
 
 class Request(NamedTuple):
-    """One line of the log. `outcome`: ok, 304, 404, conflict, error, or the fault."""
+    """One request of the log. `outcome`: ok, 304, 404, conflict, error, or the fault."""
 
     op: str
     key: str
@@ -61,7 +62,7 @@ class Request(NamedTuple):
 
 @dataclass(eq=False)
 class Rule:
-    """A fault that is to happen. `times` is how often yet (None: until `stop`)."""
+    """A fault for the next `times` matching requests (None: until `stop`)."""
 
     fault: Fault
     op: Op | None
@@ -71,13 +72,12 @@ class Rule:
     after: int | None
 
     def stop(self) -> None:
-        """Let it happen no more."""
         self.times = 0
 
 
 @dataclass(eq=False)
 class Pause:
-    """A place where one caller is stopped: await `reached`, look around, then set `go`."""
+    """A matching request waits here: await `reached`, check what you need, then set `go`."""
 
     op: Op | None
     key: Keys
@@ -85,7 +85,7 @@ class Pause:
     reached: asyncio.Event = field(default_factory=asyncio.Event)
     go: asyncio.Event = field(default_factory=asyncio.Event)
     found: str = ""
-    """The key of the request that was stopped."""
+    """The key of the request that waits."""
 
 
 @dataclass(eq=False)
@@ -97,13 +97,13 @@ class _Late:
 
 
 class FaultyStore(PassingStore):
-    """Passes requests to another store, except where told otherwise.
+    """Passes requests to another store, injects faults, and logs every request.
 
-    The faults: `lose` applies a write and raises StoreUnavailable; `refuse` raises StoreUnavailable instead of applying it;
-    `late` does so, too, but the write lands later (`land`, or by itself); `full` raises StoreFull; `delay` waits `seconds` first.
-    Reads have nothing to apply: to them `lose`, `refuse` and `late` are the same, and `full` does not happen.
+    The faults: `lose` applies a write and raises StoreUnavailable; `refuse` raises StoreUnavailable and applies nothing; `late`
+    raises it, and the write lands later (by `land` or by itself); `full` raises StoreFull; `delay` waits `seconds` first. For a
+    read, `lose`, `refuse` and `late` are the same, and `full` does not happen.
 
-    `rate` is the share of requests, 0 to 1, that get one of `faults` at random, drawn from the clock's random numbers.
+    `rate` is the share of requests, 0 to 1, that get a random `lose`, `refuse` or `late`, by the clock's random numbers.
     """
 
     def __init__(
@@ -112,19 +112,14 @@ class FaultyStore(PassingStore):
         clock: Clock,
         *,
         rate: float = 0.0,
-        faults: Iterable[Fault] = ("lose", "refuse", "late"),
-        seconds: float = 0.01,
         can_wait: bool | None = None,
     ) -> None:
         super().__init__(inner)
         self.clock = clock
         self.rate = rate
-        self.faults = tuple(faults)
-        self.seconds = seconds
         if can_wait is not None:
             self.can_wait = can_wait
         self.log: list[Request] = []
-        self.counts: Counter[tuple[str, str]] = Counter()
         self._rules: list[Rule] = []
         self._pauses: list[Pause] = []
         self._late: list[_Late] = []
@@ -141,43 +136,46 @@ class FaultyStore(PassingStore):
         seconds: float = 0.0,
         after: int | None = None,
     ) -> Rule:
-        """Let a fault happen to the next `times` matching requests (None: to all, until the rule is stopped).
+        """Inject a fault into the next `times` matching requests (None: into all, until the rule is stopped).
 
-        `seconds` is for `delay`; `after` for `late`: within how many further requests it lands by itself (None: at `land` only).
+        `seconds` is for `delay`. `after` is for `late`: the write lands after that many further requests (None: only by `land`).
         """
         rule = Rule(fault, op, key, times, seconds, after)
         self._rules.append(rule)
         return rule
 
     def pause(self, op: Op | None = None, key: Keys = "", *, when: Literal["before", "after"] = "before") -> Pause:
-        """Stop the next matching request, before it is applied or after it, with its answer not yet given."""
+        """Let the next matching request wait, before it is applied, or after it is applied and before it is answered."""
         stop = Pause(op, key, when)
         self._pauses.append(stop)
         return stop
 
     async def land(self, op: Op | None = None, key: Keys = "") -> int:
-        """Apply late writes now, oldest first. Returns how many changed something; a condition no longer met is no error."""
-        return await self._land([one for one in self._late if _matches(op, key, one.op, one.key)])
+        """Apply late writes now, oldest first, and return how many changed something. A failed condition is no error."""
+        return await self._land([write for write in self._late if _matches(op, key, write.op, write.key)])
 
     @property
     def outstanding(self) -> int:
-        """How many writes have not landed yet."""
+        """How many late writes have not landed."""
         return len(self._late)
 
     def reset_counts(self) -> None:
-        """Begin counting, and the log, anew."""
-        self.counts.clear()
+        """Clear the log."""
         self.log.clear()
 
     def count(self, op: str, segment: str | None = None) -> int:
-        """Return how many requests of a kind there were, under a key's first segment or all.
-
-        GETs are told apart as `get` (found), `get-304` and `get-404`.
-        """
+        """Return how many requests of a kind the log has, for all keys or for those whose first segment is `segment`."""
         return sum(number for (kind, first), number in self.counts.items() if kind == op and segment in {None, first})
 
+    @property
+    def counts(self) -> Counter[tuple[str, str]]:
+        """The requests of the log by kind and first segment of the key. GETs are `get` (found), `get-304` and `get-404`."""
+        return Counter(
+            (f"{op}-{outcome}" if outcome in {"304", "404"} else op, key.partition("/")[0]) for op, key, outcome in self.log
+        )
+
     async def close(self) -> None:
-        """Close the inner store. Writes that have not landed never will."""
+        """Close the inner store. Late writes never land."""
         self._late.clear()
         await self.inner.close()
 
@@ -209,15 +207,15 @@ class FaultyStore(PassingStore):
             outcome = "conflict"
             raise
         finally:
-            self._note(op, key, outcome)
+            self.log.append(Request(op, key, outcome))
         return answer
 
     async def _fail(self, rule: Rule, op: Op, key: str, apply: Callable[[], Awaitable[Any]]) -> None:
-        self._note(op, key, rule.fault)
+        self.log.append(Request(op, key, rule.fault))
         if rule.fault == "full":
             raise StoreFull(f"{op} {key}: full (injected)")
         if op in WRITES and rule.fault == "lose":
-            with suppress(AlreadyExists, Changed):  # that answer is lost as well
+            with suppress(AlreadyExists, Changed):  # this answer is lost, too
                 await apply()
         elif op in WRITES and rule.fault == "late":
             self._late.append(_Late(apply, rule.after, op, key))
@@ -231,9 +229,8 @@ class FaultyStore(PassingStore):
                     rule.times -= 1
                 return rule
         if self.rate and self.clock.random.random() < self.rate:
-            fault = self.clock.random.choice(self.faults)
-            if _applies(fault, op):
-                return Rule(fault, op, key, 0, self.seconds, self.clock.random.randint(1, LATEST))
+            fault = self.clock.random.choice(RANDOM)
+            return Rule(fault, op, key, 0, 0, self.clock.random.randint(1, LATEST))
         return None
 
     async def _stop(self, when: str, op: Op, key: str) -> None:
@@ -246,56 +243,20 @@ class FaultyStore(PassingStore):
                 return
 
     async def _land_due(self) -> None:
-        due: list[_Late] = []
-        for one in self._late:
-            if one.left is not None:
-                one.left -= 1
-                if one.left <= 0:
-                    due.append(one)
-        if due:
-            await self._land(due)
+        for write in self._late:
+            if write.left is not None:
+                write.left -= 1
+        await self._land([write for write in self._late if write.left is not None and write.left <= 0])
 
     async def _land(self, writes: list[_Late]) -> int:
         landed = 0
-        for one in writes:
-            if one in self._late:  # two callers may be at this at once
-                self._late.remove(one)
-                try:
-                    await one.apply()
+        for write in writes:
+            if write in self._late:  # two callers may land writes at once
+                self._late.remove(write)
+                with suppress(AlreadyExists, Changed):
+                    await write.apply()
                     landed += 1
-                except (AlreadyExists, Changed):
-                    pass
         return landed
-
-    def _note(self, op: str, key: str, outcome: str) -> None:
-        kind = f"get-{outcome}" if outcome in {"304", "404"} else op
-        self.counts[kind, key.partition("/")[0]] += 1
-        self.log.append(Request(op, key, outcome))
-
-
-class TornStore(PassingStore):
-    """A store whose conditional writes are not atomic: it reads, lets others go ahead, and writes.
-
-    Some S3 look-alikes are like this. `buquet doctor` must find out.
-    """
-
-    def __init__(self, inner: Store, clock: Clock) -> None:
-        super().__init__(inner)
-        self.clock = clock
-
-    async def create(self, key: str, body: bytes) -> Receipt:
-        """See Store; but of racing creates several win."""
-        if await self.inner.get(key) is not None:
-            raise AlreadyExists(f"{key} exists")
-        await self.clock.sleep(0)
-        return await self.inner.put(key, body)
-
-    async def update(self, key: str, body: bytes, etag: str) -> Receipt:
-        """See Store; but of racing updates several win."""
-        if await self.inner.get(key, unless=etag) is not NOT_MODIFIED:
-            raise Changed(f"{key} is no longer the version read")
-        await self.clock.sleep(0)
-        return await self.inner.put(key, body)
 
 
 def _matches(op: str | None, key: Keys, this_op: str, this_key: str) -> bool:

@@ -144,7 +144,7 @@ def test_a_run_from_its_start_to_its_end(shell):
     ]
     command = [sys.executable, "-m", "buquet", "get", run_id]
     told = subprocess.run(command, cwd=shell.folder, env=shell.env, capture_output=True, text=True, check=True)
-    assert f"it starts a run of workflow 'order': `buquet run get {run_id}` shows that" in told.stderr
+    assert f"this task starts a run of workflow 'order': `buquet run get {run_id}` shows the run" in told.stderr
     (listed,) = shell.json("ls", "--status", "pending")
     assert (listed["id"], listed["key"], listed["status"]) == (run_id, "o-1", "pending")
     assert "no live worker serves queue 'default'" in shell.run("get", run_id).stdout
@@ -283,7 +283,7 @@ def test_wrong_usage_and_what_is_not_there(shell):
     assert "'nothing'" in shell.run("start", "flows:app", "order", "--args", "nothing", status=2).stderr
     wrong = shell.run("start", "flows:app", "order", "--args", '[{"id": 3, "items": []}]', status=2)
     assert "Expected `str`, got `int`" in wrong.stderr
-    assert "--status takes one of pending" in shell.run("ls", "--status", "odd", status=2).stderr
+    assert "--status is one of pending" in shell.run("ls", "--status", "odd", status=2).stderr
     assert "JSON value" in shell.run("signal", "0" * 32, "approved", "--value", "{", status=2).stderr
     assert "there is no store" in shell.run("get", "0" * 32, status=1).stderr
     assert shell.start("init").wait() == 0

@@ -7,7 +7,7 @@ import pytest
 import typer
 
 from buquet import App, ScheduleNotFound, StoreUnavailable, TaskNotFound, WorkerNotFound, keys
-from buquet.cli import base
+from buquet.cli import apps
 from buquet.cli import main as command
 from buquet.insights.tail import Tail
 from buquet.store.memory import MemoryStore
@@ -46,7 +46,7 @@ WAITS = {"tail"}
 
 
 def test_a_server_that_says_nothing_is_not_waited_for_long(monkeypatch):
-    monkeypatch.setattr(base, "PATIENCE", 0.3)
+    monkeypatch.setattr(apps, "PATIENCE", 0.3)
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
         monkeypatch.setenv(f"AWS_{name}", "x")
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from buquet import App
 from buquet.cli import main as command
 from buquet.cli import output
-from buquet.cli.watch import _next
+from buquet.cli.monitor import next_attempt
 from buquet.dashboard.app import GET, dashboard
 from buquet.insights.drawing.svg import legal
 from buquet.insights.drawing.words import plain
@@ -207,5 +207,5 @@ def test_errors_names_no_next_attempt_that_has_passed():
         max_attempts=2,
         due=1000,
     )
-    assert _next(group, 999).startswith("attempt 1 of 2, next 1970-01-01")
-    assert _next(group, 1000) == "attempt 1 of 2"
+    assert next_attempt(group, 999).startswith("attempt 1 of 2, next 1970-01-01")
+    assert next_attempt(group, 1000) == "attempt 1 of 2"

@@ -1,4 +1,4 @@
-"""The command that shows the main job on real input, with nothing set up: workers, a crash, a retry, results."""
+"""The command `buquet demo`: runs real tasks without any set-up, with a crash and a retry on the way."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ import signal
 import socket
 import sys
 import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TextIO
 
 import typer
 
 from buquet import keys
-from buquet.cli.base import Json, Url, cli
-from buquet.cli.output import print_json, print_table
+from buquet.app import App
+from buquet.cli.options import START, Json, Url, cli
+from buquet.cli.output import AT_ONCE, print_json, print_table
+from buquet.concurrency import each_of
 from buquet.errors import BuquetError, UsageError
 from buquet.printing import counted
-from buquet.records import ENDED, Session
+from buquet.queue.handle import Handle
+from buquet.records import ENDED, Session, Task
 from buquet.worker.processes import Processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from buquet.app import App
     from buquet.cli.demotasks import Index, Report
-    from buquet.queue.handle import Handle
-    from buquet.records import Task
 
 TARGET = "buquet.cli.demotasks:app"
 LARGEST = 60_000
-"""Larger files, in bytes, are left out: the demo should take seconds."""
+"""Bytes of the largest file that is indexed: the demo should take seconds."""
 PROCESSES = 2
 SLOTS = 4
 CRASH_AT = 0.35
 """Share of the tasks after which a worker process is killed."""
-LOOKED_AT = 16
-"""Tasks that are waited for at once."""
+WAITED_AT_ONCE = 16
+"""Tasks that are waited for side by side."""
 TIMEOUT = 180.0
 
-NOT_READ = {"site-packages", "dist-packages", "test", "tests", "lib2to3", "__pycache__"}
-"""Folders of the library that are not its own code, or hold files that are broken on purpose."""
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "lib2to3", "__pycache__"}
+"""Folders with files that are not the library's own, or broken on purpose."""
 
 
 class Numbers(NamedTuple):
-    """What the tasks' own timelines say."""
+    """What the histories of the tasks say."""
 
     seconds: float
     tasks: int
@@ -58,46 +58,46 @@ class Numbers(NamedTuple):
     """Tasks that did not complete."""
     retries: int
     killed: int
-    """Worker processes killed."""
+    """Worker processes that were killed."""
     taken_over: int
-    """Tasks that were in the middle of their work when it happened."""
+    """Tasks that were running in a killed process."""
     recorded_twice: int
-    """Tasks with more than one outcome in their timeline."""
+    """Tasks with more than one end in their history."""
     example: str
-    """A task that went through the crash."""
+    """A task that was taken over."""
 
 
-@cli.command()
+@cli.command(rich_help_panel=START)
 def demo(
-    files: Annotated[int, typer.Option("--files", min=20, max=2000, help="How many files to index, a task each.")] = 300,
+    files: Annotated[int, typer.Option("--files", min=20, max=2000, help="Files to index, one task each.")] = 300,
     url: Url = None,
     json: Json = False,
 ) -> None:
-    """See it work: hundreds of tasks index Python's own library, with a crash and a retry in the middle."""
-    from buquet.cli.demotasks import app  # noqa: PLC0415 - an App of its own, that nobody else needs
+    """See it work: hundreds of tasks index Python's own library, with a crash and a retry on the way."""
+    from buquet.cli.demotasks import app  # noqa: PLC0415 - declares tasks, which no other command needs
 
     if url is not None:
         app.use(url)
     if app.url == "memory:":
-        msg = "the demo's workers are processes of their own, and do not see this one's memory. Use sqlite:PATH or s3://BUCKET/PREFIX"
+        msg = "the demo's workers are other processes, which do not see this one's memory. Use sqlite:PATH or s3://BUCKET/PREFIX"
         raise UsageError(msg)
-    logging.getLogger("buquet").setLevel(logging.CRITICAL)  # what happens is told in the demo's own words
+    logging.getLogger("buquet").setLevel(logging.CRITICAL)  # the demo prints its own messages
     paths = library(files)
 
     async def work() -> tuple[Numbers, Report]:
         async with app, asyncio.timeout(TIMEOUT):
-            return await _Demo(app, _Screen(for_program=json)).run(paths)
+            return await _Demo(app, _Screen(sys.stderr if json else sys.stdout)).run(paths)
 
     numbers, report = asyncio.run(work())
     if json:
         print_json({"url": app.url, **numbers._asdict(), "report": report})
     else:
-        _show(numbers, report, "" if url is None else f" --url {shlex.quote(url)}")
+        _print_report(numbers, report, "" if url is None else f" --url {shlex.quote(url)}")
     if numbers.lost or numbers.recorded_twice:
         raise typer.Exit(1)
 
 
-def _show(numbers: Numbers, report: Report, url: str) -> None:
+def _print_report(numbers: Numbers, report: Report, url: str) -> None:
     print()
     print_table(
         ("tasks", "count"),
@@ -110,69 +110,67 @@ def _show(numbers: Numbers, report: Report, url: str) -> None:
         ],
     )
     print(f"\n{report['files']:,} files, {report['lines']:,} lines, {report['identifiers']:,} identifiers. The most used:\n")
-    print_table(("identifier", "uses", "files"), [(name, f"{uses:,}", f"{where:,}") for name, uses, where in report["names"]])
+    print_table(("identifier", "uses", "files"), [(name, f"{uses:,}", f"{files:,}") for name, uses, files in report["names"]])
     print("\nNow try:")
     command = _command()
-    print(f"  {command} history {numbers.example}{url}    # the task that went through the crash")
+    print(f"  {command} history {numbers.example}{url}    # the task that survived the crash")
     print(f"  {command} ls{url}")
     print(f"  {command} doctor{url}")
 
 
 def _command() -> str:
-    """Return how this command was called, so that what is shown can be pasted also where it is not on the path."""
+    """Return how this command was called, so that users can paste what is printed even if buquet is not on the path."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{shlex.quote(sys.executable)} -m buquet"
-    found = shutil.which("buquet")
-    if not called.exists() or (found is not None and called.samefile(found)):
+    on_path = shutil.which("buquet")
+    if not called.exists() or (on_path is not None and called.samefile(on_path)):
         return "buquet"
     return shlex.quote(str(called))
 
 
 class _Screen:
-    """Shows how it goes: a bar on a terminal, plain lines elsewhere, on stderr where stdout is for a program."""
+    """Shows the progress: a bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, *, for_program: bool) -> None:
-        self.file = sys.stderr if for_program else sys.stdout
-        self.bar = self.file.isatty()
-        self.shown = 0
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.tenths = 0
 
     def say(self, text: str) -> None:
-        """Print a line; a bar that is on screen makes room."""
-        print(("\r\033[K" if self.bar else "") + text, file=self.file, flush=True)
+        """Print a line, over the bar if there is one."""
+        print(("\r\033[K" if self.stream.isatty() else "") + text, file=self.stream, flush=True)
 
-    def at(self, done: int, whole: int) -> None:
+    def show(self, done: int, total: int) -> None:
         """Show how many tasks are done."""
-        if self.bar:
+        if self.stream.isatty():
             width = 40
-            full = width * done // whole
-            line = f"\r\033[K\033[32m{'━' * full}\033[0m{'─' * (width - full)} {done}/{whole} tasks"
-            print(line, end="\n" if done == whole else "", file=self.file, flush=True)
-        elif done * 10 // whole > self.shown:
-            self.shown = done * 10 // whole
-            self.say(f"{done}/{whole} tasks done")
+            full = width * done // total
+            line = f"\r\033[K\033[32m{'━' * full}\033[0m{'─' * (width - full)} {done}/{total} tasks"
+            print(line, end="\n" if done == total else "", file=self.stream, flush=True)
+        elif done * 10 // total > self.tenths:
+            self.tenths = done * 10 // total
+            self.say(f"{done}/{total} tasks done")
 
 
+@dataclass
 class _Demo:
-    def __init__(self, app: App, screen: _Screen) -> None:
-        self.app = app
-        self.client = app.client
-        self.clock = app.clock
-        self.screen = screen
-        self.killed = 0
+    app: App
+    screen: _Screen
+    killed: int = 0
 
     async def run(self, paths: Sequence[str]) -> tuple[Numbers, Report]:
-        from buquet.cli.demotasks import merge  # noqa: PLC0415 - as above
+        from buquet.cli.demotasks import index, merge  # noqa: PLC0415 - as above
 
-        begun = self.clock.monotonic()
+        begun = self.app.clock.monotonic()
         self.screen.say(f"store: {self.app.url}")
-        handles = await self._submit(paths)
+        failing = len(paths) // 10
+        handles = await index.asubmit_many({"path": path, "stumbles": number == failing} for number, path in enumerate(paths))
         self.screen.say(f"submitted {counted(len(handles), 'task')}: each indexes a file of {sysconfig.get_path('stdlib')}")
         options = ["--url", self.app.url, "--concurrency", str(SLOTS)]
-        workers = Processes(self.client, [TARGET, *options], PROCESSES, quiet=True)
+        workers = Processes(self.app.client, [TARGET, *options], PROCESSES, quiet=True)
         running = asyncio.create_task(workers.arun())
         try:
-            await self._watch(handles, workers)
+            await self._wait(handles, workers)
             merged = await merge.asubmit([handle.id for handle in handles])
             report = await merged.aresult(timeout=TIMEOUT)
         finally:
@@ -183,36 +181,27 @@ class _Demo:
             except TimeoutError:
                 self.screen.say("a worker did not end in time, and was killed")
         records = [await handle.arecord() for handle in [*handles, merged]]
-        return self._count(records, self.clock.monotonic() - begun), report
+        return self._count(records, self.app.clock.monotonic() - begun), report
 
-    async def _submit(self, paths: Sequence[str]) -> Sequence[Handle[Index]]:
-        from buquet.cli.demotasks import index  # noqa: PLC0415 - as above
-
-        stumbling = len(paths) // 10
-        return await index.asubmit_many({"path": path, "stumbles": number == stumbling} for number, path in enumerate(paths))
-
-    async def _watch(self, handles: Sequence[Handle[Index]], workers: Processes) -> None:
-        """Wait for all tasks, in order, and kill a worker on the way."""
-        crash = int(len(handles) * CRASH_AT)
+    async def _wait(self, handles: Sequence[Handle[Index]], workers: Processes) -> None:
+        """Wait for all tasks, and kill a worker on the way."""
         done = 0
-        waiting = iter(handles)
         crashes: list[asyncio.Task[None]] = []
 
-        async def lane() -> None:
+        async def wait(handle: Handle[Index]) -> None:
             nonlocal done
-            for handle in waiting:
-                await self.client.wait(handle.id, TIMEOUT)
-                done += 1
-                self.screen.at(done, len(handles))
-                if done == crash:
-                    crashes.append(asyncio.create_task(self._crash(handles, workers)))
+            await self.app.client.wait(handle.id, TIMEOUT)
+            done += 1
+            self.screen.show(done, len(handles))
+            if done == int(len(handles) * CRASH_AT):
+                crashes.append(asyncio.create_task(self._crash(handles, workers)))
 
         self.screen.say(f"{PROCESSES} worker processes start")
-        await asyncio.gather(*(lane() for _ in range(LOOKED_AT)))
+        await each_of(handles, wait, WAITED_AT_ONCE)
         await asyncio.gather(*crashes)
 
     async def _crash(self, handles: Sequence[Handle[Index]], workers: Processes) -> None:
-        """Kill a worker process that is in the middle of some tasks. It is stopped first, to be sure that it is."""
+        """Kill a worker process that is running tasks. SIGSTOP first, so that none of them ends in between."""
         for _ in range(20):
             for child in list(workers.children):
                 worker = await self._worker_of(child.pid)
@@ -220,69 +209,61 @@ class _Demo:
                     continue
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGSTOP)
-                    await self.clock.sleep(0.05)  # what it had sent is answered by then
-                    caught = await self._running_under(worker, handles)
-                    if caught:
+                    await self.app.clock.sleep(0.05)  # requests that it has sent are answered by then
+                    count = await self._running_in(worker, handles)
+                    if count:
                         os.kill(child.pid, signal.SIGKILL)
                         self.killed += 1
-                        middle = f"in the middle of {counted(caught, 'task')}"
-                        self.screen.say(f"killed worker process {child.pid} with SIGKILL, {middle}; another follows")
+                        tasks = counted(count, "task")
+                        self.screen.say(f"killed worker process {child.pid} with SIGKILL while it ran {tasks}; a new one starts")
                         return
                     os.kill(child.pid, signal.SIGCONT)
-            await self.clock.sleep(0.05)
-        self.screen.say("no worker was met in the middle of a task, so none was killed")
+            await self.app.clock.sleep(0.05)
+        self.screen.say("no worker process was found running a task, so none was killed")
 
     async def _worker_of(self, pid: int) -> str | None:
-        for listed in await self.client.reads.list(keys.WORKERS):
+        for listed in await self.app.client.reads.list(keys.WORKERS):
             with contextlib.suppress(BuquetError):
-                held = await self.client.register.read(Session, listed.key)
-                if held is not None and (held.record.pid, held.record.host) == (pid, socket.gethostname()):
-                    return held.record.id
+                stored = await self.app.client.register.read(Session, listed.key)
+                if stored is not None and (stored.record.pid, stored.record.host) == (pid, socket.gethostname()):
+                    return stored.record.id
         return None
 
-    async def _running_under(self, worker: str, handles: Sequence[Handle[Index]]) -> int:
-        """Return how many tasks run under a worker."""
-        lane = asyncio.Semaphore(32)
-
-        async def runs(handle: Handle[Index]) -> bool:
-            async with lane:
-                task = await handle.arecord()
-            return task.state == "running" and task.worker == worker
-
-        return sum(await asyncio.gather(*(runs(handle) for handle in handles)))
+    async def _running_in(self, worker: str, handles: Sequence[Handle[Index]]) -> int:
+        """Return how many tasks a worker is running."""
+        tasks = await each_of(handles, lambda handle: handle.arecord(), AT_ONCE)
+        return sum(task.state == "running" and task.worker == worker for task in tasks)
 
     def _count(self, records: Sequence[Task], seconds: float) -> Numbers:
-        """Count from the timelines that the tasks' records keep."""
-
-        def times(wanted: Callable[[str, str], bool]) -> list[int]:
+        def counts(wanted: Callable[[str, str], bool]) -> list[int]:
             return [sum(wanted(event.why, event.state) for event in task.events) for task in records]
 
-        over = times(lambda why, _: why in {"taken over", "lost"})
-        ends = times(lambda _, state: state in ENDED)
+        losses = counts(lambda why, _: why in {"taken over", "lost"})
+        ends = counts(lambda _, state: state in ENDED)
         completed = sum(task.state == "completed" for task in records)
         return Numbers(
             seconds=round(seconds, 1),
             tasks=len(records),
             completed=completed,
             lost=len(records) - completed,
-            retries=sum(times(lambda why, _: why == "retry")),
+            retries=sum(counts(lambda why, _: why == "retry")),
             killed=self.killed,
-            taken_over=sum(number > 0 for number in over),
-            recorded_twice=sum(number > 1 for number in ends),
-            example=next((task.id for task, number in zip(records, over, strict=True) if number), records[0].id),
+            taken_over=sum(count > 0 for count in losses),
+            recorded_twice=sum(count > 1 for count in ends),
+            example=next((task.id for task, count in zip(records, losses, strict=True) if count), records[0].id),
         )
 
 
 def library(count: int) -> list[str]:
-    """Return the paths of up to `count` files of this Python's standard library, spread over all of it, without its own tests."""
+    """Return the paths of up to `count` files of Python's standard library, evenly spread, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))
-    found: list[str] = []
+    paths: list[str] = []
     for folder, inner, names in os.walk(root):
-        inner[:] = sorted(set(inner) - NOT_READ)
-        paths = (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
-        found += [str(path) for path in paths if 0 < path.stat().st_size <= LARGEST]
-    if not found:
+        inner[:] = sorted(set(inner) - SKIPPED)
+        files = (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
+        paths += [str(path) for path in files if 0 < path.stat().st_size <= LARGEST]
+    if not paths:
         msg = f"there are no Python files in {root}: this Python keeps its library in another form, and the demo needs it"
         raise UsageError(msg)
-    step = max(len(found) // count, 1)
-    return found[::step][:count]
+    step = max(len(paths) // count, 1)
+    return paths[::step][:count]

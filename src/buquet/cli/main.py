@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from buquet import __version__
-from buquet.cli import change, control, demo, dev, look, runs, schedule, store, tasks, ui, watch, worker
-from buquet.cli.base import cli
+from buquet.cli import demo, dev, monitor, runs, schedules, store, tasks, ui, workers
+from buquet.cli.options import cli
+from buquet.cli.output import coloured
 from buquet.errors import BuquetError, UsageError
 from buquet.printing import indented, printable
 
-__all__ = ["change", "control", "demo", "dev", "look", "main", "runs", "schedule", "store", "tasks", "ui", "watch", "worker"]
+__all__ = ["demo", "dev", "main", "monitor", "runs", "schedules", "store", "tasks", "ui", "workers"]
 
 
 def _version(asked: bool) -> None:
@@ -27,29 +28,26 @@ def _version(asked: bool) -> None:
 def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """Durable task queues in a bucket: S3, or one SQLite file."""
+    """Durable task queues and workflows in a bucket: S3, or one SQLite file."""
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 the thing asked for failed, 2 wrong usage, 130 interrupted."""
+    """Run the command line. Exit status: 0 done, 1 failed or refused, 2 wrong usage, 130 interrupted."""
     try:
         cli()
     except UsageError as error:
-        _say(error)
+        _print_error(indented(str(error)))  # this program's own text, which may have several lines
         sys.exit(2)
     except (BuquetError, TimeoutError) as error:
-        _say(error)
+        _print_error(printable(str(error)))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # the reader, such as `head`, has had enough; Python's own flush at exit would complain again
+        # a reader such as `head` has closed the pipe; without this, Python's flush at exit would report that, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
 
-def _say(error: Exception) -> None:
-    colour, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
-    # the text of a UsageError is the program's own and may have several lines; other errors may quote the bucket
-    text = indented(str(error)) if isinstance(error, UsageError) else printable(str(error))
-    print(f"{colour}error:{plain} {text}", file=sys.stderr)
+def _print_error(text: str) -> None:
+    print(f"{coloured('error:', 'red', sys.stderr)} {text}", file=sys.stderr)

@@ -1,121 +1,137 @@
-"""Commands about workflow runs: `buquet run …`."""
+"""Commands about runs of workflows: `buquet run …`."""
 
 from __future__ import annotations
 
+import shutil
+import sys
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import msgspec
 import typer
 
-from buquet.cli.base import Json, Tag, Target, Url, cli, from_json, load, open_app, run
-from buquet.cli.output import beginning, duration, moment, print_json, print_table, scan_progress, to_stderr
-from buquet.cli.selecting import tags_of
+from buquet.app import App
+from buquet.cli.apps import command
+from buquet.cli.options import (
+    RUNS,
+    Args,
+    Kwargs,
+    Limit,
+    NewTag,
+    Tag,
+    Target,
+    call_arguments,
+    cli,
+    from_json,
+    status_option,
+)
+from buquet.cli.output import beginning, moment, print_json, print_table, print_unreadable, scan_progress, to_stderr
 from buquet.cli.tasks import short
-from buquet.cli.watching import plain, print_run, show, watch
 from buquet.codec import ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord, UsageError
 from buquet.insights import runs
-from buquet.insights.drawing import as_gantt, as_mermaid, as_svg
+from buquet.insights.drawing import as_gantt, as_mermaid, as_svg, as_text, words
 from buquet.insights.runview import RunStatus, RunView
 from buquet.insights.scan import Scan
+from buquet.printing import counted, duration
+from buquet.queue.client import Client
 from buquet.queue.values import of_run
 from buquet.workflow import sending
 from buquet.workflow.graph import RESTORE
-from buquet.workflow.handle import Run
+from buquet.workflow.handle import Run, SignalInfo
 
 if TYPE_CHECKING:
-    from buquet.queue.client import Client
-    from buquet.workflow.handle import SignalInfo
+    from rich.text import Text
 
-group = typer.Typer(name="run", help="Workflow runs: start, look at, steer.", no_args_is_help=True)
-cli.add_typer(group)
+POLL = 0.5
+"""Seconds between two reads of a run that is followed. The start of a step shows in the step's task, not in the run."""
 
-RunId = Annotated[str, typer.Argument(metavar="RUN", help="A run's id.")]
+group = typer.Typer(name="run", help="Start, show and control runs of workflows.", no_args_is_help=True)
+cli.add_typer(group, rich_help_panel=RUNS)
+
+STATUSES = (*get_args(RunStatus), "paused")
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")]
 
 
-@group.command()
-def start(
+@command(group, creates=True)
+async def start(
+    app: App,
+    json: bool,
     target: Target,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The workflow's name.")],
-    args: Annotated[str, typer.Option("--args", metavar="JSON", help="Positional arguments, a JSON array.")] = "[]",
-    kwargs: Annotated[str, typer.Option("--kwargs", metavar="JSON", help="Arguments by name, a JSON object.")] = "{}",
-    key: Annotated[str | None, typer.Option("--key", help="Start only one run under this key.")] = None,
-    tag: Annotated[list[str] | None, typer.Option("--tag", metavar="K=V", help="A tag of the run and its tasks.")] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the run's end; status 1 unless it completes.")] = False,
-    url: Url = None,
-    json: Json = False,
+    args: Args = "[]",
+    kwargs: Kwargs = "{}",
+    key: Annotated[str | None, typer.Option("--key", help="Start only one run with this key.")] = None,
+    tag: NewTag = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the run ends. Exit status 1 unless it completes.")] = False,
 ) -> None:
-    """Start a run of a workflow. Prints its id, and with --wait its result."""
-    app = load(target, url)
+    """Start a run of a workflow and print its id; with --wait, its result."""
     workflow = app.workflows.get(name)
     if workflow is None:
         raise UsageError(f"{target} has no workflow {name!r}; it has {', '.join(sorted(app.workflows)) or 'none'}")
-    positional, by_name = from_json(args, list[Any], "--args", "array"), from_json(kwargs, dict[str, Any], "--kwargs", "object")
+    positional, by_name = call_arguments(args, kwargs)
+    signature = workflow.signature
     try:
-        # the workflow is traced with its declared types, as where it is started in Python
-        signature = workflow.signature
-        typed, named = signature.decode(signature.encode(signature.bind(tuple(positional), by_name)))
+        # the workflow is built with its declared types, as if it were started in Python
+        typed, named = signature.decode(signature.encode(signature.bind(positional, by_name)))
     except (TypeError, InvalidPayload) as error:
-        raise UsageError(f"{name}{workflow.signature.signature}: {error}") from None
-
-    async def work() -> None:
-        begun = await workflow.options(key=key, tags=tags_of(tag)).astart(*typed, **named)
-        if not wait:
-            print_json({"id": begun.id, "created": begun.created}) if json else print(begun.id)
-            return
-        if not json:
-            to_stderr(begun.id)
-        # as builtins: what is printed is JSON
-        result = await Run[Any](app, begun.id).aresult()
-        print_json({"id": begun.id, "created": begun.created, "status": "completed", "result": result} if json else result)
-
-    run(app, work, creates=True)
+        raise UsageError(f"{name}{signature.signature}: {error}") from None
+    run = await workflow.options(key=key, tags=dict(tag or ())).astart(*typed, **named)
+    view = {"id": run.id, "created": run.created}
+    if not wait:
+        print_json(view) if json else print(run.id)
+        return
+    if not json:
+        to_stderr(run.id)
+    result = await Run[Any](app, run.id).aresult()  # without a type: JSON's own values are printed
+    print_json(view | {"status": "completed", "result": result} if json else result)
 
 
-@group.command("get")
-def get_run(
+@command(group)
+async def get(
+    app: App,
+    json: bool,
     run_id: RunId,
-    following: Annotated[bool, typer.Option("--watch", "-w", help="Follow it until it is over.")] = False,
-    url: Url = None,
-    json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the run until it ends.")] = False,
 ) -> None:
-    """Show a run: its steps in their order, how far they are, and what went wrong. With --json --watch: a line a change."""
-    app = open_app(url)
-
-    async def work() -> None:
-        if following:
-            await watch(app.client, run_id, json)
-            return
-        view = await _read(app.client, run_id)
-        result = await _result_of(app.client, view)
-        signals = await _signals_of(Run[Any](app, run_id))
-        if json:
-            told = {"signals": signals} | ({} if result is None else {"result": msgspec.Raw(result)})
-            print_json(plain(view) | told)
-            return
-        print_run(view, app.client.clock.now_ms())
-        for each in signals:
-            value = each.problem or short(msgspec.json.encode(each.value))
-            taken = f"taken by step {each.step}" if each.step else "not taken yet"
-            print(f"signal {each.name}: {value} from {each.sender or '?'} at {moment(each.sent) or '?'}, {taken}")
-        if result is not None:
-            print(f"result: {short(result)}")
-
-    run(app, work)
+    """Show a run: its steps in order, their status, and errors. With --json --watch: one line per change."""
+    if watch:
+        await _follow(app.client, run_id, json)
+        return
+    view = await _read(app.client, run_id)
+    result = await _result_of(app.client, view)
+    signals = await _signals_of(Run[Any](app, run_id))
+    if json:
+        print_json(_plain(view) | {"signals": signals} | ({} if result is None else {"result": msgspec.Raw(result)}))
+        return
+    _print_run(view, app.clock.now_ms())
+    for signal in signals:
+        value = signal.problem or short(msgspec.json.encode(signal.value))
+        taken = f"taken by step {signal.step}" if signal.step else "not taken yet"
+        print(f"signal {signal.name}: {value} from {signal.sender or '?'} at {moment(signal.sent) or '?'}, {taken}")
+    if result is not None:
+        print(f"result: {short(result)}")
 
 
-async def _signals_of(handle: Run[Any]) -> list[SignalInfo]:
-    """Return a run's signals; none where the run cannot be read."""
+async def _read(client: Client, run_id: str) -> RunView:
+    scan = Scan(client)
+    view = await runs.read(client, run_id, scan)
+    print_unreadable(scan.unreadable)
+    return view
+
+
+async def _signals_of(run: Run[Any]) -> list[SignalInfo]:
+    """Return a run's signals; none if the run cannot be read."""
     try:
-        return await handle.asignals()
+        return await run.asignals()
     except (EncryptionKeyMissing, UnreadableRecord) as error:
         to_stderr(str(error))
         return []
 
 
 async def _result_of(client: Client, view: RunView) -> bytes | None:
-    """Return what a run came to, as JSON; None where it is not completed, or that cannot be read, which is then said."""
+    """Return the result of a completed run as JSON; None, and a message, if it cannot be read."""
     record = await sending.read_run(client, view.id) if view.status == "completed" else None
     if record is None:
         return None
@@ -128,186 +144,228 @@ async def _result_of(client: Client, view: RunView) -> bytes | None:
     return body
 
 
-@group.command("ls")
-def list_runs(
-    status: Annotated[str | None, typer.Option("--status", "-s", help="Only runs of this status; also: paused.")] = None,
+def _plain(view: RunView) -> dict[str, Any]:
+    """Return a run as JSON values. A step has its `status` also as `state`, the older name."""
+    value: dict[str, Any] = msgspec.to_builtins(view)
+    value["steps"] = [{"status": step["state"], **step} for step in value["steps"]]
+    return value
+
+
+def _text(view: RunView, now: int, width: int = 0) -> str:
+    width = width or shutil.get_terminal_size().columns
+    return "".join("".join(text for text, _ in line) + "\n" for line in as_text(view, now, width))
+
+
+def _print_run(view: RunView, now: int) -> None:
+    """Print a run: coloured on a terminal; plain elsewhere, with lines of at least 120 characters."""
+    if not sys.stdout.isatty():
+        print(_text(view, now, max(shutil.get_terminal_size().columns, 120)), end="")
+        return
+    from rich.console import Console  # noqa: PLC0415 - slow to import, and not needed in pipes
+
+    Console(highlight=False).print(_rich(view, now))
+
+
+def _rich(view: RunView, now: int, most: int | None = None) -> Text:
+    """Return a run in colours, at most `most` lines of it."""
+    from rich.text import Text  # noqa: PLC0415 - slow to import
+
+    lines = as_text(view, now, shutil.get_terminal_size().columns)
+    if most is not None and len(lines) > most:
+        rest = counted(len(lines) - most + 1, "more line")
+        lines = [*lines[: most - 1], [(f"… {rest}: `buquet run get {view.id}` shows all", "dim")]]
+    return Text("\n", no_wrap=True).join(Text.assemble(*line) for line in lines)
+
+
+async def _follow(client: Client, run_id: str, json: bool) -> None:
+    """Print a run until it ends: redrawn on a terminal, a line per change elsewhere, a JSON value per change for programs."""
+    scan = Scan(client)
+    if json:
+        async for view in _views(client, run_id, scan):
+            print_json(_plain(view))
+    elif sys.stdout.isatty():
+        await _redraw(client, run_id, scan)
+    else:
+        printed: dict[str, str] = {}
+        async for view in _views(client, run_id, scan):
+            for name, line in _lines(view, client.clock.now_ms()).items():
+                if printed.get(name) != line:
+                    printed[name] = line
+                    print(line, flush=True)
+    print_unreadable(scan.unreadable)
+
+
+async def _redraw(client: Client, run_id: str, scan: Scan) -> None:
+    from rich.live import Live  # noqa: PLC0415 - slow to import
+
+    last: RunView | None = None
+    with Live(auto_refresh=False, transient=True) as live:
+        async for view in _views(client, run_id, scan, changes_only=False):
+            last = view
+            live.update(_rich(view, client.clock.now_ms(), shutil.get_terminal_size().lines - 1), refresh=True)
+    if last is not None:
+        _print_run(last, client.clock.now_ms())
+
+
+async def _views(client: Client, run_id: str, scan: Scan, *, changes_only: bool = True) -> AsyncIterator[RunView]:
+    """Yield the run again and again until it has ended."""
+    before: RunView | None = None
+    while True:
+        view = await runs.read(client, run_id, scan)
+        if view != before or not changes_only:
+            yield view
+        if view.over:
+            return
+        before = view
+        await client.clock.sleep(POLL)
+
+
+def _lines(view: RunView, now: int) -> dict[str, str]:
+    """Return a line for the run and for each step that has started, with what does not change by itself."""
+    status = "paused" if view.paused and not view.over else view.status
+    whole = {"": words.plain(f"{view.workflow}: {status}{f', {view.error}' if view.error else ''}")}
+    lines: dict[str, str] = {}
+    for step in view.steps:
+        if step.state in {"waiting", "cancelled"}:
+            continue
+        took = words.time(step, now) if step.ended else ""
+        parts = (step.state, took, words.items(step), words.UNDONE[step.undo], step.error)
+        lines[step.name] = words.plain(f"{step.name}: {', '.join(filter(None, parts))}")
+    return lines | whole if view.over else whole | lines
+
+
+@command(group)
+async def ls(
+    app: App,
+    json: bool,
+    status: Annotated[Literal[RunStatus, "paused"] | None, status_option(STATUSES)] = None,
     workflow: Annotated[str | None, typer.Option("--workflow", "-n", help="Only runs of this workflow.")] = None,
     tag: Tag = None,
-    limit: Annotated[int, typer.Option("--limit", "-l", min=1, help="At most so many, the last changed first.")] = 20,
-    url: Url = None,
-    json: Json = False,
+    limit: Limit = 20,
 ) -> None:
     """List runs, the last changed first."""
-    app = open_app(url)
-    wanted = _filter(status, workflow, tag)
-
-    async def work() -> None:
-        scan = Scan(app.client, scan_progress())
-        found = await runs.find(app.client, wanted, limit, scan)
-        now = app.client.clock.now_ms()
-        if json:
-            print_json([plain(view) for view in found])
-        else:
-            columns = ("id", "workflow", "status", "steps", "created", "took", "")
-            print_table(columns, [_row(view, now) for view in found], "no run fits")
-        for problem in scan.unreadable:
-            to_stderr(f"unreadable: {problem}")
-
-    run(app, work)
-
-
-def _filter(status: str | None, workflow: str | None, tag: list[str] | None) -> runs.RunFilter:
-    statuses = get_args(RunStatus)
-    if status not in {None, "paused", *statuses}:
-        raise UsageError(f"--status takes one of {', '.join(statuses)}, paused, and not {status!r}")
-    some = (cast("RunStatus", status),) if status not in {None, "paused"} else ()
-    return runs.RunFilter(some, status == "paused", workflow, tags_of(tag))
+    statuses = () if status is None or status == "paused" else (status,)
+    wanted = runs.RunFilter(statuses, status == "paused", workflow, dict(tag or ()))
+    scan = Scan(app.client, scan_progress())
+    views = await runs.find(app.client, wanted, limit, scan)
+    now = app.clock.now_ms()
+    if json:
+        print_json([_plain(view) for view in views])
+    else:
+        columns = ("id", "workflow", "status", "steps", "created", "took", "")
+        print_table(columns, [_row(view, now) for view in views], "no run matches")
+    print_unreadable(scan.unreadable)
 
 
 def _row(view: RunView, now: int) -> tuple[object, ...]:
     seconds = view.seconds(now)
-    over = sum(1 for step in view.steps if step.state in {"completed", "skipped"})
+    done = sum(step.state in {"completed", "skipped"} for step in view.steps)
     return (
         view.id,
         view.workflow,
         "paused" if view.paused else view.status,
-        f"{over}/{len(view.steps)}",
+        f"{done}/{len(view.steps)}",
         moment(view.created),
         "" if seconds is None else duration(seconds),
         beginning(view.error or view.reason or view.key),
     )
 
 
-@group.command()
-def signal(
+def _value(text: str | bytes) -> bytes:
+    return msgspec.json.encode(from_json(text, Any, "--value", "value"))
+
+
+@command(group)
+async def signal(
+    app: App,
+    json: bool,
     run_id: RunId,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The signal's name.")],
-    value: Annotated[str, typer.Option("--value", metavar="JSON", help="Its value.")] = "null",
-    key: Annotated[str | None, typer.Option("--key", help="Sent again with this key it counts once.")] = None,
-    url: Url = None,
-    json: Json = False,
+    value: Annotated[bytes, typer.Option("--value", metavar="JSON", parser=_value, help="The signal's value.")] = b"null",
+    key: Annotated[str | None, typer.Option("--key", help="Send only one signal with this key.")] = None,
 ) -> None:
-    """Send a signal to a run: the next wait of this name takes it."""
-    body = msgspec.json.encode(from_json(value, Any, "--value", "value"))
-    app = open_app(url)
-
-    async def work() -> None:
-        await _check_signal(Run[Any](app, run_id), name)
-        await sending.send_signal(app.client, run_id, name, body, key)
-        _told(run_id, "sent", json)
-
-    run(app, work)
+    """Send a signal to a run. The next wait for this signal takes it."""
+    await _check_signal(Run[Any](app, run_id), name)
+    await sending.send_signal(app.client, run_id, name, value, key)
+    _print_outcome(run_id, "sent", json)
 
 
-async def _check_signal(handle: Run[Any], name: str) -> None:
-    """Raise UsageError for a signal that no step of a run waits for: it would be kept, and never be taken."""
+async def _check_signal(run: Run[Any], name: str) -> None:
+    """Raise UsageError for a signal that no step of a run waits for: it would be stored, and never taken."""
     try:
-        graph = await handle.agraph()
+        graph = await run.agraph()
     except (EncryptionKeyMissing, UnreadableRecord):
-        return  # as of one that was pruned: whoever sends it may know better
+        return  # the names are not known here
     names = sorted({step.signal for step in graph.steps.values() if step.kind == "wait"})
     if name not in names:
-        msg = f"run {handle.id} has no step that waits for a signal {name!r}; its signals are: {', '.join(names) or 'none'}"
+        msg = f"run {run.id} has no step that waits for a signal {name!r}; its signals are: {', '.join(names) or 'none'}"
         raise UsageError(msg)
 
 
-@group.command()
-def cancel(
+@command(group)
+async def cancel(
+    app: App,
+    json: bool,
     run_id: RunId,
-    undo: Annotated[bool, typer.Option("--undo/--no-undo", help="Undo the steps that are done, where they have an undo.")] = True,
-    url: Url = None,
-    json: Json = False,
+    undo: Annotated[bool, typer.Option("--undo/--no-undo", help="Undo completed steps that have an undo.")] = True,
 ) -> None:
-    """Cancel a run: what waits never starts, what runs is asked to stop, and what is done is undone."""
-    app = open_app(url)
-
-    async def work() -> None:
-        _told(run_id, await sending.cancel(app.client, run_id, undo=undo), json)
-
-    run(app, work)
+    """Cancel a run: waiting steps never start, running steps are asked to stop, and completed steps are undone."""
+    _print_outcome(run_id, await sending.cancel(app.client, run_id, undo=undo), json)
 
 
-@group.command()
-def pause(run_id: RunId, url: Url = None, json: Json = False) -> None:
-    """Start no more steps of a run until it is resumed; what runs goes on."""
-    app = open_app(url)
-
-    async def work() -> None:
-        await sending.hold(app.client, run_id, paused=True)
-        _told(run_id, "paused", json)
-
-    run(app, work)
+@command(group)
+async def pause(app: App, json: bool, run_id: RunId) -> None:
+    """Pause a run: no new step starts, and running steps go on."""
+    await sending.hold(app.client, run_id, paused=True)
+    _print_outcome(run_id, "paused", json)
 
 
-@group.command()
-def resume(run_id: RunId, url: Url = None, json: Json = False) -> None:
-    """Let a paused run go on."""
-    app = open_app(url)
-
-    async def work() -> None:
-        await sending.hold(app.client, run_id, paused=False)
-        _told(run_id, "resumed", json)
-
-    run(app, work)
+@command(group)
+async def resume(app: App, json: bool, run_id: RunId) -> None:
+    """Resume a paused run."""
+    await sending.hold(app.client, run_id, paused=False)
+    _print_outcome(run_id, "resumed", json)
 
 
-@group.command()
-def retry(run_id: RunId, url: Url = None, json: Json = False) -> None:
-    """Go on with a failed or cancelled run: finished steps are kept, the others run again."""
-    app = open_app(url)
-
-    async def work() -> None:
-        await sending.retry(app.client, run_id)
-        _told(run_id, "retried", json)
-
-    run(app, work)
+@command(group)
+async def retry(app: App, json: bool, run_id: RunId) -> None:
+    """Retry a failed or cancelled run: completed steps are kept, the others run again."""
+    await sending.retry(app.client, run_id)
+    _print_outcome(run_id, "retried", json)
 
 
-def _told(run_id: str, outcome: str, json: bool) -> None:
-    """Say what has been recorded. Of a cancel that is requested steps are still to be stopped or undone."""
+def _print_outcome(run_id: str, outcome: str, json: bool) -> None:
+    """Print what has been recorded: after "requested", steps may still be running or be undone."""
     print_json({"id": run_id, "outcome": outcome}) if json else print(outcome)
 
 
-@group.command()
-def graph(
+DRAWINGS: dict[str, Callable[[RunView, int], str]] = {"text": _text, "mermaid": as_mermaid, "svg": as_svg, "gantt": as_gantt}
+
+
+@command(group)
+async def graph(
+    app: App,
+    json: bool,
     run_id: RunId,
-    drawing: Annotated[
+    form: Annotated[
         Literal["text", "mermaid", "svg", "gantt"],
-        typer.Option(
-            "--format", "-f", help="text; mermaid, for Markdown; svg, a picture; gantt, a picture of when each step ran."
-        ),
+        typer.Option("--format", "-f", help="mermaid is for Markdown; svg is a picture; gantt is a picture of when steps ran."),
     ] = "text",
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it there.")] = None,
-    url: Url = None,
-    json: Json = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the drawing to a file.")] = None,
 ) -> None:
-    """Draw a run: its steps, what comes before what, and their states."""
-    app = open_app(url)
-
-    async def work() -> None:
-        view = await _read(app.client, run_id)
-        now = app.client.clock.now_ms()
-        makers = {"mermaid": as_mermaid, "svg": as_svg, "gantt": as_gantt}
-        text = makers[drawing](view, now) if drawing in makers else show(view, now)
-        if output is not None:
-            try:
-                output.write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise UsageError(f"cannot write {output}: {error.strerror}") from None
-            text = str(output)
-        if json:
-            print_json({"id": run_id, "format": drawing, "file" if output else "drawing": text})
-        elif output is None and drawing == "text":
-            print_run(view, now)
-        else:
-            print(text.rstrip("\n"))
-
-    run(app, work)
-
-
-async def _read(client: Client, run_id: str) -> RunView:
-    scan = Scan(client)
-    view = await runs.read(client, run_id, scan)
-    for problem in scan.unreadable:
-        to_stderr(f"unreadable: {problem}")
-    return view
+    """Draw a run: its steps, their order and their status."""
+    view = await _read(app.client, run_id)
+    now = app.clock.now_ms()
+    text = DRAWINGS[form](view, now)
+    if output is not None:
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot write {output}: {error.strerror}") from None
+        text = str(output)
+    if json:
+        print_json({"id": run_id, "format": form, "file" if output else "drawing": text})
+    elif output is None and form == "text":
+        _print_run(view, now)
+    else:
+        print(text.rstrip("\n"))

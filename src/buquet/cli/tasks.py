@@ -1,115 +1,128 @@
-"""Commands that submit and show tasks: submit, get, history, ls."""
+"""Commands about tasks: submit, get, ls, history, cancel, redrive."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 import msgspec
 import typer
 
-from buquet.cli.base import Json, Name, Queue, Status, Tag, Target, Url, cli, from_json, load, open_app, run
-from buquet.cli.output import beginning, duration, in_seconds, moment, print_json, print_table, scan_progress, to_stderr
-from buquet.cli.selecting import selection, tags_of
+from buquet.app import App
+from buquet.cli.apps import command
+from buquet.cli.options import (
+    TASKS,
+    Args,
+    DryRun,
+    Kwargs,
+    Limit,
+    Name,
+    NewTag,
+    Queue,
+    Status,
+    Tag,
+    Target,
+    call_arguments,
+    cli,
+)
+from buquet.cli.output import (
+    act_on,
+    beginning,
+    moment,
+    print_json,
+    print_table,
+    print_unreadable,
+    scan_progress,
+    to_stderr,
+)
 from buquet.codec import AGAIN, ANY, decode_stored
-from buquet.errors import EncryptionKeyMissing, InvalidArgument, UnreadableRecord, UsageError
+from buquet.errors import EncryptionKeyMissing, FailedItem, InvalidArgument, UnreadableRecord, UsageError
 from buquet.insights.scan import Scan
-from buquet.insights.tasks import find, status_of
+from buquet.insights.tasks import Filter, find, status_of, wanted_status
 from buquet.insights.taskview import failed_in_pack
-from buquet.printing import counted, indented, printable
+from buquet.printing import counted, duration, in_seconds, indented, printable
 from buquet.queue.client import Client
 from buquet.queue.handle import ending
-from buquet.records import ABSENT, Progress, Task
+from buquet.records import ABSENT, Progress, State, Task
 from buquet.sealing import HIDDEN
 from buquet.workflow.events import START
 
-if TYPE_CHECKING:
-    from buquet.errors import FailedItem
-
-Id = Annotated[str, typer.Argument(metavar="ID", help="A task's id.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="The task's id.")]
 SHOWN = 2000
-"""Characters of a value that people are shown; --json gives all of it."""
+"""Characters of a value that are shown to people; --json prints all of it."""
 SHOWN_ITEMS = 20
-"""Failed items of a pack that people are shown."""
+"""Failed items of a pack that are shown to people."""
 
 
-@cli.command()
-def submit(
+@command(cli, panel=TASKS, creates=True)
+async def submit(
+    app: App,
+    json: bool,
     target: Target,
     name: Annotated[str, typer.Argument(metavar="NAME", help="The task's name.")],
-    args: Annotated[str, typer.Option("--args", metavar="JSON", help="Positional arguments, a JSON array.")] = "[]",
-    kwargs: Annotated[str, typer.Option("--kwargs", metavar="JSON", help="Arguments by name, a JSON object.")] = "{}",
-    key: Annotated[str | None, typer.Option("--key", help="Submit only once under this key.")] = None,
-    delay: Annotated[float | None, typer.Option("--delay", metavar="S", help="Not before so many seconds from now.")] = None,
+    args: Args = "[]",
+    kwargs: Kwargs = "{}",
+    key: Annotated[str | None, typer.Option("--key", help="Submit only once with this key.")] = None,
+    delay: Annotated[float | None, typer.Option("--delay", metavar="S", help="Do not start within this many seconds.")] = None,
     priority: Annotated[int | None, typer.Option("--priority", help="0 (first) to 9.")] = None,
     expires: Annotated[
-        float | None, typer.Option("--expires", metavar="S", help="Drop it unless started within so many seconds.")
+        float | None, typer.Option("--expires", metavar="S", help="Expire unless started within this many seconds.")
     ] = None,
-    tag: Annotated[list[str] | None, typer.Option("--tag", metavar="K=V", help="A tag of the task; may be given again.")] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the task's end; status 1 unless it completes.")] = False,
-    url: Url = None,
-    json: Json = False,
+    tag: NewTag = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the task ends. Exit status 1 unless it completes.")] = False,
 ) -> None:
-    """Submit a task. Prints its id, and with --wait its result."""
-    app = load(target, url)
+    """Submit a task and print its id; with --wait, its result."""
     function = app.tasks.get(name)
     if function is None:
         raise UsageError(f"{target} has no task {name!r}; it has {', '.join(sorted(app.tasks)) or 'none'}")
-    positional, by_name = from_json(args, list[Any], "--args", "array"), from_json(kwargs, dict[str, Any], "--kwargs", "object")
-    task = function.options(key=key, delay=delay, priority=priority, expires=expires, tags=tags_of(tag))
-
-    async def work() -> None:
-        try:
-            prepared = task.prepare(tuple(positional), by_name)
-        except (TypeError, InvalidArgument) as error:
-            raise UsageError(f"{name}{function.signature.signature}: {error}") from None
-        submitted = await app.client.submit(*prepared)
-        if not wait:
-            print_json(submitted._asdict()) if json else print(submitted.id)
-            return
-        if not json:
-            to_stderr(submitted.id)
-        record = await app.client.wait(submitted.id, None)
-        if record.state != "completed":
-            if json:
-                error = msgspec.json.decode(msgspec.json.encode(record.error))
-                print_json(submitted._asdict() | {"status": record.state, "state": record.state, "error": error})
-            raise ending(record)
-        result = decode_stored(ANY, await app.client.value_of(record), f"the result of task {record.id}", AGAIN)
-        print_json(submitted._asdict() | {"status": record.state, "state": record.state, "result": result} if json else result)
-
-    run(app, work, creates=True)
-
-
-@cli.command()
-def get(task_id: Id, url: Url = None, json: Json = False) -> None:
-    """Show a task: its record, arguments, result or error."""
-    app = open_app(url)
-
-    async def work() -> None:
-        record = (await app.client.read(task_id)).record
-        failed = await failed_in_pack(app.client, record)
-        task = await _with_values(app.client, record)
-        progress = await app.client.progress(task)
+    positional, by_name = call_arguments(args, kwargs)
+    task = function.options(key=key, delay=delay, priority=priority, expires=expires, tags=dict(tag or ()))
+    try:
+        prepared = task.prepare(positional, by_name)
+    except (TypeError, InvalidArgument) as error:
+        raise UsageError(f"{name}{function.signature.signature}: {error}") from None
+    submitted = await app.client.submit(*prepared)
+    if not wait:
+        print_json(submitted._asdict()) if json else print(submitted.id)
+        return
+    if not json:
+        to_stderr(submitted.id)
+    record = await app.client.wait(submitted.id, None)
+    view = submitted._asdict() | {"status": record.state, "state": record.state}
+    if record.state != "completed":
         if json:
-            items = {"failed_items": [asdict(each) for each in failed]} if task.pack else {}
-            print_json(_plain(task) | {"progress": msgspec.to_builtins(progress)} | items)
-        else:
-            _show(task, progress)
-            _show_items(task, failed)
-            if task.name == START:
-                to_stderr(f"it starts a run of workflow {task.step!r}: `buquet run get {task.run}` shows that")
+            print_json(view | {"error": msgspec.json.decode(msgspec.json.encode(record.error))})
+        raise ending(record)
+    result = decode_stored(ANY, await app.client.value_of(record), f"the result of task {record.id}", AGAIN)
+    print_json(view | {"result": result} if json else result)
 
-    run(app, work)
+
+@command(cli, panel=TASKS)
+async def get(app: App, json: bool, task_id: Id) -> None:
+    """Show a task: its record, arguments, and result or error."""
+    record = (await app.client.read(task_id)).record
+    failed = await failed_in_pack(app.client, record)
+    task = await _with_values(app.client, record)
+    progress = await app.client.progress(task)
+    if json:
+        items = {"failed_items": [asdict(item) for item in failed]} if task.pack else {}
+        print_json(_fields(task) | {"progress": msgspec.to_builtins(progress)} | items)
+        return
+    _print_task(task, progress)
+    _print_failed_items(task, failed)
+    if task.name == START:
+        to_stderr(f"this task starts a run of workflow {task.step!r}: `buquet run get {task.run}` shows the run")
 
 
 async def _with_values(client: Client, task: Task) -> Task:
-    """Put the values that lie in payload objects, or are encrypted under a key that is here, into the record."""
+    """Put values from payload objects, and encrypted values whose key is known, into the record."""
     task = client.values.with_error(task)
     values: dict[str, msgspec.Raw] = {}
     for name in ("args", "checkpoint", "result"):
         try:
-            if body := bytes(await client.values.of(task, name)):  # what is not there stays the default, which encoders leave out
+            if body := bytes(await client.values.of(task, name)):
                 decode_stored(ANY, body, f"the {name} of task {task.id}", AGAIN)
                 values[name] = msgspec.Raw(body)
         except EncryptionKeyMissing:
@@ -120,134 +133,198 @@ async def _with_values(client: Client, task: Task) -> Task:
     return msgspec.structs.replace(task, **values)
 
 
-def _plain(task: Task) -> dict[str, Any]:
-    """Return a record as JSON values, with every field; a value that is not there is null."""
+def _fields(task: Task) -> dict[str, Any]:
+    """Return a record as JSON values, with every field; absent values are null."""
     fields = {"status": status_of(task)} | {name: getattr(task, name) for name in task.__struct_fields__}
-    # by way of JSON: values lie in the record as JSON, also within its error
+    # by way of JSON, since values lie in the record as JSON, also within its error
     return msgspec.json.decode(msgspec.json.encode({name: None if value == ABSENT else value for name, value in fields.items()}))
 
 
-def short(value: bytes | msgspec.Raw, at: str = "") -> str:
-    """Return a value as people are shown it: its beginning, or else where it is."""
+def short(value: bytes | msgspec.Raw, place: str = "") -> str:
+    """Return the beginning of a value for people; without a value, its place."""
     text = printable(bytes(value).decode())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text):,} characters; --json shows all)" if text else at
+    return f"{text[:SHOWN]}… ({len(text):,} characters; --json shows all)" if len(text) > SHOWN else text or place
 
 
-def _show(task: Task, progress: Progress | None) -> None:
+def _print_task(task: Task, progress: Progress | None) -> None:
     lost = f", {task.losses} lost with their workers" if task.losses else ""
+    running = task.state == "running"
     rows: list[tuple[str, object]] = [
         ("id", task.id),
         ("task", task.name),
         ("queue", task.queue),
         ("status", status_of(task)),
         ("attempt", f"{task.attempt} of {task.max_attempts}{lost}"),
-        ("priority", task.priority),
+        ("priority", str(task.priority)),
         ("created", moment(task.created)),
-    ]
-    optional: list[tuple[str, object]] = [
         ("key", task.key),
         ("tags", ", ".join(f"{name}={value}" for name, value in task.tags.items())),
         ("due", moment(task.due)),
         ("deadline", moment(task.deadline)),
         ("started", moment(task.started)),
         ("finished", moment(task.finished)),
-        ("progress", f"{progress.fraction:.0%} {progress.message}" if progress and task.state == "running" else ""),
-        ("worker", task.worker if task.state == "running" else ""),
-        ("cancel", "requested" if task.cancel_requested and task.state == "running" else ""),
+        ("progress", f"{progress.fraction:.0%} {progress.message}" if progress and running else ""),
+        ("worker", task.worker if running else ""),
+        ("cancel", "requested" if task.cancel_requested and running else ""),
         ("arguments", short(task.args, task.args_at)),
         ("checkpoint", "" if task.pack else short(task.checkpoint, task.checkpoint_at)),
         ("result", short(task.result, task.result_at)),
         ("error", f"{task.error.type}: {task.error.message}" if task.error else ""),
     ]
-    print_table(("field", "value"), [*rows, *(row for row in optional if row[1])])
+    print_table(("field", "value"), [row for row in rows if row[1]])
     if task.error and task.error.traceback:
         print(f"    {indented(task.error.traceback.rstrip())}")
 
 
-def _show_items(task: Task, failed: list[FailedItem]) -> None:
-    """Print the items of a pack that failed, with their tracebacks where there are."""
+def _print_failed_items(task: Task, failed: list[FailedItem]) -> None:
     if failed:
         print(f"failed: {len(failed):,} of {counted(task.pack, 'item')}")
-    for each in failed[:SHOWN_ITEMS]:
-        print(f"  item {each.index}, {short(msgspec.json.encode(each.item))}: {printable(each.error)}")
-        if each.traceback:
-            print(f"    {indented(each.traceback.rstrip())}")
+    for item in failed[:SHOWN_ITEMS]:
+        print(f"  item {item.index}, {short(msgspec.json.encode(item.item))}: {printable(item.error)}")
+        if item.traceback:
+            print(f"    {indented(item.traceback.rstrip())}")
     if len(failed) > SHOWN_ITEMS:
         print(f"  and {len(failed) - SHOWN_ITEMS:,} more: --json shows all")
 
 
-@cli.command()
-def history(
-    task_id: Id,
-    versions: Annotated[bool, typer.Option("--versions", help="Every version of the record that is still kept.")] = False,
-    url: Url = None,
-    json: Json = False,
-) -> None:
-    """Show every status that a task went through."""
-    app = open_app(url)
-
-    async def work() -> None:
-        if versions:
-            kept = [held async for held in app.client.versions(task_id)]
-            if json:
-                print_json([{"version": held.version, **_plain(held.record)} for held in kept])
-            else:
-                columns = ("rev", "status", "attempt", "worker", "version")
-                print_table(
-                    columns, [(task.rev, status_of(task), task.attempt, task.worker, version) for _, task, _, version in kept]
-                )
-            return
-        task = (await app.client.read(task_id)).record
-        if json:
-            print_json([{"status": event.state} | msgspec.to_builtins(event) for event in task.events])
-            return
-        since = task.events[0].at if task.events else 0
-        rows = [
-            (moment(at.at), f"+{duration(in_seconds(at.at - since))}", at.state, at.why, at.attempt or "", at.worker, at.detail)
-            for at in task.events
-        ]
-        print_table(("when", "after", "status", "why", "attempt", "worker", "detail"), rows)
-        if task.dropped:
-            print(f"(dropped between the first and the rest: {counted(task.dropped, 'line')})")
-
-    run(app, work)
-
-
-@cli.command()
-def ls(
-    status: Status = None,
-    queue: Queue = None,
-    name: Name = None,
-    tag: Tag = None,
-    limit: Annotated[int, typer.Option("--limit", "-l", min=1, help="At most so many, the last changed first.")] = 20,
-    url: Url = None,
-    json: Json = False,
+@command(cli, panel=TASKS)
+async def ls(
+    app: App, json: bool, status: Status = None, queue: Queue = None, name: Name = None, tag: Tag = None, limit: Limit = 20
 ) -> None:
     """List tasks, the last changed first."""
-    app = open_app(url)
-    wanted = selection(status, queue, name, tag)
+    scan = Scan(app.client, scan_progress())
+    tasks = await find(app.client, _filter(status, queue, name, tag), limit, scan)
+    if json:
+        print_json([_fields(task) for task in tasks])
+    else:
+        rows = [
+            (task.id, task.name, task.queue, status_of(task), task.attempt or "", moment(task.created), _remark(task))
+            for task in tasks
+        ]
+        print_table(("id", "task", "queue", "status", "attempt", "created", ""), rows, "no task matches")
+    print_unreadable(scan.unreadable)
 
-    async def work() -> None:
-        scan = Scan(app.client, scan_progress())
-        found = await find(app.client, wanted, limit, scan)
-        if json:
-            print_json([_plain(task) for task in found])
-        else:
-            rows = [
-                (each.id, each.name, each.queue, status_of(each), each.attempt or "", moment(each.created), _remark(each))
-                for each in found
-            ]
-            print_table(("id", "task", "queue", "status", "attempt", "created", ""), rows, "no task fits")
-        for problem in scan.unreadable:
-            to_stderr(f"unreadable: {problem}")
 
-    run(app, work)
+def _filter(status: Status, queue: str | None, name: str | None, tag: list[Any] | None) -> Filter:
+    return Filter(*wanted_status(status), queue, name, dict(tag or ()))
 
 
 def _remark(task: Task) -> str:
     error = beginning(f"{task.error.type}: {task.error.message}") if task.error else ""
     due = f"due {moment(task.due)}" if task.state == "pending" and task.due else ""
     if status_of(task) == "retrying":
-        which = f"attempt {task.attempt} of {task.max_attempts} failed"
-        return ", ".join(filter(None, (which, f"next {due}" if due else "", error)))
+        parts = (f"attempt {task.attempt} of {task.max_attempts} failed", f"next {due}" if due else "", error)
+        return ", ".join(filter(None, parts))
     return due or error or task.key
+
+
+@command(cli, panel=TASKS)
+async def history(
+    app: App,
+    json: bool,
+    task_id: Id,
+    versions: Annotated[bool, typer.Option("--versions", help="Show every version of the record that the store keeps.")] = False,
+) -> None:
+    """Show the history of a task: every change of its status."""
+    if versions:
+        kept = [(stored.version, stored.record) async for stored in app.client.versions(task_id)]
+        if json:
+            print_json([{"version": version, **_fields(task)} for version, task in kept])
+        else:
+            rows = [(task.rev, status_of(task), task.attempt, task.worker, version) for version, task in kept]
+            print_table(("rev", "status", "attempt", "worker", "version"), rows)
+        return
+    task = (await app.client.read(task_id)).record
+    if json:
+        print_json([{"status": event.state} | msgspec.to_builtins(event) for event in task.events])
+        return
+    since = task.events[0].at if task.events else 0
+    lines = [
+        (
+            moment(event.at),
+            f"+{duration(in_seconds(event.at - since))}",
+            event.state,
+            event.why,
+            event.attempt or "",
+            event.worker,
+            event.detail,
+        )
+        for event in task.events
+    ]
+    print_table(("when", "after", "status", "why", "attempt", "worker", "detail"), lines)
+    if task.dropped:
+        print(f"({counted(task.dropped, 'line')} dropped after the first)")
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What a command does to tasks."""
+
+    verb: str
+    done: str
+    fitting: tuple[State, ...]
+    """States of tasks that allow it."""
+    act: Callable[[App, str], Awaitable[str]]
+    """Changes the task with an id, and returns its new status."""
+
+
+def _change_command(change: _Change, text: str) -> None:
+    """Make the command of a change; cancel and redrive take the same options."""
+
+    @command(cli, change.verb, panel=TASKS, text=text)
+    async def call(
+        app: App,
+        json: bool,
+        ids: Annotated[list[str] | None, typer.Argument(metavar="ID…", help="Ids of tasks.")] = None,
+        status: Status = None,
+        queue: Queue = None,
+        name: Name = None,
+        tag: Tag = None,
+        limit: Annotated[int | None, typer.Option("--limit", "-l", min=1, help="Change at most this many that match.")] = None,
+        dry_run: DryRun = False,
+        yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    ) -> bool:
+        wanted = _filter(status, queue, name, tag)
+        if bool(ids) == (wanted != Filter()):
+            msg = f"{change.verb} takes either ids or a filter (--status, --queue, --name, --tag); --dry-run shows what matches"
+            raise UsageError(msg)
+        if not set(wanted.states) <= set(change.fitting):
+            fitting = " or ".join(change.fitting)
+            raise UsageError(f"a {wanted.states[0]} task cannot be {change.done}, only one that is {fitting}")
+        if not ids:
+            scan = Scan(app.client, scan_progress())
+            tasks = await find(app.client, replace(wanted, states=wanted.states or change.fitting), limit, scan)
+            print_unreadable(scan.unreadable)
+            ids = [task.id for task in tasks]
+            asks = bool(ids) and not dry_run and not yes and sys.stdin.isatty()
+            if asks and not typer.confirm(f"{change.verb} {counted(len(ids), 'task')}?", err=True):
+                return False
+
+        async def act(task_id: str) -> str:
+            if not dry_run:
+                return await change.act(app, task_id)
+            task = (await app.client.read(task_id)).record
+            if task.state not in change.fitting:
+                raise UsageError(f"task {task_id} is {task.state} and cannot be {change.done}")
+            return f"would be {change.done}"
+
+        return await act_on("id", ids, act, json)
+
+
+async def _cancel(app: App, task_id: str) -> str:
+    return await app.client.cancel(task_id)
+
+
+async def _redrive(app: App, task_id: str) -> str:
+    await app.client.redrive(task_id)
+    return "pending"
+
+
+_change_command(
+    _Change("cancel", "cancelled", ("pending", "running"), _cancel),
+    "Cancel tasks by id, or all pending and running tasks that match a filter. Exit status 1 if one was refused.",
+)
+_change_command(
+    _Change("redrive", "redriven", ("failed", "cancelled", "expired"), _redrive),
+    "Run tasks again by id, or all failed, cancelled and expired tasks that match a filter. Exit status 1 if one was refused.",
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from importlib.util import find_spec
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from buquet.cli.base import Json, Url, cli, lacks_store, load, open_app
+from buquet.cli.apps import load_app, open_app, run
+from buquet.cli.options import MONITOR, Json, Url, cli
 from buquet.cli.output import log_to, print_json, say, to_stderr
-from buquet.errors import BucketMissing, UsageError, install
+from buquet.errors import UsageError, install
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -24,9 +24,9 @@ Host = Annotated[str, typer.Option("--host", help="The address to listen on.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="The port to listen on; 0 takes any.")]
 
 
-@cli.command()
+@cli.command(rich_help_panel=MONITOR)
 def ui(
-    target: Annotated[str | None, typer.Argument(metavar="[MODULE:APP]", help="An App whose store is shown.")] = None,
+    target: Annotated[str | None, typer.Argument(metavar="[MODULE:APP]", help="Show the store of this App.")] = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     password: Annotated[
@@ -35,7 +35,7 @@ def ui(
             "--password",
             envvar="BUQUET_UI_PASSWORD",
             show_envvar=True,
-            help="Ask each browser for this password; other users of this machine can read it in the command's arguments.",
+            help="Ask each browser for this password. Other users of this machine can read it in the command's arguments.",
         ),
     ] = None,
     password_file: Annotated[
@@ -50,20 +50,18 @@ def ui(
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(
-            "--allow-host", metavar="NAME", help="Without a password: serve it under this name, too; may be given again."
-        ),
+        typer.Option("--allow-host", metavar="NAME", help="Without a password, also serve under this name. Repeatable."),
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Show everything, change nothing.")] = False,
     url: Url = None,
     json: Json = False,
 ) -> None:
-    """Serve the dashboard until stopped, on this machine only unless --host says otherwise."""
+    """Serve the dashboard until stopped; on this machine only, unless --host says otherwise."""
     need_ui()
     from buquet.dashboard.guard import is_loopback  # noqa: PLC0415 - needs the extra `ui`
 
     if password_file is not None:
-        password = _password_in(password_file, password)
+        password = _read_password(password_file, password)
     if password is not None and not password:
         raise UsageError("the password is empty: give one, or leave --password, --password-file and their variables out")
     if not is_loopback(host):
@@ -74,19 +72,19 @@ def ui(
             )
             raise UsageError(msg)
         risk = (
-            "the password and all that is shown travel unencrypted, unless a proxy adds TLS"
+            "the password and every page travel unencrypted, unless a proxy adds TLS"
             if password
             else "anybody who reaches it can read everything"
         )
         to_stderr(f"warning: this dashboard listens on {host}: {risk}")
-    app = load(target, url) if target else open_app(url)
+    app = load_app(target, url) if target else open_app(url)
     log_to(sys.stderr)
     serve(app, host, port, password, read_only, hosts=allow_host or (), json=json)
 
 
-def _password_in(file: Path, beside: str | None) -> str:
-    """Return the password in a file. Raises UsageError where it cannot be read, or another one is given."""
-    if beside is not None:
+def _read_password(file: Path, other: str | None) -> str:
+    """Return the password in a file. Raises UsageError if the file cannot be read, or if there is another password."""
+    if other is not None:
         msg = "there are two passwords: one in --password (or BUQUET_UI_PASSWORD), and one in --password-file. Leave one out"
         raise UsageError(msg)
     try:
@@ -98,27 +96,24 @@ def _password_in(file: Path, beside: str | None) -> str:
 def serve(
     app: App, host: str, port: int, password: str | None, read_only: bool, *, hosts: Collection[str] = (), json: bool
 ) -> None:
-    """Listen, say where, and serve until stopped."""
+    """Serve the dashboard until stopped, and print its address."""
     from buquet.dashboard.serve import listen, make_server  # noqa: PLC0415 - needs the extra `ui`
 
     sock, address = listen(host, port)
 
     async def work() -> None:
-        async with app:
-            if problem := await lacks_store(app):
-                raise BucketMissing(problem)
-            server = make_server(app, password=password, read_only=read_only, host=host, hosts=hosts)
-            if json:
-                print_json({"address": address, "url": app.url, "pid": os.getpid()})
-            else:
-                say(f"dashboard of {app.url}: {address}")
-            await server.serve(sockets=[sock])
+        server = make_server(app, password=password, read_only=read_only, host=host, hosts=hosts)
+        if json:
+            print_json({"address": address, "url": app.url, "pid": os.getpid()})
+        else:
+            say(f"dashboard of {app.url}: {address}")
+        await server.serve(sockets=[sock])
 
-    asyncio.run(work())
+    run(app, work)
 
 
 def need_ui() -> None:
-    """Raise UsageError where the dashboard's dependencies are not installed."""
-    missing = [name for name in ("jinja2", "starlette", "uvicorn", "watchfiles") if find_spec(name) is None]
+    """Raise UsageError if the dashboard's dependencies are not installed."""
+    missing = [name for name in ("itsdangerous", "jinja2", "starlette", "uvicorn", "watchfiles") if find_spec(name) is None]
     if missing:
         raise UsageError(f"the dashboard needs {', '.join(missing)}, which this Python does not have: {install('ui')}")

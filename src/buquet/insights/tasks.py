@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from buquet.queue.client import Client
     from buquet.records import Task
 
-Status: TypeAlias = State | Literal["retrying"]
+Status: TypeAlias = Literal[State, "retrying"]
 """What people see of a task: its record's state, or `retrying` for one that is pending since an attempt failed."""
 STATUSES: tuple[Status, ...] = (STATES[0], "retrying", *STATES[1:])
 UNFINISHED: frozenset[State] = frozenset({"pending", "running"})

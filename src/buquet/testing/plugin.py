@@ -11,7 +11,6 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from buquet.app import App
-from buquet.cli.load import find_app
 from buquet.errors import UsageError
 from buquet.testing.fixture import MemoryApp, aadvance, advance, arun_until_idle, in_memory, run_until_idle
 
@@ -65,6 +64,8 @@ def buquet_app(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         with MemoryApp() as app:
             yield app
         return
+    from buquet.cli.apps import find_app  # noqa: PLC0415 - imports the command line, which most tests do not need
+
     app = target if isinstance(target, App) else find_app(target, request.config.rootpath)
     with in_memory(app):
         for function in (run_until_idle, arun_until_idle, advance, aadvance):

@@ -1,0 +1,200 @@
+"""Commands that show what happens: stats, errors, tail."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from buquet.app import App
+from buquet.cli.apps import command, lacks_store
+from buquet.cli.options import MONITOR, Name, Queue, cli, status_option
+from buquet.cli.output import (
+    COLOURS,
+    beginning,
+    coloured,
+    moment,
+    print_json,
+    print_table,
+    print_unreadable,
+    say,
+    scan_progress,
+    to_stderr,
+)
+from buquet.cli.workers import print_refused, refused
+from buquet.insights import fleet, tasks
+from buquet.insights.journal import ErrorGroup, Journal, Spread, Summary
+from buquet.insights.scan import Scan, records
+from buquet.insights.tail import EVENTS, Happening, Tail
+from buquet.printing import counted, duration, printable
+
+
+@command(cli, panel=MONITOR)
+async def stats(
+    app: App,
+    json: bool,
+    scan: Annotated[
+        bool, typer.Option("--scan", help="Count tasks by status even if there are more than 10,000: a GET for each.")
+    ] = False,
+) -> None:
+    """Count tasks: waiting, running, retrying, completed and failed, by queue."""
+    reader = Scan(app.client, scan_progress())
+    workers = await fleet.workers(app.client, reader)
+    listed = await records(app.client)
+    exact = scan or len(listed) <= tasks.CHEAP
+    states = await tasks.states(reader, listed) if exact else None
+    journal = Journal(app.client)
+    await journal.refresh()
+    retrying = states.retrying if states else journal.retrying().keys()
+    queues = await fleet.waiting(app.client, workers, reader, states.running if states else None, retrying)
+    last_hour = journal.by_queue()
+    if json:
+        value: dict[str, Any] = {
+            "queues": queues,
+            "last_hour": last_hour,
+            "since": journal.since,
+            "records": len(listed),
+            "statuses": states.counts if states else None,
+            "states": states.by_state() if states else None,
+            "unreadable": reader.unreadable,
+        }
+        print_json(msgspec.to_builtins(value))
+        return
+    _print_queues(queues)
+    if last_hour:
+        _print_last_hour(last_hour, journal.since)
+    if states:
+        print_table(("status", "tasks"), sorted(states.counts.items()), "no task yet")
+    else:
+        print(f"{counted(len(listed), 'task')} in all; --scan counts them by status, with a request for each")
+    print_unreadable(reader.unreadable)
+
+
+def _print_queues(queues: list[fleet.Waiting]) -> None:
+    rows = [
+        (
+            queue.queue,
+            "paused" if queue.paused else "",
+            queue.ready,
+            ", ".join(f"p{priority}: {count}" for priority, count in sorted(queue.priorities.items())),
+            queue.later,
+            queue.retrying or "",
+            queue.running,
+            queue.workers,
+            moment(queue.next_due),
+        )
+        for queue in queues
+    ]
+    columns = ("queue", "", "ready", "by priority", "later", "retrying", "running", "workers", "next due")
+    print_table(columns, rows, "no queue yet")
+    for queue in queues:
+        for name in queue.unhandled:
+            say(f"in queue {queue.queue!r} {queue.names[name]:,} of the name {name!r} wait, and no live worker handles that name")
+
+
+def _print_last_hour(queues: dict[str, Summary], since: int) -> None:
+    def spread(times: Spread) -> str:
+        return f"{duration(times.p50 / 1000)}, {duration(times.p99 / 1000)}" if times.count else ""
+
+    rows = [
+        (
+            queue,
+            ended.count,
+            f"{ended.per_minute:.1f}",
+            ended.failed,
+            ended.failed_attempts,
+            spread(ended.duration),
+            spread(ended.delay),
+        )
+        for queue, ended in queues.items()
+    ]
+    print(f"since {moment(since)}:")
+    columns = ("queue", "ended", "per minute", "failed", "attempts retried", "duration (p50, p99)", "delay (p50, p99)")
+    print_table(columns, rows)
+
+
+@command(cli, panel=MONITOR)
+async def errors(
+    app: App,
+    json: bool,
+    hours: Annotated[float, typer.Option("--hours", metavar="H", min=0.01, help="How far back to look.")] = 1.0,
+    queue: Queue = None,
+    name: Name = None,
+) -> None:
+    """Group recent failures by task, type of error, and the function that raised it. Reads the journal.
+
+    It counts the tasks that failed for good, and the attempts that failed and are retried.
+    """
+    journal = Journal(app.client, hours=hours)
+    await journal.refresh()
+    groups = journal.errors(queue=queue, name=name)
+    workers = refused(await fleet.workers(app.client, Scan(app.client)))
+    if json:
+        requests = [{"worker": row.id, "host": row.host, "at": row.refused_at, "message": row.refused} for row in workers]
+        print_json({"since": journal.since, "groups": msgspec.to_builtins(groups), "refused": requests})
+        return
+    rows = [
+        (
+            group.count,
+            group.retried,
+            group.name,
+            group.queue,
+            beginning(f"{group.type}: {group.message}"),
+            moment(group.first),
+            moment(group.last),
+            next_attempt(group, app.clock.now_ms()),
+            group.example,
+        )
+        for group in groups
+    ]
+    columns = ("failed", "attempts retried", "task", "queue", "last error", "first", "last", "next", "example")
+    print_table(columns, rows, f"nothing failed since {moment(journal.since)}, according to the journal")
+    print_refused(workers)
+    if journal.unreadable:
+        to_stderr(f"left out {counted(journal.unreadable, 'unreadable line')} of the journal")
+
+
+def next_attempt(group: ErrorGroup, now: int) -> str:
+    """Return which attempt failed last, and when the next is due unless that time has passed."""
+    attempt = f"attempt {group.attempt} of {group.max_attempts}" if group.max_attempts else ""
+    return f"{attempt}, next {moment(group.due)}" if group.due > now else attempt
+
+
+@command(cli, panel=MONITOR, creates=True)
+async def tail(
+    app: App,
+    json: bool,
+    queue: Queue = None,
+    name: Name = None,
+    status: Annotated[str | None, status_option(EVENTS, "events of this kind", "EVENT")] = None,
+    interval: Annotated[float, typer.Option("--interval", metavar="S", min=0.2, help="Seconds between two polls.")] = 2.0,
+) -> None:
+    """Print events as they happen, until Ctrl-C. A poll costs 3 LISTs, and a GET for each thing that changed."""
+    if problem := await lacks_store(app):
+        to_stderr(f"note: {problem}")
+    events = Tail(app.client, queue=queue, name=name, event=status)
+    await events.poll()
+    to_stderr("watching; Ctrl-C ends it")
+    with suppress(asyncio.CancelledError):  # Ctrl-C
+        while True:
+            await app.clock.sleep(interval)
+            for event in await events.poll():
+                if json:
+                    print_json(event)
+                else:
+                    print(_line(event), flush=True)
+
+
+def _line(event: Happening) -> str:
+    word = coloured(f"{event.event:9}", COLOURS.get(event.event))
+    parts = [moment(event.at), word, event.id, printable(f"{event.name} ({event.queue})")]
+    if event.attempt > 1:
+        parts.append(f"attempt {event.attempt}")
+    if event.ran:
+        parts.append(f"in {duration(event.ran / 1000)}")
+    if event.detail:
+        parts.append(printable(event.detail.splitlines()[0][:200]))
+    return "  ".join(parts)

@@ -1,0 +1,247 @@
+"""Commands about workers and queues: worker, workers, pause, resume, drain."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from buquet.app import App
+from buquet.cli.apps import command, load_app
+from buquet.cli.options import FLEET, Json, Target, Url, cli
+from buquet.cli.output import act_on, log_to, moment, print_json, print_table, print_unreadable, say, to_stderr
+from buquet.errors import UsageError
+from buquet.insights import fleet
+from buquet.insights.scan import Scan
+from buquet.printing import duration
+
+if TYPE_CHECKING:
+    from buquet.operate.bench import CountingStore
+    from buquet.store.base import Store
+    from buquet.worker.worker import Worker
+
+log = logging.getLogger("buquet.worker")
+
+
+class LogFormat(enum.StrEnum):
+    """The form of a log line."""
+
+    text = "text"
+    json = "json"
+
+
+@cli.command(rich_help_panel=FLEET)
+def worker(
+    target: Target,
+    queue: Annotated[
+        list[str] | None,
+        typer.Option("--queue", "-q", help="Serve this queue. Repeatable. [default: the queues of all tasks]"),
+    ] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Handlers at once in each process.")] = 16,
+    processes: Annotated[int, typer.Option("--processes", "-p", min=1, help="Processes. One that dies is replaced.")] = 1,
+    drain: Annotated[bool, typer.Option("--drain", help="Exit with status 0 when nothing is left to do.")] = False,
+    max_time: Annotated[float | None, typer.Option("--max-time", metavar="S", help="Exit after this many seconds.")] = None,
+    grace: Annotated[
+        float, typer.Option("--grace", metavar="S", min=0, help="Seconds that running tasks get to finish at the end.")
+    ] = 30.0,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option("--metrics-port", metavar="N", min=1, max=65535, help="Serve Prometheus metrics; process i at port N + i."),
+    ] = None,
+    metrics_host: Annotated[str, typer.Option("--metrics-host", metavar="HOST", help="Serve metrics here.")] = "127.0.0.1",
+    log_format: Annotated[
+        LogFormat | None, typer.Option("--log-format", help="The form of log lines. [default: text; json with --json]")
+    ] = None,
+    ttl: Annotated[float, typer.Option("--ttl", min=1, hidden=True)] = 30.0,
+    url: Url = None,
+    json: Json = False,
+    parent: Annotated[str, typer.Option("--parent", hidden=True)] = "",
+    report: Annotated[Path | None, typer.Option("--report-modules", hidden=True)] = None,
+) -> None:
+    """Run tasks until stopped. Ctrl-C or SIGTERM lets running tasks finish; a second one returns them to the queue.
+
+    With --json the log is one JSON object per line, on standard output.
+    """
+    app = load_app(target, url, quiet=True)  # `_introduce` names the store
+    if not app.tasks:
+        raise UsageError(f"{target} has no tasks: decorate a function with @app.task")
+    lines = log_format or (LogFormat.json if json else LogFormat.text)
+    log_to(sys.stdout if json else sys.stderr, as_json=lines is LogFormat.json)
+    counting = _counting(app) if metrics_port is not None and processes == 1 else None
+    # also made by the parent of several processes, so that wrong options are reported once and not by each child
+    served = app.worker(queue, concurrency=concurrency, drain=drain, max_time=max_time, grace=grace, ttl=ttl, parent=parent)
+    if not parent:
+        _introduce(app, served.queues, json)
+        _warn_of_unknown(app, queue or ())
+    if processes > 1:
+        from buquet.worker.processes import Processes  # noqa: PLC0415 - only for parents
+
+        options = ["--concurrency", str(concurrency), "--grace", str(grace), "--ttl", str(ttl)]
+        for name in queue or ():
+            options += ["--queue", name]
+        options += [flag for flag, wanted in (("--drain", drain), ("--json", json)) if wanted]
+        options += ["--log-format", log_format.value] if log_format else []
+
+        def own_options(number: int) -> list[str]:
+            return [] if metrics_port is None else ["--metrics-port", str(metrics_port + number), "--metrics-host", metrics_host]
+
+        children = Processes(
+            app.client, [target, "--url", app.url, *options], processes, grace=grace, max_time=max_time, each=own_options
+        )
+        with app:
+            raise typer.Exit(children.run())
+    if report is not None:
+        from buquet.cli.dev import report_modules  # noqa: PLC0415 - only for the worker of `buquet dev`
+
+        report_modules(report, app.clock)
+    if parent:
+        from buquet.worker.processes import watch_parent  # noqa: PLC0415 - only for children
+
+        watch_parent(served.stop)
+    stop_serving = _serve_metrics(served, counting, metrics_host, metrics_port) if counting and metrics_port else None
+    try:
+        served.run()
+    finally:
+        if stop_serving:
+            stop_serving()
+    app.close()
+
+
+def _counting(app: App) -> CountingStore:
+    """Count the App's requests."""
+    from buquet.operate.bench import CountingStore  # noqa: PLC0415 - only with metrics
+
+    made: list[CountingStore] = []
+
+    def wrap(store: Store) -> Store:
+        made.append(CountingStore(store))
+        return made[0]
+
+    app.wrap_store(wrap)
+    return made[0]
+
+
+def _serve_metrics(served: Worker, counting: CountingStore, host: str, port: int) -> Callable[[], None]:
+    from buquet.operate.metrics import Metrics, serve  # noqa: PLC0415 - its package is optional
+
+    metrics = Metrics(served, counting)
+    served.telling.watchers.append(metrics)
+    stop = serve(metrics, host, port)
+    to_stderr(f"metrics: http://{host}:{port}/metrics")
+    return stop
+
+
+def _introduce(app: App, queues: tuple[str, ...], json: bool) -> None:
+    """Print the store, tasks and queues: a task that is missing here was not imported."""
+    url = app.client.store.url
+    if json:
+        tasks = [{"name": task.name, "queue": task.queue} for task in app.tasks.values()]
+        print_json({"url": url, "tasks": tasks, "queues": queues})
+        return
+    names = ", ".join(f"{task.name} ({task.queue})" for task in app.tasks.values())
+    for line in (url, f"tasks: {names}", f"queues: {', '.join(queues)}"):
+        to_stderr(line)
+
+
+def _warn_of_unknown(app: App, queues: Sequence[str]) -> None:
+    """Warn of queues for which this App has no task: most likely a typing error."""
+    own = {declared.queue for declared in (*app.tasks.values(), *app.workflows.values())}
+    for queue in dict.fromkeys(queues):
+        if queue not in own:
+            log.warning("no task here is in queue %r; this App's queues are %s", queue, ", ".join(sorted(own)))
+
+
+@command(cli, panel=FLEET)
+async def workers(app: App, json: bool) -> None:
+    """List the workers: where they run, what they serve, and their status."""
+    scan = Scan(app.client)
+    rows = await fleet.workers(app.client, scan)
+    print_unreadable(scan.unreadable)
+    if json:
+        print_json(msgspec.to_builtins(rows))
+        return
+    cells = [
+        (
+            row.id,
+            _status(row),
+            row.host,
+            row.pid,
+            ", ".join(row.queues),
+            f"{len(row.running)} of {row.concurrency}",
+            row.completed,
+            row.failed,
+            row.abandoned or "",
+            duration(row.beat_age),
+            f"{row.rss / 2**20:.0f} MB",
+            row.version,
+        )
+        for row in rows
+    ]
+    columns = (
+        *("worker", "status", "host", "pid", "queues", "running", "completed", "failed", "abandoned"),
+        *("last beat", "memory", "buquet"),
+    )
+    print_table(columns, cells, "no worker is running")
+    print_refused(refused(rows))
+
+
+def refused(rows: list[fleet.WorkerView]) -> list[fleet.WorkerView]:
+    """Return the live workers whose requests the store has refused lately."""
+    return [row for row in rows if row.alive and row.refused]
+
+
+def print_refused(rows: list[fleet.WorkerView]) -> None:
+    """Print the last request of each worker that the store refused."""
+    for row in rows:
+        say(f"the store refused a request of worker {row.id} on {row.host}, {moment(row.refused_at)}: {row.refused}")
+
+
+def _status(row: fleet.WorkerView) -> str:
+    if not row.alive:
+        return "dead"
+    return "draining" if row.draining else "paused" if row.paused else "alive"
+
+
+Queues = Annotated[list[str] | None, typer.Argument(metavar="[QUEUE…]", help="Names of queues.")]
+WorkerIds = Annotated[
+    list[str] | None,
+    typer.Option("--worker", "-w", metavar="WORKER", help="The id of a worker, from `buquet workers`. Repeatable."),
+]
+
+
+@command(cli, panel=FLEET)
+async def pause(app: App, json: bool, queues: Queues = None, workers: WorkerIds = None) -> bool:
+    """Pause queues, or workers with --worker: no new task starts. Running tasks go on, and submits are stored."""
+    if _means_queues(queues, workers):
+        return await act_on("queue", queues or (), app.apause_queue, json, "paused", "was paused already")
+    return await act_on("worker", workers or (), app.apause_worker, json, "asked to pause")
+
+
+@command(cli, panel=FLEET)
+async def resume(app: App, json: bool, queues: Queues = None, workers: WorkerIds = None) -> bool:
+    """Resume paused queues, or workers with --worker."""
+    if _means_queues(queues, workers):
+        return await act_on("queue", queues or (), app.aresume_queue, json, "resumed", "was not paused")
+    return await act_on("worker", workers or (), app.aresume_worker, json, "asked to resume")
+
+
+def _means_queues(queues: list[str] | None, workers: list[str] | None) -> bool:
+    if bool(queues) == bool(workers):
+        raise UsageError("name either queues, or workers with --worker")
+    return bool(queues)
+
+
+@command(cli, panel=FLEET)
+async def drain(
+    app: App,
+    json: bool,
+    workers: Annotated[list[str], typer.Argument(metavar="WORKER…", help="Ids of workers, from `buquet workers`.")],
+) -> bool:
+    """Drain workers: they claim no new task, finish their running tasks, and exit with status 0."""
+    return await act_on("worker", workers, app.adrain_worker, json, "asked to drain")

@@ -14,7 +14,8 @@ format:
 	ruff format
 	ruff check --fix
 
-# Half an hour and more, on a machine that does nothing else: figures for docs/proof-chaos.md go to build/. As root, BUQUET_STORM_NAMESPACES=1 pulls a real cable.
+# Takes half an hour or more on an otherwise idle machine. Writes the figures of docs/proof-chaos.md to build/.
+# As root, BUQUET_STORM_NAMESPACES=1 cuts real network namespaces.
 chaos:
 	mkdir -p build
 	BUQUET_STORM_TASKS=$${BUQUET_STORM_TASKS:-50000} BUQUET_STORM_RUNS=$${BUQUET_STORM_RUNS:-500} \
@@ -22,7 +23,7 @@ chaos:
 	BUQUET_STORM_CONCURRENCY=$${BUQUET_STORM_CONCURRENCY:-32} BUQUET_STORM_REPORT=$(CURDIR)/build/storm \
 	python -m pytest tests/chaos -s
 
-# The contract and a minute of kills on the store that BUQUET_CONTRACT_URL names; see docs/stores.md.
+# The store contract, and a minute of kills, on the store of BUQUET_CONTRACT_URL; see docs/stores.md.
 stores:
 	python -m pytest tests/stores/probe.py
 

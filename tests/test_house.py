@@ -1,4 +1,4 @@
-"""The rules of the house, as tests. Each failure says which rule, and where."""
+"""The rules of this repository, as tests. Each failure names the rule and the place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SOURCES = sorted((ROOT / "src" / "buquet").rglob("*.py"))
 MOST_LINES = 600
 
 MANY = ("PROCESSES", "report['lines']", "len(self.steps)", "min(named, 10**18)")
-"""Numbers before a noun that are known to be more than one."""
+"""Numbers before a noun that are always more than one."""
 
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}
 
@@ -29,10 +29,10 @@ OWNERS = {
     "obstore": {"store/objects.py", "store/answers.py"},
     "sqlite3": {"store/sqlite.py", "store/sqlite_writer.py"},
 }
-"""Which files alone may import what. `answers` reads the errors that obstore raises."""
+"""The only files that may import a package. `answers` reads the errors of obstore."""
 
 FOREIGN = ("/" + "work/", "/" + "root/", "/" + "home/")
-"""Paths of some machine; written so that this file does not contain them."""
+"""Paths of a machine, written so that this file does not contain them."""
 
 
 def name_of(path: Path) -> str:
@@ -40,7 +40,7 @@ def name_of(path: Path) -> str:
 
 
 def project_files() -> list[Path]:
-    """What git tracks or would track; without git, every file outside of hidden folders."""
+    """Return the files that git tracks or would track; without git, all files outside of hidden folders."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],  # noqa: S607 - git from the path
         cwd=ROOT,
@@ -106,7 +106,7 @@ def test_no_file_is_a_drawer() -> None:
 
 
 def test_every_counted_noun_agrees_with_its_number() -> None:
-    """ "1 tasks" is no English. Constants, which are never 1, are excepted, and so is `done/whole`."""
+    """ "1 tasks" is wrong. Exceptions are constants, which are never 1, and `done/whole`."""
     nouns = "tasks|items|runs|workers|packs|attempts|lines|records|entries|payloads|stubs|objects|handles|handlers|slots|steps"
     wrong = re.compile(rf"(?<!/)\{{+ ?(?!MOST|[A-Z_]+[:,}}])[^{{}}]*\}}+ (running |worker )?({nouns})\b(?!/)")
     package = ROOT / "src" / "buquet"
@@ -170,6 +170,10 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert 'bash -euo pipefail -c "$command"' in run, "and what is taken from there is what runs"
 
 
+def test_the_readme_stays_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200, "move details to the page of their subject in docs/"
+
+
 def test_every_dependency_has_a_reason() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]
@@ -187,8 +191,8 @@ def test_every_link_between_pages_leads_somewhere() -> None:
     assert not broken
 
 
-def test_whoever_is_told_to_install_an_extra_is_told_its_version() -> None:
-    """An older project of the same name is on an index: without the version, pip would take that one."""
+def test_every_hint_to_install_an_extra_names_its_version() -> None:
+    """An older project on PyPI has the same name. Without the version, pip would install that one."""
     command = re.compile(r"pip install '?buquet\[")
     told = [str(path) for path in SOURCES if command.search(path.read_text()) and path.name != "errors.py"]
     assert not told, "take errors.install"

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Protocol, Self, Type
 from buquet import forking
 from buquet.clock import YEARS, Backoff, Clock
 from buquet.errors import UsageError
-from buquet.insights.fleet import store_now
 from buquet.insights.schedules import list_schedules
 from buquet.queue import control, schedules
 from buquet.queue.background import Background, blocking
@@ -452,7 +451,7 @@ class App:
 
     async def atrigger_schedule(self, name: str) -> Handle[Any]:
         """Submit a schedule's task now, beside its rule, also while it is paused. Raises ScheduleNotFound."""
-        now = int(await store_now(self.client) * 1000)
+        now = int(await self.client.store_now() * 1000)
         return Handle(self, await schedules.trigger(self.client, name, now, self.plans.get(name)), created=True)
 
     trigger_schedule = blocking(atrigger_schedule)
@@ -473,7 +472,7 @@ class App:
     resume_schedule = blocking(aresume_schedule)
 
     async def _set_paused(self, name: str, *, paused: bool) -> bool:
-        now = int(await store_now(self.client) * 1000)
+        now = int(await self.client.store_now() * 1000)
         return await schedules.set_paused(self.client, name, now, paused=paused)
 
     async def apause_queue(self, queue: str) -> bool:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from buquet import keys
-from buquet.errors import StoreRefused
 from buquet.insights.scan import AT_ONCE, Scan
 from buquet.queue.names import is_system
 from buquet.records import Progress, QueueSettings, Session
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterable
 
     from buquet.queue.client import Client
-
-NEAR = 2.0
-"""Below this many seconds a difference to the store's clock is taken for its whole-second LastModified and our latency."""
 
 
 class Waiting(msgspec.Struct, kw_only=True):
@@ -79,27 +75,6 @@ class WorkerView(msgspec.Struct, kw_only=True):
     refused_at: int = 0
 
 
-async def store_now(client: Client) -> float:
-    """Return the time by the store's clock, seconds since 1970.
-
-    Of a store elsewhere it is learnt from a small object, written and deleted; who may not write gets the local time.
-    """
-    clock = client.clock
-    if client.store.can_wait:  # it is on this machine
-        return clock.now()
-    key = keys.notes(f"clock.{clock.new_op()}")
-    begun = clock.now()
-    try:
-        await client.reads.put(key, b"")
-        there = await client.reads.get(key)
-        await client.reads.delete(key)
-    except StoreRefused:
-        return clock.now()
-    now = clock.now()
-    ahead = there.modified - (begun + now) / 2 if isinstance(there, Stored) else 0.0
-    return now + (ahead if abs(ahead) > NEAR else 0.0)
-
-
 async def sessions(client: Client, scan: Scan) -> list[tuple[Stored, Session]]:
     """Read all sessions."""
     found: list[tuple[Stored, Session]] = []
@@ -113,7 +88,7 @@ async def sessions(client: Client, scan: Scan) -> list[tuple[Stored, Session]]:
 async def workers(client: Client, scan: Scan | None = None) -> list[WorkerView]:
     """Return all sessions, those of live workers first."""
     found = await sessions(client, scan or Scan(client))
-    now = await store_now(client) if found else 0.0
+    now = await client.store_now() if found else 0.0
     ages = [(session, max(now - stored.modified, 0.0)) for stored, session in found]
     views = [worker_view(session, age, alive=not session.reaped and age <= session.ttl) for session, age in ages]
     views.sort(key=lambda view: (not view.alive, view.started))
@@ -169,7 +144,7 @@ async def waiting(
     if running is None:
         running = await _running_by_queue(fleet, scan)
     alive = [worker for worker in fleet if worker.alive]
-    counter = _Counter(client, scan, retrying, int(await store_now(client) * 1000))
+    counter = _Counter(client, scan, retrying, int(await client.store_now() * 1000))
     return [
         await counter.queue(queue, [worker for worker in alive if queue in worker.queues], running.get(queue, set()))
         for queue in sorted({*await known_queues(client, fleet), *filter(keys.is_name, running)})

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from buquet import keys
-from buquet.insights.fleet import store_now
 from buquet.journal.lines import decode_lines
 from buquet.store.base import Stored
+from buquet.store.storetime import store_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -159,7 +159,7 @@ class Journal:
     async def _refresh(self) -> list[Finished]:
         clock = self.client.clock
         if self._offset is None:
-            self._offset = await store_now(self.client) - clock.now()
+            self._offset = await store_ahead(self.client.reads, clock)
         last, self.now = self.now, int((clock.now() + self._offset) * 1000)
         start = self.now - self.window
         whole = self.now - self._looked_back >= LOOK_BACK

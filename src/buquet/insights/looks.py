@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from buquet import keys
 from buquet.codec import decode_record
 from buquet.errors import UnreadableRecord
-from buquet.insights.fleet import store_now
 from buquet.insights.journal import HOUR, Journal
 from buquet.records import Record, Session
 from buquet.store.base import PAGE, Listed, Stored
+from buquet.store.storetime import store_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container
@@ -241,7 +241,7 @@ class Sessions(Folder[Session]):
         """LIST and read, see Folder."""
         changed = await super().look(most)
         if self._offset is None and self.listed:
-            self._offset = await store_now(self.client) - self.client.clock.now()
+            self._offset = await store_ahead(self.client.reads, self.client.clock)
         return changed
 
     def is_current(self, key: str) -> bool:

@@ -9,7 +9,7 @@ import msgspec
 
 from buquet import keys
 from buquet.errors import UsageError
-from buquet.insights.fleet import store_now, workers
+from buquet.insights.fleet import workers
 from buquet.insights.scan import AT_ONCE, Scan
 from buquet.queue.schedules import rule_in
 from buquet.records import Schedule
@@ -60,7 +60,7 @@ async def list_schedules(client: Client, scan: Scan | None = None) -> list[Sched
         found += [record for _, record in await scan.many(Schedule, listed[start : start + AT_ONCE])]
     if not found:
         return []
-    now = int(await store_now(client) * 1000)
+    now = int(await client.store_now() * 1000)
     kept = [name for worker in await workers(client, scan) if worker.alive for name in worker.schedules]
     return [view_of(schedule, now, kept.count(schedule.name)) for schedule in sorted(found, key=lambda each: each.name)]
 

@@ -28,19 +28,19 @@ from typing import TYPE_CHECKING
 
 from buquet import keys
 from buquet.concurrency import each_of
-from buquet.errors import StoreRefused, UnreadableRecord
+from buquet.errors import UnreadableRecord
 from buquet.operate.sweep import (
     AT_ONCE,
     DAY,
     HOUR,
     each_key,
     each_record,
-    store_ahead,
     unknown_objects,
 )
 from buquet.queue import transitions
 from buquet.queue.names import may_stand_for
 from buquet.records import TERMINAL, Bell, Note, QueueSettings, Record, Schedule, Session, Task
+from buquet.store.storetime import store_ahead
 from buquet.workflow.records import OVER, RunRecord, check_tasks
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class _Checker:
 
     async def run(self) -> Report:
         await self.client.open()
-        self.now = self.clock.now() + await self._store_ahead()
+        self.now = self.clock.now() + await store_ahead(self.reads, self.clock, strict=self.repair)
         await each_of(each_record(self.reads, lambda part: self.progress(0.9 * part, "records")), self._record, AT_ONCE)
         for _ in range(LOOKS):
             changed, self.changed = self.changed, set()
@@ -136,14 +136,6 @@ class _Checker:
         self.progress(1.0, "done")
         self.report.findings.sort(key=lambda finding: (finding.kind, finding.key))
         return self.report
-
-    async def _store_ahead(self) -> float:
-        try:
-            return await store_ahead(self.client)
-        except StoreRefused:
-            if self.repair:
-                raise
-            return 0.0  # a read-only check needs no right to write
 
     def _find(self, kind: str, key: str, detail: str) -> Finding:
         finding = Finding(kind, key, detail)

@@ -15,9 +15,10 @@ from buquet import keys
 from buquet.concurrency import each_of
 from buquet.errors import UnreadableRecord, UsageError
 from buquet.journal.lines import decode_lines
-from buquet.operate.sweep import AT_ONCE, HOUR, each_key, each_record, store_ahead
+from buquet.operate.sweep import AT_ONCE, HOUR, each_key, each_record
 from buquet.queue.pruning import NOT_SETTLED, Pruner, is_prunable
 from buquet.store.base import Stored
+from buquet.store.storetime import store_ahead
 from buquet.workflow.pruning import prune_run
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ async def prune(
     if not older_than >= HOUR:
         raise UsageError(f"a finished task is kept for at least an hour, not {older_than:g} s: its result may still be wanted")
     await client.open()
-    now = client.clock.now() + await store_ahead(client)
+    now = client.clock.now() + await store_ahead(client.reads, client.clock, strict=True)
     pruner = Pruner(client.register, older_than, lambda: now, dry_run=dry_run)
     on_progress: Callable[[float, str], None] = progress or (lambda _fraction, _what: None)
     done = Pruned()

@@ -8,12 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from buquet import keys
-from buquet.store.base import Stored
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from buquet.queue.client import Client
     from buquet.store.base import Listed
     from buquet.store.retrying import Retrying
 
@@ -39,22 +37,6 @@ async def each_record(reads: Retrying, progress: Callable[[float], None]) -> Asy
         progress(number / len(keys.TASK_FOLDERS))
         async for listed in each_key(reads, folder):
             yield listed
-
-
-async def store_ahead(client: Client) -> float:
-    """Return by how many seconds the store's clock is ahead of the local one; 0 within two seconds. Writes one small object."""
-    key = f"doctor/{client.clock.new_op()}/clock"
-    before = client.clock.now()
-    await client.reads.put(key, b"")
-    try:
-        stored = await client.reads.get(key)
-    finally:
-        await client.reads.delete(key)
-    after = client.clock.now()
-    if not isinstance(stored, Stored):
-        return 0.0
-    ahead = stored.modified - (before + after) / 2
-    return ahead if abs(ahead) > 2 else 0.0  # noqa: PLR2004 - LastModified has whole seconds, and requests take time
 
 
 # ---------------------------------------------------------------------- unknown objects

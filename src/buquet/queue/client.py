@@ -21,6 +21,7 @@ from buquet.queue.waiting import Waiting
 from buquet.records import FORMAT, TERMINAL, Layout, Note, Progress, Session, Task
 from buquet.sealing import Plain
 from buquet.store.register import Held, Register
+from buquet.store.storetime import store_ahead
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -350,6 +351,10 @@ class Client:
                 claims = held.record.claims if held is not None else ()
                 return next((claim.progress for claim in claims if claim.token == task.token), None)
         return None
+
+    async def store_now(self) -> float:
+        """Return the time by the store's clock, in seconds since 1970; the local time where the difference cannot be measured."""
+        return self.clock.now() + await store_ahead(self.reads, self.clock)
 
     async def wait(self, task_id: str, timeout: float | None) -> Task:  # noqa: ASYNC109 - part of the public meaning
         """Wait until a task has ended and return its record. Raises TimeoutError after `timeout` seconds, TaskNotFound."""

@@ -18,6 +18,7 @@ from buquet.printing import counted
 from buquet.queue import transitions
 from buquet.records import TERMINAL, Session, Task
 from buquet.store.base import Listed, Stored
+from buquet.store.storetime import trusted
 from buquet.worker.reported import Reported
 
 if TYPE_CHECKING:
@@ -80,8 +81,6 @@ AT_ONCE = 32
 """Sessions read side by side."""
 LEFT_FOR = 600.0
 """Seconds after which an old session that was left is read again, unless it has changed before."""
-TRUSTED_OFFSET = 2.0
-"""Below this many seconds a difference to the store's clock is taken for its whole-second LastModified and our latency."""
 
 
 class Reaper:
@@ -181,7 +180,7 @@ class Fleet:
 
     def due_now_ms(self) -> int:
         """Return the time by which due times are judged, milliseconds since 1970."""
-        return int((self.clock.now() + (self.offset if abs(self.offset) > TRUSTED_OFFSET else 0)) * 1000)
+        return int((self.clock.now() + trusted(self.offset)) * 1000)
 
     def lives(self, worker: str) -> bool:
         """Tell whether the last LIST showed this worker's session, young enough."""

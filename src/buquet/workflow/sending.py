@@ -15,6 +15,7 @@ from buquet.queue.names import SYSTEM
 from buquet.queue.values import of_run
 from buquet.records import TERMINAL, Raw, Task
 from buquet.store.base import Stored
+from buquet.store.storetime import trusted
 from buquet.workflow.engine import Engine
 from buquet.workflow.events import CANCEL, PAUSE, RESUME, RETRY, SENDER, SIGNAL, START, Orders
 from buquet.workflow.graph import read_graph
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 CARRIED_WITHIN = 10.0
 """Seconds for which a sender waits for a worker, where only a worker can record what was sent."""
-TRUSTED_OFFSET = 2.0
-"""Below this many seconds a difference to the store's clock is taken for its whole-second LastModified and our latency."""
 
 
 async def read_run(client: Client, run_id: str) -> RunRecord | None:
@@ -178,7 +177,7 @@ async def _store_ahead(client: Client, task: Task) -> int:
         return 0
     found = await client.reads.get(keys.task(task.id))
     ahead = found.modified - client.clock.now() if isinstance(found, Stored) else 0.0
-    return int(ahead * 1000) if abs(ahead) > TRUSTED_OFFSET else 0
+    return int(trusted(ahead) * 1000)
 
 
 async def _send(

@@ -41,10 +41,10 @@ class Process:
         self.loop = loop
         self.name = name
         self.state: Literal["up", "stalled", "dead"] = "up"
-        self._deferred: list[Callback] = []
+        self.deferred: list[Callback] = []
+        """The callbacks that came due while the process was not up."""
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Start a coroutine in this process."""
         context = copy_context()
         context.run(_process.set, self)
         return self.loop.create_task(work, context=context)
@@ -58,16 +58,11 @@ class Process:
         """Let a stalled process go on: all callbacks that came due meanwhile run at once."""
         if self.state == "stalled":
             self.state = "up"
-            deferred, self._deferred = self._deferred, []
-            for callback in deferred:
-                self.loop.enqueue(callback)
+            self.loop.soon.extend(self.deferred)
+            self.deferred.clear()
 
     def kill(self) -> None:
         self.state = "dead"
-
-    def defer(self, callback: Callback) -> None:
-        """Keep a callback until the process wakes, or is closed."""
-        self._deferred.append(callback)
 
     def close(self) -> None:
         """At the very end: let the process's coroutines end. Their requests must no longer reach the store."""
@@ -97,16 +92,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self.steps = 0
         self._last_move = 0
         """The step at which the time moved on last."""
-        self._soon: deque[Callback] = deque()
+        self.soon: deque[Callback] = deque()
         self._timers: list[tuple[float, int, Callback]] = []
         self._timer_number = 0
 
     def time(self) -> float:
-        """Return the virtual seconds since the loop was made."""
         return self.elapsed
 
     def run_in_executor(self, executor: Any, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:  # type: ignore[override]  # noqa: ARG002 - asyncio's
-        """Call the function at once."""
         future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(func(*args))
@@ -118,7 +111,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> asyncio.Handle:  # type: ignore[override]
         handle = Callback(self.elapsed, callback, args, self, context)
-        self._soon.append(handle)
+        self.soon.append(handle)
         return handle
 
     def call_soon_threadsafe(  # type: ignore[override]
@@ -139,33 +132,29 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         heapq.heappush(self._timers, (when, self._timer_number, handle))
         return handle
 
-    def enqueue(self, callback: Callback) -> None:
-        """Run a callback that was deferred."""
-        self._soon.append(callback)
-
     def run_out(self) -> None:
         """Run until nothing can run unless time passes, then stop."""
-        if self._soon:
+        if self.soon:
             self.call_soon(self.run_out, context=BESIDE)
         else:
             self.stop()
 
     def _run_once(self) -> None:
         """Run one callback. When none can run, move the time on to the next timer."""
-        while not self._soon:
+        while not self.soon:
             if not self._timers:
                 raise RuntimeError("nothing is scheduled in virtual time, and the main coroutine waits: it would wait for ever")
             when, _, timer = heapq.heappop(self._timers)
             if not timer.cancelled():
                 self.elapsed = max(self.elapsed, when)
                 self._last_move = self.steps
-                self._soon.append(timer)
-        callback = self._soon.popleft()
+                self.soon.append(timer)
+        callback = self.soon.popleft()
         if callback.cancelled():
             return
         process = callback.process
         if process is not None and process.state != "up":
-            process.defer(callback)
+            process.deferred.append(callback)
             return
         self.steps += 1
         if self.steps - self._last_move > STILL:
@@ -200,7 +189,6 @@ class SkippingLoop(asyncio.SelectorEventLoop):
         self._clock_resolution = 1e-6
 
     def is_busy(self) -> bool:
-        """Tell whether a thread is at work."""
         return self._calls > 0 or self.busy()
 
     def time(self) -> float:
@@ -237,7 +225,6 @@ class VirtualClock(Clock):
         return self.base + self.loop.elapsed
 
     def block(self, seconds: float) -> None:
-        """Move the time on."""
         self.loop.elapsed += seconds
 
 

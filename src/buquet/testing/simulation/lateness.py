@@ -123,7 +123,6 @@ class Outage:
         await self.play.until_done("the workers of an outage")
 
     def waiting(self) -> bool:
-        """Tell whether a task of this outage has not begun."""
         tasks = self.world.auditor.tasks
         return any(task_id not in tasks or tasks[task_id]["state"] == "pending" for task_id in self.ids)
 
@@ -140,7 +139,6 @@ class Outage:
             self.world.network.trap = (op, prefix, self.refuse)
 
     async def submit(self, node: Node, name: str, args: tuple[object, ...], delay: float = 0) -> None:
-        """Submit a task in good weather."""
         handle = await node.tasks[name].options(delay=delay or None).asubmit(*args)
         self.world.auditor.told_submitted(handle.id)
         self.lateness.prompt.add(handle.id)
@@ -151,7 +149,6 @@ class Outage:
         return self.play.node("c", self.random.uniform(-1, 1))
 
     def some(self) -> None:
-        """Submit a few tasks."""
         node = self.caller()
         for _ in range(self.random.randrange(1, 4)):
             self.play.callers.start(node, self.submit, "echo", (self.random.randrange(1000),))
@@ -159,14 +156,12 @@ class Outage:
     # ------------------------------------------------------------------ the looks
 
     async def due(self) -> None:
-        """Let a task come due."""
         delay = self.random.uniform(2, 25)
         self.play.callers.start(self.caller(), self.submit, "echo", (1,), delay)
         await self.play.pause(delay - self.random.uniform(0, 1))
         self.refuse(("list", "later/"))
 
     async def hint(self) -> None:
-        """Let the bell announce tasks."""
         self.refuse(("get", "bell/"))
         await self.play.pause(self.random.random())
         self.some()
@@ -182,7 +177,6 @@ class Outage:
         self.trap("list", "ready/")
 
     async def reaped(self) -> None:
-        """Reap a worker that runs a task."""
         self.play.callers.start(self.caller(), self.submit, "slow", (1, 30.0))
         await self.play.pause(8)
         self.trap("create", "workers/")

@@ -321,12 +321,9 @@ class LiveAuditor:
         return wrong
 
     def litter(self) -> list[str]:
-        """Return the entries and sessions that are left an hour after all work was done."""
-        return [f"litter: {key}" for key in (*sorted(self.entries), *sorted(self.sessions), *self._closed())]
-
-    def _closed(self) -> list[str]:
-        """Return the entries of runs that are over. A run that was left paused keeps its entry."""
-        return sorted(key for key in self.open if self.runs.get(key[5:37], {}).get("state", "missing") in RUN_OVER | {"missing"})
+        """Return the entries and sessions that are left an hour after all work was done. A paused run keeps its entry."""
+        closed = (key for key in self.open if self.runs.get(key[5:37], {}).get("state", "missing") in RUN_OVER | {"missing"})
+        return [f"litter: {key}" for key in (*sorted(self.entries), *sorted(self.sessions), *sorted(closed))]
 
 
 def _outcome(step: Json) -> tuple[object, ...]:

@@ -82,7 +82,6 @@ class Play:
         return node
 
     def worker(self) -> Node:
-        """Start a process with a worker."""
         node = self.node("w")
         node.work(concurrency=self.concurrency, ttl=self.world.ttl, grace=self.random.choice((0.0, 2.0)))
         return node
@@ -170,7 +169,6 @@ class Play:
             node.after_requests(random.randrange(1, 12), lambda: node.stall(seconds))
 
     def something_happens(self) -> None:  # noqa: C901, PLR0912 - a chain of what may happen
-        """One event of the storm."""
         random, callers, world = self.random, self.callers, self.world
         kind = random.random()
         if self.flows and random.random() < 0.35:
@@ -298,10 +296,6 @@ class Play:
                 return
             await self.pause(2)
 
-    def of_paused_run(self, task: dict[str, object]) -> bool:
-        """Tell whether a task belongs to a paused run."""
-        return bool(self.auditor.runs.get(str(task.get("run")), {}).get("paused"))
-
     def resume_runs(self) -> None:
         """Resume the paused runs: they rightly wait for ever."""
         for run_id, run in self.auditor.runs.items():
@@ -341,7 +335,6 @@ class Play:
         self.auditor.findings += self.auditor.litter()
 
     async def drain(self) -> None:
-        """Let a fresh worker drain the bucket."""
         node = self.node("fresh")
         node.work(drain=True, ttl=self.world.ttl, concurrency=8)
         if node.own_worker is not None:
@@ -349,7 +342,8 @@ class Play:
         began = self.world.loop.elapsed
         while node.alive and not self.auditor.findings:
             await self.pause(2)
-            if any(task["state"] not in OVER and self.of_paused_run(task) for task in self.auditor.tasks.values()):
+            paused = {run_id for run_id, run in self.auditor.runs.items() if run.get("paused")}
+            if any(task["state"] not in OVER and task.get("run") in paused for task in self.auditor.tasks.values()):
                 self.resume_runs()  # a late write may add a step after all was quiet
             if self.world.loop.elapsed - began > LIMIT:
                 self.auditor.report(f"stuck: a fresh worker is not done after {LIMIT:g} s")

@@ -49,7 +49,7 @@ class InlineThreads:
         return result
 
     def close(self) -> None:
-        """Do nothing: there are no threads."""
+        pass  # there are no threads
 
 
 class Node(App):
@@ -81,7 +81,6 @@ class Node(App):
 
     @property
     def alive(self) -> bool:
-        """Whether the process is up or stalled."""
         return self.process.state != "dead"
 
     def _sent(self) -> None:
@@ -95,7 +94,6 @@ class Node(App):
         self._countdown, self._then = count, then
 
     def work(self, **options: Any) -> None:
-        """Start a worker in this process."""
         worker = self.own_worker = self.worker(heartbeat_thread=False, **options)
         worker.executor.threads = InlineThreads(self.clock)  # type: ignore[assignment]
         self.process.spawn(self._run_worker(worker))
@@ -200,7 +198,6 @@ class World:
         """Tasks of runs whose handlers have completed, in any process."""
 
     def note(self, who: str, what: str) -> None:
-        """Add a line to the trace."""
         line = f"{self.loop.elapsed:10.3f} {who:8} {what}"
         self.hash.update(line.encode())
         self.lines.append(line)

@@ -220,7 +220,7 @@ def test_a_queue_is_paused_and_goes_on(world: World) -> None:
 def test_a_schedule_is_triggered_paused_and_resumed(world: World) -> None:
     page = world.pages("/schedules")
     shows(page, "often <b>")
-    page.get_by_role("button", name="Run now").click()
+    page.get_by_role("button", name="Trigger").click()
     shows(page, "was submitted")
     submitted = re.search(r"Task ([0-9a-f]{32})", page.locator(".said").inner_text())
     assert submitted
@@ -354,7 +354,7 @@ def test_a_run_is_found_followed_signalled_and_completes(world: World) -> None:
     graph.locator("a", has_text="again").first.click()
     page.wait_for_url("**/tasks/*")
     shows(page, "completed")
-    page.get_by_role("link", name="Its run").click()
+    page.get_by_role("link", name="Workflow run").click()
     page.wait_for_url(f"**/runs/{run.id}")
     expect(listed.locator("tr", has=listed.locator(f"a[href='/runs/{run.id}']"))).to_contain_text("completed", timeout=SOON)
     listed.get_by_role("searchbox").fill(run.id)

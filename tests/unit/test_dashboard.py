@@ -7,11 +7,13 @@ import json
 import re
 import socket
 import time
+from base64 import b64decode, b64encode
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from itsdangerous import TimestampSigner
 from starlette.datastructures import URL
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
@@ -21,7 +23,7 @@ from buquet.cli.main import cli
 from buquet.clock import Clock
 from buquet.dashboard import guard, serve
 from buquet.dashboard.app import GET, dashboard
-from buquet.dashboard.sessions import CROWD, Sessions
+from buquet.dashboard.sessions import CROWD, Logins, cookie_name
 from buquet.errors import StoreRefused, StoreUnavailable, UsageError
 from buquet.insights.feed import MOST_RECORDS
 from buquet.operate.bench import CountingStore
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 HERE = "http://127.0.0.1:8000"
-COOKIE = Sessions(Clock(), None, "memory:").cookie_name("session", URL(HERE))
+COOKIE = cookie_name("memory:", URL(HERE))
 HOSTILE = "<script>alert('1')</script>\"&'é\u202e"
 PAGES = [path for path in GET if "{" not in path and path not in {"/events", "/login", "/run.css"}]
 
@@ -354,7 +356,7 @@ def test_a_store_that_refuses_is_named_as_that() -> None:
     with app.on_store(Closed(app.clock)):
         browser = Browser(app)
         page = browser.get(f"/runs/{'0' * 32}").text
-        assert "The store refuses that" in page
+        assert "The store refused the request" in page
         assert "does not answer" not in page
         for path in ("/", "/tasks", "/errors", "/workers", "/queues", "/runs", "/schedules"):
             assert "403 AccessDenied" in browser.get(path).text, path
@@ -390,7 +392,7 @@ def test_a_refused_worker_says_so_on_its_page(app: App) -> None:
     app.background.run(lambda: app.client.store.put(keys.session(worker), json.dumps(session).encode()), "a session")
     page = Browser(app).get("/workers").text
     assert "403 AccessDenied" in page
-    assert "The store refused it a request" in page
+    assert "The store refused a request of this worker" in page
 
 
 @pytest.mark.parametrize("path", ["/", "/errors", "/queues", "/tasks", "/runs"])
@@ -513,12 +515,10 @@ def test_a_form_that_is_too_large_or_odd_is_refused(app: App) -> None:
 
 
 def test_cookies_cannot_be_read_by_scripts_or_sent_from_elsewhere(app: App) -> None:
-    header = Browser(app).get("/").headers["set-cookie"]
-    assert "HttpOnly" in header
-    assert "SameSite=Strict" in header
-    assert "Secure" not in header
-    secure = TestClient(dashboard(app), base_url="https://127.0.0.1").get("/").headers["set-cookie"]
-    assert "Secure" in secure
+    _, *attributes = Browser(app).get("/").headers["set-cookie"].split("; ")
+    assert attributes == ["path=/", "httponly", "samesite=strict"]
+    _, *attributes = TestClient(dashboard(app), base_url="https://127.0.0.1").get("/").headers["set-cookie"].split("; ")
+    assert attributes == ["path=/", "httponly", "samesite=strict", "secure"]
 
 
 @pytest.mark.parametrize(
@@ -591,7 +591,7 @@ class TestPassword:
         second.post("/login", {"password": "y", "token": second.token("/login")}, origin=origin)
         for browser in (first, second, first):
             assert browser.get("/tasks").url.path == "/tasks"
-        names = {Sessions(Clock(), None, url).cookie_name("session", URL(HERE)) for url in ("s3://a/x", "s3://a/y")}
+        names = {cookie_name(url, URL(HERE)) for url in ("s3://a/x", "s3://a/y")}
         assert len(names) == 2, "so do two stores behind one proxy"
 
     def test_who_logged_in_and_what_was_done_is_in_the_log(self, app: App, caplog: pytest.LogCaptureFixture) -> None:
@@ -611,16 +611,21 @@ class TestPassword:
 
     def test_a_cookie_of_ones_own_making_opens_nothing(self, app: App) -> None:
         browser = Browser(app, password="x")
-        forged = Sessions(app.clock, "x")
-        for cookie in (forged.cookie(forged.new(inside=True)), "a.1.9999999999.", "", "é", "a.b.c.d.e"):
+        until = app.clock.now() + 3600
+
+        def payload(session: dict[str, Any]) -> bytes:
+            return b64encode(json.dumps(session).encode())
+
+        forged = TimestampSigner("another secret").sign(payload({"id": "a", "token": "b", "until": until})).decode()
+        for cookie in (forged, "a.1.9999999999.", "", "é", "a.b.c.d.e", payload({"until": until}).decode()):
             browser.client.cookies.clear()
             answer = browser.client.get("/", headers={"cookie": f"{COOKIE}={cookie}".encode()}, follow_redirects=False)
             assert answer.status_code == 303, cookie
         browser.get("/login")
-        mine = browser.client.cookies[COOKIE]
+        body, _, signature = browser.client.cookies[COOKIE].partition(".")
         browser.client.cookies.clear()
-        raised = mine.replace(".0.", ".1.", 1)
-        answer = browser.client.get("/", headers={"cookie": f"{COOKIE}={raised}"}, follow_redirects=False)
+        raised = payload(json.loads(b64decode(body)) | {"until": until}).decode()
+        answer = browser.client.get("/", headers={"cookie": f"{COOKIE}={raised}.{signature}"}, follow_redirects=False)
         assert answer.status_code == 303
 
     def test_the_login_form_needs_its_token_too(self, app: App) -> None:
@@ -639,11 +644,11 @@ async def test_wrong_passwords_are_slow_one_after_another_and_few_at_a_time() ->
             slept.append(seconds)
             await asyncio.sleep(0)
 
-    sessions = Sessions(Slow(), "right")
-    tried = await asyncio.gather(*(sessions.is_password("wrong", "here") for _ in range(CROWD + 6)))
+    logins = Logins(Slow(), "right")
+    tried = await asyncio.gather(*(logins.is_password("wrong", "here") for _ in range(CROWD + 6)))
     assert tried.count(None) == 5
     assert sum(slept) == (CROWD + 1) * 0.5
-    assert await sessions.is_password("right", "here")
+    assert await logins.is_password("right", "here")
 
 
 @pytest.mark.parametrize("origin", ["here", "there"])
@@ -657,12 +662,12 @@ async def test_wrong_passwords_in_flight_do_not_lock_the_right_one_out(origin: s
             await turn.wait()
             turn.clear()
 
-    sessions = Sessions(Stands(), "right")
-    wrong = [asyncio.create_task(sessions.is_password("wrong", "here")) for _ in range(CROWD + 1)]
+    logins = Logins(Stands(), "right")
+    wrong = [asyncio.create_task(logins.is_password("wrong", "here")) for _ in range(CROWD + 1)]
     await asyncio.sleep(0)
-    right = asyncio.create_task(sessions.is_password("right", origin))
+    right = asyncio.create_task(logins.is_password("right", origin))
     await asyncio.sleep(0)
-    later = [asyncio.create_task(sessions.is_password("wrong", "here")) for _ in range(5 if origin == "there" else 0)]
+    later = [asyncio.create_task(logins.is_password("wrong", "here")) for _ in range(5 if origin == "there" else 0)]
     await asyncio.sleep(0)
     turn.set()  # the one whose turn it was is told that it is wrong
     async with asyncio.timeout(10):
@@ -671,12 +676,10 @@ async def test_wrong_passwords_in_flight_do_not_lock_the_right_one_out(origin: s
     for each in (*wrong, *later):
         each.cancel()
     await asyncio.gather(*wrong, *later, return_exceptions=True)
-    assert await sessions.is_password("right", "here"), "those that were given up on keep nobody waiting"
+    assert await logins.is_password("right", "here"), "those that were given up on keep nobody waiting"
 
 
 def test_an_old_session_is_worth_nothing() -> None:
-    from buquet.clock import Clock
-
     class Moved(Clock):
         ahead = 0.0
 
@@ -684,11 +687,12 @@ def test_an_old_session_is_worth_nothing() -> None:
             return super().now() + self.ahead
 
     clock = Moved()
-    sessions = Sessions(clock, "x", "memory:")
-    cookie = sessions.cookie(sessions.new(inside=True))
-    assert sessions.read(cookie)
-    clock.ahead = 13 * 3600
-    assert sessions.read(cookie) is None
+    with App("memory:", clock=clock) as app:
+        browser = Browser(app, password="x")
+        browser.post("/login", {"password": "x", "token": browser.token("/login")})
+        assert browser.get("/tasks").url.path == "/tasks"
+        clock.ahead = 13 * 3600
+        assert browser.get("/tasks").url.path == "/login"
 
 
 def test_a_page_that_is_opened_often_asks_the_store_once() -> None:

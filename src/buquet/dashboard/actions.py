@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from typing import TYPE_CHECKING
-from urllib.parse import quote
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 from starlette.responses import RedirectResponse
 
 from buquet import keys
-from buquet.dashboard import runs
-from buquet.dashboard.guard import local, who
-from buquet.errors import BuquetError, Refused
+from buquet.app import App
+from buquet.concurrency import each_of
+from buquet.dashboard.guard import local
+from buquet.dashboard.sessions import who
+from buquet.errors import BuquetError, Refused, UsageError
 from buquet.insights.overview import group_of
 from buquet.printing import counted
-from buquet.records import LATEST
+from buquet.records import ABSENT, LATEST
+from buquet.workflow.schemas import Form, form_of
+from buquet.workflow.sending import send_signal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -25,8 +29,6 @@ if TYPE_CHECKING:
 
     from buquet.dashboard.board import Board
 
-    Action = Callable[[Board, str, Mapping[str, str]], Awaitable[str]]
-
 log = logging.getLogger("buquet.dashboard")
 
 AT_ONCE = 32
@@ -34,169 +36,149 @@ AT_ONCE = 32
 MOST = 5000
 """Tasks of a group that one press redrives."""
 LONGEST = 500
-"""Characters of a message that is told on the next page."""
+"""Characters of a message on the next page."""
+
+
+@dataclass(frozen=True)
+class Button:
+    """What one button does to its target, by one call of the App."""
+
+    call: Callable[[App, str], Awaitable[Any]]
+    changes: tuple[str, ...]
+    """What the feed must read again; `{}` is the target."""
+    message: str | Mapping[Any, str]
+    """The message on the next page, or one for each result of the call."""
+
+    async def run(self, board: Board, target: str, _: Mapping[str, str]) -> str:
+        """Act on the target, and return the message."""
+        result = await self.call(board.app, target)
+        board.feed.changed(*(topic.format(target) for topic in self.changes))
+        message = self.message if isinstance(self.message, str) else self.message[result]
+        return message.format(target, result=result)
+
+
+async def redrive_group(board: Board, target: str, form: Mapping[str, str]) -> str:
+    """Run the tasks of an error group again that the page counted and that are still failed. Of steps, retry the runs."""
+    times = (form.get("since", "0"), form.get("until", str(LATEST)))
+    since, until = (int(text) if text.isdecimal() and len(text) < keys.MOST_DIGITS else 0 for text in times)
+    ids = list(dict.fromkeys(line.id for line in group_of(board.feed.journal.lines, target, since, until)))
+    if not ids:
+        return "Not done: none of these failures is known any more. Search the failed tasks."
+    redriven = refused = 0
+    retried: set[str] = set()
+
+    async def redrive(task_id: str) -> None:
+        nonlocal redriven, refused
+        try:
+            record = (await board.app.client.read(task_id)).record
+            if record.state != "failed":
+                raise Refused("the task is no longer failed")
+            if not record.run:
+                await board.app.client.redrive(task_id)
+                redriven += 1
+            elif record.run not in retried:
+                retried.add(record.run)
+                await board.app.run(record.run).aretry()
+        except BuquetError:
+            refused += 1
+
+    await each_of(ids[:MOST], redrive, AT_ONCE)
+    board.feed.changed("backlog", "runs")
+    parts = (
+        (redriven or not retried, f"{counted(redriven, 'task waits', 'tasks wait')} again."),
+        (retried, f"{counted(len(retried), 'run goes', 'runs go')} on from the failed steps."),
+        (refused, f"{refused:,} refused: no longer failed, or gone."),
+        (len(ids) > MOST, f"{len(ids) - MOST:,} more to do: press again."),
+    )
+    return " ".join(text for wanted, text in parts if wanted)
+
+
+async def signal_run(board: Board, target: str, form: Mapping[str, str]) -> str:
+    """Send a signal to a run. Raises UsageError for a value that is no JSON or does not fit."""
+    name = form.get("name", "").strip()
+    # the page names the waiting step, since two steps may wait for one signal
+    step = (await board.app.run(target).agraph()).steps.get(name)
+    body = _body(form_of(step.schema if step else ABSENT), name, form.get("value", ""))
+    await send_signal(board.app.client, target, step.signal if step else name, body, None, "by the dashboard")
+    board.feed.changed("runs", f"run:{target}")
+    return f"The signal {name!r} was sent."
+
+
+def _body(form: Form, name: str, value: str) -> bytes:
+    """Return the value of a form's field as JSON. Raises UsageError."""
+    if form.kind == "text":
+        return msgspec.json.encode(value)
+    text = value.strip() or ("null" if form.optional else "")
+    try:
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        what = f"is no JSON ({error}): a text needs quotes" if text else "is missing"
+        raise UsageError(f"the value of signal {name!r} {what}. Such a value fits: {form.example}") from None
+    return text.encode()
+
+
+RUN = ("runs", "run:{}")
+TASK = ("backlog", "task:{}")
+BUTTONS = {
+    "cancel-task": Button(
+        App.acancel,
+        ("workers", *TASK),
+        {
+            "cancelled": "The task is cancelled.",
+            "requested": "The worker was asked to stop the task. A handler that completes first stays completed.",
+        },
+    ),
+    "redrive-task": Button(App.aredrive, TASK, "The task waits again, with all of its attempts."),
+    "pause-queue": Button(
+        App.apause_queue,
+        ("settings",),
+        {
+            True: "Queue {} is paused: running tasks go on, and no new task starts.",
+            False: "Queue {} was paused already.",
+        },
+    ),
+    "resume-queue": Button(App.aresume_queue, ("settings",), {True: "Queue {} goes on.", False: "Queue {} was not paused."}),
+    "drain-worker": Button(
+        App.adrain_worker, ("workers",), "The worker was asked to claim nothing more, to finish its running tasks, and to end."
+    ),
+    "pause-worker": Button(App.apause_worker, ("workers",), "The worker was asked to claim nothing. Its running tasks go on."),
+    "resume-worker": Button(App.aresume_worker, ("workers",), "The worker was asked to go on."),
+    "trigger-schedule": Button(App.atrigger_schedule, ("schedules", "backlog"), "Task {result.id} was submitted."),
+    "pause-schedule": Button(App.apause_schedule, ("schedules",), "Schedule {} is paused."),
+    "resume-schedule": Button(App.aresume_schedule, ("schedules",), "Schedule {} goes on. Missed fires are not caught up."),
+    "cancel-run": Button(
+        lambda app, run: app.run(run).acancel(),
+        RUN,
+        {
+            "cancelled": "The run is cancelled.",
+            "requested": "The run is being cancelled: completed steps are undone first.",
+        },
+    ),
+    "pause-run": Button(
+        lambda app, run: app.run(run).apause(), RUN, "The run is paused: running steps go on, and no new step starts."
+    ),
+    "resume-run": Button(lambda app, run: app.run(run).aresume(), RUN, "The run goes on."),
+    "retry-run": Button(lambda app, run: app.run(run).aretry(), RUN, "The run goes on from its failed steps."),
+}
+ACTIONS: dict[str, Callable[[Board, str, Mapping[str, str]], Awaitable[str]]] = {
+    **{name: button.run for name, button in BUTTONS.items()},
+    "redrive-group": redrive_group,
+    "signal-run": signal_run,
+}
 
 
 async def act(board: Board, request: Request) -> Response:
-    """Carry out a form, and go back with what came of it."""
+    """Carry out a form, and go back with a message."""
     form: dict[str, str] = request.state.form
     name, target = form.get("action", ""), form.get("target", "")
     action = ACTIONS.get(name)
     if action is None:
-        said = f"this dashboard cannot {name[:40]!r}"
+        message = f"this dashboard cannot {name[:40]!r}"
     else:
         try:
-            said = await action(board, target, form)
+            message = await action(board, target, form)
         except (BuquetError, TimeoutError) as error:
-            said = f"Not done: {error}"
-    log.info("%s %s: %s. %s", name[:40], target[:200], who(request), said[:LONGEST])
-    response = RedirectResponse(local(form.get("back")), 303)
-    # quoted: a cookie holds no quotes, line ends, or letters beyond ASCII
-    response.set_cookie(
-        board.sessions.cookie_name("said", request.url),
-        board.sessions.sign("said", quote(said[:LONGEST])),
-        max_age=60,
-        httponly=True,
-        samesite="strict",
-        secure=request.url.scheme == "https",
-    )
-    return response
-
-
-async def cancel_task(board: Board, target: str, _: Mapping[str, str]) -> str:
-    """Cancel a task."""
-    outcome = await board.app.client.cancel(target)
-    board.feed.changed("workers", "backlog", f"task:{target}")
-    if outcome == "requested":
-        return "Its worker was asked to stop it. A handler that ends first stays completed."
-    return "The task is cancelled."
-
-
-async def redrive_task(board: Board, target: str, _: Mapping[str, str]) -> str:
-    """Run an ended task again."""
-    await board.app.client.redrive(target)
-    board.feed.changed("backlog", f"task:{target}")
-    return "The task waits again, with all of its attempts before it."
-
-
-async def redrive_group(board: Board, target: str, form: Mapping[str, str]) -> str:
-    """Run the tasks of an error group that the page counted again, if still failed; of those that are steps, the runs go on."""
-    times = (form.get("since", "0"), form.get("until", str(LATEST)))
-    since, until = (int(each) if each.isdecimal() and len(each) < keys.MOST_DIGITS else 0 for each in times)
-    ids = list(dict.fromkeys(line.id for line in group_of(board.feed.journal.lines, target, since, until)))
-    if not ids:
-        return "Not done: nothing that failed so is known any more. Search the tasks that failed."
-    lane = asyncio.Semaphore(AT_ONCE)
-    redriven = refused = 0
-    runs_met: set[str] = set()
-
-    async def one(task_id: str) -> None:
-        nonlocal redriven, refused
-        async with lane:
-            try:
-                record = (await board.app.client.read(task_id)).record
-                if record.state != "failed":
-                    raise Refused("it is not failed any more")
-                if not record.run:
-                    await board.app.client.redrive(task_id)
-                    redriven += 1
-                elif record.run not in runs_met:
-                    runs_met.add(record.run)
-                    await board.app.run(record.run).aretry()
-            except BuquetError:
-                refused += 1
-
-    await asyncio.gather(*map(one, ids[:MOST]))
-    board.feed.changed("backlog", "runs")
-    return _told(redriven, len(runs_met), refused, len(ids) - MOST)
-
-
-def _told(redriven: int, retried: int, refused: int, left: int) -> str:
-    """Say what came of a group that was run again."""
-    said: list[str] = []
-    if redriven or not retried:
-        said.append(f"{counted(redriven, 'task waits', 'tasks wait')} again.")
-    if retried:
-        said.append(f"{counted(retried, 'run goes', 'runs go')} on from the failed steps.")
-    if refused:
-        said.append(f"{refused:,} refused: not failed any more, or gone.")
-    if left > 0:
-        said.append(f"{left:,} more are to be done: press again.")
-    return " ".join(said)
-
-
-async def pause_queue(board: Board, target: str, _: Mapping[str, str]) -> str:
-    """Let workers claim nothing more of a queue."""
-    fresh = await board.app.apause_queue(target)
-    board.feed.changed("settings")
-    return (
-        f"Queue {target} is paused: what runs goes on, nothing more is claimed."
-        if fresh
-        else f"Queue {target} was paused already."
-    )
-
-
-async def resume_queue(board: Board, target: str, _: Mapping[str, str]) -> str:
-    """Let workers claim from a queue again."""
-    fresh = await board.app.aresume_queue(target)
-    board.feed.changed("settings")
-    return f"Queue {target} goes on." if fresh else f"Queue {target} was not paused."
-
-
-async def drain_worker(board: Board, target: str, _: Mapping[str, str]) -> str:
-    """Ask a worker to end after what it runs."""
-    await board.app.adrain_worker(target)
-    board.feed.changed("workers")
-    return "The worker was asked to claim nothing more, to finish what it runs, and to end."
-
-
-async def pause_worker(board: Board, target: str, _: Mapping[str, str]) -> str:
-    """Ask a worker to claim nothing for now."""
-    await board.app.apause_worker(target)
-    board.feed.changed("workers")
-    return "The worker was asked to claim nothing; what it runs goes on."
-
-
-async def resume_worker(board: Board, target: str, _: Mapping[str, str]) -> str:
-    """Ask a worker to claim again."""
-    await board.app.aresume_worker(target)
-    board.feed.changed("workers")
-    return "The worker was asked to go on."
-
-
-async def trigger_schedule(board: Board, target: str, _: Mapping[str, str]) -> str:
-    """Submit a schedule's task now."""
-    handle = await board.app.atrigger_schedule(target)
-    board.feed.changed("schedules", "backlog")
-    return f"Task {handle.id} was submitted."
-
-
-async def pause_schedule(board: Board, target: str, _: Mapping[str, str]) -> str:
-    """Let a schedule fire no more."""
-    await board.app.apause_schedule(target)
-    board.feed.changed("schedules")
-    return f"Schedule {target} is paused."
-
-
-async def resume_schedule(board: Board, target: str, _: Mapping[str, str]) -> str:
-    """Let a schedule fire again."""
-    await board.app.aresume_schedule(target)
-    board.feed.changed("schedules")
-    return f"Schedule {target} goes on; what passed meanwhile is not caught up."
-
-
-ACTIONS: dict[str, Action] = {
-    "cancel-task": cancel_task,
-    "redrive-task": redrive_task,
-    "redrive-group": redrive_group,
-    "pause-queue": pause_queue,
-    "resume-queue": resume_queue,
-    "drain-worker": drain_worker,
-    "pause-worker": pause_worker,
-    "resume-worker": resume_worker,
-    "trigger-schedule": trigger_schedule,
-    "pause-schedule": pause_schedule,
-    "resume-schedule": resume_schedule,
-    "signal-run": runs.signal,
-    **{f"{move}-run": runs.move for move in runs.MOVES},
-}
+            message = f"Not done: {error}"
+    log.info("%s %s: %s. %s", name[:40], target[:200], who(request), message[:LONGEST])
+    request.session["said"] = message[:LONGEST]
+    return RedirectResponse(local(form.get("back")), 303)

@@ -12,10 +12,10 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from buquet.dashboard import actions, events, pages, runs, sessions
+from buquet.dashboard import actions, events, pages
 from buquet.dashboard.board import HERE, Board
 from buquet.dashboard.guard import Guard
-from buquet.dashboard.sessions import Sessions
+from buquet.dashboard.sessions import Logins, SessionCookies
 from buquet.errors import BuquetError, RunNotFound, StoreError, StoreRefused, TaskNotFound
 from buquet.insights.feed import Feed
 
@@ -40,13 +40,13 @@ GET = {
     "/workers": pages.workers,
     "/queues": pages.queues,
     "/schedules": pages.schedules,
-    "/runs": runs.runs,
-    "/runs/{id}": runs.run,
-    "/run.css": runs.style,
+    "/runs": pages.runs,
+    "/runs/{id}": pages.run,
+    "/run.css": pages.style,
     "/events": events.events,
-    "/login": sessions.login_form,
+    "/login": pages.login_form,
 }
-POST = {"/act": actions.act, "/login": sessions.login, "/logout": sessions.logout}
+POST = {"/act": actions.act, "/login": pages.login, "/logout": pages.logout}
 
 
 def dashboard(
@@ -57,16 +57,16 @@ def dashboard(
     loopback: bool = True,
     hosts: Collection[str] = (),
 ) -> Starlette:
-    """Return the dashboard of an App's store; `feed` of its `state` follows it.
+    """Return the dashboard of an App's store. Its `state.feed` follows the store.
 
     `password`: what a browser must give before it sees anything. `read_only`: no buttons, and no form is taken.
-    `loopback`: it is bound to this machine only, so that without a password other names than this machine's are refused; bound
-    elsewhere, addresses are served, too. `hosts`: more names under which it is served without a password; `*` is any.
+    `loopback`: whether it listens on this machine only. If so, it is served without a password under this machine's names only;
+    if not, under any address as well. `hosts`: more names under which it is served without a password; `*` is any.
 
     >>> dashboard(App("memory:"), read_only=True)  # doctest: +ELLIPSIS, +SKIP
     <starlette.applications.Starlette object at ...>
     """
-    board = Board(app, Feed(app.client), Sessions(app.clock, password, app.url), read_only)
+    board = Board(app, Feed(app.client), Logins(app.clock, password), read_only)
 
     def bound(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -74,7 +74,7 @@ def dashboard(
                 return await handler(board, request)
             except (BuquetError, HTTPException):
                 raise
-            except Exception as error:  # here, within the guard: the page of an error has navigation and headers, too
+            except Exception as error:  # within the guard, so that the page has navigation and headers
                 log.exception("%s %s", request.method, request.url.path)
                 return _problem(board, request, error)
 
@@ -96,7 +96,10 @@ def dashboard(
             *(Route(path, bound(handler), methods=["POST"]) for path, handler in POST.items()),
             Mount("/static", StaticFiles(directory=HERE / "static")),
         ],
-        middleware=[Middleware(Guard, sessions=board.sessions, read_only=read_only, loopback=loopback, hosts=hosts)],
+        middleware=[
+            Middleware(SessionCookies, app.url),
+            Middleware(Guard, board.logins, read_only, loopback, {host.lower() for host in hosts}),
+        ],
         exception_handlers={BuquetError: failed, HTTPException: failed},
         lifespan=lifespan,
     )
@@ -105,16 +108,18 @@ def dashboard(
 
 
 def _problem(board: Board, request: Request, error: Exception) -> Response:
-    """Say what is wrong, in the dashboard's own form."""
+    """Show an error as a page of the dashboard."""
+    status, title, text = 500, "This page cannot be shown", str(error)
     if isinstance(error, HTTPException):
-        said = "There is no such page." if error.status_code == 404 else error.detail  # noqa: PLR2004 - HTTP's own number
-        return board.page(request, "problem.html", error.status_code, topic="", title="Not here", text=said)
-    if isinstance(error, TaskNotFound | RunNotFound):
-        return board.page(request, "problem.html", 404, topic="", title="Not found", text=str(error))
-    if isinstance(error, StoreError):
-        title = "The store refuses that" if isinstance(error, StoreRefused) else "The store does not answer"
-        return board.page(request, "problem.html", 503, topic="", title=title, text=str(error))
-    if isinstance(error, BuquetError):
-        return board.page(request, "problem.html", 409, topic="", title="That does not work", text=str(error))
-    said = f"This is a defect of buquet, and the log of the dashboard has the traceback. It is of this page only. {error!r}"
-    return board.page(request, "problem.html", 500, topic="", title="This page cannot be shown", text=said)
+        missing = error.status_code == 404  # noqa: PLR2004 - HTTP's own number
+        status, title, text = error.status_code, "Not here", "There is no such page." if missing else error.detail
+    elif isinstance(error, TaskNotFound | RunNotFound):
+        status, title = 404, "Not found"
+    elif isinstance(error, StoreError):
+        status = 503
+        title = "The store refused the request" if isinstance(error, StoreRefused) else "The store does not answer"
+    elif isinstance(error, BuquetError):
+        status, title = 409, "This does not work"
+    else:
+        text = f"This is a defect of buquet, on this page only. The log of the dashboard has the traceback. {error!r}"
+    return board.page(request, "problem.html", status, topic="", title=title, text=text)

@@ -1,4 +1,4 @@
-"""Server-sent events: a browser hears that what it shows was looked at, and asks for its page again. No data is in them."""
+"""Server-sent events: tell a browser that its page has news, so that the browser loads the page again. They carry no data."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
     from buquet.dashboard.board import Board
 
 MOST = 500
-"""Pages that may follow at once, of all browsers."""
+"""Streams at once, of all browsers."""
 MOST_EACH = 100
-"""Pages that may follow at once, of browsers at one address."""
+"""Streams at once, of the browsers at one address."""
 
 
 async def events(board: Board, request: Request) -> Response:
-    """Tell of news of one topic until the browser leaves. Raises TaskNotFound, RunNotFound, UnreadableRecord."""
+    """Stream the news of one topic until the browser leaves. Raises TaskNotFound, RunNotFound, UnreadableRecord."""
     topic = request.query_params.get("topic", "")
     kind, _, name = topic.partition(":")
     if topic not in TOPICS and not (kind in {"task", "run"} and keys.is_id(name)):
-        return PlainTextResponse("nothing is followed under this name\n", 404)
+        return PlainTextResponse("there is no such topic\n", 404)
     origin = request.client.host if request.client else ""
-    with suppress(StoreError):  # a store that does not answer is what the page is to hear of
+    with suppress(StoreError):  # the page then shows that the store does not answer
         if kind == "task":
             await board.feed.task(name)
         elif kind == "run":
             await find_run(board.app.client, name)
 
-    # nothing is awaited from here to where the answer takes its place: requests that come at once must not pass together
+    # nothing is awaited from here until the stream is counted: requests that come at once must not pass together
     if board.following.total() >= MOST or board.following[origin] >= MOST_EACH or not board.feed.has_room(topic):
-        return PlainTextResponse("too many follow already\n", 503)
+        return PlainTextResponse("there are too many streams already\n", 503)
 
     async def stream() -> AsyncGenerator[str]:
         yield "retry: 3000\n\n"
@@ -52,28 +52,28 @@ async def events(board: Board, request: Request) -> Response:
             async for version in ticks:
                 yield ":\n\n" if version is None else f"data: {version}\n\n"
 
-    answer = _Events(stream(), media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"})
-    answer.place = _place(board, origin, topic)
+    answer = _Stream(stream(), media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+    answer.counted = _counted(board, origin, topic)
     return answer
 
 
-class _Events(StreamingResponse):
-    """A stream that has its place for as long as it is sent."""
+class _Stream(StreamingResponse):
+    """A stream that counts for as long as it is sent."""
 
-    place: AbstractContextManager[None]
+    counted: AbstractContextManager[None]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        with self.place:
+        """Send the stream."""
+        with self.counted:
             await super().__call__(scope, receive, send)
 
 
 @contextmanager
-def _place(board: Board, origin: str, topic: str) -> Generator[None]:
+def _counted(board: Board, origin: str, topic: str) -> Generator[None]:
     board.following[origin] += 1
     try:
         with board.feed.wanted(topic):
             yield
     finally:
         board.following[origin] -= 1
-        board.following += Counter()  # drops addresses from where nobody follows
+        board.following += Counter()  # drops addresses without streams

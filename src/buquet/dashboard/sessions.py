@@ -1,199 +1,141 @@
-"""Who may do what: signed cookies, the password, the token that every form carries, and whose turn to log in it is."""
+"""Who is logged in: the cookie of a browser's session, the password, and whose turn it is to try one."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import hmac
-import logging
-import secrets  # noqa: TID251 - what must not be guessed cannot come from a clock that a simulation decides
-from dataclasses import dataclass
+import secrets  # noqa: TID251 - secrets cannot come from a clock that a simulation decides
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from starlette.responses import RedirectResponse
-
-from buquet.dashboard.guard import local, who
+from starlette.datastructures import URL
+from starlette.middleware.sessions import SessionMiddleware
 
 if TYPE_CHECKING:
-    from starlette.datastructures import URL
     from starlette.requests import Request
-    from starlette.responses import Response
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from buquet.clock import Clock
-    from buquet.dashboard.board import Board
-
 
 LASTS = 12 * 3600
-"""Seconds for which a login is good."""
+"""Seconds until a login ends."""
 WRONG = 0.5
-"""Seconds that a wrong password takes, one after another."""
+"""Seconds that a wrong password takes. One password is checked at a time."""
 CROWD = 20
-"""Logins that may wait for their turn; one more, and the one that has waited longest is refused."""
+"""Logins that may wait for their turn. One more, and the oldest is refused."""
 
 
-@dataclass(frozen=True)
-class Session:
-    """One browser."""
+@dataclass
+class SessionCookies:
+    """Starlette's sessions, in a cookie of each dashboard: browsers share cookies between the ports of a host."""
 
-    name: str
-    """A random name."""
-    inside: bool
-    """It gave the password."""
+    app: ASGIApp
+    store: str
+    secret: str = field(default_factory=secrets.token_hex)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Give the request its session."""
+        app = self.app
+        if scope["type"] == "http":
+            url = URL(scope=scope)
+            name = cookie_name(self.store, url)
+            secure = url.scheme == "https"
+            app = SessionMiddleware(app, self.secret, name, max_age=None, same_site="strict", https_only=secure)
+        await app(scope, receive, send)
 
 
-class Sessions:
-    """Makes and checks cookies and tokens. They are good for as long as this process runs."""
+def cookie_name(store: str, url: URL) -> str:
+    """Return the name of the session's cookie of one dashboard.
 
-    def __init__(self, clock: Clock, password: str | None, store: str = "") -> None:
-        self.clock = clock
-        self.password = password
-        self._mark = hashlib.sha256(store.encode()).hexdigest()[:8]
-        self._secret = secrets.token_bytes(32)
-        self._revoked: dict[str, float] = {}
-        """The sessions that were logged out, and until when their cookies would be good."""
-        self._waiting: list[tuple[str, asyncio.Future[bool]]] = []
-        """Logins that wait for their turn, and from where they come; the oldest first."""
-        self._served: str | None = None
-        """From where the login comes whose turn it is."""
+    >>> cookie_name("memory:", URL("http://localhost:8000/tasks"))
+    'buquet_session_b656fafe_8000'
+    """
+    return f"buquet_session_{hashlib.sha256(store.encode()).hexdigest()[:8]}_{url.port or url.scheme}"
 
-    def cookie_name(self, what: str, url: URL) -> str:
-        """Return a cookie's name. Browsers share cookies between the ports of a host, and so between the dashboards on it.
 
-        >>> from buquet.clock import Clock
-        >>> from starlette.datastructures import URL
-        >>> Sessions(Clock(), None, "memory:").cookie_name("session", URL("http://localhost:8000/tasks"))
-        'buquet_session_b656fafe_8000'
-        """
-        return f"buquet_{what}_{self._mark}_{url.port or url.scheme}"
+def form_token(request: Request) -> str:
+    """Return the token that each form of a session carries, which a page of another site cannot know. Begins a session."""
+    if "token" not in request.session:
+        request.session.update(id=secrets.token_urlsafe(16), token=secrets.token_hex())
+    return request.session["token"]
 
-    def new(self, *, inside: bool = False) -> Session:
-        """Return a session for a browser that has none."""
-        return Session(secrets.token_urlsafe(16), inside)
 
-    def cookie(self, session: Session) -> str:
-        """Return the cookie that names a session."""
-        ends = int(self.clock.now()) + LASTS
-        return self.sign("session", f"{session.name}.{int(session.inside)}.{ends}")
+def who(request: Request) -> str:
+    """Return the address and the session of a request, for the log.
 
-    def read(self, cookie: str | None) -> Session | None:
-        """Return the session that a cookie names; None where it is missing, forged or too old."""
-        text = self.unsign("session", cookie)
-        if text is None:
-            return None
-        name, inside, ends = text.split(".")
-        return Session(name, inside == "1") if int(ends) > self.clock.now() and name not in self._revoked else None
+    All people give the same password, so that their names are not known. The first characters of the session's id tell which
+    lines belong together.
+    """
+    return f"{request.client.host if request.client else 'unknown'}, session {request.session.get('id', '')[:8]}"
 
-    def revoke(self, session: Session) -> None:
-        """Let a session's cookie be worth nothing from now on, wherever it was copied to."""
+
+@dataclass
+class Logins:
+    """The password, which sessions have given it, and which login may try one next."""
+
+    clock: Clock
+    password: str | None
+    _ended: dict[str, float] = field(default_factory=dict[str, float])
+    """Ids of sessions that were logged out, each with the end of its login: its cookie may have been copied."""
+    _waiting: list[tuple[str, asyncio.Future[bool]]] = field(default_factory=list[tuple[str, "asyncio.Future[bool]"]])
+    """Logins that wait for their turn, the oldest first: an address, and whether its turn has come."""
+    _busy: bool = False
+
+    def has(self, request: Request) -> bool:
+        """Tell whether the request's session is logged in."""
+        session = request.session
+        return session.get("until", 0) > self.clock.now() and session["id"] not in self._ended
+
+    def begin(self, request: Request) -> None:
+        """Log in, with a new session: the cookies and forms of the old one are worth nothing."""
+        request.session.clear()
+        form_token(request)
+        request.session["until"] = self.clock.now() + LASTS
+
+    def end(self, request: Request) -> None:
+        """Log out. The session's cookie is worth nothing from now on, also a copy."""
         now = self.clock.now()
-        self._revoked = {name: ends for name, ends in self._revoked.items() if ends > now} | {session.name: now + LASTS}
-
-    def token(self, session: Session) -> str:
-        """Return the token of a session's forms, which a page of another origin cannot know."""
-        return self._mac("form", session.name)
-
-    def is_token(self, session: Session, token: str) -> bool:
-        """Tell whether this is the token of a session."""
-        return hmac.compare_digest(self.token(session).encode(), token.encode())
+        self._ended = {session: until for session, until in self._ended.items() if until > now}
+        self._ended[request.session["id"]] = now + LASTS
+        request.session.clear()
 
     async def is_password(self, given: str, origin: str) -> bool | None:
-        """Check a password that comes from `origin`. A wrong one takes half a second, and one is checked after another.
+        """Check a password that comes from an address. None: too many logins came after this one.
 
-        The newest goes first, and before it one from elsewhere than the last: wrong ones in flight keep no right one waiting.
-        None: too many came after it.
+        One password is checked at a time, and a wrong one takes half a second. The newest login is next, and before it the newest
+        from another address than the last: so wrong logins in flight do not keep the right one waiting.
         """
         if self.password is None:
             return None
-        if len(self._waiting) >= CROWD:
-            _tell(self._waiting.pop(0)[1], turn=False)
         turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._waiting.append((origin, turn))
-        if self._served is None:
-            self._serve_next("")
+        self._waiting = [*self._pending(), (origin, turn)]
+        if len(self._waiting) > CROWD:
+            self._waiting[0][1].set_result(False)
+        if not self._busy:
+            self._next_turn("")
         try:
             if not await turn:
                 return None
-        except asyncio.CancelledError:
-            self._waiting = [each for each in self._waiting if each[1] is not turn]
-            if turn.done() and not turn.cancelled() and turn.result():
-                self._serve_next(origin)
-            raise
-        try:
-            # hashes, so that the time taken tells nothing of the length either
+            # hashes, so that the time taken does not tell the password's length
             right = hmac.compare_digest(_hash(given), _hash(self.password))
             if not right:
                 await self.clock.sleep(WRONG)
             return right
         finally:
-            self._serve_next(origin)
+            if not turn.cancelled() and turn.result():
+                self._next_turn(origin)
 
-    def _serve_next(self, last: str) -> None:
-        """Let the next login have its turn."""
-        self._served = None
-        while self._waiting:
-            index = max(range(len(self._waiting)), key=lambda at: (self._waiting[at][0] != last, at))
-            origin, turn = self._waiting.pop(index)
-            if _tell(turn, turn=True):
-                self._served = origin
-                return
+    def _pending(self) -> list[tuple[str, asyncio.Future[bool]]]:
+        return [login for login in self._waiting if not login[1].done()]
 
-    def sign(self, purpose: str, text: str) -> str:
-        """Return a text with a signature."""
-        return f"{text}.{self._mac(purpose, text)}"
-
-    def unsign(self, purpose: str, signed: str | None) -> str | None:
-        """Return the text that was signed for this purpose; None where it was not."""
-        text, _, mac = (signed or "").rpartition(".")
-        return text if hmac.compare_digest(self._mac(purpose, text).encode(), mac.encode()) else None
-
-    def _mac(self, purpose: str, text: str) -> str:
-        return hmac.new(self._secret, f"{purpose}\0{text}".encode(errors="replace"), hashlib.sha256).hexdigest()
-
-
-def _tell(waiter: asyncio.Future[bool], *, turn: bool) -> bool:
-    """Tell a login that it has its turn, or never will; False where nobody waits for that any more."""
-    if waiter.done():
-        return False
-    waiter.set_result(turn)
-    return True
+    def _next_turn(self, last: str) -> None:
+        pending = self._pending()
+        self._busy = bool(pending)
+        if pending:
+            others = [login for login in pending if login[0] != last]
+            (others or pending)[-1][1].set_result(True)
 
 
 def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode(errors="replace")).digest()
-
-
-log = logging.getLogger("buquet.dashboard")
-
-
-async def login_form(board: Board, request: Request) -> Response:
-    """Show the form; who is inside, or needs no password, goes on."""
-    back = local(request.query_params.get("back"))
-    if board.sessions.password is None or request.state.session.inside:
-        return RedirectResponse(back, 303)
-    return board.page(request, "login.html", topic="", back=back, wrong="")
-
-
-async def login(board: Board, request: Request) -> Response:
-    """Check the password. A right one makes a new session: what was signed before it is worth nothing."""
-    form: dict[str, str] = request.state.form
-    back = local(form.get("back"))
-    right = await board.sessions.is_password(form.get("password", ""), request.client.host if request.client else "")
-    log.info("%s: %s", "login" if right else "refused login" if right is None else "login with a wrong password", who(request))
-    if not right:
-        wrong = "Too many try at once. Wait a moment." if right is None else "That is not the password."
-        return board.page(request, "login.html", 429 if right is None else 401, topic="", back=back, wrong=wrong)
-    return _with_session(board, request, RedirectResponse(back, 303), inside=True)
-
-
-async def logout(board: Board, request: Request) -> Response:
-    """Forget the browser, and let its cookie open nothing any more."""
-    log.info("logout: %s", who(request))
-    board.sessions.revoke(request.state.session)
-    return _with_session(board, request, RedirectResponse("/", 303), inside=False)
-
-
-def _with_session(board: Board, request: Request, response: Response, *, inside: bool) -> Response:
-    cookie = board.sessions.cookie(board.sessions.new(inside=inside))
-    name = board.sessions.cookie_name("session", request.url)
-    response.set_cookie(name, cookie, httponly=True, samesite="strict", secure=request.url.scheme == "https")
-    return response

@@ -1,4 +1,4 @@
-"""How times, lengths and numbers are written on a page."""
+"""How times, numbers, sizes and statuses are written on a page."""
 
 from __future__ import annotations
 
@@ -7,69 +7,50 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
-from buquet.printing import LONGEST, in_seconds, printable
+from buquet.printing import LONGEST, duration, in_seconds, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 OLD = 10
-"""Seconds after which what a page shows is marked as old, and as too old."""
+"""Seconds after which a page is marked as old."""
 TOO_OLD = 30
-EXACT = 100
-"""Seconds below which their fractions are told."""
+"""Seconds after which a page is marked as too old."""
 
-STATES = {
+COLOURS = {
     "pending": "waits",
     "retrying": "bad",
     "running": "runs",
     "completed": "good",
     "failed": "bad",
-    "cancelled": "off",
-    "expired": "off",
-    "skipped": "off",
     "paused": "waits",
     "waiting": "waits",
     "ready": "waits",
     "failing": "bad",
-    "cancelling": "off",
-    "stopped": "off",
     "alive": "good",
     "dead": "bad",
 }
-"""The class of a state's badge: its colour."""
+"""The class of a status, which is its colour. All others are `off`."""
 
 
 def lasts(milliseconds: float) -> str:
-    """Return a length of time as people say it.
-
-    >>> lasts(12), lasts(1500), lasts(200_000), lasts(8_000_000)
-    ('12 ms', '1.50 s', '3 min 20 s', '2 h 13 min')
-    """
-    seconds = in_seconds(milliseconds)
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < EXACT:
-        return f"{seconds:#.3g} s"
-    for size, unit, smaller, name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size:
-            rest = int(seconds % size // smaller)
-            return f"{int(seconds // size)} {unit}" + (f" {rest} {name}" if rest else "")
-    return f"{seconds:.0f} s"
+    """Return a length of time for people."""
+    return duration(in_seconds(milliseconds))
 
 
 def number(value: float) -> str:
-    """Return a number with separators, and a fraction where it is small.
+    """Return a number with separators, and with decimals if it is small.
 
     >>> number(12345), number(3.14), number(0.0), number(1 / 60)
     ('12,345', '3.1', '0', '0.017')
     """
     if 0 < value < 1:
         return f"{value:.2g}"
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"  # noqa: PLR2004 - as said
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"  # noqa: PLR2004 - three digits
 
 
 def size(count: int) -> str:
-    """Return bytes as people say them.
+    """Return a number of bytes for people.
 
     >>> size(900), size(70_000), size(80_000_000)
     ('900 B', '68 kB', '76 MB')
@@ -83,26 +64,26 @@ def size(count: int) -> str:
 
 
 def moment(milliseconds: int, now: int = 0) -> Markup:
-    """Return a time as an element: how long ago with `now`, else the date and time; the script shows it in local time.
+    """Return a time as an element: how long ago if `now` is given, else date and time. The script shows local time.
 
-    What is no time is shown as the number that it is, or as `?`.
+    A number outside of the calendar, as a damaged record may hold, is shown as that number, or as `?`.
     """
     if not milliseconds:
         return Markup("")
     try:
         at = datetime.fromtimestamp(milliseconds / 1000, UTC)
-    except (ValueError, OverflowError, OSError):  # a record may hold any number
+    except (ValueError, OverflowError, OSError):
         return escape(milliseconds if abs(milliseconds) < LONGEST else "?")
     whole = at.strftime("%Y-%m-%d %H:%M:%S.") + f"{milliseconds % 1000:03d}"
     if not now:
         return Markup('<time datetime="{}Z" data-show="whole">{} UTC</time>').format(whole.replace(" ", "T"), whole)
-    away = now - milliseconds
-    text = f"{lasts(away)} ago" if away >= 1000 else "now" if away > -1000 else f"in {lasts(-away)}"  # noqa: PLR2004 - a second
+    age = now - milliseconds
+    text = f"{lasts(age)} ago" if age >= 1000 else "now" if age > -1000 else f"in {lasts(-age)}"  # noqa: PLR2004 - a second
     return Markup('<time datetime="{}Z" title="{} UTC">{}</time>').format(whole.replace(" ", "T"), whole, text)
 
 
 def staleness(as_of: int, now: int) -> str:
-    """Return the class of a page's age: its colour.
+    """Return the class of a page's age, which is its colour.
 
     >>> [staleness(now - age, now) for now in [10**12] for age in (9_000, 10_000, 30_000)], staleness(0, 1)
     (['on', 'old', 'off'], 'old')
@@ -112,13 +93,13 @@ def staleness(as_of: int, now: int) -> str:
 
 
 def second(milliseconds: int) -> Markup:
-    """Return the time of day to the second, with its zone; the script shows it in local time."""
+    """Return the time of day to the second, with its zone. The script shows local time."""
     at = datetime.fromtimestamp(milliseconds / 1000, UTC)
     return Markup('<time datetime="{}Z" data-show="second">{:%H:%M:%S} UTC</time>').format(at.strftime("%Y-%m-%dT%H:%M:%S"), at)
 
 
 def clock(milliseconds: int) -> str:
-    """Return the time of day, for the axis of a chart (UTC).
+    """Return the time of day in UTC, for a chart.
 
     >>> clock(1_800_000_000_000)
     '08:00'
@@ -134,6 +115,6 @@ def tags(values: Mapping[str, str]) -> Markup:
     )
 
 
-def badge(state: str) -> Markup:
-    """Return a state as a coloured mark with its name."""
-    return Markup('<span class="state {}">{}</span>').format(STATES.get(state, "off"), escape(state))
+def badge(status: str) -> Markup:
+    """Return a status as a coloured mark with its name."""
+    return Markup('<span class="state {}">{}</span>').format(COLOURS.get(status, "off"), escape(status))

@@ -864,7 +864,7 @@ def test_the_handles_of_many_read_like_a_list(app):
 def test_many_handles_take_little_room():
     import tracemalloc
 
-    from buquet.queue.client import Submitted
+    from buquet.queue.names import Submitted
 
     handles = Handles(None, None)
     tracemalloc.start()

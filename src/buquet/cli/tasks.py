@@ -95,7 +95,7 @@ async def submit(
         if json:
             print_json(view | {"error": msgspec.json.decode(msgspec.json.encode(record.error))})
         raise ending(record)
-    result = decode_stored(ANY, await app.client.value_of(record), f"the result of task {record.id}", AGAIN)
+    result = decode_stored(ANY, await app.client.values.of(record, "result"), f"the result of task {record.id}", AGAIN)
     print_json(view | {"result": result} if json else result)
 
 

@@ -27,6 +27,7 @@ from buquet.errors import (
 from buquet.printing import counted
 from buquet.queue.attempt import inside_handler
 from buquet.queue.handle import ending
+from buquet.queue.names import Prepared
 from buquet.records import MOST_ITEMS, TERMINAL, PackItems, PackResults, PackState, Session, Task
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from buquet.codec import Signature
-    from buquet.queue.client import Client, Submitted
+    from buquet.queue.client import Client
     from buquet.queue.handle import Home
+    from buquet.queue.names import Submitted
     from buquet.queue.task import BaseTask
 
 
@@ -72,13 +74,6 @@ def read_state(task: Task, body: bytes | msgspec.Raw, of: str = "") -> PackState
     if not state.fits(task.pack):
         raise UnreadableRecord(f"{what} names items that the pack does not have. {AGAIN}")
     return state
-
-
-class Packed(NamedTuple):
-    """A pack that is ready to be submitted."""
-
-    task: Task
-    args: bytes
 
 
 class Packing:
@@ -124,9 +119,9 @@ class Packing:
         workers = KEYED_WORKERS if self.key else max(1, await live_workers(self.client, self.function.queue))
         self.size = min(MOST_ITEMS, max(1, len(self.items) // (PACKS_A_WORKER * workers)))
 
-    def chunks(self) -> Iterator[list[Packed]]:
+    def chunks(self) -> Iterator[list[Prepared]]:
         """Read the items, a chunk of packs at a time. What was read before an error is handed over, then `problem` says it."""
-        chunk: list[Packed] = []
+        chunk: list[Prepared] = []
         size = 0
         for packed in self._pack_up():
             chunk.append(packed)
@@ -137,7 +132,7 @@ class Packing:
         if chunk:
             yield chunk
 
-    def _pack_up(self) -> Generator[Packed]:
+    def _pack_up(self) -> Generator[Prepared]:
         bodies: list[bytes] = []
         size = 0
         try:
@@ -204,11 +199,11 @@ class Packing:
             raise InvalidArgument(msg)
         return body
 
-    def _close(self, bodies: list[bytes]) -> Packed:
+    def _close(self, bodies: list[bytes]) -> Prepared:
         task_id = keys.pack_id(self.token, self.packs)
         self.packs += 1
         task = self.function.new_record(task_id, self.key, pack=len(bodies), batch=self.token)
-        return Packed(task, FRAME[0] + b",".join(bodies) + FRAME[1])
+        return Prepared(task, FRAME[0] + b",".join(bodies) + FRAME[1])
 
     async def end(self) -> None:
         """Raise what the items came to an end with, if it was an error, or KeyConflict when there were more of them before."""
@@ -223,7 +218,7 @@ class Packing:
                 )
                 raise KeyConflict(msg)
 
-    def landed(self, chunk: list[Packed], error: BaseException | None = None) -> None:
+    def landed(self, chunk: list[Prepared], error: BaseException | None = None) -> None:
         """Note that a chunk was stored, or as much of it as the error says."""
         if error is None and not self.strays:
             self.stored_packs += len(chunk)
@@ -272,7 +267,7 @@ async def submit_packs(packing: Packing, told: Callable[[int], None] | None) -> 
 def submit_packs_blocking(packing: Packing, home: Home, told: Callable[[int], None] | None) -> None:
     """Submit a batch from a thread: the items are read here, a chunk ahead of what is being stored. Raises SubmitInterrupted."""
     home.background.run(packing.decide, "batch")
-    in_flight: list[tuple[list[Packed], Future[list[Submitted]]]] = []
+    in_flight: list[tuple[list[Prepared], Future[list[Submitted]]]] = []
 
     def settle() -> None:
         chunk, future = in_flight.pop(0)
@@ -398,7 +393,7 @@ class Batch(Generic[R_co]):
                 raise TimeoutError(msg) from None
             if task.state != "completed":
                 return await self._unwell(task)
-            body = await self._home.client.value_of(task)
+            body = await self._home.client.values.of(task, "result")
             results = decode_stored(_results, body, f"the results of {_pack(task, self._of)}", AGAIN).results
             return [self._signature.decode_result(each) for each in results]
 

@@ -1,26 +1,28 @@
-"""The moves of those who do not run tasks: submit, cancel, redrive, look, wait. Async only."""
+"""The operations of those who do not run tasks: submit, cancel, redrive, read, wait. All are async."""
 
 from __future__ import annotations
 
 import asyncio
 import weakref
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from buquet import forking, keys
 from buquet.codec import AGAIN, ANY, decode_any, decode_stored
+from buquet.concurrency import each_of
 from buquet.errors import AccessDenied, KeyConflict, SubmitInterrupted, TaskNotFound, UnreadableRecord
 from buquet.printing import counted
 from buquet.queue import transitions
 from buquet.queue.bell import Ringer
+from buquet.queue.names import Submitted
 from buquet.queue.spans import submitting
 from buquet.queue.values import INLINE, Values, of_run, of_task
 from buquet.queue.waiting import Waiting
 from buquet.records import FORMAT, TERMINAL, Layout, Note, Progress, Session, Task
 from buquet.sealing import Plain
-from buquet.store.register import Held, Register
+from buquet.store.register import Change, Held, Register
 from buquet.store.storetime import store_ahead
 
 if TYPE_CHECKING:
@@ -29,39 +31,24 @@ if TYPE_CHECKING:
 
     from buquet.clock import Clock
     from buquet.queue.background import Background
+    from buquet.queue.names import Prepared
     from buquet.sealing import Sealer
     from buquet.store.base import Store
 
 IN_FLIGHT = 64
-"""Submits of one chunk that are under way at once."""
+"""The most submits of one chunk at a time."""
 MOST_IN_FLIGHT = 128
-"""Submits of one process that are under way at once on one event loop, however many were called for."""
+"""The most submits of one process and event loop at a time, whoever calls them."""
 RUNG_FOR = 5.0
-"""Seconds for which a worker that heard of an entry surely waits for its record; after them it is rung for anew."""
+"""Seconds for which a worker certainly waits for the record of an entry that it heard of. After them the bell is rung again."""
 NOTED = 100
+"""The most task ids in the notes to a worker."""
 PATIENCE = 60.0
-"""Seconds for which a caller waits for a store that does not answer, before it is told."""
-
-
-def _conflict(task: Task) -> str:
-    """Return what is to be said where a key names a task with other arguments, in the words of whoever submitted it."""
-    if task.run == task.id:  # what starts a run has its id, and the workflow's name for a step
-        what, there, other = f"workflow {task.step!r}", f"run {task.id}", "another run"
-    else:
-        what, there, other = f"task {task.name!r}", f"task {task.id}", "other work"
-    said = f"key {task.key!r} of {what} was used before with other arguments, by {there}; that one stands"
-    return f"{said}. Use another key for {other}"
-
-
-class Submitted(NamedTuple):
-    """What became of a submit: the task's id, and whether this submit created it."""
-
-    id: str
-    created: bool
+"""Seconds for which a call retries a store that does not answer. After them the caller gets StoreUnavailable."""
 
 
 class Client:
-    """One process's way to the bucket. Its coroutines may be awaited on any loop."""
+    """One process's access to the bucket. Its coroutines may be awaited on any loop."""
 
     def __init__(
         self,
@@ -81,11 +68,11 @@ class Client:
         self.ringer = Ringer(store, clock, background)
         self.waiting = Waiting(self.register, clock)
         self.listeners: list[Callable[[str, str], None]] = []
-        """Called with queue and entry when this process added one: its own workers need no bell."""
+        """Called with the queue and the entry that this process added: its own workers need no bell."""
         self.max_items: int | None = None
         """The most items of an `each` that its App allows."""
         self.control_only = True
-        """Whether `control/` alone pauses and drains workers; known once this is open."""
+        """Whether `control/` alone pauses and drains workers. Known once `open` has returned."""
         self._open = False
         self._opening: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
         self._submits: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
@@ -93,14 +80,14 @@ class Client:
         forking.watch(self)
 
     def after_fork(self) -> None:
-        """Leave to the parent what it has to ring for, those who wait there, and its workers."""
+        """Leave pending rings, waiting callers and listening workers to the parent process."""
         self.ringer = Ringer(self.store, self.clock, self.background)
         self.waiting = Waiting(self.register, self.clock)
         self.listeners.clear()
 
     async def open(self) -> None:
-        """Check the layout's format once, and write it where nothing is yet. Raises UnreadableRecord for a newer one."""
-        # many submits may come first at once; one of each loop asks, and the others wait for it
+        """Check the layout's format once. Write it if the bucket is empty. Raises UnreadableRecord for a newer format."""
+        # of the first submits on a loop one checks, and the others wait for it
         async with self._opening.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
             if not self._open:
                 await self._check_layout()
@@ -120,167 +107,145 @@ class Client:
         self.control_only = held is not None and held.record.control
         self._open = True
 
-    async def submit(self, task: Task, args: bytes) -> Submitted:
-        """Submit a task whose state is not set yet. Raises KeyConflict when its key names a task with other arguments."""
-        loop = asyncio.get_running_loop()
-        bound = self._submits.get(loop)
-        if bound is None:
-            bound = self._submits[loop] = asyncio.Semaphore(MOST_IN_FLIGHT)
-        async with bound:
-            with submitting(task) as traced:
-                return await self._submit(traced, args)
+    # ------------------------------------------------------------------ submit
 
-    async def _submit(self, task: Task, args: bytes) -> Submitted:
+    async def submit(self, task: Task, args: bytes) -> Submitted:
+        """Submit a task whose status is not set yet. Raises KeyConflict if its key names a task with other arguments."""
+        loop = asyncio.get_running_loop()
+        room = self._submits.get(loop)
+        if room is None:
+            room = self._submits[loop] = asyncio.Semaphore(MOST_IN_FLIGHT)
+        async with room:
+            with submitting(task) as traced:
+                pending = await self._pending(traced, args)
+                change = await self._store(pending, args, early=not task.key)
+                if change.written is None and change.held is not None:
+                    await self._check_same(change.held.record, pending, args)
+                return Submitted(task.id, change.written is not None)
+
+    async def submit_run_task(self, task: Task, args: bytes, worker: str = "", token: str = "") -> Held[Task] | None:
+        """Submit a run task unless it exists. Wake it if it was delayed and is due now. Return its stored record.
+
+        With `worker` and `token` the record is created under that claim, if it did not exist.
+        """
+        pending = await self._pending(task, args)
+        now = self.clock.now_ms()
+        claimed = transitions.claim(pending, worker, token, now) if token else None
+        stored = (await self._store(pending, args, claimed)).held
+        if stored is None or stored.record.state != "pending" or not stored.record.due > now >= task.due:
+            return stored
+
+        def woken(task: Task) -> Task | None:
+            return transitions.wake(task, self.clock.now_ms()) if task.state == "pending" and task.due else None
+
+        change = await self.register.change(Task, stored, woken)
+        if change.written is not None and change.before is not None:
+            await self.reads.delete(change.before.record.entry)
+            self.added(task.queue, change.written.entry)
+        return change.held
+
+    async def _pending(self, task: Task, args: bytes) -> Task:
+        """Return a new task as its first record, with its values as they are stored. Large values are written."""
         if not self._open:
             await self.open()
         value, at = await self.values.put(of_task(task.id, "args"), args)
-        if bytes(task.graph):
-            task = await self._with_graph(task)
-        task = replace(task, args=value, args_at=at, key_id=self.sealer.key_id)
-        task = transitions.submit(task, self.clock.now_ms())
-        if self.register.grouping is None:
-            await self.reads.put(task.entry, b"")
-        if not task.key:
-            # nobody else can have this id, so the bell may ring while the record is written: a quicker worker looks again soon
-            self.ringer.added(task.queue, task.entry)
-        begun = self.clock.monotonic()
-        write = await self.register.create(keys.task(task.id), task, entry=task.entry if self.register.grouping else "")
-        entry = task.entry if write.landed else await self._meet(task, write.held, args)
-        if entry:
-            self._tell_own(task.queue, entry)
-            if task.key or entry != task.entry or self.clock.monotonic() - begun > RUNG_FOR:
-                self.ringer.added(task.queue, entry)
-        return Submitted(task.id, bool(entry))
+        graph, graph_at = task.graph, ""
+        if bytes(graph):  # unique: a pruned run of the same key may be about to lose its payloads
+            graph, graph_at = await self.values.put(of_run(task.id, "graph"), bytes(graph), inline=INLINE, unique=True)
+        stored = replace(task, args=value, args_at=at, graph=graph, graph_at=graph_at, key_id=self.sealer.key_id)
+        return transitions.submit(stored, self.clock.now_ms())
 
-    async def follow_up(self, task: Task, args: bytes, worker: str = "", token: str = "") -> Held[Task] | None:
-        """Submit a task whose id says what it is, so that doing it twice changes nothing; return what is there.
+    async def _store(self, pending: Task, args: bytes, claimed: Task | None = None, *, early: bool = False) -> Change[Task]:
+        """Create a task's record, or revive the stub that has its id. Leave any other record as it is.
 
-        With a worker and a token it is under that claim from its first version on.
+        `early`: ring the bell before the record is written. Nobody else submits a task of this id then, and a worker that is
+        faster than the write reads again.
         """
-        value, at = await self.values.put(of_task(task.id, "args"), args)
-        now = self.clock.now_ms()
-        pending = transitions.submit(replace(task, args=value, args_at=at, key_id=self.sealer.key_id), now)
-        fresh = transitions.claim(pending, worker, token, now) if token else pending
-        write = await self.register.create(keys.task(task.id), fresh, op=token, entry=pending.entry)
+        key, entry = keys.task(pending.id), pending.entry
+        if self.register.grouping is None:
+            await self.reads.put(entry, b"")
+            entry = ""
+        if early:
+            self.ringer.added(pending.queue, pending.entry)
+        begun = self.clock.monotonic()
+        write = await self.register.create(key, claimed or pending, op=claimed.token if claimed else "", entry=entry)
         if write.landed:
-            if not token:
-                self.added(task.queue, fresh.entry)
-            return write.held
-        there = write.held
-        if there is None or there.record.state in {"tombstone", "pruned"}:
-            if entry := await self._meet(pending, there, args):
-                self.added(task.queue, entry)
-            return await self.register.read(Task, keys.task(task.id))
-        if pending.entry != there.record.entry or there.record.state in TERMINAL:
-            await self.reads.delete(pending.entry)
-        if there.record.state == "pending" and there.record.due > now >= task.due:
-            return await self._wake(there)
-        return there
+            change = Change(claimed or pending, None, write.held)
+        else:
+            change = await self.register.change(
+                Task, write.held or key, lambda record: self._revived(record, pending, args), absent=pending
+            )
+        task = change.written
+        if task is None:
+            stored = change.held
+            if stored is not None and (pending.entry != stored.record.entry or stored.record.state in TERMINAL):
+                # no record names this submit's entry (I3: it was read, at its rev or a later one), and it would look like work
+                await self.reads.delete(pending.entry)
+        elif task.state == "pending":
+            self._tell_own(task.queue, task.entry)
+            if not early or task.entry != pending.entry or self.clock.monotonic() - begun > RUNG_FOR:
+                self.ringer.added(task.queue, task.entry)
+        return change
 
-    async def _wake(self, held: Held[Task]) -> Held[Task] | None:
-        """Let a task that waits for its time run at once."""
-        there: Held[Task] | None = held
-        while there is not None and there.record.state == "pending" and there.record.due:
-            before = there.record.entry
-            task = transitions.wake(there.record, self.clock.now_ms())
-            write = await self.register.update(there, task, entry=task.entry)
-            there = write.held
-            if write.landed:
-                await self.reads.delete(before)
-                self.added(task.queue, task.entry)
-                break
-        return there
+    async def _revived(self, record: Task, pending: Task, args: bytes) -> Task | None:
+        """Return what a submit makes of a record that has its id; None: it stays as it is."""
+        if record is pending:  # the record was removed since
+            return pending
+        if record.state not in {"tombstone", "pruned"}:
+            return None
+        revived = transitions.revive(record, pending, self.clock.now_ms())
+        if not revived.args_at:
+            return revived
+        # unique: whoever prunes the task before this one may still be about to delete its payload, which has the same hash
+        _, at = await self.values.put(of_task(pending.id, "args"), args, unique=True)
+        return replace(revived, args_at=at)
 
-    async def close_task(self, task: Task) -> None:
-        """See to it that a task of a run which nobody has begun never runs, whether it is there or comes late."""
-        now = self.clock.now_ms()
-        key = keys.task(task.id)
-        held = await self.register.read(Task, key)
-        while held is None or held.record.state in {"pending", "tombstone", "pruned"}:
-            if held is None:
-                write = await self.register.create(key, transitions.close(replace(task, entry=""), now))
-            elif held.record.state == "pending":
-                write = await self.register.update(held, transitions.close(held.record, now))
-            else:
+    async def _check_same(self, stored: Task, fresh: Task, args: bytes) -> None:
+        """Raise KeyConflict unless a stored task has the arguments of a new submit."""
+        if stored.args_at.partition(".")[0] == fresh.args_at.partition(".")[0] and bytes(stored.args) == bytes(fresh.args):
+            return  # the same bytes, encrypted or not; a unique payload has a suffix after its hash
+        # under one encryption key, payloads of other hashes have other arguments
+        if stored.key_id != fresh.key_id or not (stored.args_at or fresh.args_at):
+            # another way to write the same JSON, or another encryption key
+            body = await self.values.of(stored, "args")
+            if decode_stored(ANY, body, f"the arguments of task {stored.id} ({stored.name})", AGAIN) == decode_any(args):
                 return
-            if write.landed:
-                if held is not None:
-                    await self.reads.delete(held.record.entry)
-                return
-            held = write.held
+        if fresh.run == fresh.id:  # the task that starts a run has the run's id, and the workflow's name as its step
+            what, existing, other = f"workflow {fresh.step!r}", f"run {fresh.id}", "another run"
+        else:
+            what, existing, other = f"task {fresh.name!r}", f"task {fresh.id}", "other work"
+        msg = f"key {fresh.key!r} of {what} was used before with other arguments, by {existing}; that one stands"
+        raise KeyConflict(f"{msg}. Use another key for {other}")
 
-    async def _with_graph(self, task: Task) -> Task:
-        """Return the task that starts a run with its graph as it is stored."""
-        # unique: a pruned run of the same key may be about to lose its payloads
-        graph, at = await self.values.put(of_run(task.id, "graph"), bytes(task.graph), inline=INLINE, unique=True)
-        return replace(task, graph=graph, graph_at=at)
-
-    async def _meet(self, fresh: Task, held: Held[Task] | None, args: bytes) -> str:
-        """Go on where the record exists: the same task, or a stub that this submit revives. Returns the new entry, if any."""
-        while held is None or held.record.state in {"tombstone", "pruned"}:
-            now = self.clock.now_ms()
-            if held is None:  # removed since: begin again
-                revived = fresh
-                write = await self.register.create(keys.task(fresh.id), fresh, entry=fresh.entry)
-            else:
-                revived = transitions.revive(held.record, fresh, now)
-                if revived.args_at:
-                    # under a key of this life's own: who prunes the life before may still be about to delete that one's
-                    revived = replace(revived, args_at=f"{fresh.args_at}.{held.record.rev + 1}")
-                    await self.reads.put(revived.args_at, self.sealer.seal(args, str(of_task(fresh.id, "args"))))
-                write = await self.register.update(held, revived, entry=revived.entry)
-            if write.landed:
-                return revived.entry
-            held = write.held
-        there = held.record
-        if fresh.entry != there.entry or there.state in TERMINAL:
-            # this submit's own entry names nothing (I3: its record was read, of its rev or a later one), and would look like work
-            await self.reads.delete(fresh.entry)
-        if not await self._same_args(there, fresh, args):
-            raise KeyConflict(_conflict(fresh))
-        return ""
-
-    async def _same_args(self, there: Task, fresh: Task, args: bytes) -> bool:
-        """Tell whether a task that is there has the arguments of a fresh submit."""
-        if there.args_at.partition(".")[0] == fresh.args_at.partition(".")[0] and bytes(there.args) == bytes(fresh.args):
-            return True  # as they are stored, sealed or plain; for the part after the dot see revive
-        if there.key_id == fresh.key_id and (there.args_at or fresh.args_at):
-            return False  # the hashes differ
-        # another way to write the same JSON, or sealed under another key
-        stored = await self.values.of(there, "args")
-        before = decode_stored(ANY, stored, f"the arguments of task {there.id} ({there.name})", AGAIN)
-        return before == decode_any(args)
-
-    async def submit_chunk(self, tasks: Sequence[tuple[Task, bytes]]) -> list[Submitted]:
-        """Submit many side by side. Raises SubmitInterrupted, with what was submitted, when one of them cannot be."""
-        results: list[Submitted | None] = [None] * len(tasks)
-        work = iter(enumerate(tasks))
+    async def submit_chunk(self, tasks: Sequence[Prepared]) -> list[Submitted]:
+        """Submit many tasks concurrently. Raises SubmitInterrupted, with the ids of what was submitted, if one fails."""
         problems: list[Exception] = []
 
-        async def lane() -> None:
-            for index, (task, args) in work:
-                if problems:
-                    return
-                try:
-                    results[index] = await self.submit(task, args)
-                except Exception as error:  # noqa: BLE001 - told below, with what was submitted
-                    problems.append(error)
+        async def submit(prepared: Prepared) -> Submitted | None:
+            if problems:
+                return None
+            try:
+                return await self.submit(*prepared)
+            except Exception as error:  # noqa: BLE001 - raised below, with what was submitted
+                problems.append(error)
+                return None
 
-        await asyncio.gather(*(lane() for _ in range(min(IN_FLIGHT, len(tasks)))))
-        done = [result for result in results if result]
+        done = [submitted for submitted in await each_of(tasks, submit, IN_FLIGHT) if submitted]
         if problems:
             msg = f"{len(done):,} of {counted(len(tasks), 'submit')} succeeded, then: {problems[0]}"
-            raise SubmitInterrupted(msg, [result.id for result in done]) from problems[0]
+            raise SubmitInterrupted(msg, [submitted.id for submitted in done]) from problems[0]
         return done
 
     def added(self, queue: str, entry: str) -> None:
-        """Tell workers, here and elsewhere, that an entry was added."""
+        """Tell the workers of this process and of others that an entry was added."""
         self._tell_own(queue, entry)
         self.ringer.added(queue, entry)
 
     def _tell_own(self, queue: str, entry: str) -> None:
         for listener in self.listeners:
             listener(queue, entry)
+
+    # ------------------------------------------------------------------ read and change
 
     async def read(self, task_id: str) -> Held[Task]:
         """GET a task's record. Raises TaskNotFound, UnreadableRecord."""
@@ -302,32 +267,44 @@ class Client:
             held = await self.register.read_version(Task, held.key, prev) if prev else None
 
     async def cancel(self, task_id: str) -> Literal["cancelled", "requested"]:
-        """Cancel a pending task; ask the worker of a running one. Raises Refused when it ended otherwise."""
-        held: Held[Task] | None = await self.read(task_id)
-        while held is not None:
-            task = held.record
-            if task.state == "cancelled":
-                return "cancelled"
-            if task.cancel_requested and task.state in {"pending", "running"}:
-                if task.state == "running":
-                    await self.note(task.worker, task_id)
-                return "requested"
-            asked = transitions.cancel(task, self.clock.now_ms())
-            write = await self.register.update(held, asked, entry=asked.entry if asked.entry != task.entry else "")
-            held = write.held
-            if write.landed and task.state == "pending":
-                await self.reads.delete(task.entry)
-                if asked.state == "pending":  # its run is told first, by a worker
-                    self.added(task.queue, asked.entry)
-                    return "requested"
+        """Cancel a pending task; ask the worker of a running task. Raises Refused if the task ended otherwise."""
+
+        def cancelled(task: Task) -> Task | None:
+            asked = task.cancel_requested and task.state in {"pending", "running"}
+            return None if asked or task.state == "cancelled" else transitions.cancel(task, self.clock.now_ms())
+
+        change = await self.register.change(Task, await self.read(task_id), cancelled)
+        if change.held is None:
+            raise TaskNotFound(f"task {task_id} was removed from the store while it was being cancelled")
+        task = change.held.record
+        if change.written is not None and change.before is not None and change.before.record.state == "pending":
+            await self.reads.delete(change.before.record.entry)
+            task = change.written
+            if task.state == "pending":  # a worker tells its run first
+                self.added(task.queue, task.entry)
+            else:
                 self.waiting.ended(task_id)
-        raise TaskNotFound(f"task {task_id} was removed from the store while it was being cancelled")
+        elif task.state == "running":
+            await self.note(task.worker, task_id)
+        return "cancelled" if task.state == "cancelled" else "requested"
+
+    async def close_task(self, task: Task) -> None:
+        """Prevent a run task from ever running, unless it has begun: also one whose submit comes later."""
+        now = self.clock.now_ms()
+        change = await self.register.change(
+            Task,
+            keys.task(task.id),
+            lambda record: transitions.close(record, now) if record.state == "pending" else None,
+            absent=replace(task, entry=""),
+        )
+        if change.written is not None and change.before is not None:
+            await self.reads.delete(change.before.record.entry)
 
     async def note(self, worker: str, task_id: str) -> None:
-        """Ask a worker to look at a task's record."""
+        """Ask a worker to read a task's record again."""
 
         def add(note: Note) -> Note:
-            look = (each for each in note.look[1 - NOTED :] if each != task_id)
+            look = (noted for noted in note.look[1 - NOTED :] if noted != task_id)
             return replace(note, look=(*look, task_id))
 
         await self.register.change(Note, keys.notes(worker), add, absent=Note())
@@ -342,11 +319,11 @@ class Client:
         self.added(change.written.queue, change.written.entry)
 
     async def progress(self, task: Task) -> Progress | None:
-        """Return how far a task is: what its last heartbeat says while it runs, 1 once it has completed, else None."""
+        """Return a task's progress by its worker's last heartbeat. 1 if it has completed; None if it is not running."""
         if task.state == "completed":
             return Progress(fraction=1.0)
         if task.state == "running":
-            with suppress(UnreadableRecord):  # `buquet fsck` names it; nothing is known of the progress
+            with suppress(UnreadableRecord):  # `buquet fsck` reports it; the progress is unknown
                 held = await self.register.read(Session, keys.session(task.worker))
                 claims = held.record.claims if held is not None else ()
                 return next((claim.progress for claim in claims if claim.token == task.token), None)
@@ -358,17 +335,12 @@ class Client:
 
     async def wait(self, task_id: str, timeout: float | None) -> Task:  # noqa: ASYNC109 - part of the public meaning
         """Wait until a task has ended and return its record. Raises TimeoutError after `timeout` seconds, TaskNotFound."""
-        await self.read(task_id)
         held = await self.waiting.until(
-            Task, keys.task(task_id), task_id, lambda task: task.state in TERMINAL, timeout, f"task {task_id}"
+            Task, await self.read(task_id), task_id, lambda task: task.state in TERMINAL, timeout, f"task {task_id}"
         )
         return held.record
 
-    async def value_of(self, task: Task) -> bytes:
-        """Return an ended task's result as JSON."""
-        return bytes(await self.values.of(task, "result"))
-
     async def close(self) -> None:
-        """Ring for what was added, then release the store."""
+        """Ring the bell for what was added, then close the store."""
         await self.ringer.close()
         await self.store.close()

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from buquet.clock import Clock
     from buquet.queue.background import Background
-    from buquet.queue.client import Client, Submitted
+    from buquet.queue.client import Client
+    from buquet.queue.names import Submitted
     from buquet.records import Event, Progress, State, Task
 
 
@@ -115,7 +116,7 @@ class Handle(Generic[R_co]):
         task = await client.wait(self.id, timeout)
         if task.state != "completed":
             raise ending(client.values.with_error(task))
-        body = await client.value_of(task)
+        body = await client.values.of(task, "result")
         if self._signature is not None:
             return cast("R_co", self._signature.decode_result(body))
         return cast("R_co", decode_stored(ANY, body, f"the result of task {self.id} ({task.name})", AGAIN))

@@ -30,6 +30,20 @@ def may_stand_for(entry: str, task: str) -> bool:
     return entry == task or is_system(entry)
 
 
+class Prepared(NamedTuple):
+    """A task that is ready to be submitted, and its arguments as JSON."""
+
+    task: Task
+    args: bytes
+
+
+class Submitted(NamedTuple):
+    """The outcome of a submit: the task's id, and whether this submit created the task."""
+
+    id: str
+    created: bool
+
+
 class Later(Exception):
     """A task cannot be dealt with before so many seconds have passed.
 

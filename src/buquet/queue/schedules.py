@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
     from datetime import tzinfo
 
-    from buquet.queue.client import Client, Submitted
-    from buquet.queue.task import Prepared
+    from buquet.queue.client import Client
+    from buquet.queue.names import Prepared, Submitted
     from buquet.sealing import Sealer
     from buquet.store.register import Held
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, NamedTuple, ParamSpec, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
 
 from buquet import keys
 from buquet.codec import Signature
@@ -16,7 +16,7 @@ from buquet.printing import counted
 from buquet.queue.attempt import plainly
 from buquet.queue.batch import Batch, Packing, submit_packs, submit_packs_blocking
 from buquet.queue.handle import Handle, Handles
-from buquet.queue.names import SYSTEM, is_system, tracing
+from buquet.queue.names import SYSTEM, Prepared, is_system, tracing
 from buquet.queue.options import Policy, StepOptions, SubmitOptions, in_seconds
 from buquet.records import Task
 
@@ -26,21 +26,14 @@ if TYPE_CHECKING:
     from datetime import datetime, timedelta
     from typing import Literal
 
-    from buquet.queue.client import Submitted
     from buquet.queue.handle import Home
+    from buquet.queue.names import Submitted
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
 CHUNK = 256
-
-
-class Prepared(NamedTuple):
-    """A task that is ready to be submitted, and its arguments as JSON."""
-
-    task: Task
-    args: bytes
 
 
 class BaseTask(Generic[P, R]):

@@ -33,17 +33,18 @@ class Waiting:
     async def until(
         self,
         kind: type[R],
-        key: str,
+        at: str | Held[R],
         name: str,
         over: Callable[[R], bool],
         timeout: float | None,  # noqa: ASYNC109 - part of the public meaning
         what: str,
     ) -> Held[R]:
-        """Wait until a record is there and over, and return it. `name` is what `ended` is told, `what` stands in errors.
+        """Wait until a record exists and is over, and return it. `at` is its key, or a version already read.
 
-        Raises TimeoutError after `timeout` seconds, TaskNotFound when it was there and is gone.
+        `name` is the id that `ended` gets, and `what` names the task or run in errors. Raises TimeoutError after `timeout`
+        seconds, and TaskNotFound if the record was removed meanwhile.
         """
-        held = await self.register.read(kind, key)
+        key, held = (at, await self.register.read(kind, at)) if isinstance(at, str) else (at.key, at)
         begun = self.clock.monotonic()
         delay = 0.02
         while held is None or not over(held.record):

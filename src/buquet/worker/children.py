@@ -97,7 +97,7 @@ class Children:
     async def submit(self, task: Task, args: bytes) -> None:
         """Submit a task unless it is there: under a claim of this worker where it has room, else for any worker."""
         if task.due > self._now() or not self.worker.reserve(task):
-            await self.client.follow_up(task, args)
+            await self.client.submit_run_task(task, args)
         else:
             await self._take(task, args)
 
@@ -106,13 +106,13 @@ class Children:
         worker = self.worker
         if task.id in worker.claimer.under_way:  # this worker has met its entry, of somebody else's submit
             worker.vacate()
-            return await self.client.follow_up(task, args)
+            return await self.client.submit_run_task(task, args)
         # until the claim is known here, its entry must not be met: this worker would take the claim for one that it forgot
         worker.claimer.under_way.add(task.id)
         token = worker.clock.new_op()
         carried = False
         try:
-            held = await self.client.follow_up(task, args, worker.keeper.id, token)
+            held = await self.client.submit_run_task(task, args, worker.keeper.id, token)
             if held is not None and (held.record.state, held.record.token) == ("running", token):
                 worker.carry(held)
                 carried = True

@@ -11,10 +11,9 @@ from buquet import keys
 from buquet.codec import Signature, check_size
 from buquet.errors import UsageError
 from buquet.queue.attempt import plainly
-from buquet.queue.names import is_system
+from buquet.queue.names import Prepared, is_system
 from buquet.queue.options import check_key, check_tags
 from buquet.queue.schedules import firing
-from buquet.queue.task import Prepared
 from buquet.records import Raw, Task
 from buquet.workflow.building import current_trace, trace_of
 from buquet.workflow.events import START

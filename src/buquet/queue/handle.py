@@ -10,6 +10,7 @@ from buquet.codec import AGAIN, ANY, Signature, decode_stored
 from buquet.errors import TaskCancelled, TaskExpired, TaskFailed, TaskNotFound
 from buquet.printing import counted
 from buquet.queue.attempt import inside_handler
+from buquet.queue.background import blocking
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,10 +60,10 @@ class Handle(Generic[R_co]):
     'a-800.png'
     """
 
-    __slots__ = ("_home", "_signature", "created", "id")
+    __slots__ = ("_signature", "created", "home", "id")
 
     def __init__(self, home: Home, task_id: str, signature: Signature | None = None, *, created: bool = False) -> None:
-        self._home = home
+        self.home = home
         self._signature = signature
         self.id = task_id
         self.created = created
@@ -74,33 +75,45 @@ class Handle(Generic[R_co]):
 
     async def arecord(self) -> Task:
         """Return the task's record as it is now. Raises TaskNotFound, UnreadableRecord."""
-        return (await self._home.client.read(self.id)).record
+        return (await self.home.client.read(self.id)).record
+
+    record = blocking(arecord)
 
     async def astatus(self) -> State:
         """Return the task's state: pending, running, completed, failed, cancelled, expired or pruned."""
         return (await self.arecord()).state
 
+    status = blocking(astatus)
+
     async def ahistory(self) -> list[Event]:
         """Return the task's timeline: when it came to which state, by which worker, why. `at`: milliseconds since 1970."""
         return list((await self.arecord()).events)
+
+    history = blocking(ahistory)
 
     async def aprogress(self) -> Progress | None:
         """Return how far the task is: `fraction`, from 0 to 1, and `message`. It comes with the worker's heartbeats.
 
         1 once the task has completed; None while it does not run, or has reported nothing. Raises TaskNotFound.
         """
-        return await self._home.client.progress(await self.arecord())
+        return await self.home.client.progress(await self.arecord())
+
+    progress = blocking(aprogress)
 
     async def aredrive(self) -> None:
         """Run the task again from its first attempt. Raises Refused unless it failed, was cancelled or expired."""
-        await self._home.client.redrive(self.id)
+        await self.home.client.redrive(self.id)
+
+    redrive = blocking(aredrive)
 
     async def acancel(self) -> Literal["cancelled", "requested"]:
         """Cancel the task; of a running one its worker is asked, within about two seconds.
 
         Returns "cancelled" once that is recorded, "requested" before. Raises Refused when the task ended otherwise.
         """
-        return await self._home.client.cancel(self.id)
+        return await self.home.client.cancel(self.id)
+
+    cancel = blocking(acancel)
 
     async def aresult(self, timeout: float | None = None) -> R_co:  # noqa: ASYNC109 - part of the public meaning
         """Wait until the task has ended and return its result, as the declared type where this process knows it.
@@ -112,7 +125,7 @@ class Handle(Generic[R_co]):
             attempt.logger.warning(
                 "task %s waits for the result of %s and holds its slot meanwhile; workflows do not", attempt.id, self.id
             )
-        client = self._home.client
+        client = self.home.client
         task = await client.wait(self.id, timeout)
         if task.state != "completed":
             raise ending(client.values.with_error(task))
@@ -121,33 +134,7 @@ class Handle(Generic[R_co]):
             return cast("R_co", self._signature.decode_result(body))
         return cast("R_co", decode_stored(ANY, body, f"the result of task {self.id} ({task.name})", AGAIN))
 
-    def record(self) -> Task:
-        """Block and do what `arecord` does."""
-        return self._home.background.run(self.arecord, "record")
-
-    def status(self) -> State:
-        """Block and do what `astatus` does."""
-        return self._home.background.run(self.astatus, "status")
-
-    def history(self) -> list[Event]:
-        """Block and do what `ahistory` does."""
-        return self._home.background.run(self.ahistory, "history")
-
-    def progress(self) -> Progress | None:
-        """Block and do what `aprogress` does."""
-        return self._home.background.run(self.aprogress, "progress")
-
-    def redrive(self) -> None:
-        """Block and do what `aredrive` does."""
-        self._home.background.run(self.aredrive, "redrive")
-
-    def cancel(self) -> Literal["cancelled", "requested"]:
-        """Block and do what `acancel` does."""
-        return self._home.background.run(self.acancel, "cancel")
-
-    def result(self, timeout: float | None = None) -> R_co:
-        """Block and do what `aresult` does."""
-        return self._home.background.run(lambda: self.aresult(timeout), "result")
+    result = blocking(aresult)
 
 
 def ending(task: Task) -> Exception:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
 
 from buquet import keys
@@ -14,15 +12,14 @@ from buquet.codec import Signature
 from buquet.errors import SubmitInterrupted, UsageError
 from buquet.printing import counted
 from buquet.queue.attempt import plainly
-from buquet.queue.batch import Batch, Packing, submit_packs, submit_packs_blocking
+from buquet.queue.batch import Batch, BulkSubmit, Packing
 from buquet.queue.handle import Handle, Handles
 from buquet.queue.names import SYSTEM, Prepared, is_system, tracing
 from buquet.queue.options import Policy, StepOptions, SubmitOptions, in_seconds
 from buquet.records import Task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
-    from concurrent.futures import Future
+    from collections.abc import Callable, Coroutine
     from datetime import datetime, timedelta
     from typing import Literal
 
@@ -32,8 +29,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-
-CHUNK = 256
 
 
 class BaseTask(Generic[P, R]):
@@ -124,10 +119,9 @@ class BaseTask(Generic[P, R]):
         body = self.signature.encode(self.signature.bind(args, kwargs))
         key = self.submit_options.key
         task_id = self._home.clock.new_id() if key is None else keys.keyed_id(self.queue, self.name, key)
-        return Prepared(self.new_record(task_id, key or ""), body)
+        return Prepared(self._new_record(task_id, key or ""), body)
 
-    def new_record(self, task_id: str, key: str, *, pack: int = 0, batch: str = "") -> Task:
-        """Make the record of a task that is about to be submitted with the options in force."""
+    def _new_record(self, task_id: str, key: str) -> Task:
         options = self.submit_options
         now = self._home.clock.now_ms()
         return Task(
@@ -143,82 +137,50 @@ class BaseTask(Generic[P, R]):
             expires_ms=options.expires_ms,
             max_attempts=self.policy.max_attempts,
             max_losses=self.policy.max_losses,
-            pack=pack,
-            batch=batch,
         )
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> Handle[R]:
-        """Store a task that calls this function with these arguments; it will run, whatever happens to this process.
+        """Store a task that calls this function with these arguments. It will run, whatever happens to this process.
 
-        Two writes and a bell. Raises InvalidArgument, KeyConflict, StoreError.
+        Costs two writes and a ring of the bell. Raises InvalidArgument, KeyConflict, StoreError.
+
+        >>> resize.submit("a.png", width=200).result(timeout=60)  # doctest: +SKIP
+        'a-200.png'
         """
         prepared = self.prepare(args, kwargs)
         return self._handle(self._home.background.run(lambda: self._home.client.submit(*prepared), "submit"))
 
     async def asubmit(self, *args: P.args, **kwargs: P.kwargs) -> Handle[R]:
-        """Do what `submit` does, on the running event loop."""
+        """Async twin of `submit`."""
         return self._handle(await self._home.client.submit(*self.prepare(args, kwargs)))
 
     def submit_many(
         self, calls: Iterable[tuple[Any, ...] | Mapping[str, Any]], *, progress: Callable[[int], None] | None = None
     ) -> Handles[R]:
-        """Submit one task for each tuple or dict of arguments, many at once; the handles come in the same order.
+        """Submit one task for each tuple or dict of arguments, many at a time. The handles have the order of the calls.
 
-        `calls` may be a generator: it is read in this thread, a few hundred ahead of what is stored. `progress` is told now and
-        then how many are stored. Raises SubmitInterrupted, with the ids of what was submitted, when a call cannot be.
+        `calls` may be a generator: this thread reads it, a few hundred calls ahead of what is stored. `progress` is called now
+        and then with the number of stored tasks. Raises SubmitInterrupted, with the ids of what was submitted, if a call fails.
 
         >>> resize.submit_many([("a.png",), {"path": "b.png", "width": 200}])  # doctest: +SKIP
         """
-        background, client = self._home.background, self._home.client
-        background.check_caller("submit_many")
-        done: Handles[R] = Handles(self._home, self.signature)
-        in_flight: list[Future[list[Submitted]]] = []
-
-        def settle() -> None:
-            done.add(in_flight.pop(0).result())
-            if progress:
-                progress(len(done))
-
+        bulk: BulkSubmit[R] = BulkSubmit(self._home, self.signature, progress)
         try:
-            for chunk in self._chunks(calls):
-                in_flight.append(asyncio.run_coroutine_threadsafe(client.submit_chunk(chunk), background.loop))
-                if len(in_flight) > 1:
-                    settle()
-            while in_flight:
-                settle()
+            bulk.run(map(self._prepare_call, calls), "submit_many")
         except Exception as error:
-            raise self._interrupted(done, in_flight, error) from error
-        return done
+            raise self._interrupted(bulk, error) from error
+        return bulk.handles
 
     async def asubmit_many(
         self, calls: Iterable[tuple[Any, ...] | Mapping[str, Any]], *, progress: Callable[[int], None] | None = None
     ) -> Handles[R]:
-        """Do what `submit_many` does, on the running event loop."""
-        done: Handles[R] = Handles(self._home, self.signature)
+        """Async twin of `submit_many`. It reads `calls` on the running event loop."""
+        bulk: BulkSubmit[R] = BulkSubmit(self._home, self.signature, progress)
         try:
-            for chunk in self._chunks(calls):
-                done.add(await self._home.client.submit_chunk(chunk))
-                if progress:
-                    progress(len(done))
+            await bulk.arun(map(self._prepare_call, calls))
         except Exception as error:
-            raise self._interrupted(done, [], error) from error
-        return done
-
-    def _chunks(self, calls: Iterable[tuple[Any, ...] | Mapping[str, Any]]) -> Iterator[list[Prepared]]:
-        """Prepare calls by the chunk. What was read before a bad call is handed over before its error is raised."""
-        source = iter(calls)
-        while True:
-            chunk: list[Prepared] = []
-            try:
-                for call in islice(source, CHUNK):
-                    chunk.append(self._prepare_call(call))  # noqa: PERF401 - an error must find in it what came before
-            except Exception:
-                if chunk:
-                    yield chunk
-                raise
-            if not chunk:
-                return
-            yield chunk
+            raise self._interrupted(bulk, error) from error
+        return bulk.handles
 
     def _prepare_call(self, call: object) -> Prepared:
         if isinstance(call, Mapping):
@@ -228,14 +190,8 @@ class BaseTask(Generic[P, R]):
         # a string above all, of which each character would be an argument
         raise UsageError(f"a call is a tuple or a dict of arguments, not {call!r:.80}: for one argument write ({call!r:.80},)")
 
-    def _interrupted(self, done: Handles[R], in_flight: list[Future[list[Submitted]]], error: Exception) -> SubmitInterrupted:
-        ids = done.ids
-        for future in (None, *in_flight):
-            problem: BaseException | None = future.exception() if future else error
-            if isinstance(problem, SubmitInterrupted):
-                ids += problem.ids
-            elif future and problem is None:
-                ids += [each.id for each in future.result()]
+    def _interrupted(self, bulk: BulkSubmit[R], error: Exception) -> SubmitInterrupted:
+        ids = bulk.handles.ids
         known = f"after {counted(len(ids), 'task, which is', 'tasks, which are')} stored and will run (ids in `.ids`)"
         msg = f"submit_many of {self.name} stopped {known if ids else 'before anything was stored'}: {error}"
         return SubmitInterrupted(msg, ids)
@@ -247,19 +203,19 @@ class BaseTask(Generic[P, R]):
         *,
         progress: Callable[[int], None] | None = None,
     ) -> Batch[R]:
-        """Run the function on each item, `pack` of them to a task, and keep a result or a failure of each.
+        """Run the function on each item, `pack` items to a task, and keep a result or a failure of each.
 
-        An item is the function's first argument. `items` may be a generator, of a million too: it is read in this thread, a
-        little ahead of what is stored. `pack="auto"` sizes packs by bytes and by the live workers. `progress` is told now and
-        then how many items are stored. With `options(key=...)` the same batch submitted again, even after a crash half way, is
+        An item is the function's first argument. `items` may be a generator, of a million too: this thread reads it, a little
+        ahead of what is stored. `pack="auto"` sizes packs by bytes and by the live workers. `progress` is called now and then
+        with the number of stored items. With `options(key=...)` the same batch submitted again, even after a crash half way, is
         one batch.
-        Raises UsageError, or SubmitInterrupted, which tells what was submitted, when an item cannot be.
+        Raises UsageError, and SubmitInterrupted, which says what was submitted, if an item cannot be.
 
         >>> resize.batch(paths).results()  # doctest: +SKIP
         ['a-800.png', 'b-800.png']
         """
-        packing = Packing(self, self._home.client, items, pack)
-        submit_packs_blocking(packing, self._home, progress)
+        packing = self._packing(items, pack, progress)
+        packing.run()
         return Batch(self._home, self.signature, packing.id)
 
     async def abatch(
@@ -269,10 +225,15 @@ class BaseTask(Generic[P, R]):
         *,
         progress: Callable[[int], None] | None = None,
     ) -> Batch[R]:
-        """Do what `batch` does, on the running event loop."""
-        packing = Packing(self, self._home.client, items, pack)
-        await submit_packs(packing, progress)
+        """Async twin of `batch`. It reads the items on the running event loop."""
+        packing = self._packing(items, pack, progress)
+        await packing.arun()
         return Batch(self._home, self.signature, packing.id)
+
+    def _packing(self, items: Iterable[Any], pack: int | Literal["auto"], progress: Callable[[int], None] | None) -> Packing:
+        self.check_step_options()
+        bulk: BulkSubmit[R] = BulkSubmit(self._home, self.signature, progress)
+        return Packing(bulk, self._new_record("", self.submit_options.key or ""), self.signature, items, pack)
 
     def get_batch(self, batch_id: str) -> Batch[R]:
         """Return a batch of this function by its id; nothing is read yet. Raises UsageError for what is no batch's id."""

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from buquet.clock import Clock
     from buquet.store.base import Receipt, Store
 
+    Write: TypeAlias = Callable[[bytes], Awaitable[Receipt]]
+
 WRITERS = 32
 ROUNDS = 3
 ENOUGH = 8.0
@@ -214,35 +216,28 @@ class _Checks:
         return "good", f"{self.store.url} answers", "the credentials allow writes and reads"
 
     async def racing_creates(self) -> Seen:
-        async def race(number: int) -> str:
-            key = self.key(f"create-{number}")
-            return await self._race(key, lambda body: self.store.create(key, body))
+        async def writer(key: str) -> Write:
+            return lambda body: self.store.create(key, body)
 
-        return await self._rounds(
-            "PUT If-None-Match",
-            race,
-            "a task's key is taken once, so one submit is one task",
-            "two submits of one idempotency key can both win. Do not use this store; it needs atomic PUT with If-None-Match",
-        )
+        good = "a task's key is taken once, so one submit is one task"
+        bad = "two submits of one idempotency key can both win. Do not use this store; it needs atomic PUT with If-None-Match"
+        return await self._races("PUT If-None-Match", writer, good, bad)
 
     async def racing_updates(self) -> Seen:
-        async def race(number: int) -> str:
-            key = self.key(f"update-{number}")
+        async def writer(key: str) -> Write:
             etag = (await self.store.put(key, b"base")).etag
-            return await self._race(key, lambda body: self.store.update(key, body, etag))
+            return lambda body: self.store.update(key, body, etag)
 
-        return await self._rounds(
-            "PUT If-Match",
-            race,
-            "a claim is won by one worker, and a worker that lost it can write no more",
-            "two workers can win one claim. Do not use this store; it needs atomic PUT with If-Match",
-        )
+        good = "a claim is won by one worker, and a worker that lost it can write no more"
+        bad = "two workers can win one claim. Do not use this store; it needs atomic PUT with If-Match"
+        return await self._races("PUT If-Match", writer, good, bad)
 
-    async def _rounds(self, what: str, race: Callable[[int], Awaitable[str]], good: str, bad: str) -> Seen:
+    async def _races(self, what: str, writer: Callable[[str], Awaitable[Write]], good: str, bad: str) -> Seen:
         outcomes: list[str] = []
         begun = self.clock.monotonic()
         while len(outcomes) < ROUNDS and self.clock.monotonic() - begun < ENOUGH:
-            outcomes.append(await race(len(outcomes)))
+            key = self.key(f"{what.replace(' ', '-')}-{len(outcomes)}")
+            outcomes.append(await self._race(key, await writer(key)))
         problems = [outcome for outcome in outcomes if outcome not in {"one", "none"}]
         if problems:
             return "bad", f"{what}: in {len(problems)} of {len(outcomes)} rounds of {WRITERS} writers {problems[0]}", bad
@@ -250,7 +245,7 @@ class _Checks:
             return "bad", f"{what}: in {len(outcomes)} rounds of {WRITERS} writers nobody won", bad
         return "good", f"{what}: {WRITERS} writers at once, rounds: {len(outcomes)}, never more than one winner", good
 
-    async def _race(self, key: str, write: Callable[[bytes], Awaitable[Receipt]]) -> str:
+    async def _race(self, key: str, write: Write) -> str:
         """Let all writers write at once. Return `one` (winner), `none`, or what is wrong."""
         won: dict[bytes, str] = {}
         unknown: set[bytes] = set()

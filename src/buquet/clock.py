@@ -89,7 +89,7 @@ YEARS = 10 * 366 * 86_400
 class Backoff:
     """Exponential backoff: `initial` seconds, times `factor` after each failure, at most `max`.
 
-    `jitter` 0.2 spreads each wait evenly over 20 % to either side.
+    A `jitter` of 0.2 varies each wait by up to 20 % in both directions.
 
     >>> from buquet.clock import Clock
     >>> [Backoff(jitter=0).seconds(n, Clock()) for n in (1, 2, 3)]
@@ -111,7 +111,7 @@ class Backoff:
             raise UsageError(msg)
 
     def seconds(self, failures: int, clock: Clock) -> float:
-        """Return the wait after the n-th failure, counted from 1."""
+        """Return the wait in seconds after the n-th failure, counted from 1."""
         try:
             wait = min(self.initial * self.factor ** (failures - 1), self.max)
         except OverflowError:  # past the maximum it is of no interest by how much

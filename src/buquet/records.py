@@ -302,7 +302,7 @@ class PackState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How far a handler says that it is."""
+    """The progress that a handler has reported."""
 
     fraction: Annotated[float, Meta(ge=0, le=1)]
     message: str = ""

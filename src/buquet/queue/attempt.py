@@ -47,7 +47,7 @@ class Host(Protocol):
 
 
 class Attempt:
-    """One execution of a task, as its handler sees it; `current()` returns it."""
+    """One execution of a task, as its handler sees it. `current()` returns it."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Attempt:
 
     @property
     def key(self) -> str:
-        """The idempotency key of this unit of work: give it to services that must not do the same work twice.
+        """The idempotency key of this unit of work. Pass it to services that must not do the same work twice.
 
         At most 64 characters. It stays the same over attempts, lost workers, redrives, and the generations of a retried run. It
         differs between tasks, steps, items, and the work of a step and its undo. A step that was undone gets a new key.
@@ -96,22 +96,22 @@ class Attempt:
 
     @property
     def run(self) -> str:
-        """The id of the run that the task belongs to; empty outside of a workflow."""
+        """The id of the task's run; empty outside of a workflow."""
         return self._task.run
 
     @property
     def step(self) -> str:
-        """The name of the step that the task carries out, or undoes; empty outside of a workflow."""
+        """The name of the step that the task runs or undoes; empty outside of a workflow."""
         return self._task.step
 
     @property
     def workflow(self) -> str:
-        """The name of the workflow that the step is part of; empty outside of a workflow."""
+        """The name of the step's workflow; empty outside of a workflow."""
         return self._task.workflow
 
     @property
     def cancelled(self) -> bool:
-        """Whether the task was cancelled, or its time is up. A handler in a thread looks here now and then."""
+        """Whether the task was cancelled, or its timeout has passed. A handler in a thread should check this now and then."""
         return self._cancelled
 
     @cancelled.setter
@@ -119,7 +119,7 @@ class Attempt:
         self._cancelled = cancelled
 
     def progress(self, fraction: float, message: str = "") -> None:
-        """Say how far the work is, from 0 to 1. It travels with the worker's next heartbeat and costs nothing.
+        """Report the progress of the work, from 0 to 1. It travels with the worker's next heartbeat and costs nothing.
 
         `Handle.progress()`, `buquet get` and the dashboard show it.
 
@@ -132,9 +132,9 @@ class Attempt:
         self._host.progress(float(fraction), text)
 
     def checkpoint(self, value: Any) -> None:
-        """Store a value that the next attempt finds in `checkpointed`, should this one fail or its worker die.
+        """Store a value for the next attempt, which finds it in `checkpointed` if this attempt fails or its worker dies.
 
-        One write. Raises InvalidArgument when JSON does not carry the value, Refused when the claim was lost.
+        Costs one write. Raises InvalidArgument if JSON cannot carry the value, and Refused if the claim was lost.
         """
         self._host.run_blocking(value)
         self.checkpointed = value
@@ -216,7 +216,7 @@ def plainly(clock: Clock, name: str, *, workflow: bool = False) -> Generator[Non
 
 
 def current() -> Attempt:
-    """Return the attempt that is running here: a worker's, or that of a plain call. Raises UsageError outside of a task.
+    """Return the current attempt: that of a worker, or that of a plain call. Raises UsageError outside of a task.
 
     >>> current().id  # doctest: +SKIP
     '0193b0f2c4a07d3e9c5f1b2a3d4e5f60'

@@ -260,11 +260,10 @@ _fire: contextvars.ContextVar[int] = contextvars.ContextVar("buquet_fire", defau
 
 
 def current_fire() -> datetime:
-    """Return the time that a schedule fired for, an aware datetime in UTC, in a workflow's function and in tasks.
+    """Return the time of the current fire, an aware datetime in UTC, in a workflow's function and in tasks.
 
-    However late a fire is dealt with, this is its own time, so a workflow that takes it for now means the same whenever it
-    starts. A schedule's trigger counts as a fire. In a workflow that is started by hand, and in a plain call, it is the current
-    time.
+    It is the fire's own time, however late the fire is submitted. A workflow that uses it as "now" has the same meaning whenever
+    it starts. A trigger of a schedule counts as a fire. In a manual start and in a plain call, it is the current time.
 
     >>> current_fire() <= current_fire()
     True

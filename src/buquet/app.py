@@ -29,8 +29,7 @@ from buquet.queue.task import AsyncTaskFunction, BaseTask, TaskFunction
 from buquet.sealing import sealer
 from buquet.store.open import open_store, sqlite_url
 from buquet.worker.worker import Worker
-from buquet.workflow.engine import Engine
-from buquet.workflow.finished import finished_run
+from buquet.workflow.engine import Engine, finished_run
 from buquet.workflow.function import AsyncWorkflowFunction, StartOptions, WorkflowFunction
 from buquet.workflow.handle import Run, homes
 from buquet.workflow.records import check_max_items

@@ -16,8 +16,8 @@ from buquet.workflow.values import Missing
 
 ORIGINAL = {
     "told": children.Children.told,
-    "step_task": engine.step_task,
-    "_follow_up": engine.Engine._follow_up,
+    "actions_after": engine.actions_after,
+    "_carry_out": engine.Engine._carry_out,
     "_step": advance._Advance._step,
     "_undo_of": advance._Advance._undo_of,
     "_cancel": advance._Advance._cancel,
@@ -29,15 +29,18 @@ async def finish_first(self, run, ended):
     return ended
 
 
-def random_id(run, follow, plan, now):
-    task = ORIGINAL["step_task"](run, follow, plan, now)
-    if follow.what in {"timer", "no timer"}:
-        return task
-    return replace(task, id=hashlib.sha256(f"{task.id} {now} {run.rev}".encode()).hexdigest()[:32])
+def random_id(run, index, event, now):
+    for action in ORIGINAL["actions_after"](run, index, event, now):
+        task = action.task
+        if task is None or task.name == engine.TIMER:
+            yield action
+        else:
+            made = hashlib.sha256(f"{task.id} {now} {run.rev}".encode()).hexdigest()[:32]
+            yield action._replace(task=replace(task, id=made))
 
 
 async def not_awaited(self, known, event, helper):
-    self.following = asyncio.ensure_future(ORIGINAL["_follow_up"](self, known, event, helper))
+    self.following = asyncio.ensure_future(ORIGINAL["_carry_out"](self, known, event, helper))
 
 
 def undo_not_awaited(self, name):
@@ -64,24 +67,23 @@ def entered_again(self):
     return ORIGINAL["_step"](self)
 
 
-async def race_not_run_again(self, run_id, queue, taken):
+async def race_not_run_again(self, run_id, queue):
     """Store what events make of a run, and take it for stored whoever was quicker."""
-    held = await self.read(run_id)
-    taken += queue
-    queue.clear()
-    if held is None or held.record.state == "pruned":
-        return None
-    plan = await self.plan(held.record)
-    values = self.values(run_id, plan)
+    stored = await self.read(run_id)
+    events = [event for event, _ in queue]
+    if stored is None or stored.record.state == "pruned":
+        return len(events), None
+    index = await self.index(stored.record)
+    values = self.values(run_id, index)
     while True:
         try:
-            run = await self._after(held.record, plan, [event for event, _ in taken], values)
+            run = await self._after(stored.record, index, events, values)
             break
         except Missing as missing:
             await self.fetch(missing)
-    if run is not held.record:
-        await self.register.update(held, run)
-    return Known(run, plan, values)
+    if run is not stored.record:
+        await self.register.update(stored, run)
+    return len(events), Known(run, index, values)
 
 
 async def record_before_entry(self, task, event):
@@ -99,12 +101,12 @@ async def record_before_entry(self, task, event):
             graph=task.graph,
             graph_at=task.graph_at,
         )
-        run = await self._begun(run, event)
+        run = await self._started(run, event)
         write = await (self.register.update(held, run) if held else self.register.create(keys.run(run.id), run))
         await self.register.reads.put(keys.open_run(run.id, 1), b"")
         if write.landed and write.held is not None:
-            plan = await self.committer.plan(run)
-            return Known(write.held.record, plan, self.committer.values(run.id, plan))
+            index = await self.committer.index(run)
+            return Known(write.held.record, index, self.committer.values(run.id, index))
     return await self.committer.commit(task.run, event)
 
 
@@ -125,11 +127,11 @@ RUN_BUGS = {
     ),
     "follow-up with a random id": (
         "a repeated submit of a run task creates another task",
-        [(engine, "step_task", random_id)],
+        [(engine, "actions_after", random_id)],
     ),
     "follow-ups not awaited": (
         "a run task ends before its actions are done",
-        [(engine.Engine, "_follow_up", not_awaited)],
+        [(engine.Engine, "_carry_out", not_awaited)],
     ),
     "outcome entered again": (
         "an outcome that is delivered twice counts twice",

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from buquet import App, InvalidArgument, Signal, SignalTimeout, Snooze, SubmitInterrupted, UsageError, each, sleep, when
-from buquet.workflow.expression import depth_of
+from buquet.workflow.expression import measure
 from buquet.workflow.graph import DEEPEST, MOST_STEPS
 from buquet.workflow.placeholder import MOST_NODES
 
@@ -484,7 +484,7 @@ def test_one_that_comes_to_an_end_by_its_own_arguments_is_unrolled():
 
 def test_the_limits_themselves_are_within():
     assert trace(lambda: doubled(12, DOUBLES["sum"])).steps["inc_2"].args.size == 1 + 2**13 - 1 < MOST_NODES
-    assert depth_of(trace(lambda: doubled(12, DOUBLES["sum"])).steps["inc_2"].args) == 14
+    assert measure(trace(lambda: doubled(12, DOUBLES["sum"])).steps["inc_2"].args, MOST_NODES) == (2**13, 14)
     assert trace(lambda: inc([inc(1), *range(MOST_NODES)])).steps["inc_2"].args.size == 3, "constants do not count"
     assert len(trace(lambda: chain(MOST_STEPS)).steps) == MOST_STEPS
     assert len(trace(lambda: deep(DEEPEST - 2)).steps) == 2

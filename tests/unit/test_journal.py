@@ -20,7 +20,7 @@ from buquet.records import ErrorInfo, Event, Finished, Task
 from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
-from buquet.workflow.finished import finished_run
+from buquet.workflow.engine import finished_run
 from buquet.workflow.records import RunRecord
 
 READS = ("get", "get-304", "get-404")

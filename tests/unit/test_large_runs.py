@@ -12,8 +12,8 @@ from buquet.testing.virtual import run_virtual
 from buquet.workflow import committer, records
 from buquet.workflow.advance import advance
 from buquet.workflow.expression import Const, Fault, Items, Raw, Ref, check_size
-from buquet.workflow.graph import Graph, Plan, Step
-from buquet.workflow.records import Event, RunRecord
+from buquet.workflow.graph import Graph, GraphIndex, Step
+from buquet.workflow.records import RunEvent, RunRecord
 from buquet.workflow.values import StepValues
 
 GO, SAY = Signal("go", str), Signal("say", str)
@@ -215,9 +215,9 @@ class Walked(list):
 
 def test_the_start_of_a_thousand_steps_walks_through_them_once():
     graph = Graph(steps={f"s{n}": Step(kind="sleep", seconds=Const(Raw(b"60"))) for n in range(1000)})
-    plan, run = Plan(graph), RunRecord(id="r", workflow="w", queue="q", created=0)
+    plan, run = GraphIndex(graph), RunRecord(id="r", workflow="w", queue="q", created=0)
     plan.first = Walked(plan.first)
-    after = advance(run, plan, Event(id="r", kind="start"), 1, StepValues(graph, {}))
+    after = advance(run, plan, RunEvent(id="r", kind="start"), 1, StepValues(graph, {}))
     assert {record.state for record in after.steps.values()} == {"due"}
     assert len(after.steps) == 1000
     assert run.steps == {}

@@ -16,7 +16,7 @@ from buquet.worker import reported
 from buquet.worker.processes import Processes
 from buquet.worker.reported import Reported
 from buquet.workflow import committer as committing
-from buquet.workflow.records import Event, RunRecord
+from buquet.workflow.records import RunEvent, RunRecord
 
 
 def test_a_problem_is_logged_once_a_subject_and_only_so_many_subjects_are_remembered(caplog, monkeypatch):
@@ -67,9 +67,9 @@ def test_the_graph_of_a_run_that_is_over_is_not_kept():
             with pytest.raises(RunFailed):
                 await run.aresult(timeout=10)
             committer = worker.children.parent.committer
-            late = Event(id=clock.new_id(), kind="step", step="fails", gen=1, outcome="done")  # it changes nothing any more
+            late = RunEvent(id=clock.new_id(), kind="step", step="fails", gen=1, outcome="done")  # it changes nothing any more
             assert (await committer.commit(run.id, late)).run.state == "failed"
-        assert (committer._plans, committer._held) == ({}, {})
+        assert (committer._indexes, committer._held) == ({}, {})
         worker.stop()
         await working
 
@@ -99,8 +99,8 @@ def test_the_graph_of_a_run_that_ends_while_it_is_read_is_not_kept_for_ever(monk
             while (held := await app.client.register.read(RunRecord, keys.run(run.id))) is None:
                 await clock.sleep(0.001)
             await run.aresult(timeout=10)
-            await committer.plan(replace(held.record, state="running"))
-        assert len(committer._plans) == 5
+            await committer.index(replace(held.record, state="running"))
+        assert len(committer._indexes) == 5
         worker.stop()
         await working
 

@@ -13,7 +13,7 @@ from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.store.register import Register
 from buquet.testing.virtual import run_virtual
-from buquet.workflow.arriving import Arriving
+from buquet.workflow.engine import PendingSignals
 from buquet.workflow.events import SIGNAL, START, TIMER
 
 GO = Signal("go", int)
@@ -248,12 +248,12 @@ async def test_timers_share_a_list_of_the_signals_that_are_under_way_and_read_ea
     for number in range(10):
         await GO.asend(runs[number % 2], number, key=f"{number}", app=app)
     store = CountingStore(app.client.store)
-    arriving = Arriving(Register(store, clock), clock.now_ms)
+    pending = PendingSignals(Register(store, clock), clock.now_ms)
     until = clock.now_ms() - 1
-    found = await asyncio.gather(*(arriving.of("default", run.id, until) for run in runs for _ in range(50)))
+    found = await asyncio.gather(*(pending.sent_before("default", run.id, until) for run in runs for _ in range(50)))
     assert {len(each) for each in found} == {5}
     assert (store.total("LIST"), store.total("GET")) == (1, 10)
     await clock.sleep(1)
     await GO.asend(runs[0], 11, key="late", app=app)  # a later timer must see it, and reads only this one
-    assert len(await arriving.of("default", runs[0].id, clock.now_ms())) == 6
+    assert len(await pending.sent_before("default", runs[0].id, clock.now_ms())) == 6
     assert (store.total("LIST"), store.total("GET")) == (2, 11)

@@ -16,8 +16,8 @@ from buquet.queue.control import whoami
 from buquet.records import ABSENT, Raw
 from buquet.testing import run_until_idle
 from buquet.workflow.graph import Graph
+from buquet.workflow.handle import send_signal
 from buquet.workflow.schemas import check, form_of, schema_of
-from buquet.workflow.sending import send_signal
 
 app = App("memory:")
 

@@ -541,7 +541,7 @@ def test_a_conflict_of_keys_names_what_its_user_knows():
     assert run.result(timeout=60) == 2
 
 
-def test_a_step_that_never_began_is_stopped_once_its_run_is_over():
+def test_a_step_that_never_began_is_cancelled_once_its_run_is_over():
     @app.workflow
     async def jams(n: int) -> int:
         return await inc(await even(n))
@@ -549,7 +549,7 @@ def test_a_step_that_never_began_is_stopped_once_its_run_is_over():
     run = jams.start(1)
     assert [step.status for step in run.steps()] == ["waiting", "waiting"]
     run_until_idle(app)
-    assert [step.status for step in run.steps()] == ["failed", "stopped"]
+    assert [step.status for step in run.steps()] == ["failed", "cancelled"]
 
 
 def failing():

@@ -37,9 +37,8 @@ from buquet.insights.scan import Scan
 from buquet.printing import counted, duration
 from buquet.queue.client import Client
 from buquet.queue.values import of_run
-from buquet.workflow import sending
 from buquet.workflow.graph import RESTORE
-from buquet.workflow.handle import Run, SignalInfo
+from buquet.workflow.handle import Run, SignalInfo, read_run, send_signal
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -132,7 +131,7 @@ async def _signals_of(run: Run[Any]) -> list[SignalInfo]:
 
 async def _result_of(client: Client, view: RunView) -> bytes | None:
     """Return the result of a completed run as JSON; None, and a message, if it cannot be read."""
-    record = await sending.read_run(client, view.id) if view.status == "completed" else None
+    record = await read_run(client, view.id) if view.status == "completed" else None
     if record is None:
         return None
     try:
@@ -286,7 +285,7 @@ async def signal(
 ) -> None:
     """Send a signal to a run. The next wait for this signal takes it."""
     await _check_signal(Run[Any](app, run_id), name)
-    await sending.send_signal(app.client, run_id, name, value, key)
+    await send_signal(app.client, run_id, name, value, key)
     _print_outcome(run_id, "sent", json)
 
 
@@ -310,27 +309,27 @@ async def cancel(
     undo: Annotated[bool, typer.Option("--undo/--no-undo", help="Undo completed steps that have an undo.")] = True,
 ) -> None:
     """Cancel a run: waiting steps never start, running steps are asked to stop, and completed steps are undone."""
-    _print_outcome(run_id, await sending.cancel(app.client, run_id, undo=undo), json)
+    _print_outcome(run_id, await Run[Any](app, run_id).acancel(undo=undo), json)
 
 
 @command(group)
 async def pause(app: App, json: bool, run_id: RunId) -> None:
     """Pause a run: no new step starts, and running steps go on."""
-    await sending.hold(app.client, run_id, paused=True)
+    await Run[Any](app, run_id).apause()
     _print_outcome(run_id, "paused", json)
 
 
 @command(group)
 async def resume(app: App, json: bool, run_id: RunId) -> None:
     """Resume a paused run."""
-    await sending.hold(app.client, run_id, paused=False)
+    await Run[Any](app, run_id).aresume()
     _print_outcome(run_id, "resumed", json)
 
 
 @command(group)
 async def retry(app: App, json: bool, run_id: RunId) -> None:
     """Retry a failed or cancelled run: completed steps are kept, the others run again."""
-    await sending.retry(app.client, run_id)
+    await Run[Any](app, run_id).aretry()
     _print_outcome(run_id, "retried", json)
 
 

@@ -18,8 +18,8 @@ from buquet.errors import BuquetError, Refused, UsageError
 from buquet.insights.overview import group_of
 from buquet.printing import counted
 from buquet.records import ABSENT, LATEST
+from buquet.workflow.handle import send_signal
 from buquet.workflow.schemas import Form, form_of
-from buquet.workflow.sending import send_signal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping

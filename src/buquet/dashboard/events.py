@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from buquet import keys
 from buquet.errors import StoreError
 from buquet.insights.feed import TOPICS
-from buquet.workflow.sending import find_run
+from buquet.workflow.handle import find_run
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator

@@ -13,8 +13,8 @@ from buquet.errors import EncryptionKeyMissing, RunNotFound, UnreadableRecord
 from buquet.insights.runview import RunView, step_view, task_of
 from buquet.insights.scan import AT_ONCE
 from buquet.records import TERMINAL, Task
-from buquet.workflow import sending
 from buquet.workflow.graph import Graph, Step
+from buquet.workflow.handle import find_run, graph_of
 from buquet.workflow.records import OVER, RunRecord
 from buquet.workflow.values import shown
 
@@ -88,7 +88,7 @@ class OneRun:
         before = self.held
         found = await client.register.reread(RunRecord, before) if before is not None else None
         if found is None:
-            found = await sending.find_run(client, self.id)
+            found = await find_run(client, self.id)
         if isinstance(found, Task):
             known, self.start = self.start, found
             await self._draw(client, found)
@@ -155,7 +155,7 @@ class OneRun:
 async def read_graph(client: Client, source: RunRecord | Task) -> Graph | None:
     """Return the graph of a run, or of a start that is to be carried out; None without the key of an encrypted one."""
     try:
-        return await sending.graph_of(client, source)
+        return await graph_of(client, source)
     except EncryptionKeyMissing:
         return None
 

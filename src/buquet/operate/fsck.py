@@ -41,7 +41,7 @@ from buquet.queue import transitions
 from buquet.queue.names import may_stand_for
 from buquet.records import TERMINAL, Bell, Note, QueueSettings, Record, Schedule, Session, Task
 from buquet.store.storetime import store_ahead
-from buquet.workflow.records import OVER, RunRecord, check_tasks
+from buquet.workflow.records import OVER, RunRecord
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -371,7 +371,7 @@ class _Checker:
         try:
             held = await self.register.read(RunRecord, listed.key)
             if held is not None:
-                check_tasks(held.record)
+                held.record.check_tasks()
         except UnreadableRecord as error:
             self._find("unreadable record", listed.key, str(error))
             return

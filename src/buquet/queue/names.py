@@ -1,4 +1,4 @@
-"""The port through which the queue asks a run about its tasks, and through which a trace takes a task's call.
+"""The port through which the queue asks a run about its tasks, and through which a graph builder takes a task's call.
 
 Queue and worker know nothing of workflows: `App` gives them one that answers.
 """
@@ -114,13 +114,13 @@ class Parent(Protocol):
         ...
 
 
-class Tracer(Protocol):
-    """What turns the calls of task functions into a graph."""
+class Builder(Protocol):
+    """Builds a workflow's graph from the calls of task functions."""
 
     def call(self, task: BaseTask[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Note a call, and return what stands for its result."""
+        """Add a step that calls a task; return a placeholder of its result."""
         ...
 
 
-tracing: ContextVar[Tracer | None] = ContextVar("buquet_tracing", default=None)
-"""The trace that is under way here."""
+building: ContextVar[Builder | None] = ContextVar("buquet_building", default=None)
+"""The builder of the graph that is being built in this context."""

@@ -14,7 +14,7 @@ from buquet.printing import counted
 from buquet.queue.attempt import plainly
 from buquet.queue.batch import Batch, BulkSubmit, Packing
 from buquet.queue.handle import Handle, Handles
-from buquet.queue.names import SYSTEM, Prepared, is_system, tracing
+from buquet.queue.names import SYSTEM, Prepared, building, is_system
 from buquet.queue.options import Policy, StepOptions, SubmitOptions, in_seconds
 from buquet.records import Task
 
@@ -103,7 +103,7 @@ class BaseTask(Generic[P, R]):
 
     def check_step_options(self) -> None:
         """Raise UsageError inside a workflow that is being started, and where options are set that only a call there takes."""
-        if tracing.get() is not None:
+        if building.get() is not None:
             msg = (
                 f"{self.name} was to be submitted inside a workflow, as a task that is no part of the run. Call it, "
                 f"{self.name}(...), and it is a step of the run; for many items write each({self.name}, items). A task may submit"
@@ -256,9 +256,9 @@ class TaskFunction(BaseTask[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function itself, here and now, as tests do; in a workflow that is being started, note the step."""
-        tracer = tracing.get()
-        if tracer is not None:
-            return cast("R", tracer.call(self, args, kwargs))
+        builder = building.get()
+        if builder is not None:
+            return cast("R", builder.call(self, args, kwargs))
         with plainly(self._home.clock, self.step_options.step or self.name):
             return cast("R", self.function(*args, **kwargs))
 
@@ -268,9 +268,9 @@ class AsyncTaskFunction(BaseTask[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Call the function itself, as tests do; the result is to be awaited. In a workflow that is started, note the step."""
-        tracer = tracing.get()
-        if tracer is not None:
-            return cast("Coroutine[Any, Any, R]", tracer.call(self, args, kwargs))
+        builder = building.get()
+        if builder is not None:
+            return cast("Coroutine[Any, Any, R]", builder.call(self, args, kwargs))
         self.signature.bind(args, kwargs)  # wrong arguments are an error of the call, not of its `await`
         return self._plainly(args, kwargs)
 

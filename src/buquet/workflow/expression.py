@@ -1,8 +1,8 @@
-"""What a graph says of values that are not there yet: small trees of data, and what they come to.
+"""Expressions: small trees of data that say how to compute a value from the results of steps.
 
-An expression comes to a JSON value, or to one of three marks: `PENDING` (a step that it needs has not ended), `SKIPPED` (a step
-that it needs was skipped), or a `Fault` (it has no value, such as a field that is not there). Of several marks SKIPPED outranks
-PENDING and PENDING a Fault, so that the outcome does not depend on which step ends first.
+An expression evaluates to a JSON value or to one of three marks: PENDING (a step that it needs has not ended), SKIPPED (a step
+that it needs was skipped), or a Fault (it has no value, for example because a field is missing). SKIPPED outranks PENDING, and
+PENDING outranks a Fault, so the outcome does not depend on which step ends first.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from msgspec import Raw
 from buquet import keys
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    Lookup = Callable[[str], Any]
+    from collections.abc import Callable, Iterable, Iterator
 
 
 class _Mark(Enum):
@@ -39,57 +37,54 @@ class Fault(NamedTuple):
     reason: str
 
 
-class Part(msgspec.Struct, frozen=True, array_like=True, dict=True):
+class Node(msgspec.Struct, frozen=True, array_like=True, dict=True):
     """A node of an expression."""
 
     @cached_property
     def size(self) -> int:
-        """How many nodes it comes to once it is written, where what is used twice stands twice. Constants do not count.
-
-        It is kept, so that a node that is made of others need not look through them.
-        """
-        return 0 if isinstance(self, Const) else 1 + sum(each.size for each in _parts(cast("Expr", self)))
+        """The number of nodes in the JSON, where shared nodes are repeated. Constants do not count."""
+        return 0 if isinstance(self, Const) else 1 + sum(part.size for part in _parts(cast("Expr", self)))
 
 
-class Const(Part, frozen=True, tag="const"):
+class Const(Node, frozen=True, tag="const"):
     """A JSON value."""
 
     value: Raw
 
 
-class Ref(Part, frozen=True, tag="step"):
-    """What a step came to."""
+class Ref(Node, frozen=True, tag="step"):
+    """The result of a step."""
 
     step: str
 
 
-class Get(Part, frozen=True, tag="get"):
+class Get(Node, frozen=True, tag="get"):
     """A field or an item of a value."""
 
     of: Expr
     key: str | int
 
 
-class Apply(Part, frozen=True, tag="apply"):
-    """A comparison, a piece of arithmetic or of logic."""
+class Apply(Node, frozen=True, tag="apply"):
+    """A comparison, or an arithmetic or logical operation."""
 
     op: str
     args: tuple[Expr, ...]
 
 
-class Items(Part, frozen=True, tag="list"):
+class Items(Node, frozen=True, tag="list"):
     """A list of values."""
 
     items: tuple[Expr, ...]
 
 
-class Fields(Part, frozen=True, tag="dict"):
+class Fields(Node, frozen=True, tag="dict"):
     """An object of values."""
 
     fields: dict[str, Expr]
 
 
-class Choose(Part, frozen=True, tag="when"):
+class Choose(Node, frozen=True, tag="when"):
     """The value of the branch that was taken."""
 
     condition: Expr
@@ -122,15 +117,15 @@ LOGIC: dict[str, Any] = {
     "~": operator.not_,
 }
 MOST_NODES = 10_000
-"""How large an expression may be: at every event of its run it may be worked out again."""
+"""The largest size of an expression. Each event of a run may evaluate it again."""
 FEW = 8
-"""Parts of an expression that cannot repeat large values often enough to use up a worker's memory."""
+"""An expression of at most this size cannot repeat large values often enough to exhaust a worker's memory."""
 _LARGEST = 1 << 20
-"""What arithmetic comes to has at most so many characters or items: a graph is data, and may come from anywhere."""
+"""The most characters or items that arithmetic may produce. A graph is data from any source."""
 
 
-def evaluate(expr: Expr, lookup: Lookup) -> Any:
-    """Return what an expression comes to: a value of builtins, PENDING, SKIPPED or a Fault. `lookup` does the same for a step.
+def evaluate(expr: Expr, lookup: Callable[[str], Any]) -> Any:
+    """Return the value of an expression as builtins, or PENDING, SKIPPED or a Fault. `lookup` returns the same for a step.
 
     >>> evaluate(Apply(">", (Get(Ref("o"), "total"), Const(Raw(b"10")))), lambda step: {"total": 12})
     True
@@ -141,14 +136,6 @@ def evaluate(expr: Expr, lookup: Lookup) -> Any:
         return lookup(expr.step)
     if isinstance(expr, Get):
         return _get(evaluate(expr.of, lookup), expr.key)
-    if isinstance(expr, Items):
-        values = [evaluate(each, lookup) for each in expr.items]
-        mark = strongest(values)
-        return values if mark is None else mark
-    if isinstance(expr, Fields):
-        fields = {name: evaluate(each, lookup) for name, each in expr.fields.items()}
-        mark = strongest(fields.values())
-        return fields if mark is None else mark
     if isinstance(expr, Choose):
         condition = evaluate(expr.condition, lookup)
         if is_mark(condition):
@@ -156,88 +143,87 @@ def evaluate(expr: Expr, lookup: Lookup) -> Any:
         if not isinstance(condition, bool):
             return no_condition(condition)
         return evaluate(expr.then if condition else expr.otherwise, lookup)
-    return _apply(expr, [evaluate(each, lookup) for each in expr.args])
+    values = [evaluate(part, lookup) for part in _parts(expr)]
+    mark = strongest(values)
+    if mark is not None:
+        return mark
+    if isinstance(expr, Items):
+        return values
+    return dict(zip(expr.fields, values, strict=True)) if isinstance(expr, Fields) else _apply(expr.op, values)
 
 
 def check_size(expr: Expr, value: Any) -> Any:
-    """Return what an expression came to, or a Fault where its JSON would be too large: what is used twice stands in it twice.
+    """Return an expression's value, or a Fault if its JSON would be too large because it repeats large values.
 
-    It is measured without being written, each value that is used many times once.
+    The size is computed without encoding the whole; a value that is used many times is measured once.
     """
     if expr.size <= FEW or is_mark(value):
         return value
     sizes: dict[int, int] = {}
     left = 2 * MOST_NODES
 
-    def measure(part: Any) -> int:
+    def size_of(part: Any) -> int:
         nonlocal left
         known = sizes.get(key := id(part))
         if known is None:
             if left and isinstance(part, list | dict):
                 left -= 1
                 inner = cast("list[Any]", part) if isinstance(part, list) else cast("dict[str, Any]", part).values()
-                known = sum(measure(each) + 1 for each in inner)
+                known = sum(size_of(item) + 1 for item in inner)
             else:
                 known = len(msgspec.json.encode(part))
             sizes[key] = known
         return known
 
-    if measure(value) > keys.LARGEST:
+    if size_of(value) > keys.LARGEST:
         return Fault(f"a value has at most {keys.LARGEST:,} bytes as JSON, and this would have more: it repeats large ones")
     return value
 
 
 def no_condition(value: Any) -> Fault:
-    """Say that a value cannot decide a `when`."""
+    """Return the Fault of a value that cannot decide a `when`."""
     return Fault(f"a condition of `when` must be true or false, and this came to {show(value)}")
 
 
 def is_mark(value: Any) -> bool:
-    """Tell whether an expression came to no value."""
+    """Whether an expression evaluated to a mark instead of a value."""
     return isinstance(value, _Mark | Fault)
 
 
-def strongest(values: Any) -> Any:
-    """Return the mark that outranks the others; None when all of these are values."""
-    found: Any = None
+def strongest(values: Iterable[Any]) -> Any:
+    """Return the mark that outranks the others; None if all are values."""
+    mark: Any = None
     for value in values:
         if value is SKIPPED:
             return SKIPPED
-        if value is PENDING or (isinstance(value, Fault) and found is None):
-            found = value
-    return found
+        if value is PENDING or (isinstance(value, Fault) and mark is None):
+            mark = value
+    return mark
 
 
 def steps_of(expr: Expr) -> Iterator[str]:
-    """Yield the steps that an expression may need; what is used twice is looked through once."""
+    """Yield the steps that an expression may need. A shared node is visited once."""
     seen: set[int] = set()
-    left = [expr]
-    while left:
-        each = left.pop()
-        if id(each) in seen:
+    stack = [expr]
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:
             continue
-        seen.add(id(each))
-        if isinstance(each, Ref):
-            yield each.step
-        left += reversed(_parts(each))
+        seen.add(id(node))
+        if isinstance(node, Ref):
+            yield node.step
+        stack += reversed(_parts(node))
 
 
-def depth_of(expr: Expr) -> int:
-    """Return how deep an expression's parts are nested."""
-    depth, level = 0, [expr]
-    while level:
+def measure(expr: Expr, most: int) -> tuple[int, int]:
+    """Return the number of nodes of an expression, as `size`, and their depth. Counting stops above `most` nodes."""
+    count, depth = 0, 0
+    level = [expr]
+    while level and count <= most:
         depth += 1
-        level = list({id(part): part for each in level for part in _parts(each)}.values())
-    return depth
-
-
-def count_parts(expr: Expr, most: int) -> int:
-    """Count an expression's nodes as its `size` does, but no further than one above `most`."""
-    count, left = 0, [expr]
-    while left and count <= most:
-        left += [part for part in _parts(left.pop()) if not isinstance(part, Const)]
-        count += 1
-    return count
+        count += sum(not isinstance(node, Const) for node in level)
+        level = [part for node in level for part in _parts(node)]
+    return count, depth
 
 
 def _parts(expr: Expr) -> tuple[Expr, ...]:
@@ -267,70 +253,55 @@ def _text(expr: Expr) -> str:
         return bytes(expr.value).decode()
     if isinstance(expr, Ref):
         return expr.step
+    parts = [_text(part) for part in _parts(expr)]
     if isinstance(expr, Get):
-        return f"{_text(expr.of)}.{expr.key}" if isinstance(expr.key, str) else f"{_text(expr.of)}[{expr.key}]"
-    if isinstance(expr, Items):
-        return "[" + ", ".join(_text(each) for each in expr.items) + "]"
+        return f"{parts[0]}.{expr.key}" if isinstance(expr.key, str) else f"{parts[0]}[{expr.key}]"
     if isinstance(expr, Fields):
-        return "{" + ", ".join(f"{name}: {_text(each)}" for name, each in expr.fields.items()) + "}"
-    if isinstance(expr, Choose):
-        return f"when({_text(expr.condition)}, {_text(expr.then)}, {_text(expr.otherwise)})"
-    args = [_text(each) for each in expr.args]
-    if len(args) == 1:
-        return f"{'-' if expr.op == 'neg' else expr.op}{args[0]}"
-    return f"({f' {expr.op} '.join(args)})"
+        return "{" + ", ".join(f"{name}: {part}" for name, part in zip(expr.fields, parts, strict=True)) + "}"
+    if isinstance(expr, Apply):
+        if len(parts) == 1:
+            return f"{'-' if expr.op == 'neg' else expr.op}{parts[0]}"
+        return f"({f' {expr.op} '.join(parts)})"
+    inner = ", ".join(parts)
+    return f"[{inner}]" if isinstance(expr, Items) else f"when({inner})"
 
 
 def show(value: Any) -> str:
-    """Return a value's JSON, cut for an error's text."""
+    """Return a value's JSON, shortened for an error message."""
     text = msgspec.json.encode(value).decode()
-    return text if len(text) <= 80 else text[:77] + "..."  # noqa: PLR2004 - what fits a line
+    return text if len(text) <= 80 else text[:77] + "..."  # noqa: PLR2004 - fits a line
 
 
 def _get(value: Any, key: str | int) -> Any:
     if is_mark(value):
         return value
     if isinstance(value, dict) and isinstance(key, str):
-        found = cast("dict[str, Any]", value)
-        return found[key] if key in found else Fault(f"{show(value)} has no field {key!r}")
+        fields = cast("dict[str, Any]", value)
+        return fields[key] if key in fields else Fault(f"{show(value)} has no field {key!r}")
     if isinstance(value, list) and isinstance(key, int):
         items = cast("list[Any]", value)
         return items[key] if -len(items) <= key < len(items) else Fault(f"a list of {len(items)} has no item {key}")
     return Fault(f"{show(value)} has no {'item' if isinstance(key, int) else 'field'} {key!r}")
 
 
-def _apply(expr: Apply, args: list[Any]) -> Any:
-    mark = strongest(args)
-    if mark is not None:
-        return mark
-    logic = LOGIC.get(expr.op)
+def _apply(op: str, args: list[Any]) -> Any:
+    logic = LOGIC.get(op)
     if logic is not None:
-        if len(args) != (1 if expr.op == "~" else 2):
-            return Fault(f"`{expr.op}` is given {len(args)} values")
-        odd = [each for each in args if not isinstance(each, bool)]
-        return Fault(f"`{expr.op}` is for true and false, and one side came to {show(odd[0])}") if odd else logic(*args)
-    apply = OPERATORS.get(expr.op)
+        if len(args) != (1 if op == "~" else 2):
+            return Fault(f"`{op}` is given {len(args)} values")
+        odd = [arg for arg in args if not isinstance(arg, bool)]
+        return Fault(f"`{op}` is for true and false, and one side came to {show(odd[0])}") if odd else logic(*args)
+    apply = OPERATORS.get(op)
     if apply is None:
-        return Fault(f"this buquet knows no operator {expr.op!r}")
-    if (
-        expr.op in {"+", "*"}
-        and sum(_size(each) for each in args) * max([1, *(a for a in args if isinstance(a, int))]) > _LARGEST
-    ):
-        return Fault(f"`{expr.op}` came to too large a value")
-    if expr.op == "%" and isinstance(args[0], str):  # it would be a format, of any width
+        return Fault(f"this buquet knows no operator {op!r}")
+    length = sum(len(cast("list[Any]", arg)) for arg in args if isinstance(arg, str | list))
+    if op in {"+", "*"} and length * max([1, *(arg for arg in args if isinstance(arg, int))]) > _LARGEST:
+        return Fault(f"`{op}` came to too large a value")
+    if op == "%" and args and isinstance(args[0], str):  # it would format text of any width
         return Fault("`%` is for numbers: make the text in a task")
     try:
         value = apply(*args)
     except (TypeError, ArithmeticError, RecursionError) as error:
-        return Fault(f"{' and '.join(show(each) for each in args)} with `{expr.op}`: {error}")
-    return value if _is_json(value) else Fault(f"`{expr.op}` came to a number that JSON does not carry")
-
-
-def _is_json(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return not isinstance(value, int) or -(1 << 63) <= value < 1 << 64
-
-
-def _size(value: Any) -> int:
-    return len(cast("list[Any]", value)) if isinstance(value, str | list) else 0
+        return Fault(f"{' and '.join(show(arg) for arg in args)} with `{op}`: {error}")
+    in_json = math.isfinite(value) if isinstance(value, float) else not isinstance(value, int) or -(1 << 63) <= value < 1 << 64
+    return value if in_json else Fault(f"`{op}` came to a number that JSON does not carry")

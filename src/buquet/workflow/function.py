@@ -15,15 +15,16 @@ from buquet.queue.names import Prepared, is_system
 from buquet.queue.options import check_key, check_tags
 from buquet.queue.schedules import firing
 from buquet.records import Raw, Task
-from buquet.workflow.building import current_trace, trace_of
+from buquet.workflow.building import build_graph, current_builder
 from buquet.workflow.events import START
 from buquet.workflow.handle import Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from buquet.queue.handle import Home
-    from buquet.workflow.building import Trace
+    from buquet.workflow.building import GraphBuilder
     from buquet.workflow.graph import Graph
 
 P = ParamSpec("P")
@@ -74,13 +75,12 @@ class WorkflowFunction(Generic[P, R]):
         return f"<buquet workflow {self.name!r}>"
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the function itself: its tasks run here and now, as plain Python. In another workflow it becomes part of that."""
-        trace = current_trace()
-        if trace is None:
-            with plainly(self._home.clock, self.name, workflow=True):
-                return cast("R", self.function(*args, **kwargs))
-        with trace.inner(self.name):
+        """Call the function: its tasks run here, as plain functions. In another workflow its steps become part of that one."""
+        with self._calling(current_builder()):
             return cast("R", self.function(*args, **kwargs))
+
+    def _calling(self, builder: GraphBuilder | None) -> AbstractContextManager[None]:
+        return plainly(self._home.clock, self.name, workflow=True) if builder is None else builder.inner(self.name)
 
     def options(self, *, key: str | None = None, tags: Mapping[str, str] | None = None) -> Self:
         """Return the same workflow with other options for its starts. `key`: one run a key. `tags` are those of its tasks too."""
@@ -94,7 +94,7 @@ class WorkflowFunction(Generic[P, R]):
         Raises TypeError for wrong arguments, UsageError for what a graph cannot hold.
         """
         self.signature.bind(args, kwargs)
-        return trace_of(self.name, self.function, args, kwargs)
+        return build_graph(self.name, self.function, args, kwargs)
 
     @overload
     def start(self, *args: P.args, **kwargs: P.kwargs) -> Run[R]: ...
@@ -123,7 +123,7 @@ class WorkflowFunction(Generic[P, R]):
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
         """Make the record of the task that starts a run. No I/O. Raises what `start` raises for wrong arguments."""
-        if current_trace() is not None:
+        if current_builder() is not None:
             msg = (
                 f"workflow {self.name} was to be started inside another workflow, as a run of its own. Call it, "
                 f"{self.name}(...), and its steps are part of this run. A task may start runs of their own"
@@ -152,7 +152,7 @@ class WorkflowFunction(Generic[P, R]):
 
     def _graph(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bytes:
         with firing(self._home.clock.now_ms()):
-            graph = msgspec.json.encode(trace_of(self.name, self.function, args, kwargs))
+            graph = msgspec.json.encode(build_graph(self.name, self.function, args, kwargs))
         check_size(graph, f"the graph of {self.name}")
         return graph
 
@@ -166,14 +166,13 @@ class WorkflowFunction(Generic[P, R]):
 
 
 class AsyncWorkflowFunction(WorkflowFunction[P, R]):
-    """A workflow of an async function."""
+    """A workflow of an async function. Only a call differs from other workflows: it is awaited."""
 
-    # its runs and their results are as those of any workflow; only a call of it is to be awaited
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Call the function itself; the result is to be awaited, in another workflow too."""
+        """Call the function; the result is awaited, in another workflow too."""
         self.signature.bind(args, kwargs)
-        return self._inner(current_trace(), args, kwargs)
+        return self._inner(current_builder(), args, kwargs)
 
-    async def _inner(self, trace: Trace | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
-        with plainly(self._home.clock, self.name, workflow=True) if trace is None else trace.inner(self.name):
+    async def _inner(self, builder: GraphBuilder | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
+        with self._calling(builder):
             return await self.function(*args, **kwargs)

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from buquet import keys
 from buquet.queue import transitions
 from buquet.records import ABSENT, ENDED, Task
-from buquet.workflow.records import OVER, RunRecord, StepRecord, check_tasks
+from buquet.workflow.records import OVER, RunRecord, StepRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,7 @@ async def prune_run(pruner: Pruner, key: str) -> int:
     held = await pruner.register.read(RunRecord, key)
     while held is not None and held.record.state in OVER and pruner.is_old(held.record.finished):
         run = held.record
-        check_tasks(run)
+        run.check_tasks()
         if pruner.dry_run:
             return 0 if run.state == "pruned" else sum(1 for _ in task_ids(run))
         if run.state == "pruned":

@@ -1,4 +1,4 @@
-"""The types of signals as JSON schemas, in the graph: what is sent is checked where the code that declares the type is not."""
+"""The types of signals as JSON schemas in the graph. A signal's value is checked even where the type is not declared."""
 
 # jsonschema's own types are partial
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     Schema = dict[str, Any]
 
 LARGEST = 128 << 10
-"""Bytes of the schemas that a value is checked against, and of a value that is checked: a schema may come from anybody."""
+"""The most bytes of a value that is checked, and of its schemas. A schema may come from any source."""
 MOST_WORK = 100_000
-"""Values and parts of schemas that a check looks at: a schema may be short and yet have no end."""
+"""The most values and schema parts that one check visits. A short schema may describe endless work."""
 DEEPEST = 6
-"""How deep an example is nested."""
+"""How deep an example is nested at most."""
 MOST_NODES = 200
-"""Values of which an example is made."""
+"""The most values that an example has."""
 LONGEST_EXAMPLE = 1000
 MOST_CHOICES = 50
 NOT_CHECKED = {"pattern", "patternProperties", "uniqueItems", "unevaluatedItems", "unevaluatedProperties"}
-"""What takes longer than any count of it tells. A set takes a value twice, so `uniqueItems` is not needed either."""
+"""Keywords whose cost a count of visits does not bound. `uniqueItems` is not needed: a set accepts a value twice."""
 EXAMPLES: dict[str, Any] = {"boolean": True, "integer": 1, "number": 1.5, "string": "text", "array": [], "object": {}}
 
 
 def schema_of(kind: Any) -> Raw:
-    """Return a type's JSON schema: `{}` of Any. Absent where it has none or a huge one: its values are not checked.
+    """Return a type's JSON schema, `{}` for Any. Absent if it has none or a huge one: its values are not checked then.
 
     >>> bytes(schema_of(bool))
     b'{"type":"boolean"}'
@@ -53,29 +53,29 @@ def schema_of(kind: Any) -> Raw:
 
 
 def check(schemas: Iterable[Raw], body: bytes, what: str) -> None:
-    """Raise InvalidArgument for a value, as JSON, that fits none of the schemas.
+    """Raise InvalidArgument for a JSON value that fits none of the schemas.
 
-    A schema that is absent or damaged takes any value; and any value is taken where a check would be too much work.
+    An absent or damaged schema accepts any value. So does a check that would be too much work.
     """
     known = {bytes(schema) for schema in schemas}
     if b"" in known or not known or max(len(body), sum(map(len, known))) > LARGEST:
         return
-    why, left = "", [MOST_WORK]
+    problem, work = "", [MOST_WORK]
     for schema in sorted(known):
-        problem = _problem(schema, body, left)
-        if not problem:
+        found = _problem(schema, body, work)
+        if not found:
             return
-        why = f"{problem}. Such a value fits: {form_of(Raw(schema)).example}"
-    raise InvalidArgument(f"{what} is not of its type: {why}")
+        problem = f"{found}. Such a value fits: {form_of(Raw(schema)).example}"
+    raise InvalidArgument(f"{what} is not of its type: {problem}")
 
 
-class _TooMuch(Exception):
+class _TooMuchWork(Exception):
     """A check has used up its work."""
 
 
-def _problem(schema: bytes, body: bytes, left: list[int]) -> str:
-    """Say why a value does not fit a schema; nothing where it does, and where nobody can tell. `left`: work, which is used up."""
-    # slow to import, and only those who send a signal need it
+def _problem(schema: bytes, body: bytes, work: list[int]) -> str:
+    """Say why a value does not fit a schema; empty if it fits or cannot be checked. `work` counts down the visits left."""
+    # slow to import, and only senders of signals need them
     from jsonschema import Draft202012Validator, FormatChecker  # noqa: PLC0415
     from jsonschema.exceptions import SchemaError, best_match  # noqa: PLC0415
     from jsonschema.validators import extend  # noqa: PLC0415
@@ -83,75 +83,73 @@ def _problem(schema: bytes, body: bytes, left: list[int]) -> str:
     from referencing.exceptions import Unresolvable  # noqa: PLC0415
 
     def counted(keyword: Any) -> Any:
-        def look(validator: Any, wanted: Any, instance: Any, whole: Any) -> Any:
-            left[0] -= 1 + sum(len(cast("list[Any]", each)) for each in (wanted, instance) if isinstance(each, list | dict))
-            if left[0] < 0:
-                raise _TooMuch
-            return keyword(validator, wanted, instance, whole)
+        def validate(validator: Any, expected: Any, instance: Any, whole: Any) -> Any:
+            work[0] -= 1 + sum(len(cast("list[Any]", part)) for part in (expected, instance) if isinstance(part, list | dict))
+            if work[0] < 0:
+                raise _TooMuchWork
+            return keyword(validator, expected, instance, whole)
 
-        return look
+        return validate
 
     keywords: Any = Draft202012Validator.VALIDATORS
-    looks = {name: _any if name in NOT_CHECKED else counted(keyword) for name, keyword in keywords.items()}
-    kind: Any = extend(Draft202012Validator, looks)
+    checked = {name: _any if name in NOT_CHECKED else counted(keyword) for name, keyword in keywords.items()}
+    validator: Any = extend(Draft202012Validator, checked)
     try:
-        known: Any = msgspec.json.decode(schema)
-        kind.check_schema(known, format_checker=FormatChecker(()))
-        nowhere: Any = Registry()  # nothing is fetched
-        error: Any = best_match(kind(known, registry=nowhere).iter_errors(msgspec.json.decode(body)))
-    except (msgspec.DecodeError, SchemaError, Unresolvable, RecursionError, _TooMuch):
+        decoded: Any = msgspec.json.decode(schema)
+        validator.check_schema(decoded, format_checker=FormatChecker(()))
+        no_references: Any = Registry()  # fetches nothing
+        error: Any = best_match(validator(decoded, registry=no_references).iter_errors(msgspec.json.decode(body)))
+    except (msgspec.DecodeError, SchemaError, Unresolvable, RecursionError, _TooMuchWork):
         return ""
     if error is None:
         return ""
-    shown = msgspec.json.encode(error.instance).decode()
-    wanted = msgspec.json.encode(error.validator_value).decode()
-    return f"{shown[:100]} at `{error.json_path}`, where the type says {error.validator}: {wanted[:200]}"
+    value = msgspec.json.encode(error.instance).decode()
+    expected = msgspec.json.encode(error.validator_value).decode()
+    return f"{value[:100]} at `{error.json_path}`, where the type says {error.validator}: {expected[:200]}"
 
 
 def _any(*_: object) -> tuple[()]:
-    """Find nothing wrong."""
     return ()
 
 
 class Form(NamedTuple):
-    """How a value of a schema is asked for."""
+    """How a page asks for a value of a schema."""
 
     kind: str
-    """`bool`; `choice`, one of `choices`; `text`, as it is typed; `none`, no value at all; `json`."""
+    """`bool`; `choice`: one of `choices`; `text`: as typed; `none`: no value; `json`."""
     choices: tuple[str, ...]
     """As JSON."""
     example: str
     """A value that fits, as JSON."""
     optional: bool
-    """Whether nothing may be typed, which is null."""
+    """Whether the field may be left empty, which means null."""
 
 
 def form_of(schema: Raw) -> Form:
-    """Return how a value of a schema is asked for. Of one that is absent or damaged: as JSON, with nothing known of it.
+    """Return how to ask for a value of a schema. An absent or damaged schema asks for any JSON.
 
     >>> form_of(schema_of(bool))
     Form(kind='bool', choices=('true', 'false'), example='true', optional=False)
     """
     try:
-        known: Any = msgspec.json.decode(schema) if 0 < len(bytes(schema)) <= LARGEST else None
+        decoded: Any = msgspec.json.decode(schema) if 0 < len(bytes(schema)) <= LARGEST else None
     except (msgspec.DecodeError, RecursionError):
-        known = None
-    if not isinstance(known, dict):
+        decoded = None
+    if not isinstance(decoded, dict):
         return Form("json", (), "null", optional=False)
-    root = cast("Schema", known)
+    root = cast("Schema", decoded)
     resolved = _resolved(root, root)
     example = msgspec.json.encode(_example(root, root, DEEPEST, [MOST_NODES])).decode()
     example = example if len(example) <= LONGEST_EXAMPLE else "null"
     choices = _list(resolved, "enum")
     if 0 < len(choices) <= MOST_CHOICES:
-        told = tuple(msgspec.json.encode(each).decode() for each in choices)
-        return Form("choice", told, example, optional=False)
+        return Form("choice", tuple(msgspec.json.encode(choice).decode() for choice in choices), example, optional=False)
     kind = {"boolean": "bool", "string": "text", "null": "none"}.get(str(resolved.get("type")), "json")
     return Form(kind, ("true", "false") if kind == "bool" else (), example, optional=not root)
 
 
 def _resolved(schema: Any, root: Schema) -> Schema:
-    """Follow a reference within a schema."""
+    """Follow references within a schema."""
     for _ in range(DEEPEST):
         reference = cast("Schema", schema).get("$ref") if isinstance(schema, dict) else None
         if not isinstance(reference, str):
@@ -161,16 +159,16 @@ def _resolved(schema: Any, root: Schema) -> Schema:
 
 
 def _example(schema: Any, root: Schema, depth: int, left: list[int]) -> Any:
-    """Make a value that fits. `left`: values that it may still be made of."""
+    """Return a value that fits. `left` counts down the values that it may still have."""
     known = _resolved(schema, root)
-    told = [known[name] for name in ("const", "default") if name in known]
-    told += [known[name][0] for name in ("examples", "enum") if _list(known, name)]
+    given = [known[name] for name in ("const", "default") if name in known]
+    given += [known[name][0] for name in ("examples", "enum") if _list(known, name)]
     left[0] -= 1
-    if told or depth == 0 or left[0] < 0:
-        return told[0] if told else None
-    kinds = [known[name][0] for name in ("anyOf", "oneOf", "allOf") if _list(known, name)]
-    if kinds:
-        return _example(kinds[0], root, depth - 1, left)
+    if given or depth == 0 or left[0] < 0:
+        return given[0] if given else None
+    variants = [known[name][0] for name in ("anyOf", "oneOf", "allOf") if _list(known, name)]
+    if variants:
+        return _example(variants[0], root, depth - 1, left)
     if isinstance(known.get("properties"), dict):
         required = set(map(str, _list(known, "required")))
         fields = [(name, field) for name, field in _fields(known, "properties").items() if name in required]
@@ -181,10 +179,10 @@ def _example(schema: Any, root: Schema, depth: int, left: list[int]) -> Any:
 
 
 def _fields(schema: Schema, name: str) -> Schema:
-    found = schema.get(name)
-    return cast("Schema", found) if isinstance(found, dict) else {}
+    fields = schema.get(name)
+    return cast("Schema", fields) if isinstance(fields, dict) else {}
 
 
 def _list(schema: Schema, name: str) -> list[Any]:
-    found = schema.get(name)
-    return cast("list[Any]", found) if isinstance(found, list) else []
+    items = schema.get(name)
+    return cast("list[Any]", items) if isinstance(items, list) else []

@@ -132,7 +132,7 @@ def test_revive_is_a_fresh_task_under_an_entry_of_the_stubs_next_rev():
 
 def test_bury_is_an_ended_record_without_a_claim():
     entry = keys.parse_entry(keys.entry("q", 5, NOW, 0, ID, 0, "resize"))
-    stub = transitions.bury(entry.task, entry.queue, entry.name, NOW + 5)
+    stub = transitions.tombstone(entry.task, entry.queue, entry.name, NOW + 5)
     assert (stub.id, stub.queue, stub.name, stub.state, stub.token) == (ID, "q", "resize", "tombstone", "")
 
 

@@ -322,7 +322,7 @@ class _Checker:
         detail = "it has been there for over a day and has no record: its submit was never finished"
         finding = self._find("orphaned entry", entry.key, detail)
         if self.repair:
-            tombstone = transitions.bury(entry.task, entry.queue, entry.name, self.clock.now_ms())
+            tombstone = transitions.tombstone(entry.task, entry.queue, entry.name, self.clock.now_ms())
             write = await self.register.create(keys.task(entry.task), tombstone, rev=entry.rev)
             if write.landed:
                 await self.reads.delete(entry.key)

@@ -144,7 +144,7 @@ class Pruner:
         if not self.dry_run and stub is None:
             # a submit that has stood still since it stored its arguments may still come: it must meet a tombstone then, and
             # store them once more, instead of creating a record whose arguments are gone
-            write = await self.register.create(keys.task(task_id), transitions.bury(task_id, "", "", int(self.now() * 1000)))
+            write = await self.register.create(keys.task(task_id), transitions.tombstone(task_id, "", "", int(self.now() * 1000)))
             if not write.landed:
                 return
             stub = write.held

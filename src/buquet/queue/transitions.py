@@ -11,8 +11,9 @@
     any terminal -> pruned                  prune
     tombstone|pruned -> pending             revive, by submitting the key again
 
-`now` is always milliseconds since 1970. A move that puts a task back names its new entry, for the next `rev`: the caller writes
-that entry before the record. A move of a claimant raises Refused unless the record is still under its token.
+`now` is always in milliseconds since 1970. A transition to pending names a new entry, for the next `rev`. The caller writes that
+entry before the record. A transition by the worker that holds the claim takes its token, and raises Refused if the record is no
+longer under that claim.
 """
 
 from __future__ import annotations
@@ -29,31 +30,41 @@ from buquet.records import ABSENT, ENDED, TERMINAL, ErrorInfo, Event, Raw, State
 
 KEPT_EVENTS = 60
 REFUSED = "the store refused its worker a request: "
-"""How the timeline tells of a task that waits until the store lets its worker go on."""
+"""Begins the detail of a snooze until the store may accept the worker's requests again."""
 FIRST_PAUSE, LONGEST_PAUSE = 5_000, 600_000
-"""Milliseconds that such a task waits: doubled each time, up to ten minutes."""
+"""Milliseconds of such a snooze: it doubles each time, up to ten minutes."""
+TOO_LATE = "it was not started before its deadline"
 
 
-def _moved(task: Task, state: State, now: int, why: str, detail: str = "", by: str = "", **changes: Any) -> Task:
-    """Change the state and write the line of the timeline that says so."""
-    event = Event(at=now, state=state, why=why, attempt=task.attempt, worker=by or task.worker, detail=detail[:500])
+def _timeline(task: Task, state: State, now: int, why: str, detail: str, worker: str = "") -> dict[str, Any]:
+    """Return the fields of a task that moves to this status: the status, and the timeline with one event more."""
+    event = Event(at=now, state=state, why=why, attempt=task.attempt, worker=worker or task.worker, detail=detail[:500])
     events = (*task.events, event)
     dropped = task.dropped
     if len(events) > KEPT_EVENTS:
         dropped += len(events) - KEPT_EVENTS
         events = (events[0], *events[1 - KEPT_EVENTS :])
-    return replace(task, state=state, events=events, dropped=dropped, **changes)
+    return {"state": state, "events": events, "dropped": dropped}
 
 
-def _waiting(task: Task, now: int, due: int, why: str, detail: str = "", name: str = "", **changes: Any) -> Task:
-    """Put a task back among those that wait, under an entry of the next rev; `name` in it says who may take it."""
-    entry = keys.entry(task.queue, task.priority, now, due, task.id, task.rev + 1, name or task.name)
-    return _moved(task, "pending", now, why, detail, entry=entry, due=due if due > now else 0, worker="", token="", **changes)
+def _pending(
+    task: Task, now: int, due: int, why: str, detail: str = "", *, rev: int | None = None, name: str = "", **changes: Any
+) -> Task:
+    """Make a task pending, under an entry of the next rev. `name` in the entry tells workers who may claim the task."""
+    timeline = _timeline(task, "pending", now, why, detail)
+    rev = task.rev + 1 if rev is None else rev
+    entry = keys.entry(task.queue, task.priority, now, due, task.id, rev, name or task.name)
+    return replace(task, entry=entry, due=due if due > now else 0, worker="", token="", **timeline, **changes)
+
+
+def _running(task: Task, worker: str, token: str, now: int, why: str, detail: str = "", losses: int = 0) -> Task:
+    timeline = _timeline(task, "running", now, why, detail, worker)
+    return replace(task, worker=worker, token=token, due=0, started=task.started or now, losses=losses, **timeline)
 
 
 def _over(task: Task, state: State, now: int, why: str, detail: str = "", **changes: Any) -> Task:
-    """End a task. The entry stays named, so that it is known which one may still be there."""
-    return _moved(task, state, now, why, detail, finished=now, token="", due=0, **changes)
+    """End a task. The record still names its entry, which may not be deleted yet."""
+    return replace(task, finished=now, token="", due=0, **_timeline(task, state, now, why, detail), **changes)
 
 
 def _need_claim(task: Task, token: str) -> None:
@@ -62,69 +73,57 @@ def _need_claim(task: Task, token: str) -> None:
         raise Refused(msg)
 
 
-def submit(task: Task, now: int) -> Task:
+def submit(task: Task, now: int, rev: int = 0) -> Task:
     """Make a new task pending. Its `due` and `expires_ms` are already set."""
-    entry = keys.entry(task.queue, task.priority, now, task.due, task.id, 0, task.name)
     deadline = now + task.expires_ms if task.expires_ms else 0
-    due = task.due if task.due > now else 0
-    return _moved(task, "pending", now, "submitted", entry=entry, due=due, deadline=deadline)
+    return _pending(task, now, task.due, "submitted", rev=rev, deadline=deadline)
 
 
 def revive(stub: Task, fresh: Task, now: int) -> Task:
-    """Make a tombstone or a pruned stub the pending task that is submitted under its key."""
+    """Replace a tombstone or a pruned stub by the new task of the same id."""
     if stub.state not in {"tombstone", "pruned"}:
         raise Refused(f"task {stub.id} is {stub.state}: only a tombstone or a pruned task is submitted again")
-    entry = keys.entry(fresh.queue, fresh.priority, now, fresh.due, fresh.id, stub.rev + 1, fresh.name)
-    return replace(submit(fresh, now), entry=entry)
+    return submit(fresh, now, stub.rev + 1)
 
 
-def bury(task_id: str, queue: str, name: str, now: int) -> Task:
-    """Return the tombstone for an old entry or payload that has no record, so that no late submit can leave a task without it."""
+def tombstone(task_id: str, queue: str, name: str, now: int) -> Task:
+    """Return the record for an old entry or payload without a record. It makes a late submit store everything again."""
     task = Task(id=task_id, queue=queue, name=name, state="tombstone", created=now)
     return _over(task, "tombstone", now, "its submit was never finished")
 
 
 def claim(task: Task, worker: str, token: str, now: int) -> Task:
-    """Make a pending task running under (worker, token); or cancelled, where that was asked for; or expired."""
+    """Make a pending task running under (worker, token). It ends instead if its cancel was requested, or it expired."""
     if task.state != "pending":
         raise Refused(f"task {task.id} is {task.state}, not pending")
-    if task.run:
-        # whoever ends it tells its run first, under a claim
-        return _running(replace(task, attempt=task.failures + 1), worker, token, now, "claimed")
-    if task.cancel_requested:
-        return _over(task, "cancelled", now, "cancelled")
-    if task.deadline and now > task.deadline and not task.started:
-        return _over(task, "expired", now, "expired", "it was not started before its deadline")
-    return _running(replace(task, attempt=task.failures + 1), worker, token, now, "claimed")
-
-
-def _running(task: Task, worker: str, token: str, now: int, why: str, detail: str = "", **changes: Any) -> Task:
-    return _moved(
-        task, "running", now, why, detail, worker, worker=worker, token=token, due=0, started=task.started or now, **changes
-    )
+    if not task.run:  # a run task ends under a claim only: its worker tells the run first
+        if task.cancel_requested:
+            return _over(task, "cancelled", now, "cancelled")
+        if task.deadline and now > task.deadline and not task.started:
+            return _over(task, "expired", now, "expired", TOO_LATE)
+    return _running(replace(task, attempt=task.failures + 1), worker, token, now, "claimed", losses=task.losses)
 
 
 def take_over(task: Task, worker: str, token: str, now: int) -> Task:
-    """Claim a running task whose session is gone: one loss more; out of losses, or cancelled, it ends instead."""
+    """Claim a running task whose worker's session is gone. It ends instead if out of losses or if its cancel was requested."""
     if task.state != "running":
         raise Refused(f"task {task.id} is {task.state}, not running")
     ended = None if task.run else _lost_for_good(task, now)
-    if ended:
-        return ended
-    return _running(task, worker, token, now, "taken over", f"from {task.worker}", losses=task.losses + 1)
+    return ended or _running(task, worker, token, now, "taken over", f"from {task.worker}", losses=task.losses + 1)
 
 
 def lose(task: Task, token: str, now: int) -> Task:
-    """Put back what a dead worker ran: one loss more; out of losses, or cancelled, it ends instead."""
+    """Put back a task of a dead worker. It ends instead if out of losses or if its cancel was requested."""
     _need_claim(task, token)
     ended = _lost_for_good(task, now)
     if ended and not task.run:
         return ended
-    return _waiting(task, now, 0, "lost", f"with its worker {task.worker}", END if ended else "", losses=task.losses + 1)
+    name = END if ended else ""
+    return _pending(task, now, 0, "lost", f"with its worker {task.worker}", name=name, losses=task.losses + 1)
 
 
 def doomed(task: Task, token: str, now: int) -> Task | None:
-    """End a running task of a run that is not to run any more: cancelled, lost too often, or too late. None: it may run."""
+    """End a claimed run task whose handler may not run: cancelled, lost too often, or expired. None: the handler may run."""
     _need_claim(task, token)
     if task.cancel_requested:
         return stop(task, token, now)
@@ -132,7 +131,7 @@ def doomed(task: Task, token: str, now: int) -> Task | None:
         return _lost_too_often(task, now, task.losses)
     first = sum(event.why == "claimed" for event in task.events) == 1 and not task.losses
     if task.deadline and now > task.deadline and first:
-        return _over(task, "expired", now, "expired", "it was not started before its deadline")
+        return _over(task, "expired", now, "expired", TOO_LATE)
     return None
 
 
@@ -152,37 +151,37 @@ def _lost_too_often(task: Task, now: int, losses: int) -> Task:
 
 
 def complete(task: Task, token: str, result: Raw, result_at: str, now: int) -> Task:
-    """End a running task well."""
+    """End a running task with a result."""
     _need_claim(task, token)
     return _over(task, "completed", now, "completed", result=result, result_at=result_at, error=None)
 
 
 def fail(task: Task, token: str, error: ErrorInfo, now: int) -> Task:
-    """End a running task for good."""
+    """End a running task with an error."""
     _need_claim(task, token)
     return _over(task, "failed", now, "failed", _brief(error), failures=task.failures + 1, error=error)
 
 
 def retry(task: Task, token: str, error: ErrorInfo, due: int, now: int) -> Task:
-    """Put a task whose attempt failed back for the next one; out of attempts it fails, and cancelled it ends."""
+    """Put back a task whose attempt failed. It ends instead if it is out of attempts, or its cancel was requested."""
     _need_claim(task, token)
     if task.cancel_requested:
         return stop(task, token, now)
     if task.failures + 1 >= task.max_attempts:
         return fail(task, token, error, now)
-    return _waiting(task, now, due, "retry", _brief(error), failures=task.failures + 1, error=error)
+    return _pending(task, now, due, "retry", _brief(error), failures=task.failures + 1, error=error)
 
 
 def snooze(task: Task, token: str, due: int, now: int, detail: str = "", error: ErrorInfo | None = None) -> Task:
-    """Put a task back until `due`, without spending an attempt. `error`: why items of a pack come back."""
+    """Put a task back until `due`. No attempt is spent. `error`: why items of a pack run again."""
     _need_claim(task, token)
     if task.cancel_requested:
         return stop(task, token, now)
-    return _waiting(task, now, due, "snoozed", detail, error=error if task.pack else task.error)
+    return _pending(task, now, due, "snoozed", detail, error=error if task.pack else task.error)
 
 
 def postpone(task: Task, token: str, why: str, now: int) -> Task:
-    """Put a task back whose worker was refused a request by the store, later each time, without spending an attempt or a loss."""
+    """Put a task back whose worker's requests the store refuses, for longer each time. Neither an attempt nor a loss is spent."""
     times = 0
     for event in reversed(task.events):
         if event.detail.startswith(REFUSED):
@@ -193,13 +192,13 @@ def postpone(task: Task, token: str, why: str, now: int) -> Task:
 
 
 def release(task: Task, token: str, now: int) -> Task:
-    """Put a task back at once, without spending an attempt: its worker shuts down."""
+    """Put a task back at once, because its worker stops. No attempt is spent."""
     _need_claim(task, token)
-    return stop(task, token, now) if task.cancel_requested else _waiting(task, now, 0, "released")
+    return stop(task, token, now) if task.cancel_requested else _pending(task, now, 0, "released")
 
 
 def stop(task: Task, token: str, now: int) -> Task:
-    """End a running task as cancelled, by its claimant."""
+    """End a running task as cancelled."""
     _need_claim(task, token)
     return _over(task, "cancelled", now, "cancelled")
 
@@ -211,33 +210,33 @@ def checkpoint(task: Task, token: str, value: Raw, value_at: str) -> Task:
 
 
 def cancel(task: Task, now: int) -> Task:
-    """Cancel a pending task, or ask the worker of a running one to stop. One of a run is put where any worker may end it."""
+    """Cancel a pending task, or request it from the worker of a running task. Any worker may end a pending run task."""
     if is_system(task.name):
         msg = f"task {task.id} carries an event of a run and cannot be cancelled; `buquet run cancel {task.run}` ends the run"
         raise Refused(msg)
     if task.state == "pending" and task.run:
-        return _waiting(task, now, 0, "cancel requested", name=END, cancel_requested=True)
+        return _pending(task, now, 0, "cancel requested", name=END, cancel_requested=True)
     if task.state == "pending":
         return _over(task, "cancelled", now, "cancelled")
     if task.state == "running":
-        return _moved(task, "running", now, "cancel requested", cancel_requested=True)
+        return replace(task, cancel_requested=True, **_timeline(task, "running", now, "cancel requested", ""))
     raise Refused(f"task {task.id} is already {task.state}: there is nothing to cancel")
 
 
 def close(task: Task, now: int) -> Task:
-    """Cancel a pending task that carries an event of a run, which needs it no longer."""
+    """Cancel a pending event task that its run no longer needs."""
     return _over(task, "cancelled", now, "cancelled", "its run needs it no longer")
 
 
 def wake(task: Task, now: int) -> Task:
-    """Let a task that waits for its time run at once."""
+    """Make a delayed task ready."""
     if task.state != "pending":
         raise Refused(f"task {task.id} is {task.state}, not pending")
-    return _waiting(task, now, 0, "woken")
+    return _pending(task, now, 0, "woken")
 
 
 def redrive(task: Task, now: int) -> Task:
-    """Run an ended task again from the start: failures, losses and the deadline are reset, the checkpoint is kept."""
+    """Make an ended task pending again. Failures, losses and the deadline are reset; the checkpoint is kept."""
     if task.run:
         msg = f"task {task.id} is a step of run {task.run}, and is not run again by itself. `buquet run retry {task.run}` goes on"
         raise Refused(msg)
@@ -249,19 +248,18 @@ def redrive(task: Task, now: int) -> Task:
         }.get(task.state, "it has not ended yet")
         raise Refused(f"task {task.id} is {task.state}: {why}")
     deadline = now + task.expires_ms if task.expires_ms else 0
-    fresh = replace(task, started=0, attempt=0)
-    return _waiting(
-        fresh, now, 0, "redriven", failures=0, losses=0, finished=0, deadline=deadline, cancel_requested=False, error=None
-    )
+    fresh = replace(task, started=0, attempt=0, failures=0, losses=0, finished=0, cancel_requested=False, error=None)
+    return _pending(fresh, now, 0, "redriven", deadline=deadline)
 
 
 def prune(task: Task, now: int, *, with_run: bool = False) -> Task:
-    """Make an ended task a stub without its values; one of a run only together with its run."""
+    """Make an ended task a stub without its values. A run task is pruned only together with its run."""
     if task.run and not with_run:
         raise Refused(f"task {task.id} belongs to run {task.run}, and is pruned only together with it")
     if task.state not in ENDED:
         raise Refused(f"task {task.id} is {task.state}: only an ended task is pruned")
-    bare = replace(
+    bare = replace(task, events=(), dropped=0)
+    return replace(
         task,
         args=ABSENT,
         args_at="",
@@ -274,14 +272,12 @@ def prune(task: Task, now: int, *, with_run: bool = False) -> Task:
         graph_at="",
         error=None,
         tags={},
-        events=(),
-        dropped=0,
+        **_timeline(bare, "pruned", now, "pruned", f"it was {task.state}"),
     )
-    return _moved(bare, "pruned", now, "pruned", f"it was {task.state}")
 
 
 def touch(task: Task) -> Task:
-    """Return an ended task as it is, for a write that only raises its rev: an old entry of a later rev may then be deleted."""
+    """Return an ended task unchanged, for a write that raises its rev: an older entry may then be deleted (I3)."""
     if task.state not in TERMINAL:
         raise Refused(f"task {task.id} is {task.state}, not ended")
     return task

@@ -135,7 +135,7 @@ class Claimer:
             return
         entry = found.entry
         write = await self.register.create(
-            keys.task(entry.task), transitions.bury(entry.task, entry.queue, entry.name, self.clock.now_ms()), rev=entry.rev
+            keys.task(entry.task), transitions.tombstone(entry.task, entry.queue, entry.name, self.clock.now_ms()), rev=entry.rev
         )
         if write.landed:
             await self._delete(finder, found)

@@ -189,7 +189,7 @@ def test_a_running_task_shows_its_progress_and_is_cancelled(world: World) -> Non
     workers.wait_for_selector(f"a[href='/tasks/{handle.id}']", timeout=SOON)
     workers.wait_for_selector("progress", timeout=SOON)
     page.get_by_role("button", name="Cancel").click()
-    shows(page, "asked to stop it")
+    shows(page, "asked to stop the task")
     expect(page.locator("h1 .state")).to_have_text("cancelled", timeout=SOON)
     assert apart(handle.status) == "cancelled"
 

@@ -40,7 +40,7 @@ async def stats(
         bool, typer.Option("--scan", help="Count tasks by status even if there are more than 10,000: a GET for each.")
     ] = False,
 ) -> None:
-    """Count tasks: waiting, running, retrying, completed and failed, by queue."""
+    """Count tasks: ready, delayed, retrying and running by queue, and by status."""
     reader = Scan(app.client, scan_progress())
     workers = await fleet.workers(app.client, reader)
     listed = await records(app.client)

@@ -74,7 +74,7 @@ Url = Annotated[
     typer.Option(
         "--url",
         metavar="URL",
-        help="The store: sqlite:PATH or s3://BUCKET/PREFIX?endpoint=…  [default: BUQUET_URL, or sqlite:.buquet/buquet.db]",
+        help="The store: sqlite:PATH or s3://BUCKET/PREFIX?endpoint=…; by default BUQUET_URL, or sqlite:.buquet/buquet.db.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]

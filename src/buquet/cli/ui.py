@@ -26,7 +26,7 @@ Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="The port to
 
 @cli.command(rich_help_panel=MONITOR)
 def ui(
-    target: Annotated[str | None, typer.Argument(metavar="[MODULE:APP]", help="Show the store of this App.")] = None,
+    target: Annotated[str | None, typer.Argument(metavar="MODULE:APP", help="Show the store of this App.")] = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     password: Annotated[

@@ -41,7 +41,7 @@ def worker(
     target: Target,
     queue: Annotated[
         list[str] | None,
-        typer.Option("--queue", "-q", help="Serve this queue. Repeatable. [default: the queues of all tasks]"),
+        typer.Option("--queue", "-q", help="Serve this queue; by default those of all tasks. Repeatable."),
     ] = None,
     concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Handlers at once in each process.")] = 16,
     processes: Annotated[int, typer.Option("--processes", "-p", min=1, help="Processes. One that dies is replaced.")] = 1,
@@ -56,7 +56,7 @@ def worker(
     ] = None,
     metrics_host: Annotated[str, typer.Option("--metrics-host", metavar="HOST", help="Serve metrics here.")] = "127.0.0.1",
     log_format: Annotated[
-        LogFormat | None, typer.Option("--log-format", help="The form of log lines. [default: text; json with --json]")
+        LogFormat | None, typer.Option("--log-format", help="The form of log lines; by default text, and json with --json.")
     ] = None,
     ttl: Annotated[float, typer.Option("--ttl", min=1, hidden=True)] = 30.0,
     url: Url = None,
@@ -208,7 +208,7 @@ def _status(row: fleet.WorkerView) -> str:
     return "draining" if row.draining else "paused" if row.paused else "alive"
 
 
-Queues = Annotated[list[str] | None, typer.Argument(metavar="[QUEUE…]", help="Names of queues.")]
+Queues = Annotated[list[str] | None, typer.Argument(metavar="QUEUE…", help="Names of queues.")]
 WorkerIds = Annotated[
     list[str] | None,
     typer.Option("--worker", "-w", metavar="WORKER", help="The id of a worker, from `buquet workers`. Repeatable."),

@@ -1,4 +1,4 @@
-"""The examples about workflows in the documents are run as they stand, those of one page one after another."""
+"""The examples in the documents are run as they stand, those of one page one after another."""
 
 import re
 from pathlib import Path
@@ -27,3 +27,12 @@ def test_they_run(page, heading, least, tmp_path, monkeypatch):
     names = {"__name__": page}
     for number, code in enumerate(found):
         exec(compile(code, f"{page}, example {number + 1}", "exec", dont_inherit=True), names)  # noqa: S102 - our own pages
+
+
+def test_the_contributing_guides_test_passes():
+    (code,) = [code for code in examples("CONTRIBUTING.md", "Write a test in virtual time") if "def test_" in code]
+    names = {}
+    exec(compile(code, "CONTRIBUTING.md", "exec", dont_inherit=True), names)  # noqa: S102 - our own pages
+    tests = [value for name, value in names.items() if name.startswith("test_")]
+    assert len(tests) == 1
+    tests[0]()

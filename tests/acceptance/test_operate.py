@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import pytest
 from msgspec.structs import replace
+from rigs import in_virtual_time
 from torn import TornStore
 
 from buquet import App, UsageError, keys
@@ -73,12 +74,7 @@ class Rig:
         return [each.key for each in await self.memory.list(prefix)]
 
 
-def virtual(test):
-    def run():
-        run_virtual(lambda clock: test(Rig(clock)))
-
-    run.__name__ = test.__name__
-    return run
+virtual = in_virtual_time(Rig)
 
 
 class Shifted(Clock):

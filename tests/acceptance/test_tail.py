@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import msgspec
 import pytest
+from rigs import in_virtual_time
 
 from buquet import App, Backoff, Fail, Snooze, keys
 from buquet.clock import Clock
@@ -41,12 +42,7 @@ class Rig:
         return found
 
 
-def virtual(test):
-    def run():
-        run_virtual(lambda clock: test(Rig(clock)))
-
-    run.__name__ = test.__name__
-    return run
+virtual = in_virtual_time(Rig)
 
 
 @virtual

@@ -3,11 +3,10 @@
 import asyncio
 
 import pytest
+from rigs import virtual_app
 
 from buquet import App, Backoff, InvalidArgument, Progress, Refused, UsageError, current, each
 from buquet.insights.fleet import workers
-from buquet.queue.background import Background
-from buquet.store.memory import MemoryStore
 from buquet.testing import FakeAttempt, run_until_idle
 from buquet.testing.virtual import run_virtual
 
@@ -162,8 +161,34 @@ def test_an_item_of_another_list_has_another_key_though_its_place_is_the_same(ap
     assert sorted(ledger.charged.values()) == ["alice", "bob", "carol"]
 
 
+def shipped_at_the_second_try(app, ledger, refund):
+    """Run an order whose shipping fails after the payment, so that the payment is undone, and retry the run."""
+    fails = [True]
+
+    @app.task
+    def pay(n: int) -> int:
+        ledger.charge("pay")
+        return n
+
+    @app.task(max_attempts=1)
+    def ship(n: int) -> None:
+        if fails:
+            raise ValueError("out of stock")
+
+    @app.workflow
+    def order() -> None:
+        return ship(pay.options(undo=refund)(1))
+
+    run = order.start()
+    run_until_idle(app)
+    fails.clear()
+    run.retry()
+    run_until_idle(app)
+    return run
+
+
 def test_what_was_undone_is_new_work_and_an_undo_has_a_key_of_its_own(app):
-    ledger, fails = Ledger(), [True]
+    ledger = Ledger()
 
     @app.task(max_attempts=2, backoff=NOW)
     def refund(charged: int) -> None:
@@ -171,25 +196,7 @@ def test_what_was_undone_is_new_work_and_an_undo_has_a_key_of_its_own(app):
         if current().attempt == 1:
             raise ValueError("the answer is lost")
 
-    @app.task
-    def pay(n: int) -> int:
-        ledger.charge("pay")
-        return n
-
-    @app.task(max_attempts=1)
-    def ship(n: int) -> None:
-        if fails:
-            raise ValueError("out of stock")
-
-    @app.workflow
-    def order() -> None:
-        return ship(pay.options(undo=refund)(1))
-
-    run = order.start()
-    run_until_idle(app)
-    fails.clear()
-    run.retry()
-    run_until_idle(app)
+    run = shipped_at_the_second_try(app, ledger, refund)
     assert run.status() == "completed"
     assert [what for what, _ in ledger.calls] == ["pay", "refund", "refund", "pay"]
     assert sorted(ledger.charged.values()) == ["pay", "pay", "refund"]
@@ -197,31 +204,13 @@ def test_what_was_undone_is_new_work_and_an_undo_has_a_key_of_its_own(app):
 
 def test_a_failed_undo_leaves_the_step_its_key(app):
     """Nobody knows whether the refund happened; to charge once too few is better than twice."""
-    ledger, fails = Ledger(), [True]
+    ledger = Ledger()
 
     @app.task(max_attempts=1)
     def refund(charged: int) -> None:
         raise ValueError("the answer is lost")
 
-    @app.task
-    def pay(n: int) -> int:
-        ledger.charge("pay")
-        return n
-
-    @app.task(max_attempts=1)
-    def ship(n: int) -> None:
-        if fails:
-            raise ValueError("out of stock")
-
-    @app.workflow
-    def order() -> None:
-        return ship(pay.options(undo=refund)(1))
-
-    run = order.start()
-    run_until_idle(app)
-    fails.clear()
-    run.retry()
-    run_until_idle(app)
+    shipped_at_the_second_try(app, ledger, refund)
     assert [what for what, _ in ledger.calls] == ["pay", "pay"]
     assert len(ledger.charged) == 1
 
@@ -366,12 +355,6 @@ def test_a_fake_attempt_records_what_plain_calls_report(app):
 
 
 # ---------------------------------------------------------------------- progress
-
-
-def virtual_app(clock):
-    app = App(store=MemoryStore(clock), clock=clock)
-    app.background = Background(clock.loop)
-    return app
 
 
 def test_progress_can_be_read_while_a_task_runs_and_when_it_is_over():

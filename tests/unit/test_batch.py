@@ -7,6 +7,7 @@ import threading
 
 import pytest
 from msgspec.structs import replace
+from rigs import in_virtual_time
 
 from buquet import (
     App,
@@ -59,12 +60,7 @@ class Rig:
         assert Auditor().findings(await read_bucket(self.store, ["default"])) == []
 
 
-def virtual(test):
-    def run():
-        run_virtual(lambda clock: test(Rig(clock)))
-
-    run.__name__ = test.__name__
-    return run
+virtual = in_virtual_time(Rig)
 
 
 @virtual

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from msgspec.structs import replace
+from rigs import in_virtual_time
 
 from buquet import App, Fail, keys
 from buquet import each as over
@@ -49,12 +50,7 @@ class Rig:
         return found
 
 
-def virtual(test):
-    def run():
-        run_virtual(lambda clock: test(Rig(clock)))
-
-    run.__name__ = test.__name__
-    return run
+virtual = in_virtual_time(Rig)
 
 
 def puts(store):

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from rigs import in_virtual_time
 
 from buquet import App, WorkerNotFound, keys
 from buquet.codec import encode_record
@@ -13,7 +14,6 @@ from buquet.queue.background import Background
 from buquet.records import Layout, Note
 from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore
-from buquet.testing.virtual import run_virtual
 
 
 class Works:
@@ -60,12 +60,7 @@ class Works:
         await worker.task
 
 
-def virtual(test):
-    def run():
-        run_virtual(lambda clock: test(Works(clock)))
-
-    run.__name__ = test.__name__
-    return run
+virtual = in_virtual_time(Works)
 
 
 @virtual

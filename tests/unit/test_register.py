@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from msgspec.structs import replace
+from rigs import in_virtual_time
 
 from buquet import keys
 from buquet.errors import AlreadyExists, StoreFull, StoreUnavailable
@@ -47,14 +48,7 @@ class Rig:
         return [request.outcome for request in self.store.log if request.op in {"create", "update"}]
 
 
-def virtual(test):
-    """Run a test coroutine in virtual time, with a rig."""
-
-    def run():
-        run_virtual(lambda clock: test(Rig(clock)))
-
-    run.__name__ = test.__name__
-    return run
+virtual = in_virtual_time(Rig)
 
 
 # ---------------------------------------------------------------------- the plain case

@@ -5,13 +5,13 @@ from datetime import timedelta
 
 import pytest
 from msgspec.structs import replace
+from rigs import in_virtual_time
 
 from buquet import App, UsageError, keys
 from buquet.operate.prune import prune
 from buquet.queue.background import Background
 from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore
-from buquet.testing.virtual import run_virtual
 
 HOUR = 3600
 DAY = 24 * HOUR
@@ -53,12 +53,7 @@ class Rig:
         return (await self.client.read(task_id)).record.state if stored else None
 
 
-def virtual(test):
-    def run():
-        run_virtual(lambda clock: test(Rig(clock)))
-
-    run.__name__ = test.__name__
-    return run
+virtual = in_virtual_time(Rig)
 
 
 async def drain(rig, app=None):

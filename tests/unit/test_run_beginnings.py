@@ -6,13 +6,11 @@ import json
 from contextlib import asynccontextmanager
 
 import pytest
+from rigs import drain, in_virtual_time, virtual_app
 
-from buquet import App, RunCancelled, RunFailed, Signal, keys
+from buquet import RunCancelled, RunFailed, Signal, keys
 from buquet.operate.bench import CountingStore
-from buquet.queue.background import Background
-from buquet.store.memory import MemoryStore
 from buquet.store.register import Register
-from buquet.testing.virtual import run_virtual
 from buquet.workflow.engine import PendingSignals
 from buquet.workflow.events import SIGNAL, START, TIMER
 
@@ -21,8 +19,7 @@ RAN = []
 
 
 def an_app(clock, bucket=None):
-    app = App(store=bucket or MemoryStore(clock), clock=clock)
-    app.background = Background(clock.loop)
+    app = virtual_app(clock, bucket)
 
     @app.task
     async def step(n: int) -> int:
@@ -42,16 +39,7 @@ def an_app(clock, bucket=None):
     return app
 
 
-async def drain(app):
-    await app.worker(heartbeat_thread=False, drain=True).arun()
-
-
-def virtual(test):
-    def run():
-        run_virtual(lambda clock: test(an_app(clock), clock))
-
-    run.__name__ = test.__name__
-    return run
+virtual = in_virtual_time(an_app, lambda clock: clock)
 
 
 def held_up(worker, name, wait):

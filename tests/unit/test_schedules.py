@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from rigs import in_virtual_time
 
 from buquet import App, ScheduleNotFound, UsageError, current, keys
 from buquet.codec import encode_record
@@ -262,12 +263,7 @@ class Plant:
 assert START % PERIOD == 0, "the tests count in whole periods from the virtual clock's first moment"
 
 
-def virtual(test):
-    def run():
-        run_virtual(lambda clock: test(Plant(clock)))
-
-    run.__name__ = test.__name__
-    return run
+virtual = in_virtual_time(Plant)
 
 
 def regular(**options):

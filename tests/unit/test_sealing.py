@@ -6,6 +6,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rigs import in_virtual_time
 
 from buquet import (
     App,
@@ -29,12 +30,7 @@ ONE, TWO = (base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2))
 SECRET = "the-eagle-has-landed"
 
 
-def virtual(test):
-    def run():
-        run_virtual(lambda clock: test(clock, MemoryStore(clock)))
-
-    run.__name__ = test.__name__
-    return run
+virtual = in_virtual_time(lambda clock: clock, MemoryStore)
 
 
 def make_app(clock, store, encryption, *, only=False):

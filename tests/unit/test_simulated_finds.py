@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from rigs import in_virtual_time
 
 from buquet import App, keys
 from buquet.operate.fsck import fsck
@@ -39,12 +40,7 @@ class Rig:
         return (await self.register.read(Task, keys.task(task_id))).record
 
 
-def virtual(test):
-    def run():
-        run_virtual(lambda clock: test(Rig(clock)))
-
-    run.__name__ = test.__name__
-    return run
+virtual = in_virtual_time(Rig)
 
 
 @virtual

@@ -5,11 +5,10 @@ from contextlib import suppress
 from functools import partial
 
 import pytest
+from rigs import drain, in_virtual_time, virtual_app
 
-from buquet import App, Fail, Refused, RunCancelled, Signal, keys
+from buquet import Fail, Refused, RunCancelled, Signal, keys
 from buquet.errors import AccessDenied, StoreUnavailable
-from buquet.queue.background import Background
-from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
 from buquet.workflow.events import RETRY
@@ -18,8 +17,7 @@ GO = Signal("go", int)
 
 
 def an_app(clock, store=None):
-    app = App(store=store or MemoryStore(clock), clock=clock)
-    app.background = Background(clock.loop)
+    app = virtual_app(clock, store)
     app.broken = True
 
     @app.task
@@ -41,16 +39,7 @@ def an_app(clock, store=None):
     return app
 
 
-async def drain(app):
-    await app.worker(heartbeat_thread=False, drain=True).arun()
-
-
-def virtual(test):
-    def run():
-        run_virtual(lambda clock: test(an_app(clock), clock))
-
-    run.__name__ = test.__name__
-    return run
+virtual = in_virtual_time(an_app, lambda clock: clock)
 
 
 async def failed(app):

@@ -10,6 +10,7 @@ import hashlib
 
 import pytest
 from msgspec.structs import replace
+from rigs import in_virtual_time
 
 from buquet import App, Backoff, Refused, current, keys
 from buquet.errors import StoreError, UnreadableRecord
@@ -209,15 +210,7 @@ def _ends(task):
     return ends
 
 
-def virtual(test):
-    """Run a test coroutine in virtual time, with a rig."""
-
-    def run():
-        run_virtual(lambda clock: test(Rig(clock)))
-
-    run.__name__ = test.__name__
-    run.__doc__ = test.__doc__
-    return run
+virtual = in_virtual_time(Rig)
 
 
 # ---------------------------------------------------------------------- entries

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 from msgspec.structs import replace
+from rigs import in_virtual_time
 
 from buquet import App, Backoff, Fail, Refused, Snooze, TaskCancelled, TaskExpired, TaskFailed, current, keys
 from buquet.operate.fsck import fsck
@@ -40,15 +41,7 @@ class Rig:
         assert findings == []
 
 
-def virtual(test):
-    """Run a test coroutine in virtual time, with a rig."""
-
-    def run():
-        run_virtual(lambda clock: test(Rig(clock)))
-
-    run.__name__ = test.__name__
-    run.__doc__ = test.__doc__
-    return run
+virtual = in_virtual_time(Rig)
 
 
 @virtual

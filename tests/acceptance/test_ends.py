@@ -10,7 +10,7 @@ import pytest
 
 from buquet import App
 from buquet.insights.fleet import workers
-from buquet.worker.fleet import place
+from buquet.worker.session import place
 
 TASKS = """
 import asyncio, os, sqlite3
@@ -112,7 +112,7 @@ async def test_a_worker_on_the_same_machine_takes_over_at_once_from_one_that_was
     await until((folder / "marker").exists)
     here = app.worker()
     working = asyncio.create_task(here.arun())
-    await until(lambda: here.fleet.neighbours)
+    await until(lambda: here.fleet.same_host)
     os.kill(other.pid, signal.SIGKILL)
     assert await task.aresult(timeout=LISTED) == os.getpid()
     assert (await task.arecord()).losses == 1

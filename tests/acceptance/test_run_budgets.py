@@ -158,7 +158,7 @@ def test_a_fan_in_of_200_on_4_workers_loses_no_update_and_stores_few(seaweed):
             worker.stop()
         await asyncio.gather(*working)
         stored = (await run.arecord()).rev + 1
-        lost = sum(worker.children.parent.committer.conflicts for worker in workers)
+        lost = sum(worker.parent.committer.conflicts for worker in workers)
         print(f"{stored} stored writes of the run's record, {lost} lost races")
         assert stored <= 60
         for app, _ in apps:

@@ -26,7 +26,7 @@ from buquet.records import TERMINAL, Session, Task
 from buquet.store.base import Stored
 from buquet.store.register import Register, Write
 from buquet.testing.simulation import simulate
-from buquet.worker import claim, control, cursor, executor, finder, fleet, session
+from buquet.worker import claim, control, cursor, finder, fleet, running, session
 
 PAGE = Path(__file__).parents[2] / "docs" / "proof.md"
 MOST = 2000
@@ -37,11 +37,11 @@ ORIGINAL = {
         "Claimer._decide": claim.Claimer,
         "SessionKeeper.beat": session.SessionKeeper,
         "SessionKeeper.create": session.SessionKeeper,
-        "Executor.move": executor.Executor,
+        "OutcomeWriter.store": running.OutcomeWriter,
         "Register.update": Register,
         "transitions.claim": transitions,
         "transitions.take_over": transitions,
-        "QueueFinder._look_back": finder.QueueFinder,
+        "QueueFinder._rescan": finder.QueueFinder,
         "QueueFinder._list": finder.QueueFinder,
         "Pause.look": control.Pause,
         "Ringer._ring_now": bell.Ringer,
@@ -54,7 +54,7 @@ ORIGINAL = {
 
 async def i3_text(self, seeks, found, held):
     if held is not None and found.entry.rev > held.record.rev:
-        await self._delete(seeks, found.entry.key)
+        await self._delete(seeks, found)
         return None
     return await ORIGINAL["Claimer._decide"](self, seeks, found, held)
 
@@ -68,9 +68,9 @@ async def take_text(self, who):
 
 async def hour_text(self, seeks, found):
     if self._orphaned(found):
-        await self._delete(seeks, found.entry.key)
+        await self._delete(seeks, found)
     else:
-        seeks.leave(found)
+        seeks.defer(found)
 
 
 async def hbdel_lookup(self):
@@ -166,21 +166,21 @@ async def giveup(self, held, task, *, op="", entry="", drop=""):
 
 async def selfrun_leave(self, seeks, found, held):
     if held is not None and held.record.state == "running" and held.record.worker == self.keeper.id:
-        seeks.others(found, self.keeper.id)
+        seeks.leave_to(found, self.keeper.id)
         return None
     return await ORIGINAL["Claimer._decide"](self, seeks, found, held)
 
 
 async def orphan_leave(self, seeks, found, held):
     if held is not None and found.entry.rev > held.record.rev:
-        seeks.leave(found)
+        seeks.defer(found)
         return None
     return await ORIGINAL["Claimer._decide"](self, seeks, found, held)
 
 
-async def earlydrop(self, run, make):
-    run.keeper.claims.pop(run.token, None)
-    return await ORIGINAL["Executor.move"](self, run, make)
+async def earlydrop(self, run, outcome):
+    self.keeper.claims.pop(run.token, None)
+    return await ORIGINAL["OutcomeWriter.store"](self, run, outcome)
 
 
 async def nofence(self, who, still_dead=None):
@@ -221,7 +221,7 @@ async def session_not_awaited(self, *, first=True):
 
 
 def cursor_skips(self, _cursor):
-    self.hand = []
+    self.page = {}
     self.last = ""
     self.dirty = True
 
@@ -240,10 +240,10 @@ async def session_deleted_first(self, who, still_dead=None):
     return True
 
 
-async def entry_before_record(self, run, make):
+async def entry_before_record(self, run, outcome):
     if run.listing.entry:
         await self.register.reads.delete(run.listing.entry)
-    return await ORIGINAL["Executor.move"](self, run, make)
+    return await ORIGINAL["OutcomeWriter.store"](self, run, outcome)
 
 
 async def record_before_entry(self, held, record, *, op="", entry="", drop=""):
@@ -264,23 +264,23 @@ async def payload_not_buried(self, listed):
 
 
 def drain_forgets(self, found, *, again=False):
-    return FINDER_LEAVE(self, found)
+    return FINDER_DEFER(self, found)
 
 
-FINDER_LEAVE = finder.QueueFinder.leave
+FINDER_DEFER = finder.QueueFinder.defer
 
 
 async def look_forgotten(self):
     """Take a look for done before its requests are answered."""
     now = self.clock.monotonic()
-    everything = now >= self.look_all_at
+    everything = now >= self.full_rescan_at
     try:
-        await ORIGINAL["QueueFinder._look_back"](self)
+        await ORIGINAL["QueueFinder._rescan"](self)
     except StoreError:
         self.gap = False
-        self.look_back_at = now + finder.LOOK_BACK_EVERY
+        self.rescan_at = now + finder.RESCAN_EVERY
         if everything:
-            self.look_all_at = now + finder.LOOK_ALL_EVERY
+            self.full_rescan_at = now + finder.FULL_RESCAN_EVERY
         raise
 
 
@@ -327,7 +327,7 @@ BUGS = {
     ),
     "hour=text": ("an old entry without a record is deleted without a tombstone", [(claim.Claimer, "_missing", hour_text)]),
     "cx=text": ("a lost task runs again although its cancel was acknowledged", [(transitions, "_lost_for_good", cx_text)]),
-    "mbx=text": ("a worker obeys a note without reading the record", [(control.Notes, "_obey", mbx_text)]),
+    "mbx=text": ("a worker obeys a note without reading the record", [(control.Control, "_obey", mbx_text)]),
     "screate=resend": ("the create of a session is sent twice", [(Register, "create_once", screate_resend)]),
     "tok=worker": (
         "a claim is fenced by the worker, not by the token",
@@ -346,7 +346,10 @@ BUGS = {
         [(claim.Claimer, "_decide", selfrun_leave), (Register, "update", giveup)],
     ),
     "orphan=leave": ("an old entry with a later rev than an ended record stays", [(claim.Claimer, "_decide", orphan_leave)]),
-    "earlydrop": ("a claim leaves the session's list before its outcome is stored", [(executor.Executor, "move", earlydrop)]),
+    "earlydrop": (
+        "a claim leaves the session's list before its outcome is stored",
+        [(running.OutcomeWriter, "store", earlydrop)],
+    ),
     "nofence": ("a session is reaped without being marked first", [(fleet.Reaper, "reap", nofence)]),
     "no write id": (
         "after a conflict, the record that is read back is taken for this process's own write",
@@ -356,7 +359,7 @@ BUGS = {
         "a worker claims before its session is stored",
         [(session.SessionKeeper, "create", session_not_awaited)],
     ),
-    "cursor that skips": ("a rescan does not move the cursor back", [(cursor.Lane, "restart", cursor_skips)]),
+    "cursor that skips": ("a rescan does not move the cursor back", [(cursor.Cursor, "rewind", cursor_skips)]),
     "gap trusted": ("the bell's hints are trusted although some are missing", [(finder, "news", gap_trusted)]),
     "session deleted first": (
         "a reaper deletes the session before it puts the tasks back",
@@ -364,7 +367,7 @@ BUGS = {
     ),
     "entry before record": (
         "an entry is deleted before the outcome is stored",
-        [(executor.Executor, "move", entry_before_record)],
+        [(running.OutcomeWriter, "store", entry_before_record)],
     ),
     "record before entry": ("a retry stores the record before its entry", [(Register, "update", record_before_entry)]),
     "payload not buried": (
@@ -373,11 +376,11 @@ BUGS = {
     ),
     "drain forgets": (
         "an entry that is found while its task is being claimed is forgotten",
-        [(finder.QueueFinder, "leave", drain_forgets)],
+        [(finder.QueueFinder, "defer", drain_forgets)],
     ),
     "look forgotten": (
         "a full rescan counts as done before its requests are answered",
-        [(finder.QueueFinder, "_look_back", look_forgotten)],
+        [(finder.QueueFinder, "_rescan", look_forgotten)],
     ),
     "list forgotten": (
         "a lane counts as listed before the LIST is answered",

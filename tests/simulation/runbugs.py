@@ -8,14 +8,14 @@ import hashlib
 from msgspec.structs import replace
 
 from buquet import keys
-from buquet.worker import children
+from buquet.worker import running
 from buquet.workflow import advance, committer, engine
 from buquet.workflow.committer import Known
 from buquet.workflow.records import RunRecord
 from buquet.workflow.values import Missing
 
 ORIGINAL = {
-    "told": children.Children.told,
+    "tell": running.RunPort.tell,
     "actions_after": engine.actions_after,
     "_carry_out": engine.Engine._carry_out,
     "_step": advance._Advance._step,
@@ -24,8 +24,8 @@ ORIGINAL = {
 }
 
 
-async def finish_first(self, run, ended):
-    run.telling = asyncio.ensure_future(ORIGINAL["told"](self, run, ended))
+async def finish_first(self, run, task, ended):
+    run.telling = asyncio.ensure_future(ORIGINAL["tell"](self, run, task, ended))
     return ended
 
 
@@ -123,7 +123,7 @@ def steps_go_on(self):
 RUN_BUGS = {
     "finish before the run's record": (
         "a step's task ends before its run's record holds the outcome",
-        [(children.Children, "told", finish_first)],
+        [(running.RunPort, "tell", finish_first)],
     ),
     "follow-up with a random id": (
         "a repeated submit of a run task creates another task",

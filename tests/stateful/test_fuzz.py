@@ -20,7 +20,7 @@ from buquet.records import Task
 from buquet.store.memory import MemoryStore
 from buquet.store.open import open_store
 from buquet.testing.virtual import run_virtual
-from buquet.worker.cursor import Found
+from buquet.worker.cursor import Candidate
 from buquet.workflow.records import RunRecord
 
 EXAMPLES = settings(
@@ -155,7 +155,7 @@ async def something_of_everything(clock):
     await dead._begin()
     for each in handles.values():
         held = await app.client.read(each.id)
-        await dead.claimer._claim(dead.finders[0], Found(keys.parse_entry(held.record.entry), 0.0), held)
+        await dead.claimer._claim(dead.finders[0], Candidate(keys.parse_entry(held.record.entry), 0.0), held)
     await dead.keeper.stop()
     await app.client.note(dead.id, handles["running"].id)
     handles["pending"] = await double.asubmit(1)

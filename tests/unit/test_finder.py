@@ -11,7 +11,7 @@ from buquet.store.base import PAGE
 from buquet.store.memory import MemoryStore
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
-from buquet.worker.cursor import Found
+from buquet.worker.cursor import Candidate
 
 AWAY = 6.5
 """Seconds for which requests fail: longer than a look waits for them."""
@@ -160,7 +160,7 @@ async def test_a_look_back_goes_on_once_its_requests_are_answered(rig, op, key):
     finder = worker.finders[0]
     finder.gap = True
     fault = rig.store.inject("refuse", op, key, times=None)
-    await rig.clock.sleep(finder.look_back_at - rig.clock.monotonic() + 1)
+    await rig.clock.sleep(finder.rescan_at - rig.clock.monotonic() + 1)
     since = rig.clock.monotonic()
     rig.clock.loop.call_later(AWAY, fault.stop)
     assert await rig.late("unrung", since) < AWAY + SOON
@@ -197,7 +197,7 @@ async def test_hints_are_followed_while_every_list_fails(rig):
     """A LIST that fails for long holds up what it would find, and nothing else."""
     worker = await rig.start()
     fault = rig.store.inject("refuse", "list", "ready/", times=None)
-    worker.finders[0].look_all_at = 0.0
+    worker.finders[0].full_rescan_at = 0.0
     await rig.clock.sleep(20)
     since = rig.clock.monotonic()
     await rig.other.note.asubmit("hinted")
@@ -210,7 +210,7 @@ async def test_hints_are_followed_while_every_list_fails(rig):
 async def test_a_queue_whose_requests_fail_does_not_hold_up_another(rig):
     worker = await rig.start(queues=["default", "side"])
     fault = rig.store.inject("refuse", "list", "ready/default/", times=None)
-    worker.finders[0 if worker.finders[0].queue == "default" else 1].look_all_at = 0.0
+    worker.finders[0 if worker.finders[0].queue == "default" else 1].full_rescan_at = 0.0
     for number in range(4):
         since = rig.clock.monotonic()
         await rig.other.beside.asubmit(f"beside {number}")
@@ -256,15 +256,15 @@ async def test_what_is_rung_for_while_a_look_is_under_way_is_looked_for_once_mor
         ("lane", "list", "later/"),
     ):
         await finder.take(1)
-        finder.look_all_at = 0.0
+        finder.full_rescan_at = 0.0
         stop = rig.store.pause(op, key)
         looking = asyncio.ensure_future(finder.take(1))
         await stop.reached.wait()
         finder.pause.due = finder.gap = finder.later.dirty = True
-        finder.look_all_at = 0.0
+        finder.full_rescan_at = 0.0
         stop.go.set()
         await looking
-        due = {"settings": finder.pause.due, "all": finder.look_all_at == 0, "gap": finder.gap, "lane": True}
+        due = {"settings": finder.pause.due, "all": finder.full_rescan_at == 0, "gap": finder.gap, "lane": True}
         assert due[flag], flag
 
 
@@ -333,12 +333,12 @@ async def test_a_finder_rests_only_with_nothing_in_hand(rig):
     assert finder.wait_seconds() == 0
     assert len(await finder.take(1)) == 1
     assert await finder.take(1) == []
-    finder._rang_blindly()
+    finder._rung_without_hints()
     assert finder.wait_seconds() == 0
     assert await finder.take(1) == []
     for _ in range(3):
         await rig.bucket.put(one.key(), b"")
-    finder._rang_blindly()
+    finder._rung_without_hints()
     assert len(await finder.take(1)) == 1
     assert finder.wait_seconds() == 0
     assert len(await finder.take(5)) == 2
@@ -347,7 +347,7 @@ async def test_a_finder_rests_only_with_nothing_in_hand(rig):
     for _ in range(PAGE + 1):
         one.hint()
     while await finder.take(100):
-        assert finder.wait_seconds() == 0 or not finder.in_hand
+        assert finder.wait_seconds() == 0 or not finder.has_candidates
     assert finder.wait_seconds() > 1
 
 
@@ -358,8 +358,8 @@ async def test_a_page_of_which_nothing_is_wanted_any_more_does_not_hide_the_next
     plain = one.key()
     for key in (*urgent, plain):
         await rig.bucket.put(key, b"")
-    one.finder.lane(0)
-    one.finder._rang_blindly()
+    one.finder.cursor(0)
+    one.finder._rung_without_hints()
     assert names(await one.finder.take(1)) == urgent[:1]
     for key in urgent:
         one.finder.done(key)
@@ -447,7 +447,7 @@ async def test_what_is_submitted_after_thousands_of_others_comes_after_them(rig)
         await rig.bucket.put(backlog[-1], b"")
         if number % 300 == 0:
             await rig.clock.sleep(0.001)
-    one.finder._rang_blindly()
+    one.finder._rung_without_hints()
     first = names(await one.finder.take(10))
     await rig.clock.sleep(0.05)
     last = one.hint()
@@ -476,7 +476,7 @@ async def test_an_urgent_hint_goes_before_a_page_in_hand_and_an_older_one_too(ri
     backlog = [one.key() for _ in range(5)]
     for key in backlog:
         await rig.bucket.put(key, b"")
-    one.finder._rang_blindly()
+    one.finder._rung_without_hints()
     assert names(await one.finder.take(1)) == backlog[:1]
     one.finder.hint(older)
     urgent = one.hint(priority=0)
@@ -489,8 +489,8 @@ async def test_entries_that_were_left_to_a_dead_worker_are_all_met_again_however
     """They are older than every look back, so no LIST of the next hour shows them."""
     one = await idle(rig)
     for _ in range(PAGE + 100):
-        one.finder.others(Found(keys.parse_entry(one.key()), rig.clock.now() - 900), "somebody")
-    one.finder.gone("somebody")
+        one.finder.leave_to(Candidate(keys.parse_entry(one.key()), rig.clock.now() - 900), "somebody")
+    one.finder.worker_gone("somebody")
     for _ in range(PAGE):
         one.hint()
     taken = await in_order(rig, one, 50)
@@ -504,10 +504,10 @@ async def test_entries_that_were_left_to_a_dead_worker_are_all_met_again_however
 async def test_what_nothing_can_be_done_with_is_forgotten_when_it_is_met_no_more(rig):
     one = await idle(rig)
     for _ in range(100):
-        one.finder.set_aside(one.key())
+        one.finder.block(one.key())
     lasting = one.key()
     for _ in range(40):
-        one.finder.set_aside(lasting)
+        one.finder.block(lasting)
         one.finder.look_again()
         await rig.clock.sleep(20)
-    assert set(one.finder.stale) == {lasting}
+    assert set(one.finder.blocked) == {lasting}

@@ -167,7 +167,7 @@ def test_values_larger_than_what_is_kept_are_fetched_once_by_each_evaluation(mon
         worker = app.worker(heartbeat_thread=False, drain=True)
         await worker.arun()
         assert await run.aresult(timeout=1) == [10_000, 10_000]
-        kept = worker.children.parent.committer._payloads
+        kept = worker.parent.committer._payloads
         assert sum(map(len, kept.values())) <= 60_000
         # the end of the last item is one evaluation, with all that follows from it; a lost race may make it two
         assert max(store.gets.values()) <= 2

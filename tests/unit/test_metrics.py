@@ -41,7 +41,7 @@ def rig(clock):
 def watched(app, store, **options):
     worker = app.worker(heartbeat_thread=False, **options)
     metrics = Metrics(worker, store)
-    worker.telling.watchers.append(metrics)
+    worker.observers.watchers.append(metrics)
     return worker, metrics
 
 

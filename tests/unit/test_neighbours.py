@@ -8,8 +8,8 @@ import pytest
 from msgspec.structs import replace
 
 from buquet.records import Session
-from buquet.worker import fleet
-from buquet.worker.fleet import born, is_gone, is_neighbour, place
+from buquet.worker import session as sessions
+from buquet.worker.session import born, is_gone, is_same_host, place
 
 pytestmark = pytest.mark.skipif(not place(), reason="this machine does not tell processes apart")
 
@@ -41,9 +41,9 @@ def child():
 
 def test_a_living_process_is_not_gone(child):
     there = session(child.pid)
-    assert is_neighbour(there)
+    assert is_same_host(there)
     assert not is_gone(there)
-    assert not is_neighbour(session(os.getpid())), "this process itself"
+    assert not is_same_host(session(os.getpid())), "this process itself"
 
 
 def test_a_process_that_has_ended_is_gone_before_and_after_its_parent_took_note(child):
@@ -67,14 +67,14 @@ def test_where_it_cannot_be_told_nobody_is_gone(child, fields):
 
 def test_a_process_whose_start_cannot_be_read_is_not_gone(child, monkeypatch, tmp_path):
     there = session(child.pid)
-    monkeypatch.setattr(fleet, "PROC", tmp_path)
+    monkeypatch.setattr(sessions, "PROC", tmp_path)
     assert not is_gone(there)
     assert place() == ""
-    assert not is_neighbour(replace(there, place=""))
+    assert not is_same_host(replace(there, place=""))
 
 
 @pytest.mark.parametrize(
     "fields", [{"host": "elsewhere"}, {"place": ""}, {"place": "another boot"}, {"place": place().replace("pid:[", "pid:[1")}]
 )
 def test_another_machine_boot_or_container_is_no_neighbour(child, fields):
-    assert not is_neighbour(session(child.pid, **fields))
+    assert not is_same_host(session(child.pid, **fields))

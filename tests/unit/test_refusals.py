@@ -17,7 +17,7 @@ from buquet.queue.background import Background
 from buquet.records import Session
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
-from buquet.worker.fleet import born, place
+from buquet.worker.session import born, place
 
 LARGE = "x" * 100_000
 
@@ -282,11 +282,11 @@ async def test_a_worker_whose_session_may_not_be_read_holds_up_no_look_and_is_me
     rig.store.denied.add(("GET", keys.session(here.id)))
     rig.start(ttl=300)
     await rig.clock.sleep(1)
-    assert not rig.worker.fleet.neighbours
+    assert not rig.worker.fleet.same_host
     assert rig.worker.keeper.refused[0].startswith(f"GET {keys.session(here.id)}")
     rig.store.denied.clear()
     await rig.clock.sleep(220)
-    assert list(rig.worker.fleet.neighbours) == [here.id]
+    assert list(rig.worker.fleet.same_host) == [here.id]
     await rig.stop()
 
 

@@ -12,15 +12,15 @@ from buquet.records import Session
 from buquet.store.memory import MemoryStore
 from buquet.store.register import Register
 from buquet.testing.virtual import run_virtual
-from buquet.worker import reported
+from buquet.worker import logs
+from buquet.worker.logs import Reported
 from buquet.worker.processes import Processes
-from buquet.worker.reported import Reported
 from buquet.workflow import committer as committing
 from buquet.workflow.records import RunEvent, RunRecord
 
 
 def test_a_problem_is_logged_once_a_subject_and_only_so_many_subjects_are_remembered(caplog, monkeypatch):
-    monkeypatch.setattr(reported, "REMEMBERED", 3)
+    monkeypatch.setattr(logs, "REMEMBERED", 3)
     told = Reported()
     for subject in "aabab":
         told.error(subject, f"{subject} is broken")
@@ -43,7 +43,7 @@ async def test_a_parent_forgets_the_sessions_that_are_gone(tmp_path):
             key = keys.session(session.id)
             await register.create(key, session)
             assert await fleet._sessions_of(1, register) == []
-            assert fleet._foreign == {key}
+            assert fleet._not_ours == {key}
             await app.client.store.delete(key)
 
 
@@ -66,7 +66,7 @@ def test_the_graph_of_a_run_that_is_over_is_not_kept():
             run = await flow.astart()
             with pytest.raises(RunFailed):
                 await run.aresult(timeout=10)
-            committer = worker.children.parent.committer
+            committer = worker.parent.committer
             late = RunEvent(id=clock.new_id(), kind="step", step="fails", gen=1, outcome="done")  # it changes nothing any more
             assert (await committer.commit(run.id, late)).run.state == "failed"
         assert (committer._indexes, committer._held) == ({}, {})
@@ -93,7 +93,7 @@ def test_the_graph_of_a_run_that_ends_while_it_is_read_is_not_kept_for_ever(monk
 
         worker = app.worker(heartbeat_thread=False)
         working = asyncio.ensure_future(worker.arun())
-        committer = worker.children.parent.committer
+        committer = worker.parent.committer
         for _ in range(10):
             run = await flow.astart()
             while (held := await app.client.register.read(RunRecord, keys.run(run.id))) is None:

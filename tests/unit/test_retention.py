@@ -45,7 +45,7 @@ class Rig:
         worker = (app or self.app).worker(heartbeat_thread=False)
         worker.keeper.id = f"w{len(self.mates)}"
         self.mates.append(worker.keeper.id)
-        worker.fleet.mates = self.mates
+        worker.fleet.peers = self.mates
         return worker, asyncio.create_task(worker.retention.keep())
 
     async def state(self, task_id):

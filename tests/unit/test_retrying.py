@@ -223,7 +223,7 @@ def test_a_worker_counts_what_it_retries() -> None:
         store = CountingStore(world.store)
         worker = world.app.worker(heartbeat_thread=False, max_time=20)
         metrics = Metrics(worker, store)
-        worker.telling.watchers.append(metrics)
+        worker.observers.watchers.append(metrics)
         await world.charge.asubmit_many([(n,) for n in range(TASKS)])
         await worker.arun()
         labels = 'name="charge",queue="default"'
@@ -263,7 +263,7 @@ def outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             def moved(self, task: object) -> None:
                 worker.stop()
 
-        worker.telling.watchers.append(Stop())  # pyright: ignore[reportArgumentType]
+        worker.observers.watchers.append(Stop())  # pyright: ignore[reportArgumentType]
         worker.run()
         good.options(delay=1000).submit()
         assert status_of(handle.record()) == "retrying"

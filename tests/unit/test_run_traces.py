@@ -21,7 +21,7 @@ from buquet.store.register import Register
 from buquet.testing.auditor import ENDED, RUN_OVER, Auditor, read_bucket
 from buquet.testing.faulty import WRITES, FaultyStore
 from buquet.testing.virtual import run_virtual
-from buquet.worker.cursor import Found
+from buquet.worker.cursor import Candidate
 from buquet.workflow.records import RunRecord
 
 approved = Signal("approved", int)
@@ -82,7 +82,7 @@ class Process:
         await self.worker.keeper.create()
         await self.worker.fleet.look()
         if not hands:
-            self.worker.reserve = lambda _task: False
+            self.worker.slots.reserve = lambda _task: False
         return self
 
     def pursue(self, task_id):
@@ -92,13 +92,14 @@ class Process:
     async def _pursue(self, task_id):
         task = await self.rig.task(task_id)
         self.worker.fleet.sessions.clear()  # as when its last LIST is old
-        self.worker.occupy()
-        self.worker._pursuits[asyncio.current_task()] = True
-        await self.worker._pursue(self.worker.finders[0], Found(keys.parse_entry(task.entry), self.rig.clock.now()))
+        self.worker.slots.occupy()
+        self.worker.slots.in_flight[asyncio.current_task()] = True
+        candidate = Candidate(keys.parse_entry(task.entry), self.rig.clock.now())
+        await self.worker.slots.claim_and_run(self.worker.finders[0], candidate)
 
     async def crash(self):
         """Stop for ever, in the middle of whatever it was."""
-        jobs = [*self.jobs, *(self._worker._pursuits if self._worker else ())]
+        jobs = [*self.jobs, *(self._worker.slots.in_flight if self._worker else ())]
         if self._worker is not None and self._worker.keeper._task is not None:
             jobs.append(self._worker.keeper._task)
         for job in jobs:
@@ -825,7 +826,7 @@ async def test_a_step_that_was_due_and_not_submitted_never_runs_once_the_run_unw
     await stop.reached.wait()
     await run.acancel()
     await two.pursue(await rig.carrier(run, "buquet.cancel"))
-    await asyncio.gather(*two.worker._pursuits)
+    await asyncio.gather(*two.worker.slots.in_flight)
     assert (await rig.run(run)).state == "cancelled"
     stop.go.set()
     await starting
@@ -995,7 +996,7 @@ async def test_a_retry_that_is_carried_twice_is_applied_once(rig):
     one.pursue(retry)
     await stop.reached.wait()
     await two.pursue(await rig.carrier(run, "a"))
-    await asyncio.gather(*two.worker._pursuits)
+    await asyncio.gather(*two.worker.slots.in_flight)
     assert (await rig.run(run)).state == "failed"
     await rig.recover()
     record = await rig.run(run)
@@ -1072,7 +1073,7 @@ def test_a_generation_waits_for_the_tasks_of_all_before_it(between):
         if between:  # a generation in which b is stopped before its handler ran, which would have waited
             await run.acancel(undo=False)
             await three.pursue(await rig.carrier(run, "buquet.cancel"))
-            await asyncio.gather(*three.worker._pursuits)
+            await asyncio.gather(*three.worker.slots.in_flight)
             await run.aretry()
             await three.pursue(await rig.carrier(run, "buquet.retry"))
         rig.did.clear()

@@ -15,7 +15,7 @@ from buquet.store.register import Register
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
 from buquet.worker import finder as finding
-from buquet.worker.cursor import Found
+from buquet.worker.cursor import Candidate
 from buquet.worker.threads import Permits
 
 
@@ -100,13 +100,13 @@ async def test_a_worker_whose_disk_is_full_when_it_starts_anew_lives_on(rig):
 async def test_what_was_left_to_a_worker_is_remembered_until_it_must_have_been_called_dead(rig):
     finder = rig.app().worker(heartbeat_thread=False).finders[0]
     entry = keys.parse_entry(keys.entry("default", 5, 1, 0, "0" * 32, 0, "echo"))
-    finder.others(Found(entry, 0.0), "somebody")
+    finder.leave_to(Candidate(entry, 0.0), "somebody")
     finder.fleet.sessions = {}
     finder.fleet.lives = lambda _worker: True
     await rig.clock.sleep(finder.fleet.keeper.ttl + 20)
     finder.look_again()
-    finder.gone("somebody")
-    assert [found.entry for found in finder.lane(5).hinted.values()] == [entry]
+    finder.worker_gone("somebody")
+    assert [found.entry for found in finder.cursor(5).hinted.values()] == [entry]
 
 
 @virtual
@@ -115,9 +115,9 @@ async def test_an_old_entry_that_is_met_while_its_task_is_being_claimed_is_met_a
     finder = worker.finders[0]
     entry = keys.parse_entry(keys.entry("default", 5, 1, 0, "0" * 32, 3, "echo"))
     worker.claimer.under_way.add(entry.task)
-    assert await worker.claimer.claim(finder, Found(entry, rig.clock.now() - 3600)) is None
-    assert entry.key in finder.left
-    assert entry.key not in finder.stale
+    assert await worker.claimer.claim(finder, Candidate(entry, rig.clock.now() - 3600)) is None
+    assert entry.key in finder.deferred
+    assert entry.key not in finder.blocked
 
 
 @virtual
@@ -129,14 +129,14 @@ async def test_a_task_that_ended_before_its_run_could_stop_it_is_no_lost_claim(r
     ended = await rig.record(handle.id)
     held = await rig.register.read(Task, keys.task(ended.id))
     stale = held._replace(record=__import__("msgspec").structs.replace(ended, state="running"))
-    taken = worker.children._take
+    taken = worker.children._submit_claimed
 
     async def take(task, args):
         return stale
 
-    worker.children._take = take
+    worker.children._submit_claimed = take
     await worker.children.stop(ended, b"{}")  # Refused would be taken for a claim that was lost
-    worker.children._take = taken
+    worker.children._submit_claimed = taken
     assert (await rig.record(ended.id)).state == "completed"
     with pytest.raises(Exception, match="nothing to cancel"):
         await app.acancel(ended.id)
@@ -218,7 +218,7 @@ async def test_what_a_dead_worker_claimed_in_a_priority_that_only_it_knew_is_fou
     await dead.client.open()
     await dead.keeper.create()
     entry = (await rig.record(task)).entry
-    assert await dead.claimer.claim(dead.finders[0], Found(keys.parse_entry(entry), rig.clock.now())) is not None
+    assert await dead.claimer.claim(dead.finders[0], Candidate(keys.parse_entry(entry), rig.clock.now())) is not None
     await rig.clock.sleep(80)
     assert (await rig.record(task)).state == "completed"
     worker.stop()
@@ -242,7 +242,7 @@ async def behind_a_page(rig):
     assert sorted(met) == written[1:]
     await rig.bucket.put(written[0], b"")  # by a clock that is four seconds behind
     await rig.bucket.put(keys.bell("default"), b'{"v":1,"rev":7,"op":"o"}')
-    await finder.hear()
+    await finder.read_bell()
     assert [found.entry.key for found in await finder.take(9)] == written[:1]
 
 
@@ -264,7 +264,7 @@ async def behind_a_young_page(rig):
     await rig.clock.sleep(12)  # every slot is taken: a worker looks for nothing meanwhile
     assert [found.entry.key for found in await finder.take(9)] == []
     await rig.bucket.put(keys.bell("default"), b'{"v":1,"rev":7,"op":"o"}')
-    await finder.hear()
+    await finder.read_bell()
     assert [found.entry.key for found in await finder.take(9)] == written[:1]
 
 
@@ -307,7 +307,7 @@ async def test_before_it_knows_the_stores_time_a_worker_calls_nobody_dead_and_pa
     assert await finder.take(9) == []
     entry = keys.entry("default", 5, int(rig.clock.now() * 1000), 0, "0" * 31 + "1", 0, "echo")
     await rig.bucket.put(entry, b"")
-    finder.lane(5).rung()
+    finder.cursor(5).rung()
     assert [found.entry.key for found in await finder.take(9)] == [entry]
     other.stop()
     await working
@@ -352,6 +352,6 @@ async def test_the_age_of_an_entry_is_not_forgotten_by_a_look_that_a_hint_had_be
     worker = rig.app().worker(heartbeat_thread=False)
     finder, now = worker.finders[0], worker.fleet.store_now()
     entry = keys.parse_entry(keys.entry("default", 5, int(now * 1000), 0, "0" * 31 + "1", 0, "echo"))
-    finder.leave(Found(entry, now - 4000), again=True)  # as a LIST showed it, while a look that goes back to a hint was under way
-    finder.leave(Found(entry, now))
-    assert [found.modified for found, _, _ in finder.left.values()] == [now - 4000]
+    finder.defer(Candidate(entry, now - 4000), again=True)  # as a LIST showed it, during a look after a hint
+    finder.defer(Candidate(entry, now))
+    assert [found.modified for found, _, _ in finder.deferred.values()] == [now - 4000]

@@ -21,7 +21,7 @@ from buquet.store.register import KEPT_OPS, Register
 from buquet.testing.auditor import ENDED, Auditor, read_bucket
 from buquet.testing.faulty import FaultyStore
 from buquet.testing.virtual import run_virtual
-from buquet.worker.cursor import Found
+from buquet.worker.cursor import Candidate
 from buquet.worker.worker import Worker
 
 
@@ -95,8 +95,8 @@ class Process:
 
     def pursue(self, entry):
         """Take an entry that a LIST showed as far as it goes: claim, run, store the outcome."""
-        found = Found(keys.parse_entry(entry), self.rig.bucket.written[entry])
-        return self.spawn(self.worker._pursue(self.worker.finders[0], found))
+        found = Candidate(keys.parse_entry(entry), self.rig.bucket.written[entry])
+        return self.spawn(self.worker.slots.claim_and_run(self.worker.finders[0], found))
 
     async def claims(self, entry):
         """Pursue an entry up to where its handler runs."""
@@ -916,7 +916,7 @@ async def test_selfrun_leave_a_claim_that_this_worker_does_not_know_of_is_adopte
     assert (lost.state, lost.worker) == ("running", one.id)
     await one.beat()
     assert await rig.entries() == [entry]
-    one.worker.finders[0].skip.clear()
+    one.worker.finders[0].ignore_until.clear()
     await one.claims(entry)
     task = await rig.task(handle)
     assert (task.state, task.worker, task.losses) == ("running", one.id, 1)
@@ -1031,7 +1031,7 @@ async def test_mbx_text_a_note_that_comes_late_cancels_no_later_life_of_the_task
     """
     handle = await rig.submitted()
     one = await rig.worker()
-    reading = one.spawn(one.worker.notes.keep())
+    reading = one.spawn(one.worker.control.keep())
     canceller, redriver = rig.process(), rig.process()
     job = await one.claims(await rig.entry())
     stop = canceller.store.pause("create", "notes/")

@@ -445,7 +445,7 @@ async def test_a_dead_worker_is_reaped_and_its_task_runs_elsewhere(rig):
     assert await rig.store.list("ready/default/5/") == []
     # a crash: nothing of it runs any more, and nothing was said
     dead.keeper._task.cancel()
-    for task in [work, *dead._pursuits]:
+    for task in [work, *dead.slots.in_flight]:
         task.cancel()
     rescuer = rig.worker()
     rescue = asyncio.create_task(rescuer.arun())
@@ -516,7 +516,7 @@ async def test_what_is_stopped_before_its_first_step_gives_its_slot_back(rig):
     work = asyncio.create_task(worker.arun())
     assert await handle.aresult(timeout=60) == "done"
     assert first != [worker.id]
-    while worker._pursuits:
+    while worker.slots.in_flight:
         await rig.clock.sleep(0.1)
     assert worker.free == 1
     worker.stop()
@@ -689,7 +689,7 @@ async def test_what_a_worker_claimed_just_before_it_died_is_taken_over_as_soon_a
     rest = asyncio.create_task(other.arun())
     await rig.clock.sleep(1)  # the other one has met the task, and left it to the first
     dead.keeper._task.cancel()
-    for task in [work, *dead._pursuits]:
+    for task in [work, *dead.slots.in_flight]:
         task.cancel()
     await asyncio.gather(work, return_exceptions=True)
     held = await Register(rig.store, rig.clock).read(Session, keys.session(dead.id))
@@ -738,7 +738,7 @@ async def test_a_defect_while_an_outcome_is_stored_does_not_leave_the_task_runni
 
     handle = await double.asubmit(4)
     worker = rig.worker()
-    move, broken = worker.executor.move, []
+    move, broken = worker.writer.store, []
 
     async def breaks_once(run, make):
         if not broken:
@@ -747,7 +747,7 @@ async def test_a_defect_while_an_outcome_is_stored_does_not_leave_the_task_runni
             raise ZeroDivisionError("as planned")
         return await move(run, make)
 
-    worker.executor.move = breaks_once
+    worker.writer.store = breaks_once
     working = asyncio.ensure_future(worker.arun())
     assert await handle.aresult(timeout=60) == 8
     assert (await handle.arecord()).losses == 1

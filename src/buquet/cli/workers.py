@@ -131,7 +131,7 @@ def _serve_metrics(served: Worker, counting: CountingStore, host: str, port: int
     from buquet.operate.metrics import Metrics, serve  # noqa: PLC0415 - its package is optional
 
     metrics = Metrics(served, counting)
-    served.telling.watchers.append(metrics)
+    served.observers.watchers.append(metrics)
     stop = serve(metrics, host, port)
     to_stderr(f"metrics: http://{host}:{port}/metrics")
     return stop

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from buquet import keys
 from buquet.errors import UsageError, install
 from buquet.journal.lines import is_retried
-from buquet.worker.observers import Watcher
+from buquet.worker.logs import Watcher
 from buquet.workflow.events import KINDS
 
 try:
@@ -61,7 +61,7 @@ class Metrics(Watcher):
     """Counts what a worker reports, and reads the other figures from the worker when they are collected.
 
     >>> metrics = Metrics(worker, store)  # doctest: +SKIP
-    >>> worker.telling.watchers.append(metrics)  # doctest: +SKIP
+    >>> worker.observers.watchers.append(metrics)  # doctest: +SKIP
     """
 
     def __init__(self, worker: Worker, store: CountingStore) -> None:

@@ -8,7 +8,11 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from buquet.records import ABSENT
+
 if TYPE_CHECKING:
+    from msgspec import Raw
+
     from buquet.queue.pruning import Pruner
     from buquet.queue.task import BaseTask
     from buquet.records import ErrorInfo, Task
@@ -56,11 +60,21 @@ class Later(Exception):
         self.shelved = shelved
 
 
-class Ending(NamedTuple):
-    """How a task of a run is to end."""
+class Outcome(NamedTuple):
+    """How an attempt ended, and so what becomes of its task. `transitions.apply` makes the record."""
 
-    state: Literal["completed", "failed", "cancelled"]
+    kind: Literal["completed", "failed", "cancelled", "retry", "snoozed", "postponed", "released", "checkpointed", "doomed"]
+    """`checkpointed`: the attempt goes on. `doomed`: the handler must not run, see `transitions.doomed`."""
+    result: Raw = ABSENT
+    result_at: str = ""
     error: ErrorInfo | None = None
+    due: int = 0
+    """When the task may run again, in milliseconds: of `retry` and `snoozed`."""
+    detail: str = ""
+    checkpoint: tuple[Raw, str] | None = None
+    """A checkpoint that the same write stores, or the key of its payload."""
+    shelved: bool = False
+    """Whether the task waits until somebody acts, so that a drain does not wait for it."""
 
 
 class Helper(Protocol):
@@ -94,7 +108,7 @@ class Parent(Protocol):
         """Read the run, and tell whether the handler of one of its tasks is to run. Raises Later where it is not yet."""
         ...
 
-    async def deliver(self, task: Task, ended: Task | None, helper: Helper) -> Ending:
+    async def deliver(self, task: Task, ended: Task | None, helper: Helper) -> Outcome:
         """Record in its run how a task of it ended (None: its handler is not to run), and submit what follows.
 
         Returns how the task's own record is to end. Raises Later, StoreError.

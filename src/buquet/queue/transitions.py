@@ -18,7 +18,7 @@ longer under that claim.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
@@ -27,6 +27,9 @@ from buquet.errors import Refused
 from buquet.printing import counted
 from buquet.queue.names import END, is_system
 from buquet.records import ABSENT, ENDED, TERMINAL, ErrorInfo, Event, Raw, State, Task
+
+if TYPE_CHECKING:
+    from buquet.queue.names import Outcome
 
 KEPT_EVENTS = 60
 REFUSED = "the store refused its worker a request: "
@@ -285,3 +288,29 @@ def touch(task: Task) -> Task:
 
 def _brief(error: ErrorInfo) -> str:
     return f"{error.type}: {error.message}"
+
+
+def apply(task: Task, token: str, outcome: Outcome, now: int) -> Task:  # noqa: C901 - a case for each kind
+    """Return the record after an attempt's outcome. Raises Refused when the task is no longer under the claim `token`."""
+    if outcome.checkpoint is not None:
+        task = checkpoint(task, token, *outcome.checkpoint)
+    error = outcome.error or ErrorInfo(type="StepFailed", message="its run holds it as failed")
+    match outcome.kind:
+        case "checkpointed":
+            return task
+        case "completed":
+            return complete(task, token, outcome.result, outcome.result_at, now)
+        case "failed":
+            return fail(task, token, error, now)
+        case "cancelled":
+            return stop(task, token, now)
+        case "retry":
+            return retry(task, token, error, outcome.due, now)
+        case "snoozed":
+            return snooze(task, token, outcome.due, now, outcome.detail, outcome.error)
+        case "postponed":
+            return postpone(task, token, outcome.detail, now)
+        case "released":
+            return release(task, token, now)
+        case "doomed":
+            return doomed(task, token, now) or task

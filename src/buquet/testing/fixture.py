@@ -176,7 +176,7 @@ class _Drain:
         if self.inline:
             worker.executor.threads = CallerThread()
         if self.virtual is not None:
-            worker.notes.every = RARELY
+            worker.control.every = RARELY
             cast("SkippingLoop", self.virtual.loop).busy = lambda: worker.executor.threads.busy > 0
         return worker
 

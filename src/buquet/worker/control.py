@@ -1,10 +1,11 @@
-"""What others ask of a worker while it runs: its notes, its control object, and its queues' settings."""
+"""What others ask of a worker while it runs: by notes, by its control object, and by the settings of its queues."""
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 from buquet import keys
 from buquet.codec import decode_record
@@ -14,36 +15,46 @@ from buquet.records import Note, QueueSettings, Task
 from buquet.store.base import NOT_MODIFIED, Stored
 
 if TYPE_CHECKING:
-    from buquet.store.register import Held
-    from buquet.store.retrying import Retrying
-    from buquet.worker.executor import Running
-    from buquet.worker.worker import Worker
+    from collections.abc import Mapping, Sequence
 
+    from buquet.queue.client import Client
+    from buquet.store.register import Held, Register
+    from buquet.store.retrying import Retrying
+    from buquet.worker.fleet import Fleet
+    from buquet.worker.running import Running
+    from buquet.worker.session import SessionKeeper
 
 log = logging.getLogger("buquet.worker")
 
+EVERY = 2.0
+"""Seconds between two reads of the notes while tasks run, or the worker is paused."""
+SETTINGS = 4.0
+"""Seconds, at least, between two reads of the queues' settings, and of the control object, while tasks run."""
+IDLE = 60.0
+"""Seconds between two reads while none runs: the bell tells of control and settings, and a ring may be lost."""
 
+
+@dataclass(eq=False)
 class Pause:
-    """A queue's settings, read again only when `due`: at the start, when the bell says so, and now and then."""
+    """Whether a queue is paused. Its settings are read again only when `due`: at the start, after a ring, and now and then."""
 
-    def __init__(self, queue: str, reads: Retrying) -> None:
-        self.queue = queue
-        self.reads = reads
-        self.paused = False
-        self.due = True
-        """Whether the settings may have changed."""
-        self._etag: str | None = None
+    queue: str
+    reads: Retrying
+    paused: bool = False
+    due: bool = True
+    """Whether the settings may have changed."""
+    _etag: str | None = None
 
     def holds(self, entry: keys.Entry) -> bool:
         """Tell whether an entry waits for the queue to be resumed."""
         return self.paused and not is_system(entry.name)
 
     async def look(self) -> bool:
-        """Read the settings where they may have changed; tell whether the queue was resumed."""
+        """Read the settings where they may have changed; return whether the queue was resumed."""
         if not self.due:
             return False
         key = keys.queue_settings(self.queue)
-        self.due = False  # before the request: the answer may lack what is rung for meanwhile
+        self.due = False  # before the request: the bell may ring during it
         try:
             stored = await self.reads.get(key, unless=self._etag)
         except BaseException:
@@ -64,96 +75,105 @@ class Pause:
         return not paused
 
 
-EVERY = 2.0
-"""Seconds between two looks at the notes while tasks run, or the worker is paused."""
-SETTINGS = 4.0
-"""Seconds, at least, between two looks at the queues' settings, and at the control object, while tasks run."""
-IDLE = 60.0
-"""Seconds between two looks while none runs: the bell tells of control and settings, and a ring may be lost."""
+class Controlled(Protocol):
+    """The worker, as its control sees it."""
+
+    @property
+    def is_busy(self) -> bool: ...
+    def hold(self, *, paused: bool) -> None: ...
+    def drain_out(self) -> None: ...
+    def wake(self) -> None: ...
 
 
-class Notes:
+@dataclass(eq=False)
+class Control:
     """Reads a worker's notes and its control object, and obeys them."""
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
-        self.clock = worker.clock
-        self.every = EVERY
-        self.rung = False
-        """Whether the bell told of a request to this worker."""
-        self._held: dict[str, Held[Note]] = {}
-        self._to = ""
-        self._problem = ""
-        self._looked = self._settled = self.clock.monotonic()
+    worker: Controlled
+    client: Client
+    register: Register
+    fleet: Fleet
+    keeper: SessionKeeper
+    pauses: Sequence[Pause]
+    running: Mapping[str, Running]
+    every: float = EVERY
+    rung: bool = False
+    """Whether the bell told of a request to this worker."""
+    _notes: dict[str, Held[Note]] = field(default_factory=dict[str, "Held[Note]"])
+    _to: str = ""
+    """The worker's id for which `_notes` were read."""
+    _problem: str = ""
+
+    def __post_init__(self) -> None:
+        self.clock = self.client.clock
+        self._read_at = self._settled_at = self.clock.monotonic()
 
     async def keep(self) -> None:
-        """Look every 2 s (or `every`), for as long as the worker is there."""
+        """Read what others ask every 2 s (or `every`)."""
         while True:
             await self.clock.sleep(self.every)
             now = self.clock.monotonic()
-            idle = now - self._looked >= IDLE
-            if not (self.worker.is_busy or idle):
+            is_idle = now - self._read_at >= IDLE
+            if not (self.worker.is_busy or is_idle):
                 continue
-            if now - self._settled >= SETTINGS:
-                self._settled = now
-                for finder in self.worker.finders:
-                    finder.pause.due = True
+            if now - self._settled_at >= SETTINGS:
+                self._settled_at = now
+                for pause in self.pauses:
+                    pause.due = True
                 self.worker.wake()
-            long_ago = self.worker.fleet.due_now_ms() - EVERY * 1000
-            runs = any(run.listing.since < long_ago for run in self.worker.running.values())
-            if runs or idle:
+            long_ago = self.fleet.due_now_ms() - EVERY * 1000
+            if is_idle or any(run.listing.since < long_ago for run in self.running.values()):
                 await self.look()
 
-    async def heard(self) -> None:
-        """Look at once where the bell told of a request."""
+    async def look_if_rung(self) -> None:
+        """Read at once if the bell told of a request."""
         if self.rung:
             await self.look()
 
     async def look(self) -> None:
-        """Read what changed: pause or go on, drain, look again at the records that notes name."""
-        worker = self.worker
+        """Read what changed: pause or resume, drain, and read again the records that notes name."""
         now = self.clock.monotonic()
-        if self._to != worker.id:
-            self._to, self._held = worker.id, {}
+        if self._to != self.keeper.id:
+            self._to, self._notes = self.keeper.id, {}
         wanted: list[str] = []
-        asks = self.rung or worker.keeper.paused or now - self._looked >= SETTINGS
-        if asks:
+        reads_control = self.rung or self.keeper.paused or now - self._read_at >= SETTINGS
+        if reads_control:
             wanted.append(keys.control(self._to))
-        if worker.running or not worker.client.control_only:
+        if self.running or not self.client.control_only:
             wanted.append(keys.notes(self._to))
         self.rung = False
         try:
             for key in wanted:
-                before = self._held.get(key)
-                held = await (worker.register.reread(Note, before) if before else worker.register.read(Note, key))
-                if held is not None and held is not before:
-                    await self._apply(held.record, control=key.startswith(keys.CONTROL) or not worker.client.control_only)
-                    self._held[key] = held  # last: what could not be obeyed is read again
+                before = self._notes.get(key)
+                stored = await (self.register.reread(Note, before) if before else self.register.read(Note, key))
+                if stored is not None and stored is not before:
+                    await self._apply(stored.record, controls=key.startswith(keys.CONTROL) or not self.client.control_only)
+                    self._notes[key] = stored  # last: a note that could not be obeyed is read again
             self._problem = ""
-            if asks:
-                self._looked = now
+            if reads_control:
+                self._read_at = now
         except BuquetError as error:
             if isinstance(error, StoreRefused):
-                worker.keeper.refuse(error)
-            self._looked = -math.inf  # a request that was rung for must not wait for the next look of an idle worker
+                self.keeper.refuse(error)
+            self._read_at = -math.inf  # a request that the bell told of must not wait for the next look of an idle worker
             if self._problem != str(error):
                 self._problem = str(error)
                 log.error("what others ask of this worker cannot be read: %s", error)  # noqa: TRY400 - the text says all
 
-    async def _apply(self, note: Note, *, control: bool) -> None:
-        worker = self.worker
-        if control and note.pause is not None:
-            worker.hold(paused=note.pause)
-        if control and note.drain:
-            worker.drain_out()
-        for run in [each for each in worker.running.values() if each.listing.task in note.look]:
+    async def _apply(self, note: Note, *, controls: bool) -> None:
+        if controls and note.pause is not None:
+            self.worker.hold(paused=note.pause)
+        if controls and note.drain:
+            self.worker.drain_out()
+        for run in [run for run in self.running.values() if run.listing.task in note.look]:
             await self._obey(run)
 
     async def _obey(self, run: Running) -> None:
+        """Read a task's record again, and stop the task if it is to be cancelled."""
         try:
-            held = await self.worker.register.read(Task, keys.task(run.listing.task))
+            stored = await self.register.read(Task, keys.task(run.listing.task))
         except UnreadableRecord as error:
             log.error("%s", error)  # noqa: TRY400 - the text says all
             return
-        if held is not None and held.record.token == run.token and held.record.cancel_requested:
+        if stored is not None and stored.record.token == run.token and stored.record.cancel_requested:
             run.request_stop("cancel")

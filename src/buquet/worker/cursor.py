@@ -1,10 +1,11 @@
-"""What a finder knows of one prefix of entries, and of one entry."""
+"""The entries under one prefix: which are known, and from where the next LIST goes on."""
 
 from __future__ import annotations
 
 import heapq
 import logging
 import zlib
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from buquet import keys
@@ -14,156 +15,151 @@ if TYPE_CHECKING:
     from buquet.store.base import Listed
     from buquet.store.retrying import Retrying
 
-
 log = logging.getLogger("buquet.worker")
 
-SHELVED = 450.0
-"""Seconds after which an entry is looked at again whose record could not be read."""
 
-
-class Found:
+@dataclass(slots=True, eq=False)
+class Candidate:
     """An entry to look at."""
 
-    __slots__ = ("entry", "modified")
-
-    def __init__(self, entry: keys.Entry, modified: float) -> None:
-        self.entry = entry
-        self.modified = modified
-        """LastModified of the entry; for a hint, when it was heard."""
+    entry: keys.Entry
+    modified: float
+    """LastModified of the entry. Of a hint: when it was heard."""
 
 
-class Lane:
-    """One prefix of entries in order, and how far it was looked through."""
+@dataclass(eq=False)
+class Cursor:
+    """One prefix of entries, read page by page. It trails: late entries that appear behind it are found by a rescan."""
 
-    def __init__(self, prefix: str, priority: int | None) -> None:
-        self.prefix = prefix
-        self.priority = priority
-        self.cursor = ""
-        self.hinted: dict[str, Found] = {}
-        """Entries that are known without a LIST, by key."""
-        self._order: list[tuple[int, int, str]] = []
-        """A heap of the keys of `hinted`, by their time; those of one millisecond as they came."""
-        self._count = 0
-        self.hand: dict[str, Found] = {}
-        """The page in hand, by key; what comes first is at the end."""
-        self.fetched = 0.0
-        self.last = ""
-        """The last key of the page in hand."""
-        self.full = False
-        """Whether that page was full, so that more follows."""
-        self.behind = ""
-        """Where to look again after the full pages that are under way: one of them ended where more may still come."""
-        self.dirty = True
-        """Whether there may be something new after the cursor."""
-        self.again = False
-        """Whether the bell rang blindly while pages follow each other: what it rang for may lie before the cursor."""
+    prefix: str
+    priority: int | None
+    """None: the prefix of `later/`."""
+    after: str = ""
+    """The key after which the next LIST begins."""
+    hinted: dict[str, Candidate] = field(default_factory=dict[str, Candidate])
+    """Entries that are known without a LIST, by key."""
+    page: dict[str, Candidate] = field(default_factory=dict[str, Candidate])
+    """What is left of the last page, by key. The first to take is at the end."""
+    listed_at: float = 0.0
+    last: str = ""
+    """The last key of that page; empty once the page was dealt with."""
+    full: bool = False
+    """Whether that page was full, so that more follows."""
+    rewind_to: str = ""
+    """Where to rewind to after the current run of full pages: one of them ended where late entries can still appear."""
+    dirty: bool = True
+    """Whether a LIST may show something new."""
+    rang: bool = False
+    """Whether the bell rang without hints during a run of full pages. The new entries may lie behind the cursor."""
+    _order: list[tuple[int, int, str]] = field(default_factory=list[tuple[int, int, str]])
+    """A heap of the hinted keys by time, and by arrival within a millisecond."""
+    _count: int = 0
 
     @property
     def rank(self) -> float:
-        """Return the lane's place: priority 0, what has come due, then 1 to 9."""
+        """The prefix's place: priority 0, then what has come due, then 1 to 9."""
         return 0.5 if self.priority is None else self.priority
 
     @property
-    def in_hand(self) -> bool:
-        """Whether there is something to take without a LIST."""
-        return bool(self.hinted or self.hand)
+    def has_candidates(self) -> bool:
+        return bool(self.hinted or self.page)
 
     @property
-    def unlisted(self) -> bool:
-        """Whether a LIST must come first: it may show entries that are older than all known ones."""
-        return self.dirty and not self.hand
+    def must_list(self) -> bool:
+        """Whether a LIST must come first: it may show older entries than those that are known."""
+        return self.dirty and not self.page
 
-    def hint(self, found: Found) -> None:
-        """Add an entry that is known without a LIST, unless the page in hand shows it anyway."""
-        key = found.entry.key
-        if key not in self.hand and key not in self.hinted:
-            self.hinted[key] = found
+    def hint(self, candidate: Candidate) -> None:
+        """Add an entry that no LIST has shown yet."""
+        key = candidate.entry.key
+        if key not in self.page and key not in self.hinted:
+            self.hinted[key] = candidate
             self._count += 1
-            heapq.heappush(self._order, (found.entry.at, self._count, key))
+            heapq.heappush(self._order, (candidate.entry.at, self._count, key))
 
-    def turn(self, page: list[Listed], found: list[Found], now: float, *, full: bool) -> None:
-        """Take a page in hand, of which `found` are to be looked at, the last one first."""
-        for each in page:
-            self.hinted.pop(each.key, None)
-        self.hand = {each.entry.key: each for each in found}
-        self.last = page[-1].key if page else self.cursor or self.prefix
-        self.fetched, self.full = now, full
+    def turn(self, listed: list[Listed], candidates: list[Candidate], now: float, *, full: bool) -> None:
+        """Take a new page, of which `candidates` are to be looked at, the last one first."""
+        for item in listed:
+            self.hinted.pop(item.key, None)
+        self.page = {candidate.entry.key: candidate for candidate in candidates}
+        self.last = listed[-1].key if listed else self.after or self.prefix
+        self.listed_at, self.full = now, full
 
-    def drop(self) -> None:
-        """Let go of the page in hand, to list it again."""
-        if self.hand:
-            self.hand = {}
+    def drop_page(self) -> None:
+        """Forget the page, to list it again."""
+        if self.page:
+            self.page = {}
             self.last = ""
             self.dirty = True
 
-    def next(self) -> Found | None:
-        """Take the oldest entry that is known: a hint that lies behind the page in hand waits for the pages before it."""
-        while self._order and (not self.hand or self._order[0][2] <= self.last):
-            found = self.hinted.pop(heapq.heappop(self._order)[2], None)
-            if found is not None:
-                return found
-        return self.hand.popitem()[1] if self.hand else None
+    def next(self) -> Candidate | None:
+        """Take the oldest known entry. A hint beyond the page waits for the pages before it."""
+        while self._order and (not self.page or self._order[0][2] <= self.last):
+            candidate = self.hinted.pop(heapq.heappop(self._order)[2], None)
+            if candidate is not None:
+                return candidate
+        return self.page.popitem()[1] if self.page else None
 
-    def restart(self, cursor: str) -> None:
-        """Look again from a cursor on, or from where it is if that is earlier."""
-        self.cursor = min(self.cursor, cursor, self.behind or cursor)
-        self.hand = {}
-        self.last = self.behind = ""
+    def rewind(self, key: str) -> None:
+        """Go on from `key`, or from where the cursor is if that is earlier."""
+        self.after = min(self.after, key, self.rewind_to or key)
+        self.page = {}
+        self.last = self.rewind_to = ""
         self.dirty = True
 
     def rung(self) -> None:
-        """Note that something was added, and maybe before the page that comes next."""
+        """Note that entries were added, perhaps before the next page."""
         self.dirty = True
-        self.again = self.full
+        self.rang = self.full
 
-    def passed(self, trail: str) -> None:
-        """Move the cursor past a page that was dealt with; after the last one back to `trail`, for what may still come."""
+    def finish_page(self, trail: str) -> None:
+        """Move past a page that was dealt with. After the last page, go back to `trail`, for entries that come late."""
         if self.last > trail:
-            self.behind = min(self.behind or trail, trail)
-        self.cursor = self.last
+            self.rewind_to = min(self.rewind_to or trail, trail)
+        self.after = self.last
         self.last = ""
         if self.full:
             self.dirty = True
             return
-        if self.behind or self.priority is not None:
-            self.cursor = self.behind or trail
-        self.behind = ""
-        if self.again:
+        if self.rewind_to or self.priority is not None:
+            self.after = self.rewind_to or trail
+        self.rewind_to = ""
+        if self.rang:
             self.dirty = True
-            self.again = False
+            self.rang = False
 
 
-async def priorities_in_use(reads: Retrying, queue: str, told: set[str]) -> set[int]:
-    """Return the priorities that have entries in a queue, by one LIST for each and one more; ten more where a stranger lies.
+async def priorities_in_use(reads: Retrying, queue: str, warned: set[str]) -> set[int]:
+    """Return the priorities of a queue that have entries: one LIST for each, and one more.
 
-    The first object that is no entry is reported once, and then in `told`.
+    An object that is no entry costs ten more. The first of them is logged once, and then kept in `warned`.
     """
     used: set[int] = set()
     prefix = after = keys.ready_prefix(queue)
     while page := await reads.list(prefix, after=after, limit=1):
         entry = keys.parse_entry(page[0].key)
         if entry is None or entry.priority is None:
-            if not told:
-                told.add(page[0].key)
+            if not warned:
+                warned.add(page[0].key)
                 log.warning("%s is no entry of buquet's; it is skipped, and `buquet fsck` names all such objects", page[0].key)
-            # entries of any lane may follow it
-            lanes = {priority: keys.ready_lane(queue, priority) for priority in keys.PRIORITIES if priority not in used}
-            return used | {priority for priority, lane in lanes.items() if await reads.list(lane, limit=1)}
+            # entries of any priority may follow it
+            prefixes = {priority: keys.ready_lane(queue, priority) for priority in keys.PRIORITIES if priority not in used}
+            return used | {priority for priority, lane in prefixes.items() if await reads.list(lane, limit=1)}
         used.add(entry.priority)
         after = keys.ready_lane(queue, entry.priority) + "~"
     return used
 
 
-def own_first(found: list[Found], mates: list[str], me: str, clock: Clock) -> list[Found]:
-    """Order a page so that workers seldom meet: mine by rendezvous hashing first, others at random; popped from the end."""
-    if len(mates) < 2:  # noqa: PLR2004 - alone there is nobody to meet
-        found.reverse()
-        return found
-    mine: list[Found] = []
-    others: list[Found] = []
-    for each in found:
-        owner = max(mates, key=lambda worker: zlib.crc32(f"{worker}{each.entry.task}".encode()))
-        (mine if owner == me else others).append(each)
+def own_first(candidates: list[Candidate], peers: list[str], me: str, clock: Clock) -> list[Candidate]:
+    """Order a page so that workers seldom meet: own ones by rendezvous hashing, then the others at random. Taken from the end."""
+    if len(peers) < 2:  # noqa: PLR2004 - alone there is nobody to meet
+        candidates.reverse()
+        return candidates
+    mine: list[Candidate] = []
+    others: list[Candidate] = []
+    for candidate in candidates:
+        owner = max(peers, key=lambda worker: zlib.crc32(f"{worker}{candidate.entry.task}".encode()))
+        (mine if owner == me else others).append(candidate)
     clock.random.shuffle(others)
     mine.reverse()
     return others + mine

@@ -22,7 +22,7 @@ from buquet.journal.lines import decode_lines
 from buquet.queue.pruning import HOUR, NOT_SETTLED, Pruner, is_prunable
 from buquet.records import Task
 from buquet.store.base import PAGE, Stored
-from buquet.worker.reported import Reported
+from buquet.worker.logs import Reported
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,8 +102,8 @@ class Retention:
         return SOON if self._after else max(wait, SOON)
 
     def _mine(self, key: str) -> bool:
-        mates = self.fleet.mates or [self.fleet.keeper.id]
-        return max(mates, key=lambda worker: zlib.crc32(f"{worker}{key}".encode())) == self.fleet.keeper.id
+        peers = self.fleet.peers or [self.fleet.keeper.id]
+        return max(peers, key=lambda worker: zlib.crc32(f"{worker}{key}".encode())) == self.fleet.keeper.id
 
     async def _object(self, key: str) -> None:
         stored = await self.reads.get(key)

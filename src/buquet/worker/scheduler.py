@@ -122,7 +122,7 @@ class Scheduler:
         if self._grieved.pop(name, None):
             log.info("schedule %s is kept again", name)
         now = self.fleet.due_now_ms()
-        spread = min(SPREAD_MS * (len(self.fleet.mates) - 1), WIDEST_MS)
+        spread = min(SPREAD_MS * (len(self.fleet.peers) - 1), WIDEST_MS)
         when = now + LONGEST_SLEEP_MS if following is None else min(following, now + LONGEST_SLEEP_MS)
         self._look_at[name] = when + int(max(spread, 0) * self.clock.random.random())
 

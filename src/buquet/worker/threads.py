@@ -1,4 +1,4 @@
-"""Threads for sync handlers. They are daemons: one that never returns is given up on and does not hold up the process's end."""
+"""Permits for the functions of users that may run at once, and threads for the sync ones."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from concurrent.futures import Future
 
+_Job = tuple["Callable[[], Any]", asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
+
 
 class Permits:
-    """So many may run. Plain tasks, each of which has a slot already, go before items, of which there are many.
+    """A number of function calls that may run at once: plain tasks, which have a slot already, before items of packs.
 
     For one event loop.
     """
@@ -32,39 +34,39 @@ class Permits:
         self.waiting: deque[asyncio.Future[None]] = deque()
 
     async def take(self, *, urgent: bool = False) -> None:
-        """Wait for a permit; when one is free it is had at once."""
+        """Wait for a permit. A free one is given at once."""
         if self.free:
             self.free -= 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue = self.urgent if urgent else self.waiting
-        queue.append(turn)
+        row = self.urgent if urgent else self.waiting
+        row.append(turn)
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.give()
             else:
-                with suppress(ValueError):  # whoever gave a permit in between has taken it out already
-                    queue.remove(turn)
+                with suppress(ValueError):  # a `give` in between has removed it already
+                    row.remove(turn)
             raise
 
     def give(self) -> None:
-        """Hand a permit on to who has waited longest."""
-        for line in (self.urgent, self.waiting):
-            while line:
-                turn = line.popleft()
+        """Pass a permit on to the call that has waited longest."""
+        for row in (self.urgent, self.waiting):
+            while row:
+                turn = row.popleft()
                 if not turn.done():
                     turn.set_result(None)
                     return
         self.free += 1
 
 
-_Job = tuple["Callable[[], Any]", asyncio.AbstractEventLoop, "asyncio.Future[Any]"]
-
-
 class Threads:
-    """A pool that grows when no thread is idle; the caller bounds how many calls are under way."""
+    """A pool that grows when no thread is idle; the caller bounds how many calls are in flight.
+
+    The threads are daemons: a call that never returns is abandoned, and does not hold up the end of the process.
+    """
 
     inline = False
     """Whether the calls are made in a thread that waits for the worker."""
@@ -102,7 +104,7 @@ class Threads:
                 self._idle += 1
 
     def _do(self, job: _Job) -> BaseException | None:
-        """Make a call and hand its outcome to its loop; return what it raised."""
+        """Make a call and hand its outcome to its loop; return what the call raised."""
         function, loop, future = job
         result, error = None, None
         pid = os.getpid()
@@ -112,7 +114,7 @@ class Threads:
             error = raised
         if os.getpid() != pid:
             forking.end_stray(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
-        with suppress(RuntimeError):  # the loop is closed: the worker gave up on this call and ended
+        with suppress(RuntimeError):  # the loop is closed: the worker abandoned this call and ended
             loop.call_soon_threadsafe(self._settle, future, result, error)
         return error
 
@@ -128,7 +130,7 @@ class Threads:
             future.set_exception(Raised(error) if carried else error)
 
     def close(self) -> None:
-        """End the idle threads, and the others when they return."""
+        """End the idle threads now, and the others when they return."""
         with self._lock:
             for _ in range(self._threads):
                 self._jobs.put(None)
@@ -152,25 +154,24 @@ class CallerThread(Threads):
                 raise error
 
 
+class Raised(Exception):
+    """Carries an error that a future refuses."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 def in_this_thread(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
     """Return an async function as a plain one. With asgiref, as in Django, what it hands to threads runs in the caller's, too."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if running_loop():
-            msg = (
+            raise WrongLoop(
                 f"{function.__qualname__} is async, and inline=True runs it in a thread whose event loop is running. Use `await "
                 "arun_until_idle(app)`, or in Django `await sync_to_async(run_until_idle)(app, inline=True)`"
             )
-            raise WrongLoop(msg)
         asgiref = sys.modules.get("asgiref.sync")
         return asgiref.async_to_sync(function)(*args, **kwargs) if asgiref else asyncio.run(function(*args, **kwargs))
 
     return call
-
-
-class Raised(Exception):
-    """Carries what a future cannot."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__(error)
-        self.error = error

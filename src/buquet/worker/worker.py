@@ -1,4 +1,4 @@
-"""The worker's loop: find, claim, run, finish; and how it ends. Long: the loop, its slots and its end share one state."""
+"""The worker's loop: find work, fill the slots, and end in an orderly way."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from buquet.concurrency import cancel_all, first_of
 from buquet.errors import StoreError, StoreFull, StoreRefused, UsageError
 from buquet.journal.writer import JournalWriter
 from buquet.printing import counted
-from buquet.queue import spans
 from buquet.queue.background import new_loop, running_loop
 from buquet.queue.names import is_system
+from buquet.queue.values import Values
 from buquet.records import Task
 from buquet.store.register import Register
 from buquet.store.retrying import pause
 from buquet.worker.children import Children
 from buquet.worker.claim import Claimer
-from buquet.worker.control import EVERY, Notes
-from buquet.worker.executor import Executor, Running
-from buquet.worker.finder import QueueFinder, drained, next_due
+from buquet.worker.control import EVERY, Control
+from buquet.worker.executor import Executor
+from buquet.worker.finder import Drain, QueueFinder
 from buquet.worker.fleet import Fleet, Reaper
-from buquet.worker.observers import Telling
+from buquet.worker.logs import Observers
+from buquet.worker.processes import stop_on_signals
 from buquet.worker.retention import Retention
+from buquet.worker.running import OutcomeWriter, RunPort
 from buquet.worker.scheduler import Scheduler
-from buquet.worker.session import TTL, SessionKeeper, put_back, put_entry_back
-from buquet.worker.signals import heeded
+from buquet.worker.session import TTL, SessionKeeper
+from buquet.worker.slots import Slots
+from buquet.worker.threads import Permits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -39,33 +42,22 @@ if TYPE_CHECKING:
     from buquet.queue.names import Parent
     from buquet.queue.schedules import Plan
     from buquet.queue.task import BaseTask
-    from buquet.store.register import Held
-    from buquet.worker.cursor import Found
     from buquet.worker.finder import Waits
 
 log = logging.getLogger("buquet.worker")
 
-LOOK_AT_FLEET = 20.0
 LONGEST_DRAIN_WAIT = 2.0
 """Seconds after which a worker that drains looks again whether the others are done."""
-LOOK_NEXT_DOOR = 1.0
-"""Seconds between two looks whether the processes of other workers of this machine are there, which costs no request."""
 LOOKS = 5.0
 """Seconds for which looking for work waits for a store that is away, before the worker sees whether it is to stop."""
-LONGEST_DENIAL = 30.0
-"""Seconds, at most, for which a claim that the store refused keeps its slot, so that a lasting no costs few requests."""
 NAMES = 1_000
 """Names without a handler that are counted, each on its own: an entry may have any name."""
-AFTER_A_DEFECT = 1.0
-"""Seconds until a task that met a defect is put back: it may meet it again, and must not go round and round."""
-FINISHING = 4
-"""Tasks whose outcome is being stored, for each that may run: a handler need not wait for the write of the one before."""
 
 
 def _check(queues: Sequence[str], concurrency: int, grace: float, ttl: float, max_time: float | None) -> None:
     if concurrency < 1 or grace < 0 or ttl < 1 or (max_time is not None and max_time <= 0):
-        msg = f"concurrency >= 1, grace >= 0, ttl >= 1, max_time > 0 are needed, not {concurrency}, {grace}, {ttl}, {max_time}"
-        raise UsageError(msg)
+        given = f"{concurrency}, {grace}, {ttl}, {max_time}"
+        raise UsageError(f"concurrency >= 1, grace >= 0, ttl >= 1, max_time > 0 are needed, not {given}")
     for queue in queues:
         keys.quoted(queue, "queue")
 
@@ -98,8 +90,9 @@ class Worker:
     ) -> None:
         served = tuple(sorted(set(queues if queues is not None else {task.queue for task in tasks.values()})))
         if not served:
-            msg = "this worker has no queue to serve: the App has no tasks. Declare one with @app.task, or name a queue"
-            raise UsageError(msg)
+            raise UsageError(
+                "this worker has no queue to serve: the App has no tasks. Declare one with @app.task, or name a queue"
+            )
         _check(served, concurrency, grace, ttl, max_time)
         self.client = client
         self.clock = client.clock
@@ -109,64 +102,71 @@ class Worker:
         self.drain = drain
         self.max_time = max_time
         self.grace = grace
-        self.register = Register(client.store, self.clock, patience=None)
-        self.looks = Register(client.store, self.clock, patience=LOOKS)
-        self.keeper = SessionKeeper(client.store, self.clock, served, tuple(sorted(tasks)), concurrency, ttl, parent)
-        self.journal = JournalWriter(self.register.reads, self.clock, lambda: self.keeper.id, self._now_ms, self._report)
-        self.telling = Telling(client, self.journal)
-        self.reaper = Reaper(self.register, self.clock, client.added, self.telling.moved)
-        self.fleet = Fleet(self.register, self.clock, self.keeper, self.reaper)
-        self.claimer = Claimer(self.register, self.clock, self.fleet, self.keeper, self.telling.moved, client.sealer)
-        self.executor = Executor(self.register, self.clock, self.fleet, self.keeper, tasks, client.sealer)
-        self.children = Children(self, runs(self)) if runs else None
-        self.executor.children = self.children
-        self.finders = [QueueFinder(queue, self.looks.reads, self.clock, self.fleet, self._handled) for queue in served]
-        self.retention = (
-            Retention(self.register, self.clock, self.fleet, served, retention, self.children and self.children.parent)
-            if retention
-            else None
-        )
-        self.running: dict[str, Running] = {}
-        """Claims by their token."""
         self.unhandled: dict[str, int] = {}
-        """Tasks met for which there is no handler here, by name."""
-        self.notes = Notes(self)
-        self.scheduler = Scheduler(client, self.fleet, plans or {})
-        self.keeper.schedules = tuple(sorted(plans or ()))
-        for finder in self.finders:
-            finder.noted = self._noted
-        self._heartbeat_thread = heartbeat_thread
-        self._pursuits: dict[asyncio.Task[None], bool] = {}
-        """Whether each has a slot; in the order in which they began, so that a simulation repeats."""
-        self._busy = 0  # slots that are taken, by pursuits and by what is about to be one
+        """Entries met for which there is no handler here, by name."""
+        self.register = register = Register(client.store, self.clock, patience=None)
+        self.looks = Register(client.store, self.clock, patience=LOOKS)
+        plans = plans or {}
+        self.keeper = SessionKeeper(
+            *(client.store, self.clock, served, tuple(sorted(tasks)), concurrency, ttl, parent, tuple(sorted(plans))),
+            thread=heartbeat_thread,
+            on_lost=self._call_fence,
+        )
+        self.journal = JournalWriter(register.reads, self.clock, lambda: self.id, self._now_ms, self.keeper.report)
+        self.observers = Observers(client, self.journal)
+        self.reaper = Reaper(register, self.clock, client.added, self.observers.moved)
+        self.fleet = Fleet(register, self.clock, self.keeper, self.reaper, self._fleet_listed)
+        self.finders = [
+            QueueFinder(queue, self.looks.reads, self.clock, self.fleet, self._is_handled, self._note_rung) for queue in served
+        ]
+        self.claimer = Claimer(register, self.clock, self.fleet, self.keeper, self.observers.moved, client.sealer)
+        self.writer = OutcomeWriter(register, self.clock, self.fleet, self.keeper, Values(register.reads, client.sealer))
+        self.executor = Executor(self.writer, tasks, Permits(concurrency))
+        self.slots = Slots(
+            *(concurrency, client, self.finders, self.claimer, self.executor, self.reaper, self.observers),
+            on_free=self._slot_freed,
+            wake=self.wake,
+        )
+        self.running = self.slots.running
+        """Claims by their token."""
+        self.children = Children(client, self.claimer, self.slots)
+        self.parent = runs(self) if runs else None
+        if self.parent is not None:
+            self.writer.runs = RunPort(self.writer, self.parent, self.children)
+        pauses = [finder.pause for finder in self.finders]
+        self.control = Control(self, client, register, self.fleet, self.keeper, pauses, self.running)
+        self.scheduler = Scheduler(client, self.fleet, plans)
+        self.retention = Retention(register, self.clock, self.fleet, served, retention, self.parent) if retention else None
         self._stopping = False
-        self._hasty = False
-        self._patient = False
-        """Whether what runs may take as long as it likes to end: somebody drains this worker."""
-        self._taken = False
-        """Whether something was taken since it was last asked whether this worker is busy."""
+        self._stop_now = False
+        self._wait_forever = False
+        """Whether what runs may take any time to end: an operator drains this worker."""
         self._wake = asyncio.Event()
         self._resting = False
-        """Whether it waits for new work with room to spare: that something ended is no news to it then."""
+        """Whether the loop waits for new work and has free slots: a slot that is freed is no news then."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_wait = 0.1
-        self.drain_waits, self._bounds_of_waits = self.is_work, set[str]()
-
-    def _now_ms(self) -> int:
-        return self.fleet.due_now_ms()
-
-    def _report(self, what: str, error: StoreError, tries: int) -> None:
-        self.keeper.report(what, error, tries)
+        self._drain = Drain(self.looks, self.fleet, self.finders, tasks)
+        self.drain_waits, self._wait_timers = self.is_work, set[str]()
 
     @property
     def free(self) -> int:
         """How many more handlers it could run now."""
-        return max(self.concurrency - self._busy, 0)
+        return self.slots.free
 
     @property
     def id(self) -> str:
         """The worker's present id, which names its session; a new one after each start."""
         return self.keeper.id
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether tasks run or ran since this was last asked."""
+        busy, self.slots.was_busy = self.slots.was_busy or bool(self.running), False
+        return busy
+
+    def _now_ms(self) -> int:
+        return self.fleet.due_now_ms()
 
     # ------------------------------------------------------------------ starting and stopping
 
@@ -180,22 +180,21 @@ class Worker:
         App's blocking calls: an async handler that does not give way keeps these waiting, too.
         """
         if running_loop() or threading.current_thread() is not threading.main_thread():
-            # two loops would hand the interpreter's lock to and fro with every look at a SQLite file
+            # two loops would hand the interpreter's lock to and fro at every read of a SQLite file
             self.client.background.run(self.arun, "run", self.stop)
             return
         runner = asyncio.Runner(loop_factory=new_loop)
-        with heeded(runner.get_loop(), self.stop, self.clock, 2 * self.keeper.ttl), runner:
+        with stop_on_signals(runner.get_loop(), self.stop, self.clock, 2 * self.keeper.ttl), runner:
             runner.run(self.arun())
 
     def stop(self) -> None:
         """Ask the worker to end: it claims nothing more, and what it runs has `grace` seconds. Asked again, it has none."""
-        if self._patient:
-            self._patient = False
+        if self._wait_forever:
+            self._wait_forever = False
         elif self._stopping:
-            self._hasty = True
-            for run in list(self.running.values()):
-                run.request_stop("release")
-        self._stopping = True
+            self._stop_now = True
+            self.slots.stop_all()
+        self._stopping = self.slots.closed = True
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
 
@@ -203,7 +202,7 @@ class Worker:
         """End as `stop` does, but with no limit to what runs; a `stop` that comes then gives it `grace` seconds."""
         if not self._stopping:
             log.info("worker %s was asked to drain: it claims nothing more and ends after what it runs", self.keeper.id)
-            self._stopping = self._patient = self.keeper.draining = True
+            self._stopping = self._wait_forever = self.slots.closed = self.keeper.draining = True
             self._wake.set()
 
     def hold(self, *, paused: bool) -> None:
@@ -212,54 +211,46 @@ class Worker:
             log.info("worker %s was %s", self.keeper.id, "paused: it claims nothing" if paused else "told to go on")
             self.keeper.paused = paused
             for finder in self.finders:
-                finder.look_all_at = 0.0  # what came meanwhile was not listened to
+                finder.full_rescan_at = 0.0  # the bell was not read meanwhile
             self._wake.set()
 
     def wake(self) -> None:
         """Look for work now, and for what is said of the queues. To be called on the worker's loop."""
         self._wake.set()
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether tasks run or ran since this was last asked."""
-        busy, self._taken = self._taken or bool(self.running), False
-        return busy
-
     async def arun(self) -> None:
         """Run until stopped, on the running event loop. Raises UsageError while it runs already."""
-        if self._told in self.client.listeners:
+        if self._entry_added in self.client.listeners:
             raise UsageError("this worker runs already. `app.worker()` makes another one")
         self._loop = asyncio.get_running_loop()
-        self.client.listeners.append(self._told)
+        self.client.listeners.append(self._entry_added)
         try:
             with self.client.background.serving(self._loop):
                 await self._run(self._loop)
         finally:
-            self.client.listeners.remove(self._told)
+            self.client.listeners.remove(self._entry_added)
 
     async def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         await self.client.open()
         await self._begin()
-        if self.drain:  # what is due now is work that is left to do
+        if self.drain:  # fires that are due now are part of the work to drain
             await self.scheduler.begin()
         log.info("worker %s serves %s with %d slots", self.keeper.id, ", ".join(self.queues), self.concurrency)
         timer = loop.call_later(self.max_time, self.stop) if self.max_time else None
-        aside = [asyncio.create_task(self._look_at_fleet()), asyncio.create_task(self.notes.keep())]
-        aside += [asyncio.create_task(self.journal.keep()), asyncio.create_task(self._look_next_door())]
-        if self.retention:
-            aside.append(asyncio.create_task(self.retention.keep()))
-        aside.append(asyncio.create_task(self.scheduler.keep()))
-        for task in aside:
-            task.add_done_callback(self._broke)
+        loops = [self.fleet.keep, self.control.keep, self.journal.keep, self.fleet.keep_same_host]
+        loops += [*([self.retention.keep] if self.retention else []), self.scheduler.keep]
+        services = [asyncio.create_task(keep()) for keep in loops]
+        for service in services:
+            service.add_done_callback(self._service_ended)
         try:
             await self._work()
             await self._wind_down()
         finally:
             if timer:
                 timer.cancel()
-            await cancel_all([*aside, *self._pursuits])
-            if self.children is not None:
-                await self.children.close()
+            await cancel_all([*services, *self.slots.in_flight])
+            if self.parent is not None:
+                await self.parent.close()
             await self.keeper.stop()
             try:
                 async with asyncio.timeout(self.keeper.ttl / 3):
@@ -268,15 +259,17 @@ class Worker:
                 log.error("this worker's session stays: %s", str(error) or "the store does not answer")  # noqa: TRY400
             await self.journal.close(self.keeper.ttl / 3)
             self.executor.threads.close()
-            log.info(
-                "worker %s has ended; %s completed, %d failed",
-                *(self.keeper.id, counted(self.keeper.completed, "task"), self.keeper.failed),
-            )
+            completed = counted(self.keeper.completed, "task")
+            log.info("worker %s has ended; %s completed, %d failed", self.keeper.id, completed, self.keeper.failed)
+
+    def _service_ended(self, service: asyncio.Task[None]) -> None:
+        if not service.cancelled() and (error := service.exception()):
+            log.error("a defect of buquet: this worker ends", exc_info=error)
+            self.stop()
 
     async def _begin(self, *, first: bool = True) -> None:
-        self.keeper.on_lost = self._lost
         await self.keeper.create(first=first)
-        self.keeper.start(thread=self._heartbeat_thread)
+        self.keeper.start()
         try:
             await self.fleet.look()
         except StoreError as error:
@@ -286,31 +279,32 @@ class Worker:
             self.keeper.report("the sessions cannot be listed", error)
 
     async def _wind_down(self) -> None:
-        """Wait for what runs, then give back what did not end in time."""
-        if self._pursuits and not self._hasty:
-            # of a patient wait the grace begins when a stop ends it
-            while self._pursuits and self._patient and not self.keeper.lost:
+        """Wait for what is in flight, then put back what did not end in time."""
+        in_flight = self.slots.in_flight
+        if in_flight and not self._stop_now:
+            # the grace period of a worker that waits for ever begins when a stop ends that
+            while in_flight and self._wait_forever and not self.keeper.lost:
                 self._wake.clear()
                 await self._wake.wait()
             limit = f" up to {self.grace:g} s" if self.grace < YEARS else ""
-            log.info("waiting%s for %s", limit, counted(len(self._pursuits), "running task"))
+            log.info("waiting%s for %s", limit, counted(len(in_flight), "running task"))
             deadline = self.clock.monotonic() + self.grace
-            while self._pursuits and not self._hasty and not self.keeper.lost and self.clock.monotonic() < deadline:
-                # a pursuit that ends wakes it, and the last one may do so before this wait has begun
+            while in_flight and not self._stop_now and not self.keeper.lost and self.clock.monotonic() < deadline:
+                # each end wakes the worker, and the last one may come before this wait has begun
                 self._wake.clear()
                 await first_of(self._wake.wait(), self.clock.sleep(deadline - self.clock.monotonic()))
-        for run in list(self.running.values()):
-            run.request_stop("release")
-        if self._pursuits and not self.keeper.lost:
+        self.slots.stop_all()
+        if in_flight and not self.keeper.lost:
             # what is left now only stores its outcome; a store that is away may keep it from that
-            await asyncio.wait(self._pursuits, timeout=self.keeper.ttl)
+            await asyncio.wait(in_flight, timeout=self.keeper.ttl)
 
-    def _told(self, queue: str, entry: str) -> None:
+    # ------------------------------------------------------------------ what it is told
+
+    def _entry_added(self, queue: str, entry: str) -> None:
         """Hear of an entry that this process added itself, on whatever thread."""
-        loop = self._loop
-        if loop is not None:
+        if self._loop is not None:
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._hint, queue, entry)
+                self._loop.call_soon_threadsafe(self._hint, queue, entry)
 
     def _hint(self, queue: str, entry: str) -> None:
         for finder in self.finders:
@@ -318,24 +312,23 @@ class Worker:
                 finder.hint(entry)
                 self._wake.set()
 
-    def _noted(self, key: str) -> None:
+    def _note_rung(self, key: str) -> None:
         if key in {keys.control(self.keeper.id), keys.notes(self.keeper.id)}:
-            self.notes.rung = True
+            self.control.rung = True
             self._wake.set()
 
-    def _lost(self) -> None:
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._fence)
-
-    def _fence(self) -> None:
-        """Stop what runs under the session that was lost: at once, since the loop may wait for a store that is away."""
-        if self.keeper.lost:
-            for pursuit in self._pursuits:
-                pursuit.cancel()
+    def _fleet_listed(self) -> None:
+        for finder in self.finders:
+            finder.look_again()
+        if any(finder.has_candidates for finder in self.finders):
             self._wake.set()
 
-    def _handled(self, entry: keys.Entry) -> bool:
-        if entry.name in self.tasks or (is_system(entry.name) and self.children is not None):
+    def _slot_freed(self) -> None:
+        if not self._resting:
+            self._wake.set()
+
+    def _is_handled(self, entry: keys.Entry) -> bool:
+        if entry.name in self.tasks or (is_system(entry.name) and self.parent is not None):
             return True
         if entry.name not in self.unhandled:
             if len(self.unhandled) >= NAMES:
@@ -354,12 +347,12 @@ class Worker:
                 # while the store is away this takes as long as that lasts, and a stop must not wait for it
                 await first_of(self._begin_anew(), self._stopped())
                 continue
-            await self.notes.heard()
+            await self.control.look_if_rung()
             if self.keeper.paused:
                 await first_of(self._wake.wait(), self.clock.sleep(EVERY))
-                await self.notes.look()
+                await self.control.look()
                 continue
-            room = min(self.concurrency - self._busy, (FINISHING + 1) * self.concurrency - len(self._pursuits))
+            room = self.slots.room
             if room <= 0:
                 await self._wake.wait()
                 continue
@@ -367,124 +360,41 @@ class Worker:
                 if await self._take(room):
                     tries = 0
                     continue
-                if self.drain and not self._pursuits and await self._drained():
+                if self.drain and not self.slots.in_flight and await self._drain.is_done(self.drain_waits):
                     return
                 await self._rest()
                 tries = 0
             except StoreError as error:
                 self.keeper.report("looking for work failed, trying again", error, tries)
-                others = [self._listen(finder) for finder in self.finders if not finder.failed]
+                others = [self._rest_of(finder) for finder in self.finders if not finder.failed]
                 await first_of(self._wake.wait(), pause(self.clock, tries + 3), *others)
                 tries += 1
 
-    async def _drained(self) -> bool:
-        return await drained(self.looks, self.fleet, self.finders, self.tasks, self.drain_waits)
-
-    async def next_due(self, waits: Waits) -> int | None:
-        """Return when work of this worker is due next, in milliseconds; only entries count that `waits` names."""
-        return await next_due(self.looks, self.fleet, self.finders, self.tasks, waits)
-
-    async def is_work(self, entry: keys.Entry) -> bool:
-        """Tell whether an entry is more than the timer of a run's wait for a signal, which may well be sent before."""
-        if not is_system(entry.name) or self.children is None:
-            return True
-        if entry.task not in self._bounds_of_waits:
-            held = await self.looks.read(Task, keys.task(entry.task))
-            if held is None or not await self.children.parent.only_bounds_a_wait(held.record):
-                return True
-            self._bounds_of_waits.add(entry.task)
-        return False
-
     async def _take(self, room: int) -> bool:
-        taken, trouble = 0, None
+        """Claim up to `room` entries; return whether there were any."""
+        left, problem = room, None
         if len(self.finders) > 1:
             self.finders.append(self.finders.pop(0))  # no queue is always the last to be asked
         for finder in self.finders:
-            if taken >= room or self._stopping:
+            if left <= 0 or self._stopping:
                 break
             try:
-                found = await finder.take(room - taken)
+                candidates = await finder.take(left)
             except StoreError as error:
-                trouble = error  # of this queue, maybe, and not of the others
+                problem = error  # of this queue, maybe, and not of the others
                 continue
-            for each in found:
-                taken += 1
-                self._busy += 1
-                self._taken = True
-                self._start(self._pursue(finder, each))
-        if trouble is not None and not taken:
-            raise trouble
-        self._drain_wait = 0.1 if taken else self._drain_wait
-        return taken > 0
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Let work have a slot that is taken already, until it frees that or ends; it may be cancelled before its first step."""
-        pursuit = asyncio.create_task(work)
-        self._pursuits[pursuit] = True
-        pursuit.add_done_callback(self._pursued)
-
-    def _free_slot(self, pursuit: asyncio.Task[None] | None) -> None:
-        """Give back the slot of a pursuit, should it still have that."""
-        if pursuit is not None and self._pursuits.get(pursuit):
-            self._pursuits[pursuit] = False
-            self.vacate()
-
-    def reserve(self, task: Task) -> bool:
-        """Keep a slot for a task that this worker is about to submit under its own claim; False when it has none for it."""
-        if self._stopping or self.keeper.lost or self.keeper.paused or task.name not in self.tasks:
-            return False
-        if not any(finder.queue == task.queue and not finder.pause.paused for finder in self.finders):
-            return False
-        if self._busy >= self.concurrency or len(self._pursuits) >= (FINISHING + 1) * self.concurrency:
-            return False
-        self._busy += 1
-        return True
-
-    def occupy(self) -> None:
-        """Take a slot whether there is one or not: for what takes no handler."""
-        self._busy += 1
-
-    def vacate(self) -> None:
-        """Give a slot back."""
-        self._busy -= 1
-        self._made_room()
-
-    def _made_room(self) -> None:
-        if not self._resting:
-            self._wake.set()
-
-    def carry(self, held: Held[Task]) -> None:
-        """Go on with a task that is under a claim of this worker; its slot is taken already."""
-        finder = next((each for each in self.finders if each.queue == held.record.queue), None)
-        self._start(self._carry(finder, self._register(held, held.record.entry)))
-
-    def _register(self, held: Held[Task], entry: str) -> Running:
-        """Note a claim, before anything is awaited: this worker would else take it for one that it lost."""
-        run = Running(self.executor, held, entry)
-        self.keeper.claims[run.token] = run.listing
-        self.running[run.token] = run
-        return run
-
-    def _pursued(self, pursuit: asyncio.Task[None]) -> None:
-        self._free_slot(pursuit)
-        del self._pursuits[pursuit]
-        if not pursuit.cancelled() and (error := pursuit.exception()):
-            log.error("a defect of buquet: what this worker had in hand is left until its session ends", exc_info=error)
-        self._made_room()
-
-    def _broke(self, aside: asyncio.Task[None]) -> None:
-        if not aside.cancelled() and (error := aside.exception()):
-            log.error("a defect of buquet: this worker ends", exc_info=error)
-            self.stop()
-
-    async def _stopped(self) -> None:
-        while not self._stopping:
-            self._wake.clear()
-            await self._wake.wait()
+            left -= len(candidates)
+            for candidate in candidates:
+                self.slots.take(finder, candidate)
+        if problem is not None and left == room:
+            raise problem
+        self._drain_wait = 0.1 if left < room else self._drain_wait
+        return left < room
 
     async def _rest(self) -> None:
+        """Wait for new work, or until something else wakes the worker."""
         rests: list[Coroutine[Any, Any, object]] = [finder.rest() for finder in self.finders]
-        if self.drain and not self._pursuits:  # one that ends wakes this worker
+        if self.drain and not self.slots.in_flight:  # the end of what is in flight wakes this worker
             rests.append(self.clock.sleep(self._drain_wait))
             self._drain_wait = min(self._drain_wait * 2, LONGEST_DRAIN_WAIT)
         self._resting = not self.drain
@@ -493,117 +403,58 @@ class Worker:
         finally:
             self._resting = False
 
-    async def _listen(self, finder: QueueFinder) -> None:
+    async def _rest_of(self, finder: QueueFinder) -> None:
         """Wait until there may be work in a queue while the requests of another one fail."""
         try:
             while finder.wait_seconds() > 0:
                 await finder.rest()
         except StoreError:
-            await asyncio.Event().wait()  # its own requests fail, too: the next look tells why
+            await asyncio.Event().wait()  # its own requests fail, too: the next `take` reports why
 
-    async def _pursue(self, finder: QueueFinder, found: Found) -> None:
-        """Take one entry as far as it goes: claim, run, store the outcome."""
-        held: Held[Task] | None = None
-        try:
-            held = await self.claimer.claim(finder, found)
-        except StoreError as error:
-            tries = self.claimer.denied - 1
-            self.keeper.report(f"claiming task {found.entry.task} failed", error, tries)
-            finder.leave(found, again=True)
-            await self.clock.sleep(min(2.0 ** min(tries, 10), LONGEST_DENIAL) * self.clock.jitter(0.2))
-        except Exception:
-            finder.others(found, "")  # a defect, which `_pursued` logs: the entry is met again after the next look at the fleet
-            raise
-        finally:
-            if held is None:
-                self._free_slot(asyncio.current_task())
-                self._wake.set()  # it may have to look again soon
-        if held is not None:
-            await self._carry(finder, self._register(held, found.entry.key))
+    async def _stopped(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            await self._wake.wait()
 
-    async def _carry(self, finder: QueueFinder | None, run: Running) -> None:
-        """Run a task that this worker has claimed, and store the outcome."""
-        run.work = asyncio.current_task()
-        try:
-            self.telling.started(run.held.record)
-            with spans.attempt(run.held.record) as tell:
-                move = await self.executor.execute(run)
-                self._free_slot(run.work)
-                task = await self.executor.move(run, move)
-                tell(task)
-            await self._finish(finder, run, task)
-        except Exception:
-            log.exception("a defect of buquet: task %s is put back, and this attempt counts as lost", run.listing.task)
-            self._free_slot(run.work)
-            await self.clock.sleep(AFTER_A_DEFECT)
-            # nobody else would take it over while this worker lives and lists it; with the session lost, others do
-            if await put_back(self.reaper, run.listing, lambda: run.keeper.lost):
-                self._let_go(run)
+    # ------------------------------------------------------------------ draining
 
-    async def _finish(self, finder: QueueFinder | None, run: Running, task: Task | None) -> None:
-        """Let go of a claim after the record was stored as no longer under it, or was seen to be under another."""
-        self._let_go(run)
-        if task is None:
-            return
-        if finder is not None:
-            finder.done(run.listing.entry)
-        if task.state == "pending":
-            self.client.added(task.queue, task.entry)
-            if finder is not None and run.shelved:
-                finder.set_aside(task.entry)
-        self.telling.moved(task)
-        if run.listing.entry and not run.dropped:
-            try:
-                await self.register.reads.delete(run.listing.entry)
-            except StoreError as error:  # the next worker that reads the entry finds it stale and deletes it
-                self.keeper.report(f"the entry {run.listing.entry} of an ended claim stays", error)
+    async def next_due(self, waits: Waits) -> int | None:
+        """Return when work of this worker is due next, in milliseconds; only entries count that `waits` names."""
+        return await self._drain.next_due(waits)
 
-    def _let_go(self, run: Running) -> None:
-        self.running.pop(run.token, None)
-        run.keeper.claims.pop(run.token, None)
+    async def is_work(self, entry: keys.Entry) -> bool:
+        """Tell whether an entry is more than the timer of a run's wait for a signal, which may well be sent before."""
+        if not is_system(entry.name) or self.parent is None:
+            return True
+        if entry.task not in self._wait_timers:
+            stored = await self.looks.read(Task, keys.task(entry.task))
+            if stored is None or not await self.parent.only_bounds_a_wait(stored.record):
+                return True
+            self._wait_timers.add(entry.task)
+        return False
 
     # ------------------------------------------------------------------ losing the session
 
+    def _call_fence(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._fence)
+
+    def _fence(self) -> None:
+        """Stop what runs under the session that was lost: at once, since the loop may wait for a store that is away."""
+        if self.keeper.lost:
+            for flight in self.slots.in_flight:
+                flight.cancel()
+            self._wake.set()
+
     async def _begin_anew(self) -> None:
-        """Stop everything of the lost session, put back the entries of what is still mine, and start under a new id."""
-        lost = self.keeper
-        await cancel_all(list(self._pursuits))
-        await lost.stop()
+        """Stop everything of the lost session, restore the entries of what is still this worker's, and start under a new id."""
+        lost = self.keeper.id
+        await cancel_all(list(self.slots.in_flight))
+        await self.keeper.stop()
         self.running.clear()
-        for listing in list(lost.claims.values()):
-            await put_entry_back(self.register, lost.id, listing)
-        self.keeper = SessionKeeper(
-            self.client.store, self.clock, self.queues, lost.names, self.concurrency, lost.ttl, lost.parent
-        )
-        self.keeper.completed, self.keeper.failed, self.keeper.abandoned = lost.completed, lost.failed, lost.abandoned
-        self.keeper.schedules, self.keeper.draining, self.keeper.paused = lost.schedules, lost.draining, lost.paused
-        self.keeper.refused = lost.refused
-        self.fleet.keeper = self.claimer.keeper = self.executor.keeper = self.keeper
+        await self.keeper.restore_entries()
         for finder in self.finders:
-            finder.skip.clear()
-            finder.look_all_at = 0.0
+            finder.ignore_until.clear()
+            finder.full_rescan_at = 0.0
         await self._begin(first=False)
-        log.warning("worker %s goes on as %s", lost.id, self.keeper.id)
-
-    # ------------------------------------------------------------------ beside the loop
-
-    async def _look_next_door(self) -> None:
-        while True:
-            await self.fleet.met.wait()
-            await self.clock.sleep(LOOK_NEXT_DOOR * self.clock.jitter(0.5))
-            await self.fleet.look_next_door()
-
-    async def _look_at_fleet(self) -> None:
-        tries = 0
-        while True:
-            await self.clock.sleep(LOOK_AT_FLEET * self.keeper.ttl / TTL * self.clock.jitter(0.05))
-            try:
-                await self.fleet.look()
-                for finder in self.finders:
-                    finder.look_again()
-                if any(finder.in_hand for finder in self.finders):
-                    self._wake.set()
-                tries = 0
-            except StoreError as error:
-                self.keeper.report("the sessions cannot be listed", error, tries)
-                tries += 1
+        log.warning("worker %s goes on as %s", lost, self.keeper.id)

@@ -14,7 +14,7 @@ from buquet import keys
 from buquet.concurrency import each_of
 from buquet.errors import EncryptionKeyMissing, UnreadableRecord
 from buquet.journal.lines import LONGEST_MESSAGE
-from buquet.queue.names import Ending, Later
+from buquet.queue.names import Later, Outcome
 from buquet.records import TERMINAL, ErrorInfo, Finished, Task
 from buquet.workflow.advance import advance
 from buquet.workflow.committer import Committer, Known
@@ -129,7 +129,7 @@ class Engine:
 
     # ------------------------------------------------------------------ events
 
-    async def deliver(self, task: Task, ended: Task | None, helper: Helper) -> Ending:
+    async def deliver(self, task: Task, ended: Task | None, helper: Helper) -> Outcome:
         """Record an event in its run and carry out its actions. See Parent.deliver."""
         with self._readable(task):
             unstarted = ended is None and first_claim(task) and await helper.holds(task)
@@ -138,15 +138,15 @@ class Engine:
                 raise Later(ALMOST, "a signal was sent before the time was up, and comes first")
             known = await self._apply(task, event)
             if known is None:
-                return Ending("cancelled")
+                return Outcome("cancelled")
             await self._carry_out(known, event, helper)
         run = known.run
         if run.state in OVER and run.by == event.id:
             self.ended(run)
         if task.name == SIGNAL and event.id not in run.applied and (reason := run.rejects(event.signal)):
             message = f"signal {event.signal!r} was not taken by run {task.run}: {reason}"
-            return Ending("failed", error=ErrorInfo(type="Refused", message=message))
-        return Ending("completed") if task.name in KINDS else task_outcome(run, event)
+            return Outcome("failed", error=ErrorInfo(type="Refused", message=message))
+        return Outcome("completed") if task.name in KINDS else task_outcome(run, event)
 
     async def record(self, task: Task) -> RunRecord | None:
         """Record an event for its sender; return the run, None if it is gone. Raises UnreadableRecord, EncryptionKeyMissing.

@@ -15,7 +15,7 @@ from buquet.codec import decode_stored
 from buquet.errors import UnreadableRecord
 from buquet.printing import counted
 from buquet.queue.batch import read_state
-from buquet.queue.names import SYSTEM, Ending
+from buquet.queue.names import SYSTEM, Outcome
 from buquet.queue.values import of_run
 from buquet.records import ErrorInfo, Task
 from buquet.workflow.graph import packed
@@ -290,20 +290,20 @@ def _undo_arguments(run: RunRecord, task: Task, step: Step, args: dict[str, Any]
     return {undo.result: results.get(task.index), **{name: args[name] for name in undo.args if name in args}}
 
 
-def task_outcome(run: RunRecord, event: RunEvent) -> Ending:
+def task_outcome(run: RunRecord, event: RunEvent) -> Outcome:
     """Return how the task of a step or undo must end. The first outcome of its generation counts."""
     record = run.step(event.step)
     if record.gen != event.gen:
-        return Ending("cancelled")
+        return Outcome("cancelled")
     if event.kind == "undo":
         failed = record.undo_error is not None and event.outcome != "done"
-        return Ending("failed", error=record.undo_error) if failed else Ending("completed" if record.undo else "cancelled")
+        return Outcome("failed", error=record.undo_error) if failed else Outcome("completed" if record.undo else "cancelled")
     if record.fan is not None:
         fan = record.fan
         if has(fan.failed, event.item):
-            return Ending("failed", error=event.error or ErrorInfo(type="ItemsFailed", message="its run holds it as failed"))
+            return Outcome("failed", error=event.error or ErrorInfo(type="ItemsFailed", message="its run holds it as failed"))
         good = has(fan.ended, event.item) and not has(fan.stopped, event.item)
-        return Ending("completed" if good else "cancelled")
+        return Outcome("completed" if good else "cancelled")
     if record.state == "done":
-        return Ending("completed")
-    return Ending("failed", error=record.error) if record.state == "failed" else Ending("cancelled")
+        return Outcome("completed")
+    return Outcome("failed", error=record.error) if record.state == "failed" else Outcome("cancelled")

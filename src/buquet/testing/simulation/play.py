@@ -442,7 +442,7 @@ def _small_limits(world: World) -> Generator[None]:
         (values, "INLINE", random.choice((64 << 10, 64 << 10, 8))),
         (committer, "ROOM", 1000 if tight else committer.ROOM),
         (committer, "SMALL", 8 if tight else committer.SMALL),
-        (logs, "trace_of", repr),
+        (logs, "traceback_of", repr),
     )
     before = [(module, name, getattr(module, name)) for module, name, _ in changed]
     for module, name, value in changed:

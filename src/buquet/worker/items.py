@@ -56,7 +56,7 @@ TRACEBACKS = 10
 LONGEST_TRACEBACK = 4000
 LONGEST_MESSAGE = 500
 ROOM = keys.LARGEST - (8 << 20)
-"""The most bytes of a pack's results: failures must find room beside them."""
+"""The most bytes of a pack's results; failures need the rest."""
 
 _items = msgspec.json.Decoder(PackItems)
 _encoder = msgspec.json.Encoder()
@@ -85,12 +85,10 @@ class Ledger:
 
     @property
     def settled(self) -> int:
-        """How many items have their outcome."""
         return self.done + len(self.failed)
 
     @property
     def left(self) -> int:
-        """How many items have none."""
         return len(self.items) - self.settled
 
     async def load(self, values: Values) -> None:
@@ -139,7 +137,6 @@ class Ledger:
         self.version += 1
 
     def fail(self, index: int, info: ErrorInfo, attempts: int) -> None:
-        """Enter a failure for good."""
         self.tracebacks_left -= bool(info.traceback)
         self.failed[index] = ItemFailure(
             index=index,
@@ -152,7 +149,6 @@ class Ledger:
         self.version += 1
 
     def put_back(self, index: int, due: int) -> None:
-        """Let an item run again at `due`, in milliseconds."""
         heappush(self.later, (due, index))
         self.version += 1
 
@@ -186,7 +182,6 @@ class Ledger:
         return version, _encoder.encode(state)
 
     def result(self) -> bytes:
-        """Return the results as JSON, once each item has one."""
         return b'{"results":[' + b",".join(bytes(result) for result in self.results if result is not None) + b"]}"
 
 
@@ -219,7 +214,6 @@ class PackRunner:
 
     @property
     def stops(self) -> bool:
-        """Whether no more items may be run."""
         return bool(self.running.stop) or self.running.lost
 
     async def run(self) -> Outcome:
@@ -337,7 +331,6 @@ class PackRunner:
             self._saving = asyncio.create_task(self._save())
 
     async def _save(self) -> None:
-        """Store the results so far as the pack's checkpoint."""
         begun = self.clock.monotonic()
         self.running.progress(self.ledger.settled / self.task.pack, self._retried_items())
         version, body = self.ledger.snapshot()
@@ -362,7 +355,6 @@ class PackRunner:
         return f"{count:,} of {counted(self.task.pack, 'item')} failed and {verb} retried" if count else ""
 
     def _retry_error(self) -> ErrorInfo | None:
-        """Return why items of this pack are retried; None where none is."""
         if not self.ledger.tries:
             return None
         if self._last_error is None:  # they failed under an earlier claim
@@ -415,13 +407,11 @@ class ItemHost:
     """The worker's side of an item's attempt. The pack's checkpoint holds its result, so an item has no checkpoint of its own."""
 
     def run_blocking(self, value: Any) -> NoReturn:  # noqa: ARG002
-        """Refuse."""
         raise UsageError(
             "an item of a batch has no checkpoint: what is done is kept by the item. Submit long work as a task of its own"
         )
 
     async def checkpoint(self, value: Any) -> None:
-        """Refuse."""
         self.run_blocking(value)
 
     def progress(self, fraction: float, message: str) -> None:
@@ -445,12 +435,10 @@ class ItemRunner:
         """The item that runs, and since when."""
 
     def tell_cancelled(self) -> None:
-        """Tell the item that runs that its task was cancelled."""
         if self.attempt is not None:
             self.attempt.cancelled = True
 
     def begin(self, index: int) -> Any:
-        """Make the attempt of an item, and return the item."""
         item = self.signature.decode_item(self.ledger.items[index])
         number = self.ledger.tries.get(index, 0) + 1
         task = self.pack.task
@@ -462,7 +450,6 @@ class ItemRunner:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether others wait for the permit."""
         return bool(self.pack.permits.urgent or self.pack.permits.waiting)
 
     @property
@@ -471,7 +458,6 @@ class ItemRunner:
         return not self.ledger.ready or self.pack.stops
 
     async def run(self) -> None:
-        """Run items until none is left for now."""
         while not self.is_over:
             await self.pack.permits.take()
             try:
@@ -480,7 +466,7 @@ class ItemRunner:
                 self.pack.permits.give()
 
     async def run_slice(self) -> None:
-        """Run items until the permit is wanted elsewhere."""
+        """Run items until another waits for the permit."""
         raise NotImplementedError
 
 
@@ -488,7 +474,6 @@ class AsyncItems(ItemRunner):
     """Runs items of an async function. They share this runner's context."""
 
     async def run_slice(self) -> None:
-        """See ItemRunner."""
         clock, ready = self.clock, self.ledger.ready
         begun = clock.monotonic()
         while not self.is_over:
@@ -532,7 +517,6 @@ class ThreadItems(ItemRunner):
     """Runs items of a sync function, several one after another in a thread while they are quick."""
 
     async def run_slice(self) -> None:
-        """See ItemRunner."""
         while not self.is_over:
             work = _ThreadWork(self)
             future = self.pack.threads.call(work.run)
@@ -592,7 +576,6 @@ class _ThreadWork:
         runner.current = (-1, 0.0)
 
     def run(self) -> None:
-        """Run items until one fails or the slice is over."""
         runner = self.runner
         ledger, clock = runner.ledger, runner.clock
         until = clock.monotonic() + SLICE

@@ -349,7 +349,7 @@ class PackRunner:
         self._save_at = max(begun + SAVE_EVERY, now + SAVE_SHARE * (now - begun))
 
     def _retried_items(self) -> str:
-        """Say how many items failed and are retried. Without an error's text, which may have to be encrypted."""
+        """Say how many items are retried. Without an error's text, which may have to be encrypted."""
         count = len(self.ledger.tries)
         verb = "is" if count == 1 else "are"
         return f"{count:,} of {counted(self.task.pack, 'item')} failed and {verb} retried" if count else ""
@@ -407,9 +407,8 @@ class ItemHost:
     """The worker's side of an item's attempt. The pack's checkpoint holds its result, so an item has no checkpoint of its own."""
 
     def run_blocking(self, value: Any) -> NoReturn:  # noqa: ARG002
-        raise UsageError(
-            "an item of a batch has no checkpoint: what is done is kept by the item. Submit long work as a task of its own"
-        )
+        text = "an item of a batch has no checkpoint: what is done is kept by the item. Submit long work as a task of its own"
+        raise UsageError(text)
 
     async def checkpoint(self, value: Any) -> None:
         self.run_blocking(value)
@@ -555,12 +554,8 @@ class ThreadItems(ItemRunner):
             return False  # it is about to end by itself
         self.tell_cancelled()
         self.pack.keeper.abandoned += 1
-        log.warning(
-            "task %s: a thread was given up on at item %d and goes on in the background (%d so far in this worker)",
-            self.pack.task.id,
-            self.current[0],
-            self.pack.keeper.abandoned,
-        )
+        text = "task %s: a thread was given up on at item %d and goes on in the background (%d so far in this worker)"
+        log.warning(text, self.pack.task.id, self.current[0], self.pack.keeper.abandoned)
         return True
 
 

@@ -59,7 +59,6 @@ ROOM = keys.LARGEST - (8 << 20)
 """The most bytes of a pack's results; failures need the rest."""
 
 _items = msgspec.json.Decoder(PackItems)
-_encoder = msgspec.json.Encoder()
 
 
 class Ledger:
@@ -125,7 +124,7 @@ class Ledger:
         self.ready.extend(place for place, result in enumerate(self.results) if result is None and place not in settled)
 
     def enter(self, index: int, body: bytes) -> None:
-        """Enter a result, holding the lock. Raises InvalidResult when the pack's results grow too large."""
+        """Enter a result, holding the lock. Raises InvalidResult when the results grow too large."""
         if self.bytes + len(body) > ROOM:
             raise InvalidResult(
                 f"the result of item {index} has {len(body):,} bytes as JSON, and those of its pack would have over {ROOM:,}. "
@@ -179,7 +178,7 @@ class Ledger:
             failed=[*self.failed.values()],
             waiting=[(index, self.tries.get(index, 0), due.get(index, 0)) for index in {**self.tries, **due}],
         )
-        return version, _encoder.encode(state)
+        return version, msgspec.json.encode(state)
 
     def result(self) -> bytes:
         return b'{"results":[' + b",".join(bytes(result) for result in self.results if result is not None) + b"]}"
@@ -414,7 +413,7 @@ class ItemHost:
         self.run_blocking(value)
 
     def progress(self, fraction: float, message: str) -> None:
-        """Do nothing: the pack's progress is the number of its items that are done."""
+        """Do nothing."""
 
 
 _host = ItemHost()

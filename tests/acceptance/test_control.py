@@ -108,7 +108,8 @@ def test_pauses_and_a_drain_from_the_command_line(shell):
     worker = shell.start("worker", "tasks:app", "--queue", "slow")
     try:
         with shell.app() as app:
-            (ready,) = until(lambda: asyncio.run(fleet.workers(app.client)), len)
+            (row,) = until(lambda: asyncio.run(fleet.workers(app.client)), len)
+            ready = row.session
             shell.run("pause", "slow")
             assert [queue["paused"] for queue in shell.json("stats")["queues"] if queue["queue"] == "slow"] == [True]
             held = shell.json("submit", "tasks:app", "slow", "--args", "[30]")["id"]

@@ -363,7 +363,7 @@ async def test_a_strange_session_is_named_and_hides_no_queue(rig):
     await damaged(rig, key, queues=["q" * 101, "default"])
     await rig.work.asubmit()
     assert await rig.check() == [("unreadable record", key, False)]
-    assert [each.queue for each in await waiting(rig.client, await workers(rig.client), Scan(rig.client))] == ["default"]
+    assert [each.name for each in await waiting(rig.client, await workers(rig.client), Scan(rig.client))] == ["default"]
 
 
 @virtual

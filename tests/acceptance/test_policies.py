@@ -101,7 +101,7 @@ async def test_each_role_can_do_its_work(app_of):
     await operator.aresume_queue("policies")
     assert await small.aresult(timeout=10) == "a"
     assert await large.aresult(timeout=10) == "b" * 100_000
-    found = await find(viewer.client, Filter(), None, Scan(viewer.client))
+    found = await find(Filter(), None, Scan(viewer.client))
     plain = sorted(task.state for task in found if not task.run)
     assert plain == ["cancelled", "completed", "completed", "completed"]
     assert (await fsck(viewer.client)).findings == []

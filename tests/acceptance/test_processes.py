@@ -97,7 +97,7 @@ async def test_kill_9_of_a_child_in_a_task(app, folder):
         pid = int(await until(lambda: marker.exists() and marker.read_text()))
         assert pid in {child.pid for child in fleet.children}
         # claims that no heartbeat has listed are found by their entries; let this one be listed
-        await until_workers(app, lambda fleet: any(task.id in worker.running for worker in fleet))
+        await until_workers(app, lambda fleet: any(task.id == claim.task for worker in fleet for claim in worker.session.claims))
         killed = time.monotonic()
         os.kill(pid, signal.SIGKILL)
         assert await task.aresult(timeout=SOON) == "", "and a handler's standard input is empty"

@@ -12,8 +12,8 @@ from buquet import App, BuquetError, InvalidURL, UnreadableRecord, keys, sleep
 from buquet.clock import Clock
 from buquet.codec import decode_record
 from buquet.insights.fleet import waiting, workers
-from buquet.insights.scan import Scan, records
-from buquet.insights.tasks import Filter, find, states
+from buquet.insights.scan import Scan
+from buquet.insights.tasks import Filter, count, find
 from buquet.operate.fsck import fsck
 from buquet.queue.background import Background
 from buquet.records import Task
@@ -176,9 +176,9 @@ async def something_of_everything(clock):
 async def look_at_all(app, unreadable):
     """Let all look that only look; what cannot be read is named by each of them."""
     scan = Scan(app.client)
-    await states(scan, await records(app.client))
+    await count(scan, await scan.keys(keys.TASKS, keys.task_id_of))
     for state in ((), ("pending",), ("running",), ("failed",)):
-        await find(app.client, Filter(states=state), None, scan)
+        await find(Filter(states=state), None, scan)
     await waiting(app.client, await workers(app.client, scan), scan)
     told = " ".join(finding.key for finding in (await fsck(app.client)).findings)
     for key in unreadable:

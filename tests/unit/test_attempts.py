@@ -378,7 +378,7 @@ def test_progress_can_be_read_while_a_task_runs_and_when_it_is_over():
         half = Progress(fraction=0.5, message="half")
         assert await handle.aprogress() == half
         assert await other.aprogress() is None
-        assert [view.progress for view in await workers(app.client)] == [{handle.id: half}]
+        assert [view.plain()["progress"] for view in await workers(app.client)] == [{handle.id: half}]
         go.set()
         await handle.aresult()
         assert await handle.aprogress() == Progress(fraction=1.0)

@@ -11,8 +11,8 @@ import pytest
 from buquet import App, Signal
 from buquet.errors import StoreUnavailable
 from buquet.insights.feed import FIRST, MOST_RECORDS, TOPICS, Feed
-from buquet.insights.overview import WINDOWS, crews, overview, queue_states, window
-from buquet.insights.search import Wanted, search
+from buquet.insights.overview import WINDOWS, overview, queues, window
+from buquet.insights.tasks import Wanted, search
 from buquet.operate.bench import CountingStore
 from buquet.store.memory import MemoryStore
 from buquet.testing.virtual import run_virtual
@@ -206,7 +206,7 @@ def test_many_who_watch_a_run_and_the_list_cost_two_requests_a_second_and_one_wh
             shown = world.feed.shown(await world.feed.run(run.id))
             assert [step.state for step in shown.steps] == ["completed"] * 120 + ["running"]
             assert all(step.attempts for step in shown.steps[:-1])
-            assert [(row.done, row.steps) for row in world.feed.open_runs.rows([])] == [(120, 121)]
+            assert [(row.done, len(row.steps)) for row in world.feed.open_runs.rows([])] == [(120, 121)]
             before = world.sent
             await world.clock.sleep(300)
             assert world.sent - before <= 300
@@ -437,9 +437,9 @@ def test_all_figures_of_a_page_are_of_one_window_and_two_pages_agree() -> None:
             assert (shown.last.failed, shown.last.count) == (failed, failed + 6)
             assert sum(failure.group.count for failure in shown.failures) == failed
             assert sum(minute.failed for minute in shown.minutes) == failed
-            queues = queue_states(world.feed, crews(world.feed.workers), window(world.feed, name))
-            assert sum(queue.ended.failed for queue in queues) == failed
-            assert sum(queue.ended.per_minute for queue in queues) == pytest.approx(shown.last.per_minute)
+            rows = queues(world.feed, window(world.feed, name))
+            assert sum(queue.ended.failed for queue in rows) == failed
+            assert sum(queue.ended.per_minute for queue in rows) == pytest.approx(shown.last.per_minute)
             assert shown.last.per_minute == pytest.approx((failed + 6) / 60 / WINDOWS[name])
             ended = [row for row in await search(world.feed, Wanted(since=shown.window.since)) if row.status == "failed"]
             assert len(ended) == failed
@@ -516,7 +516,7 @@ def test_a_store_that_hangs_makes_no_worker_dead_and_no_task_ready() -> None:
             shown = overview(world.feed)
             assert (shown.alive, shown.ready, shown.later) == (1, 0, 1), "as it was when it was read"
             assert [row.remark for row in await search(world.feed, Wanted())] == ["waits for its time"]
-            assert world.feed.crew is None, "of a run it says nothing"
+            assert world.feed.fresh_workers is None, "of a run it says nothing"
         world.inner.silent = False
         worker.stop()
         await running

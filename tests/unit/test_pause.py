@@ -247,7 +247,7 @@ async def test_a_worker_that_drains_takes_nothing_more_and_finishes_what_runs_ho
     await works.clock.sleep(12)
     await works.note.asubmit("for others")
     (view,) = await fleet.workers(works.app.client)
-    assert view.draining
+    assert view.session.draining
     await worker.task
     assert 490 < works.clock.monotonic() < 520
     assert await handle.astatus() == "completed"
@@ -328,7 +328,7 @@ async def test_a_note_neither_pauses_nor_drains_a_worker_since_producers_may_wri
     await works.clock.sleep(100)
     assert await handle.astatus() == "completed"
     (view,) = await fleet.workers(client)
-    assert (view.alive, view.draining, view.paused) == (True, False, False)
+    assert (view.alive, view.session.draining, view.session.paused) == (True, False, False)
     await works.note.asubmit("claimed all the same")
     await works.clock.sleep(3)
     assert works.ran == ["claimed all the same"]
@@ -373,7 +373,7 @@ async def test_a_worker_is_paused_and_goes_on_while_another_serves_the_queue(wor
     await works.clock.sleep(40)
     workers = {(await works.app.client.read(handle.id)).record.worker for handle in handles}
     assert workers == {other.id}
-    views = {view.id: view for view in await fleet.workers(works.app.client)}
+    views = {view.session.id: view.session for view in await fleet.workers(works.app.client)}
     assert (views[held.id].paused, views[other.id].paused) == (True, False)
     assert views[held.id].version
     await works.app.adrain_worker(other.id)
@@ -445,7 +445,7 @@ async def test_a_worker_that_lost_its_session_stays_paused_and_a_cancel_does_not
     await works.clock.sleep(60)
     assert works.ran == []
     (view,) = [view for view in await fleet.workers(works.app.client) if view.alive]
-    assert view.paused
+    assert view.session.paused
     await works.stop(worker)
 
 

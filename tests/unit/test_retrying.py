@@ -15,8 +15,7 @@ from buquet.insights.feed import Feed
 from buquet.insights.journal import Journal
 from buquet.insights.overview import failures, overview, window
 from buquet.insights.scan import Scan
-from buquet.insights.search import Wanted, search
-from buquet.insights.tasks import Filter, find, status_of
+from buquet.insights.tasks import Filter, Wanted, find, search, status_of
 from buquet.journal.lines import decode_lines
 from buquet.operate.bench import CountingStore
 from buquet.operate.metrics import Metrics
@@ -149,7 +148,7 @@ def test_a_pack_whose_items_come_back_later_says_why() -> None:
         assert line.error.type == "ItemsRetried"
         assert line.error.message.startswith("10 of 10 items failed and are retried; the last of them, item ")
         assert "ConnectionError: the bank does not answer" in line.error.message
-        (found,) = await find(world.app.client, Filter(("pending",), retrying=True), 20, Scan(world.app.client))
+        (found,) = await find(Filter(("pending",), retrying=True), 20, Scan(world.app.client))
         assert found.error == line.error
 
     in_world(work)

@@ -8,7 +8,7 @@ import pytest
 from buquet import App, Fail, Signal, each, keys, sleep, when
 from buquet.errors import RunNotFound
 from buquet.insights import runs
-from buquet.insights.onerun import MOST_TASKS
+from buquet.insights.runs import MOST_TASKS
 from buquet.insights.runview import task_of
 from buquet.insights.scan import Scan
 from buquet.queue.background import Background
@@ -98,7 +98,7 @@ class Place:
         return await runs.read(self.app.client, run.id)
 
     async def find(self, limit=None, **wanted):
-        return await runs.find(self.app.client, runs.RunFilter(**wanted), limit, Scan(self.app.client))
+        return await runs.find(runs.RunFilter(**wanted), limit, Scan(self.app.client))
 
     def reads(self):
         return sum(self.store.count(op) for op in ("get", "list"))
@@ -251,7 +251,7 @@ def test_what_cannot_be_read_is_named_and_the_others_are_shown():
             await bad.aresult(timeout=60)
         await place.store.put(f"runs/{bad.id[-2:]}/{bad.id}.json", b"{")
         scan = Scan(place.app.client)
-        assert [each.id for each in await runs.find(place.app.client, runs.RunFilter(), None, scan)] == [run.id]
+        assert [each.id for each in await runs.find(runs.RunFilter(), None, scan)] == [run.id]
         assert len(scan.unreadable) == 1
         assert bad.id in scan.unreadable[0]
 
@@ -275,7 +275,7 @@ def test_an_encrypted_run_shows_without_its_key_what_has_begun():
         stranger = App(store=store, clock=clock).client
         view = await runs.read(stranger, run.id)
         assert {step.name: step.state for step in view.steps} == {"held": "completed", "go": "running"}
-        assert [each.id for each in await runs.find(stranger, runs.RunFilter(), None, Scan(stranger))] == [run.id]
+        assert [each.id for each in await runs.find(runs.RunFilter(), None, Scan(stranger))] == [run.id]
         worker.stop()
         await working
 

@@ -7,8 +7,7 @@ import pytest
 
 from buquet import App, keys
 from buquet.codec import encode_record
-from buquet.insights.fleet import workers
-from buquet.insights.looks import Sessions
+from buquet.insights.fleet import Sessions, workers
 from buquet.insights.scan import Scan
 from buquet.operate.doctor import examine
 from buquet.operate.fsck import fsck
@@ -96,7 +95,7 @@ def test_objects_that_are_no_sessions_are_not_read_and_told_once(caplog):
         scan = Scan(rig.app.client)
         assert await workers(rig.app.client, scan) == []
         assert scan.unreadable == []
-        watch = Sessions(rig.app.client)
+        watch = Sessions(rig.app.client, scan.time)
         await watch.look(6)
         assert rig.sent("get", "workers/") == 0
 

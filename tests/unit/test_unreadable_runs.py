@@ -147,7 +147,7 @@ def test_a_damaged_graph_is_told_with_its_run_and_what_to_do(graph):
         await app.client.store.put(payload, graph)
         before = await damage(app, keys.task(run.id), graph=None, graph_at=payload)
         scan = Scan(app.client)
-        assert await runs.find(app.client, runs.RunFilter(), None, scan) == []
+        assert await runs.find(runs.RunFilter(), None, scan) == []
         assert f"graph of run {run.id} cannot be read" in scan.unreadable[0]
         with pytest.raises(UnreadableRecord, match=rf"graph of run {run.id} cannot be read"):
             await run.asteps()

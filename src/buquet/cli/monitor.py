@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from buquet import keys
 from buquet.app import App
 from buquet.cli.apps import command, lacks_store
 from buquet.cli.options import MONITOR, Name, Queue, cli, status_option
@@ -27,8 +28,8 @@ from buquet.cli.output import (
 from buquet.cli.workers import print_refused, refused
 from buquet.insights import fleet, tasks
 from buquet.insights.journal import ErrorGroup, Journal, Spread, Summary
-from buquet.insights.scan import Scan, records
-from buquet.insights.tail import EVENTS, Happening, Tail
+from buquet.insights.scan import Scan
+from buquet.insights.tail import EVENTS, Tail, TailEvent
 from buquet.printing import counted, duration, printable
 
 
@@ -43,17 +44,17 @@ async def stats(
     """Count tasks: ready, delayed, retrying and running by queue, and by status."""
     reader = Scan(app.client, scan_progress())
     workers = await fleet.workers(app.client, reader)
-    listed = await records(app.client)
+    listed = await Scan(app.client).keys(keys.TASKS, keys.task_id_of)
     exact = scan or len(listed) <= tasks.CHEAP
-    states = await tasks.states(reader, listed) if exact else None
-    journal = Journal(app.client)
+    states = await tasks.count(reader, listed) if exact else None
+    journal = Journal(app.client, time=reader.time)
     await journal.refresh()
     retrying = states.retrying if states else journal.retrying().keys()
     queues = await fleet.waiting(app.client, workers, reader, states.running if states else None, retrying)
     last_hour = journal.by_queue()
     if json:
         value: dict[str, Any] = {
-            "queues": queues,
+            "queues": [queue.plain() for queue in queues],
             "last_hour": last_hour,
             "since": journal.since,
             "records": len(listed),
@@ -73,10 +74,10 @@ async def stats(
     print_unreadable(reader.unreadable)
 
 
-def _print_queues(queues: list[fleet.Waiting]) -> None:
+def _print_queues(queues: list[fleet.QueueRow]) -> None:
     rows = [
         (
-            queue.queue,
+            queue.name,
             "paused" if queue.paused else "",
             queue.ready,
             ", ".join(f"p{priority}: {count}" for priority, count in sorted(queue.priorities.items())),
@@ -91,8 +92,9 @@ def _print_queues(queues: list[fleet.Waiting]) -> None:
     columns = ("queue", "", "ready", "by priority", "later", "retrying", "running", "workers", "next due")
     print_table(columns, rows, "no queue yet")
     for queue in queues:
-        for name in queue.unhandled:
-            say(f"in queue {queue.queue!r} {queue.names[name]:,} of the name {name!r} wait, and no live worker handles that name")
+        for name, count, handled in sorted(queue.names):
+            if not handled:
+                say(f"in queue {queue.name!r} {count:,} of the name {name!r} wait, and no live worker handles that name")
 
 
 def _print_last_hour(queues: dict[str, Summary], since: int) -> None:
@@ -131,9 +133,9 @@ async def errors(
     journal = Journal(app.client, hours=hours)
     await journal.refresh()
     groups = journal.errors(queue=queue, name=name)
-    workers = refused(await fleet.workers(app.client, Scan(app.client)))
+    sessions = refused(await fleet.workers(app.client))
     if json:
-        requests = [{"worker": row.id, "host": row.host, "at": row.refused_at, "message": row.refused} for row in workers]
+        requests = [{"worker": row.id, "host": row.host, "at": row.refused_at, "message": row.refused} for row in sessions]
         print_json({"since": journal.since, "groups": msgspec.to_builtins(groups), "refused": requests})
         return
     rows = [
@@ -152,7 +154,7 @@ async def errors(
     ]
     columns = ("failed", "attempts retried", "task", "queue", "last error", "first", "last", "next", "example")
     print_table(columns, rows, f"nothing failed since {moment(journal.since)}, according to the journal")
-    print_refused(workers)
+    print_refused(sessions)
     if journal.unreadable:
         to_stderr(f"left out {counted(journal.unreadable, 'unreadable line')} of the journal")
 
@@ -188,7 +190,7 @@ async def tail(
                     print(_line(event), flush=True)
 
 
-def _line(event: Happening) -> str:
+def _line(event: TailEvent) -> str:
     word = coloured(f"{event.event:9}", COLOURS.get(event.event))
     parts = [moment(event.at), word, event.id, printable(f"{event.name} ({event.queue})")]
     if event.attempt > 1:

@@ -246,7 +246,7 @@ async def ls(
     statuses = () if status is None or status == "paused" else (status,)
     wanted = runs.RunFilter(statuses, status == "paused", workflow, dict(tag or ()))
     scan = Scan(app.client, scan_progress())
-    views = await runs.find(app.client, wanted, limit, scan)
+    views = await runs.find(wanted, limit, scan)
     now = app.clock.now_ms()
     if json:
         print_json([_plain(view) for view in views])

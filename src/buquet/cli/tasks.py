@@ -193,7 +193,7 @@ async def ls(
 ) -> None:
     """List tasks, the last changed first."""
     scan = Scan(app.client, scan_progress())
-    tasks = await find(app.client, _filter(status, queue, name, tag), limit, scan)
+    tasks = await find(_filter(status, queue, name, tag), limit, scan)
     if json:
         print_json([_fields(task) for task in tasks])
     else:
@@ -293,7 +293,7 @@ def _change_command(change: _Change, text: str) -> None:
             raise UsageError(f"a {wanted.states[0]} task cannot be {change.done}, only one that is {fitting}")
         if not ids:
             scan = Scan(app.client, scan_progress())
-            tasks = await find(app.client, replace(wanted, states=wanted.states or change.fitting), limit, scan)
+            tasks = await find(replace(wanted, states=wanted.states or change.fitting), limit, scan)
             print_unreadable(scan.unreadable)
             ids = [task.id for task in tasks]
             asks = bool(ids) and not dry_run and not yes and sys.stdin.isatty()

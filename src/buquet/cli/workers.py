@@ -23,6 +23,7 @@ from buquet.printing import duration
 
 if TYPE_CHECKING:
     from buquet.operate.bench import CountingStore
+    from buquet.records import Session
     from buquet.store.base import Store
     from buquet.worker.worker import Worker
 
@@ -164,24 +165,25 @@ async def workers(app: App, json: bool) -> None:
     rows = await fleet.workers(app.client, scan)
     print_unreadable(scan.unreadable)
     if json:
-        print_json(msgspec.to_builtins(rows))
+        print_json(msgspec.to_builtins([row.plain() for row in rows]))
         return
     cells = [
         (
-            row.id,
+            session.id,
             _status(row),
-            row.host,
-            row.pid,
-            ", ".join(row.queues),
-            f"{len(row.running)} of {row.concurrency}",
-            row.completed,
-            row.failed,
-            row.abandoned or "",
-            duration(row.beat_age),
-            f"{row.rss / 2**20:.0f} MB",
-            row.version,
+            session.host,
+            session.pid,
+            ", ".join(session.queues),
+            f"{len(session.claims)} of {session.concurrency}",
+            session.completed,
+            session.failed,
+            session.abandoned or "",
+            duration(row.age),
+            f"{session.rss / 2**20:.0f} MB",
+            session.version,
         )
         for row in rows
+        for session in [row.session]
     ]
     columns = (
         *("worker", "status", "host", "pid", "queues", "running", "completed", "failed", "abandoned"),
@@ -191,21 +193,21 @@ async def workers(app: App, json: bool) -> None:
     print_refused(refused(rows))
 
 
-def refused(rows: list[fleet.WorkerView]) -> list[fleet.WorkerView]:
-    """Return the live workers whose requests the store has refused lately."""
-    return [row for row in rows if row.alive and row.refused]
+def refused(rows: list[fleet.WorkerRow]) -> list[Session]:
+    """Return the sessions of the live workers whose requests the store has refused lately."""
+    return [row.session for row in rows if row.alive and row.session.refused]
 
 
-def print_refused(rows: list[fleet.WorkerView]) -> None:
+def print_refused(sessions: list[Session]) -> None:
     """Print the last request of each worker that the store refused."""
-    for row in rows:
+    for row in sessions:
         say(f"the store refused a request of worker {row.id} on {row.host}, {moment(row.refused_at)}: {row.refused}")
 
 
-def _status(row: fleet.WorkerView) -> str:
+def _status(row: fleet.WorkerRow) -> str:
     if not row.alive:
         return "dead"
-    return "draining" if row.draining else "paused" if row.paused else "alive"
+    return "draining" if row.session.draining else "paused" if row.session.paused else "alive"
 
 
 Queues = Annotated[list[str] | None, typer.Argument(metavar="QUEUE…", help="Names of queues.")]

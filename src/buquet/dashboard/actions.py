@@ -15,7 +15,6 @@ from buquet.concurrency import each_of
 from buquet.dashboard.guard import local
 from buquet.dashboard.sessions import who
 from buquet.errors import BuquetError, Refused, UsageError
-from buquet.insights.overview import group_of
 from buquet.printing import counted
 from buquet.records import ABSENT, LATEST
 from buquet.workflow.handle import send_signal
@@ -61,7 +60,7 @@ async def redrive_group(board: Board, target: str, form: Mapping[str, str]) -> s
     """Run the tasks of an error group again that the page counted and that are still failed. Of steps, retry the runs."""
     times = (form.get("since", "0"), form.get("until", str(LATEST)))
     since, until = (int(text) if text.isdecimal() and len(text) < keys.MOST_DIGITS else 0 for text in times)
-    ids = list(dict.fromkeys(line.id for line in group_of(board.feed.journal.lines, target, since, until)))
+    ids = list(dict.fromkeys(line.id for line in board.feed.journal.failures_of(target, since, until)))
     if not ids:
         return "Not done: none of these failures is known any more. Search the failed tasks."
     redriven = refused = 0

@@ -18,11 +18,10 @@ from buquet.errors import RunNotFound
 from buquet.insights import overview, taskview
 from buquet.insights.drawing.svg import STYLE, as_gantt, as_svg, element
 from buquet.insights.pace import answering
-from buquet.insights.runs import RunFilter, find, row_of
+from buquet.insights.runs import RunFilter, find
 from buquet.insights.runview import RunStatus
 from buquet.insights.scan import Scan
-from buquet.insights.search import Wanted, exact, search
-from buquet.insights.tasks import STATUSES, Status, status_of
+from buquet.insights.tasks import STATUSES, Status, Wanted, exact, search, status_of
 from buquet.workflow.handle import signals_of
 from buquet.workflow.schemas import form_of
 
@@ -30,8 +29,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from buquet.dashboard.board import Board
-    from buquet.insights.runs import RunRow
-    from buquet.insights.runview import StepView
+    from buquet.insights.runview import RunView, StepView
     from buquet.records import Task
     from buquet.store.register import Held
 
@@ -145,15 +143,15 @@ async def workers(board: Board, request: Request) -> Response:
     await board.feed.ensure("workers")
     workers = board.feed.workers
     unreadable = sorted(workers.unreadable.values())
-    return board.page(request, "workers.html", topic="workers", crew=overview.crews(workers), unreadable=unreadable)
+    return board.page(request, "workers.html", topic="workers", workers=workers.rows(), unreadable=unreadable)
 
 
 async def queues(board: Board, request: Request) -> Response:
     """Show the queues."""
     await board.feed.ensure("queues")
     feed = board.feed
-    states = overview.queue_states(feed, overview.crews(feed.workers), board.window(request))
-    return board.page(request, "queues.html", topic="queues", queues=states, share=feed.journal.share)
+    rows = overview.queues(feed, board.window(request))
+    return board.page(request, "queues.html", topic="queues", queues=rows, share=feed.journal.share)
 
 
 async def schedules(board: Board, request: Request) -> Response:
@@ -169,17 +167,17 @@ class RunSearch:
     """A search for runs. Empty fields match every run."""
 
     text: str = ""
-    """Part of the id, the workflow, the key, a tag or the remark."""
+    """Part of the id, the workflow, the key, a tag, the error or the reason."""
     status: RunStatus | None = None
     everywhere: bool = False
     """Search all runs, with a GET for each, and not only open runs and those that ended lately."""
 
-    def takes(self, row: RunRow) -> bool:
+    def takes(self, row: RunView) -> bool:
         """Tell whether a run matches."""
         text = self.text.lower()
         tags = (f"{name}={value}" for name, value in row.tags.items())
         return self.status in {None, row.status} and (
-            not text or any(text in part.lower() for part in (row.id, row.workflow, row.key, row.remark, *tags))
+            not text or any(text in part.lower() for part in (row.id, row.workflow, row.key, row.error or row.reason, *tags))
         )
 
 
@@ -196,8 +194,7 @@ async def runs(board: Board, request: Request) -> Response:
             pass  # the list is empty, and says so
     if wanted.everywhere:
         async with answering("the search") as more:
-            views = await find(feed.direct, RunFilter((status,) if status else ()), MOST_RUNS, Scan(feed.direct, more))
-        rows = map(row_of, views)
+            rows = await find(RunFilter((status,) if status else ()), MOST_RUNS, Scan(feed.direct, more))
     else:
         await feed.ensure("runs")
         rows = feed.open_runs.rows(feed.journal.select(kind="run", since=board.window(request).since))

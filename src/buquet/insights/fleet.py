@@ -1,199 +1,274 @@
-"""Workers and queues: who is alive, what waits, what runs."""
+"""Workers and queues: which workers are alive, what is pending, what runs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import msgspec
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from buquet import keys
-from buquet.insights.scan import AT_ONCE, Scan
+from buquet.insights.journal import Summary
+from buquet.insights.scan import Folder, Scan
 from buquet.queue.names import is_system
-from buquet.records import Progress, QueueSettings, Session
-from buquet.store.base import Listed, Stored
+from buquet.records import QueueSettings, Session
+from buquet.store.base import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Container, Iterable, Mapping
 
+    from buquet.insights.scan import StoreTime
     from buquet.queue.client import Client
+    from buquet.store.base import Listed
+
+PAGES = 10
+"""Pages of a queue's entries that a dashboard reads at most."""
+SHOWN = (
+    *("id", "host", "pid", "queues", "names", "concurrency", "started", "completed", "failed", "abandoned", "rss", "schedules"),
+    *("draining", "paused", "version", "refused", "refused_at"),
+)
+"""Fields of a session that are shown as they are."""
 
 
-class Waiting(msgspec.Struct, kw_only=True):
-    """What waits and runs in one queue. A task just claimed counts as ready until its worker's next heartbeat, unless scanned."""
+@dataclass(frozen=True)
+class WorkerRow:
+    """A worker, by its session."""
 
-    queue: str
+    session: Session
+    age: float
+    """Seconds from its last heartbeat to the last look, by the store's clock."""
+    alive: bool
+    current: bool
+    """Whether the session was read as it is now listed. Otherwise it has changed since, and is read again soon."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return the worker as JSON values."""
+        claims = self.session.claims
+        return {name: getattr(self.session, name) for name in SHOWN} | {
+            "alive": self.alive,
+            "beat_age": self.age,
+            "running": [claim.task for claim in claims],
+            "progress": {claim.task: claim.progress for claim in claims if claim.progress is not None},
+        }
+
+
+class Sessions(Folder[Session]):
+    """The workers' sessions, and the store's time, by which they are alive or dead."""
+
+    def __init__(self, client: Client, time: StoreTime) -> None:
+        super().__init__(client, keys.WORKERS, Session, keys.session_of)
+        self.time = time
+
+    def rows(self) -> list[WorkerRow]:
+        """Return the workers: the live ones first, then by their start."""
+        rows = [self._row(key, session) for key, session in self.records.items()]
+        return sorted(rows, key=lambda row: (not row.alive, row.session.started, row.session.id))
+
+    def _row(self, key: str, session: Session) -> WorkerRow:
+        # as of the last look: a store that does not answer makes no worker dead
+        age = max(self.listed_at + self.time.ahead - self.listed[key].modified, 0.0)
+        return WorkerRow(session, age, not session.reaped and age <= session.ttl, self.is_current(key))
+
+    def live(self) -> list[Session]:
+        """Return the sessions of the live workers."""
+        return [row.session for row in self.rows() if row.alive]
+
+
+async def workers(client: Client, scan: Scan | None = None) -> list[WorkerRow]:
+    """Return all workers, the live ones first. Sessions that cannot be read are named in `scan.unreadable`."""
+    scan = scan or Scan(client)
+    sessions = Sessions(client, scan.time)
+    await sessions.look()
+    scan.unreadable += sessions.unreadable.values()
+    if sessions.records:
+        await scan.time.learn()
+    return sessions.rows()
+
+
+@dataclass
+class QueueRow:
+    """A queue: what is pending and runs in it, and which live workers serve it.
+
+    A task just claimed counts as ready until its worker's next heartbeat, unless all records were scanned.
+    """
+
+    name: str
     ready: int = 0
-    priorities: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    """The ready ones by priority, "0" first."""
+    """Tasks that may run now, also those whose time has come."""
+    priorities: Counter[int] = field(default_factory=Counter[int])
+    """The ready tasks by priority."""
     later: int = 0
     retrying: int = 0
-    """How many of `ready` and `later` wait for another attempt after one that failed."""
+    """How many of `ready` and `later` wait for another attempt after a failed one."""
     next_due: int = 0
-    """Milliseconds since 1970; 0 when nothing waits for its time."""
+    """When the next task is due, milliseconds since 1970; 0: no task waits for its time."""
+    oldest: int = 0
+    """When the entry that is ready longest was written; 0: none."""
+    more: bool = False
+    """Whether there are more tasks than were counted."""
     running: int = 0
     workers: int = 0
-    paused: bool = False
-    """Whether workers claim nothing of it."""
-    names: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    """Entries by task name."""
-    unhandled: list[str] = msgspec.field(default_factory=list[str])
-    """Names that wait, and that no live worker has a handler for."""
+    settings: QueueSettings | None = None
+    """The settings of a paused queue; None for an open one."""
+    names: list[tuple[str, int, bool]] = field(default_factory=list[tuple[str, int, bool]])
+    """What is pending: the task's name, how many, whether a live worker has a handler for it."""
+    ended: Summary = field(default_factory=Summary)
+
+    @property
+    def paused(self) -> bool:
+        """Whether workers claim nothing of it."""
+        return self.settings is not None
+
+    def plain(self) -> dict[str, Any]:
+        """Return the queue as JSON values."""
+        shown = ("ready", "priorities", "later", "retrying", "next_due", "running", "workers", "oldest", "more")
+        return (
+            {"queue": self.name}
+            | {name: getattr(self, name) for name in shown}
+            | {
+                "paused": self.paused,
+                "names": {name: count for name, count, _ in self.names},
+                "unhandled": sorted(name for name, _, handled in self.names if not handled),
+            }
+        )
 
 
-class WorkerView(msgspec.Struct, kw_only=True):
-    """One worker's session, and how old it is."""
+class Backlog:
+    """The entries of all queues: two requests while fewer than a thousand tasks are pending, else one for each page and queue.
 
-    id: str
-    alive: bool
-    host: str
-    pid: int
-    queues: tuple[str, ...]
-    names: tuple[str, ...]
-    concurrency: int
-    started: int
-    beat_age: float
-    """Seconds since its last heartbeat, by the store's clock."""
-    running: list[str]
-    """Ids of the tasks in its last heartbeat."""
-    progress: dict[str, Progress]
-    """How far those tasks are that have said so, by their ids."""
-    completed: int
-    failed: int
-    abandoned: int
-    rss: int
-    schedules: tuple[str, ...]
-    """The schedules that it keeps."""
-    draining: bool
-    """It claims nothing more, and ends after what it runs."""
-    paused: bool = False
-    """It claims nothing for now."""
-    version: str = ""
-    """That of its buquet."""
-    refused: str = ""
-    """The last request that the store refused it lately, and why."""
-    refused_at: int = 0
+    `exact`: all of them. Otherwise at most 10 pages of a queue are read.
+    """
 
+    def __init__(self, client: Client, *, exact: bool = False) -> None:
+        self.client = client
+        self.exact = exact
+        self.entries: dict[str, keys.Entry] = {}
+        """By task."""
+        self.more: set[str] = set()
+        """Queues with more entries than were read."""
 
-async def sessions(client: Client, scan: Scan) -> list[tuple[Stored, Session]]:
-    """Read all sessions."""
-    found: list[tuple[Stored, Session]] = []
-    async for page in client.reads.pages(keys.WORKERS):
-        ours = [each for each in page if keys.session_of(each.key)]
-        for start in range(0, len(ours), AT_ONCE):
-            found += await scan.many(Session, ours[start : start + AT_ONCE])
-    return found
+    async def look(self, queues: Iterable[str]) -> bool:
+        """LIST the entries. Return whether any came or went. Further queues are found by their bells."""
+        entries: dict[str, keys.Entry] = {}
+        more: set[str] = set()
+        for top in (keys.READY, keys.LATER):
+            page = await self.client.reads.list(top)
+            if len(page) < PAGE:
+                entries.update(_parsed(page))
+                continue
+            for queue in await known_queues(self.client, queues):
+                for lane in self._lanes(queue, top):
+                    if not await self._read(entries, lane):
+                        more.add(queue)
+        changed = entries.keys() != self.entries.keys()
+        self.entries, self.more = entries, more
+        return changed
 
+    def _lanes(self, queue: str, top: str) -> list[str]:
+        if self.exact:  # some stores lose keys where a LIST goes on in another folder
+            return [lane for lane in keys.lanes(queue) if lane.startswith(top)]
+        return [keys.ready_prefix(queue) if top == keys.READY else keys.later_lane(queue)]
 
-async def workers(client: Client, scan: Scan | None = None) -> list[WorkerView]:
-    """Return all sessions, those of live workers first."""
-    found = await sessions(client, scan or Scan(client))
-    now = await client.store_now() if found else 0.0
-    ages = [(session, max(now - stored.modified, 0.0)) for stored, session in found]
-    views = [worker_view(session, age, alive=not session.reaped and age <= session.ttl) for session, age in ages]
-    views.sort(key=lambda view: (not view.alive, view.started))
-    return views
+    async def _read(self, entries: dict[str, keys.Entry], lane: str) -> bool:
+        """Read the entries of a lane. Return whether that was all of them."""
+        pages = 0
+        async for page in self.client.reads.pages(lane):
+            entries.update(_parsed(page))
+            pages += 1
+            if pages == PAGES and len(page) == PAGE and not self.exact:
+                return False
+        return True
+
+    def ready(self, running: Container[str], now: int) -> int:
+        """Return how many tasks may run now. `running`: ids of tasks that run, and may still have their entry."""
+        return sum(is_ready(entry, now) and entry.task not in running for entry in self.entries.values())
 
 
-def worker_view(session: Session, age: float, *, alive: bool) -> WorkerView:
-    """Return a worker as its session says, which is so many seconds old."""
-    return WorkerView(
-        id=session.id,
-        alive=alive,
-        host=session.host,
-        pid=session.pid,
-        queues=session.queues,
-        names=session.names,
-        concurrency=session.concurrency,
-        started=session.started,
-        beat_age=age,
-        running=[claim.task for claim in session.claims],
-        progress={claim.task: claim.progress for claim in session.claims if claim.progress is not None},
-        completed=session.completed,
-        failed=session.failed,
-        abandoned=session.abandoned,
-        rss=session.rss,
-        schedules=session.schedules,
-        draining=session.draining,
-        paused=session.paused,
-        version=session.version,
-        refused=session.refused,
-        refused_at=session.refused_at,
-    )
+def _parsed(page: Iterable[Listed]) -> Iterable[tuple[str, keys.Entry]]:
+    return ((entry.task, entry) for item in page if (entry := keys.parse_entry(item.key)))
 
 
-async def known_queues(client: Client, fleet: Iterable[WorkerView | Session]) -> list[str]:
-    """Return the queues that have a bell or a worker."""
-    rung = {keys.queue_of_bell(each.key) async for page in client.reads.pages(keys.BELLS) for each in page}
-    found = rung | {queue for worker in fleet for queue in worker.queues}
-    return sorted(filter(keys.is_name, found))
+def is_ready(entry: keys.Entry, now: int) -> bool:
+    """Return whether the task of an entry may run at `now` (milliseconds)."""
+    return entry.priority is not None or entry.at <= now
+
+
+async def known_queues(client: Client, queues: Iterable[str]) -> list[str]:
+    """Return these queues and those that have a bell, by name, without names that no queue can have."""
+    found = {keys.queue_of_bell(item.key) async for page in client.reads.pages(keys.BELLS) for item in page}
+    return sorted(filter(keys.is_name, found.union(queues)))
+
+
+def running_by_queue(sessions: Iterable[Session]) -> dict[str, set[str]]:
+    """Return the ids of the tasks that workers claim, by queue."""
+    running: dict[str, set[str]] = {}
+    for session in sessions:
+        for claim in session.claims:
+            # claims of older workers do not name their queue
+            running.setdefault(claim.queue or session.queues[0], set()).add(claim.task)
+    return running
+
+
+def queue_rows(
+    sessions: Iterable[Session],
+    backlog: Backlog,
+    running: Mapping[str, set[str]],
+    retrying: Container[str],
+    now: int,
+) -> dict[str, QueueRow]:
+    """Return the queues that live workers serve or in which tasks are pending or run, by name.
+
+    `sessions`: those of live workers. `running` and `retrying`: ids of tasks. A running task may still have its entry.
+    """
+    rows = {queue: QueueRow(queue, more=True) for queue in backlog.more}
+    handled: dict[str, set[str]] = {}
+    pending: dict[str, Counter[str]] = {}
+    for session in sessions:
+        for queue in session.queues:
+            rows.setdefault(queue, QueueRow(queue)).workers += 1
+            handled.setdefault(queue, set()).update(session.names)
+    for queue, tasks in running.items():
+        rows.setdefault(queue, QueueRow(queue)).running = len(tasks)
+    claimed = {task for tasks in running.values() for task in tasks}
+    for entry in backlog.entries.values():
+        if entry.task in claimed:
+            continue
+        row = rows.setdefault(entry.queue, QueueRow(entry.queue))
+        pending.setdefault(entry.queue, Counter())[entry.name] += 1
+        row.retrying += entry.task in retrying
+        if is_ready(entry, now):
+            row.ready += 1
+            row.oldest = min(row.oldest or entry.at, entry.at)
+            if entry.priority is not None:
+                row.priorities[entry.priority] += 1
+        else:
+            row.later += 1
+            row.next_due = min(row.next_due or entry.at, entry.at)
+    for queue, names in pending.items():
+        row, known = rows[queue], handled.get(queue, set())
+        row.names = [(name, count, name in known or (is_system(name) and row.workers > 0)) for name, count in names.most_common()]
+    return rows
 
 
 async def waiting(
     client: Client,
-    fleet: list[WorkerView],
+    crew: list[WorkerRow],
     scan: Scan,
-    running: dict[str, set[str]] | None = None,
+    running: Mapping[str, set[str]] | None = None,
     retrying: Container[str] = (),
-) -> list[Waiting]:
-    """Count what waits and runs in each queue that has a bell or a worker.
+) -> list[QueueRow]:
+    """Count what is pending and runs in each queue that has a bell, a worker or entries, by name.
 
-    `running` are the running tasks' ids by queue, where they are known from all records; else the sessions tell, and a record is
-    read only of the tasks whose worker serves several queues. `retrying` are the ids of tasks whose last attempt failed.
+    `running`: the running tasks' ids by queue, where they are known from all records; otherwise the workers' claims are used.
+    `retrying`: ids of tasks whose last attempt failed.
     """
-    if running is None:
-        running = await _running_by_queue(fleet, scan)
-    alive = [worker for worker in fleet if worker.alive]
-    counter = _Counter(client, scan, retrying, int(await client.store_now() * 1000))
-    return [
-        await counter.queue(queue, [worker for worker in alive if queue in worker.queues], running.get(queue, set()))
-        for queue in sorted({*await known_queues(client, fleet), *filter(keys.is_name, running)})
-    ]
-
-
-async def _running_by_queue(fleet: list[WorkerView], scan: Scan) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
-    unsure: list[Listed] = []
-    for worker in fleet:
-        if len(worker.queues) == 1:
-            found.setdefault(worker.queues[0], set()).update(worker.running)
-        else:
-            unsure += [Listed(keys.task(task), None, 0, 0) for task in worker.running]
-    async for task in scan.tasks(unsure):
-        if task.state == "running":
-            found.setdefault(task.queue, set()).add(task.id)
-    return found
-
-
-@dataclass
-class _Counter:
-    """Counts what waits in one queue after another."""
-
-    client: Client
-    scan: Scan
-    retrying: Container[str]
-    now: int
-
-    async def queue(self, queue: str, fleet: list[WorkerView], running: set[str]) -> Waiting:
-        settings = await self.scan.many(QueueSettings, [Listed(keys.queue_settings(queue), None, 0, 0)])
-        paused = any(each.paused for _, each in settings)
-        view = Waiting(queue=queue, workers=len(fleet), running=len(running), paused=paused)
-        entries: dict[str, keys.Entry] = {}
-        for lane in keys.lanes(queue):
-            async for page in self.client.reads.pages(lane):
-                entries.update((entry.task, entry) for each in page if (entry := keys.parse_entry(each.key)))
-        for entry in entries.values():
-            if entry.task in running:
-                continue
-            view.names[entry.name] = view.names.get(entry.name, 0) + 1
-            view.retrying += entry.task in self.retrying
-            if entry.priority is None and entry.at > self.now:
-                view.later += 1
-                view.next_due = min(view.next_due or entry.at, entry.at)
-                continue
-            view.ready += 1
-            if entry.priority is not None:
-                view.priorities[str(entry.priority)] = view.priorities.get(str(entry.priority), 0) + 1
-        handled = {name for worker in fleet for name in worker.names}
-        view.unhandled = sorted(name for name in view.names if name not in handled and not (fleet and is_system(name)))
-        return view
+    sessions = [worker.session for worker in crew if worker.alive]
+    served = {queue for worker in crew for queue in worker.session.queues}
+    backlog = Backlog(client, exact=True)
+    await backlog.look(served)
+    await scan.time.learn()
+    rows = queue_rows(sessions, backlog, running_by_queue(sessions) if running is None else running, retrying, scan.time.now_ms())
+    for queue in await known_queues(client, {*served, *rows}):
+        row = rows.setdefault(queue, QueueRow(queue))
+        settings = await scan.read(QueueSettings, [keys.queue_settings(queue)])
+        row.settings = next((record for record in settings if record.paused), None)
+    return [row for queue, row in sorted(rows.items()) if keys.is_name(queue)]

@@ -1,51 +1,50 @@
-"""What ended or failed lately, read from the journal: recent tasks, failures by kind, rates, durations. No record is read.
+"""The journal in memory: recent tasks, failures by kind, rates, durations. No record is read.
 
-A `Journal` is kept by a dashboard for as long as it runs, and made for one look by the command line. `refresh()` does the
-requests; everything else works on what is in memory:
+A dashboard keeps one `Journal` for as long as it runs, the command line makes one for a single look. `refresh()` sends the
+requests; the other methods work on what is in memory.
 
-- the first refresh learns the store's time (3 requests where the store is elsewhere), LISTs each hour of the window and GETs its
-  objects, the newest first, until `most` lines are there;
-- each further one costs one LIST, two in the first minutes of an hour, and a GET for each new object: one for each worker that
-  finished something in the last 10 s;
-- every 5 minutes the window's hours are listed from their start, for objects that came late: a store that was away for a while.
+- The first refresh learns the store's time (3 requests unless the store is on this machine), LISTs each hour of the window and
+  GETs its objects, the newest first, until it has `most` lines.
+- A later refresh costs one LIST, two in the first minute of an hour, and a GET for each new object: one for each worker that
+  finished something in the last 10 s.
+- Every 5 minutes a refresh LISTs all hours of the window, for objects that came late because a store was away for a while.
 """
 
 from __future__ import annotations
 
-import asyncio
 from bisect import bisect_left
 from collections import Counter
 from itertools import islice
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from buquet import keys
+from buquet.concurrency import each_of
+from buquet.insights.scan import StoreTime
 from buquet.journal.lines import decode_lines
 from buquet.store.base import Stored
-from buquet.store.storetime import store_ahead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from typing import Literal
 
     from buquet.queue.client import Client
     from buquet.records import Finished, State
-    from buquet.store.base import Listed
 
 HOUR = 3_600_000
 MINUTE = 60_000
 TRAIL = 60_000
-"""Milliseconds for which an object may come after its name says, and is still met by the next LIST."""
+"""Milliseconds by which an object may come later than the time in its key, so that the next LIST still finds it."""
 LOOK_BACK = 300_000
-"""Milliseconds from one LIST of the whole window to the next: what came later than that is met then."""
+"""Milliseconds between two LISTs of the whole window, which find later objects."""
+LATEST = 2 * HOUR
 AT_ONCE = 16
-"""Objects read side by side; each may have a MiB."""
+"""Objects read at once; each may have a MiB."""
 
 
 class Spread(msgspec.Struct, kw_only=True):
-    """How some times are spread, in milliseconds."""
+    """The distribution of some times, in milliseconds."""
 
     count: int = 0
     p50: float = 0.0
@@ -67,46 +66,44 @@ class Minute(msgspec.Struct, kw_only=True):
 
 
 class ErrorGroup(msgspec.Struct, kw_only=True):
-    """Failures of one kind: the same task, type of error, and function that raised it.
-
-    `count` is how many tasks failed for good. Times are milliseconds since 1970.
-    """
+    """Failures with the same task, type of error, and function that raised it. Times are milliseconds since 1970."""
 
     group: str
     name: str
     queue: str
     type: str
     message: str
-    """That of the last one."""
+    """That of the last failure."""
     count: int
+    """How many tasks failed for good."""
     first: int
-    """When the first of them in the window ended."""
+    """When the first failure in the window happened."""
     last: int
     example: str
-    """The id of the last one."""
+    """The id of the last task that failed."""
     retried: int = 0
-    """How many failed attempts were, or will be, retried."""
+    """How many attempts failed and are retried."""
     attempt: int = 0
     """The number of the last attempt that failed."""
     max_attempts: int = 0
-    """How many attempts that task has; 0: not known."""
+    """The maximum of attempts of that task; 0: not known."""
     due: int = 0
-    """When that task's next attempt is due; 0 where it failed for good, or runs again at once."""
+    """When that task's next attempt is due; 0: it failed for good, or runs again at once."""
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """What is known of the tasks of one queue, of one name, or of all, over the window."""
+    """The tasks of one queue, of one name, or of all, over the window."""
 
     count: int = 0
     states: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     failed: int = 0
     per_minute: float = 0.0
     retried: int = 0
-    """How many of those that ended took more than one attempt."""
+    """How many ended tasks took more than one attempt."""
     failed_attempts: int = 0
     """How many attempts failed, or lost their worker, and are retried; also of tasks that have not ended."""
     lost: int = 0
-    """How many lost a worker on the way."""
+    """How many ended tasks lost a worker."""
     duration: Spread = msgspec.field(default_factory=Spread)
     """From the last claim to the end."""
     delay: Spread = msgspec.field(default_factory=Spread)
@@ -114,7 +111,7 @@ class Summary(msgspec.Struct, kw_only=True):
 
 
 class Journal:
-    """The last `hours` of the journal, at most `most` lines of it (the newest). Not for several tasks or threads at once.
+    """The last `hours` of the journal, at most its newest `most` lines. For one asyncio task at a time.
 
     >>> journal = Journal(client)  # doctest: +SKIP
     >>> await journal.refresh()  # doctest: +SKIP
@@ -122,103 +119,122 @@ class Journal:
     'no such file'
     """
 
-    def __init__(self, client: Client, *, hours: float = 1.0, most: int = 50_000) -> None:
+    def __init__(
+        self, client: Client, *, hours: float = 1.0, most: int = 50_000, room: int | None = None, time: StoreTime | None = None
+    ) -> None:
         self.client = client
         self.window = int(hours * HOUR)
         self.most = most
+        self.room = room
+        """The most objects that a refresh reads; None: all. `share` is the share of the lines that was read."""
+        self.time = time or StoreTime(client)
         self.since = 0
-        """From when on all lines are here, milliseconds since 1970: younger than the window where `most` cut it short."""
+        """Since when all lines are known, milliseconds since 1970: later than the window's start where there was no room."""
         self.now = 0
         """The store's time of the last refresh, milliseconds since 1970."""
         self.unreadable = 0
         """Lines that could not be read, and were left out."""
         self.lines: list[Finished] = []
-        """What ended, the first first."""
+        """The lines in the order of their times."""
         self._met: set[tuple[str, str, int]] = set()
         self._read: dict[str, int] = {}
-        """Objects that were read, with the time in their key."""
-        self._offset: float | None = None
-        self._looked_back = 0
+        """Objects that were read or left out, with the time in their key."""
+        self._full_look = 0
+        """When all hours of the window were listed last."""
         self._cut = 0
-        """What ended before then found no room."""
+        """Lines before this time found no room."""
+        self._samples: list[tuple[int, int, int]] = []
+        """Of each refresh: its time, how many objects it found, how many of them it read."""
 
     # ------------------------------------------------------------------ reading
 
     async def refresh(self) -> list[Finished]:
-        """Read what is new; return those lines, the first that ended first.
+        """Read the new lines and return them in the order of their times.
 
-        Raises StoreError; cut short, it reads the same again next time.
+        Raises StoreError. The next refresh then reads the same again.
         """
-        before = {**vars(self), "_read": dict(self._read)}
-        try:
-            return await self._refresh()
-        except BaseException:
-            vars(self).update(before)
-            raise
-
-    async def _refresh(self) -> list[Finished]:
-        clock = self.client.clock
-        if self._offset is None:
-            self._offset = await store_ahead(self.client.reads, clock)
-        last, self.now = self.now, int((clock.now() + self._offset) * 1000)
-        start = self.now - self.window
-        whole = self.now - self._looked_back >= LOOK_BACK
-        fresh = await self._unread(start if whole else max(start, last - TRAIL))
-        news: list[Finished] = []
-        for at in range(0, len(fresh), AT_ONCE):
-            if len(news) >= self.most:
-                # all that ended since the last object read was begun is in it, or in those before it
-                self._cut = max(self._cut, self._read[fresh[at - 1].key])
-                self._read.update((each.key, keys.journal_at(each.key) or 0) for each in fresh[at:])
+        await self.time.learn()
+        now = self.time.now_ms()
+        start = now - self.window
+        full = now - self._full_look >= LOOK_BACK
+        since = start if full else max(start, self.now - TRAIL)
+        if self.room is not None:
+            # late objects come within two hours: a LIST of each hour of a day would hold up all other requests
+            since = max(since, min(self.now, now - LATEST))
+        found = await self._unread(since, now)
+        chosen, cut = self._choose(found)
+        lines: list[Finished] = []
+        unreadable = 0
+        for index in range(0, len(chosen), AT_ONCE):
+            if len(lines) >= self.most:
+                # all lines since the last object read was begun are in that object, or in those before it
+                cut = max(cut, _begun_at(chosen[index - 1]))
                 break
-            for lines in await asyncio.gather(*map(self._lines_of, fresh[at : at + AT_ONCE])):
-                news += lines
-        if whole:
-            self._looked_back = self.now
-        return self._take_in(news, start)
+            for some, strange in await each_of(chosen[index : index + AT_ONCE], self._lines_of, AT_ONCE):
+                lines += some
+                unreadable += strange
+        if self.room is not None and self._read and found:
+            self._samples.append((now, len(found), len(chosen)))
+        self._samples = [sample for sample in self._samples if sample[0] >= start]
+        self._read.update((key, _begun_at(key)) for key in found)
+        self._cut = max(self._cut, cut)
+        self._full_look = now if full else self._full_look
+        self.unreadable += unreadable
+        self.now = now
+        return self._take_in(lines, start)
 
-    async def _unread(self, since: int) -> list[Listed]:
+    async def _unread(self, since: int, now: int) -> list[str]:
         """LIST the objects begun since then that were not read yet, the newest first. Each LIST stays in one hour's folder."""
-        found: list[Listed] = []
-        for hour in range(since // HOUR, self.now // HOUR + 1):
+        found: list[str] = []
+        for hour in range(since // HOUR, now // HOUR + 1):
             folder = keys.journal_hour(hour * HOUR)
             async for page in self.client.reads.pages(folder, after=keys.lane_at(folder, max(since, hour * HOUR))):
-                found += [each for each in page if each.key not in self._read and keys.journal_at(each.key) is not None]
-        return sorted(found, key=lambda each: each.key, reverse=True)
+                found += [item.key for item in page if item.key not in self._read and keys.journal_at(item.key) is not None]
+        return sorted(found, reverse=True)
 
-    async def _lines_of(self, listed: Listed) -> list[Finished]:
-        stored = await self.client.reads.get(listed.key)
-        self._read[listed.key] = keys.journal_at(listed.key) or 0
-        lines, unreadable = decode_lines(stored.body) if isinstance(stored, Stored) else ([], 0)
-        self.unreadable += unreadable
-        return lines
+    def _choose(self, found: list[str]) -> tuple[list[str], int]:
+        """Return the objects to read, and the time before which lines are left out.
 
-    def _take_in(self, news: list[Finished], start: int) -> list[Finished]:
-        """Take new lines in, and let go of what has left the window or finds no room."""
-        taken: list[Finished] = []
-        for line in news:
+        The first refresh reads the newest objects, later ones a sample.
+        """
+        room = len(found) if self.room is None else max(self.room, 1)
+        if len(found) <= room:
+            return found, 0
+        if not self._read:
+            return found[:room], _begun_at(found[room])
+        return [found[len(found) * number // room] for number in range(room)], 0
+
+    async def _lines_of(self, key: str) -> tuple[list[Finished], int]:
+        stored = await self.client.reads.get(key)
+        return decode_lines(stored.body) if isinstance(stored, Stored) else ([], 0)
+
+    def _take_in(self, lines: list[Finished], start: int) -> list[Finished]:
+        """Add new lines, and drop those that left the window or find no room."""
+        fresh: list[Finished] = []
+        for line in lines:
             identity = (line.kind, line.id, line.at)
             if line.at >= start and identity not in self._met:
                 self._met.add(identity)
-                taken.append(line)
-        taken.sort(key=_ended_at)
-        self.lines += taken
+                fresh.append(line)
+        fresh.sort(key=_ended_at)
+        self.lines += fresh
         self.lines.sort(key=_ended_at)
         if len(self.lines) > self.most:
             self._cut = max(self._cut, self.lines[-self.most].at)
-        gone = bisect_left(self.lines, max(start, self._cut), key=_ended_at)
+        self.since = max(start, self._cut)
+        gone = bisect_left(self.lines, self.since, key=_ended_at)
         self._met.difference_update((line.kind, line.id, line.at) for line in self.lines[:gone])
         del self.lines[:gone]
         self._read = {key: at for key, at in self._read.items() if at >= start - LOOK_BACK}
-        self.since = max(start, self._cut)
-        return taken
+        return fresh
 
     # ------------------------------------------------------------------ answers
 
     @property
     def share(self) -> float:
-        """The share of what ended that is in `lines`, above 0 and at most 1."""
-        return 1.0
+        """The share of the window's objects that was read, above 0 and at most 1."""
+        found = sum(count for _, count, _ in self._samples)
+        return sum(read for _, _, read in self._samples) / found if found else 1.0
 
     def last(self, hours: float) -> int:
         """Return when the last `hours` began, or `since` where less is known: milliseconds since 1970."""
@@ -226,13 +242,13 @@ class Journal:
 
     def retrying(self) -> dict[str, Finished]:
         """Return the last failed attempt of each task that has not ended since, by the task's id."""
-        found: dict[str, Finished] = {}
+        attempts: dict[str, Finished] = {}
         for line in self.lines:
             if line.kind == "attempt":
-                found[line.id] = line
+                attempts[line.id] = line
             elif line.kind == "task":
-                found.pop(line.id, None)
-        return found
+                attempts.pop(line.id, None)
+        return attempts
 
     def select(
         self,
@@ -243,69 +259,65 @@ class Journal:
         kind: Literal["task", "run", "attempt"] = "task",
         since: int = 0,
     ) -> Iterator[Finished]:
-        """Yield the lines that fit, the last that ended first. `since`: milliseconds since 1970."""
+        """Yield the lines that fit, the latest first. `since`: milliseconds since 1970."""
         for line in reversed(self.lines):
             if line.at < since:
                 return
-            if line.kind == kind and queue in {None, line.queue} and name in {None, line.name} and status in {None, line.status}:
+            if line.kind == kind and status in {None, line.status} and _is_of(line, queue, name):
                 yield line
 
     def recent(
         self, limit: int = 50, *, queue: str | None = None, name: str | None = None, status: State | None = None
     ) -> list[Finished]:
-        """Return the tasks that ended last, the last first."""
+        """Return the tasks that ended last, the latest first."""
         return list(islice(self.select(queue=queue, name=name, status=status), limit))
 
     def failed(self, limit: int = 50, *, queue: str | None = None, name: str | None = None) -> list[Finished]:
-        """Return the tasks that failed last, the last first."""
+        """Return the tasks that failed last, the latest first."""
         return self.recent(limit, queue=queue, name=name, status="failed")
 
     def throughput(self, minutes: int = 60, *, queue: str | None = None, name: str | None = None, step: int = 1) -> list[Minute]:
-        """Return what ended in each of the last minutes, or in each `step` of them, the oldest first; the last is not over."""
-        wide, count = MINUTE * step, minutes // step
-        first = self.now // wide - count + 1
-        found = [Minute(at=(first + number) * wide) for number in range(count)]
-        for line in self._since(first * wide):
-            if line.kind == "run" or queue not in {None, line.queue} or name not in {None, line.name}:
+        """Return what ended in each of the last minutes, or in each `step` of them, the oldest first. The last is not over."""
+        width, count = MINUTE * step, minutes // step
+        first = self.now // width - count + 1
+        parts = [Minute(at=(first + number) * width) for number in range(count)]
+        for line in self._since(first * width):
+            if line.kind == "run" or not _is_of(line, queue, name):
                 continue
-            minute = found[min(line.at // wide - first, count - 1)]  # a worker's clock may be a little ahead
+            part = parts[min(line.at // width - first, count - 1)]  # a worker's clock may be a little ahead
             if line.kind == "attempt":
-                minute.retried += 1
+                part.retried += 1
             elif line.status == "completed":
-                minute.completed += 1
+                part.completed += 1
             elif is_failure(line):
-                minute.failed += 1
+                part.failed += 1
             else:
-                minute.other += 1
-        return found
+                part.other += 1
+        return parts
 
     def errors(self, *, queue: str | None = None, name: str | None = None, since: int = 0) -> list[ErrorGroup]:
-        """Return the failures by kind, also those of attempts that are retried, the most frequent first."""
-        found: dict[str, ErrorGroup] = {}
-        ended = filter(is_failure, self.select(queue=queue, name=name, status="failed", since=since))
-        for line in (*self.select(queue=queue, name=name, kind="attempt", since=since), *ended):
-            known = found.get(line.group)
-            if known is None:
-                known = found[line.group] = _group_of(line)
-            elif line.at >= known.last:
-                counts = {"first": known.first, "count": known.count, "retried": known.retried}
-                known = found[line.group] = msgspec.structs.replace(_group_of(line), **counts)
-            known.first = min(known.first, line.at)
-            known.count += line.kind == "task"
-            known.retried += line.kind == "attempt"
-        return sorted(found.values(), key=lambda each: (-(each.count + each.retried), -each.last))
+        """Return the failures by kind, with the attempts that are retried, the most frequent first."""
+        groups: dict[str, list[Finished]] = {}
+        for line in self._since(since):
+            if (line.kind == "attempt" or is_failure(line)) and _is_of(line, queue, name):
+                groups.setdefault(line.group, []).append(line)
+        errors = map(_error_group, groups.values())
+        return sorted(errors, key=lambda group: (-(group.count + group.retried), -group.last))
+
+    def failures_of(self, group: str, since: int, until: int) -> list[Finished]:
+        """Return the failed tasks of one group, from `since` to `until` (milliseconds since 1970), the latest first."""
+        return [line for line in self.select(since=since) if line.at <= until and line.group == group and is_failure(line)]
 
     def summary(self, *, queue: str | None = None, name: str | None = None, since: int = 0) -> Summary:
-        """Return rate, failures, durations and delays of the whole window, or of what ended since then."""
-        fits = (line for line in self._since(since) if queue in {None, line.queue} and name in {None, line.name})
-        return self._summary(fits, since)
+        """Return rate, failures, durations and delays of the whole window, or from `since` on."""
+        return self._summary((line for line in self._since(since) if _is_of(line, queue, name)), since)
 
     def by_queue(self, *, since: int = 0) -> dict[str, Summary]:
-        """Return the summary of each queue in which something ended, or an attempt failed."""
+        """Return the summary of each queue in which a task ended, or an attempt failed."""
         return self._by(lambda line: line.queue, since)
 
     def by_name(self, *, since: int = 0) -> dict[str, Summary]:
-        """Return the summary of each task of which one ended, or an attempt failed."""
+        """Return the summary of each task of that name which ended, or of which an attempt failed."""
         return self._by(lambda line: line.name, since)
 
     def _since(self, since: int) -> list[Finished]:
@@ -319,14 +331,12 @@ class Journal:
         return {name: self._summary(lines, since) for name, lines in sorted(parts.items())}
 
     def _summary(self, lines: Iterable[Finished], since: int) -> Summary:
-        """Return the summary of lines from `since` on. The rate counts what was left unread, too."""
         lines = list(lines)
         ended = [line for line in lines if line.kind == "task"]
-        states = Counter[str](line.status for line in ended)
         minutes = max((self.now - max(self.since, since)) / MINUTE, 1)
         return Summary(
             count=len(ended),
-            states=dict(states),
+            states=dict(Counter[str](line.status for line in ended)),
             failed=sum(map(is_failure, ended)),
             per_minute=len(ended) / minutes / self.share,
             retried=sum(line.attempts > 1 for line in ended),
@@ -337,27 +347,33 @@ class Journal:
         )
 
 
+def _is_of(line: Finished, queue: str | None, name: str | None) -> bool:
+    return queue in {None, line.queue} and name in {None, line.name}
+
+
 def is_failure(line: Finished) -> bool:
-    """Tell whether a line is of a task that failed and that nobody has allowed to."""
+    """Return whether a line is of a task that failed without being allowed to."""
     return line.kind == "task" and line.status == "failed" and not line.allowed
 
 
-def _group_of(line: Finished) -> ErrorGroup:
-    """Return the group that begins with a failure."""
-    type_, message = (line.error.type, line.error.message) if line.error else ("", "")
+def _error_group(lines: list[Finished]) -> ErrorGroup:
+    last = lines[-1]
+    type_, message = (last.error.type, last.error.message) if last.error else ("", "")
+    count = sum(line.kind == "task" for line in lines)
     return ErrorGroup(
-        group=line.group,
-        name=line.name,
-        queue=line.queue,
+        group=last.group,
+        name=last.name,
+        queue=last.queue,
         type=type_,
         message=message,
-        count=0,
-        first=line.at,
-        last=line.at,
-        example=line.id,
-        attempt=line.attempts,
-        max_attempts=line.max_attempts,
-        due=line.due,
+        count=count,
+        first=lines[0].at,
+        last=last.at,
+        example=last.id,
+        retried=len(lines) - count,
+        attempt=last.attempts,
+        max_attempts=last.max_attempts,
+        due=last.due,
     )
 
 
@@ -365,14 +381,14 @@ def _ended_at(line: Finished) -> int:
     return line.at
 
 
+def _begun_at(key: str) -> int:
+    return keys.journal_at(key) or 0
+
+
 def spread(values: Iterable[int]) -> Spread:
-    """Return the middle, the 99th hundredth and the longest of some times."""
+    """Return the median, the 99th percentile and the longest of some times."""
     ranked = sorted(values)
     if not ranked:
         return Spread()
-    return Spread(count=len(ranked), p50=_rank(ranked, 0.5), p99=_rank(ranked, 0.99), most=ranked[-1])
-
-
-def _rank(ranked: list[int], share: float) -> float:
-    """Return the smallest value that so large a share of all does not exceed."""
-    return ranked[max(ceil(share * len(ranked)) - 1, 0)]
+    p50, p99 = (ranked[ceil(share * len(ranked)) - 1] for share in (0.5, 0.99))
+    return Spread(count=len(ranked), p50=p50, p99=p99, most=ranked[-1])

@@ -1,7 +1,8 @@
-"""Schedules: what fires when, and what came of it."""
+"""Schedules: when they fire, and what their fires submitted."""
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -10,21 +11,23 @@ import msgspec
 from buquet import keys
 from buquet.errors import UsageError
 from buquet.insights.fleet import workers
-from buquet.insights.scan import AT_ONCE, Scan
+from buquet.insights.scan import Folder, Scan, is_json
 from buquet.queue.schedules import rule_in
 from buquet.records import Schedule
 from buquet.workflow.events import START
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from buquet.insights.fleet import WorkerRow
     from buquet.queue.client import Client
-    from buquet.store.base import Listed
 
 AHEAD = 3
-"""Fires to come that are shown."""
+"""Future fires that are shown."""
 
 
 class ScheduleView(msgspec.Struct, kw_only=True):
-    """A schedule as its record says. Times are milliseconds since 1970, 0 for none."""
+    """A schedule. Times are milliseconds since 1970, 0 for none."""
 
     name: str
     rule: str
@@ -42,31 +45,34 @@ class ScheduleView(msgspec.Struct, kw_only=True):
     last_task: str
     """The id of its task."""
     dropped: int
-    """Missed fires that were not caught up, in all."""
+    """Missed fires that were not caught up, in total."""
     keepers: int
-    """Live workers that keep it."""
+    """Live workers that declare it."""
     workflow: bool = False
-    """Whether each fire starts a run; `last_task` is its id, too."""
+    """Whether each fire starts a run; then `last_task` is also the run's id."""
     problem: str = ""
-    """Why its rule is not understood here."""
+    """Why this version of buquet cannot read its rule."""
 
 
 async def list_schedules(client: Client, scan: Scan | None = None) -> list[ScheduleView]:
     """Return all schedules by name. Records that cannot be read are named in `scan.unreadable`."""
     scan = scan or Scan(client)
-    listed: list[Listed] = [each async for page in client.reads.pages(keys.SCHEDULES) for each in page]
-    found: list[Schedule] = []
-    for start in range(0, len(listed), AT_ONCE):
-        found += [record for _, record in await scan.many(Schedule, listed[start : start + AT_ONCE])]
-    if not found:
+    folder = Folder(client, keys.SCHEDULES, Schedule, is_json)
+    await folder.look()
+    scan.unreadable += folder.unreadable.values()
+    if not folder.records:
         return []
-    now = int(await client.store_now() * 1000)
-    kept = [name for worker in await workers(client, scan) if worker.alive for name in worker.schedules]
-    return [view_of(schedule, now, kept.count(schedule.name)) for schedule in sorted(found, key=lambda each: each.name)]
+    await scan.time.learn()
+    return views_of(folder.records.values(), await workers(client, scan), scan.time.now_ms())
 
 
-def view_of(schedule: Schedule, now: int, keepers: int) -> ScheduleView:
-    """Return a schedule as it is shown at `now` (milliseconds), with the number of live workers that keep it."""
+def views_of(schedules: Iterable[Schedule], crew: Iterable[WorkerRow], now: int) -> list[ScheduleView]:
+    """Return the views of schedules at `now` (milliseconds), by name."""
+    declared = Counter(name for worker in crew if worker.alive for name in worker.session.schedules)
+    return [_view_of(schedule, now, declared[schedule.name]) for schedule in sorted(schedules, key=lambda record: record.name)]
+
+
+def _view_of(schedule: Schedule, now: int, keepers: int) -> ScheduleView:
     starts = schedule.template.name == START
     ahead: list[int] = []
     problem = ""

@@ -1,52 +1,35 @@
-"""What happens, as it happens: submits, starts, outcomes, retries; by polling what is cheap to poll.
+"""Events as they happen: submits, starts, ends, retries. A `Tail` polls what is cheap to poll.
 
-A poll costs 3 LISTs (sessions, bells, the journal; 4 in the first minute of an hour) and a GET for each session, bell and object
-of the journal that changed since, and for each task that was put back, 50 at most. At one in 2 s that is 5,400 LISTs an hour,
-whatever the number of tasks. What it cannot see: tasks quicker than a heartbeat start unseen, and show when they ended; an end
-shows when the journal is written, up to 10 s late; submits beyond the last 64 hints of a bell, and what a client cancels, not at
-all.
+A poll costs 3 LISTs (sessions, bells, the journal; 4 in the first minute of an hour), a GET for each session, bell and object of
+the journal that changed since, and a GET for each task that was put back, 50 at most. At one poll in 2 s that is 5,400 LISTs an
+hour, whatever the number of tasks.
+
+A poll does not see everything. A task that is quicker than a heartbeat shows no start. An end shows when the journal is written,
+up to 10 s late. Submits beyond the last 64 hints of a bell, and tasks that a client cancels, do not show at all.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from buquet import keys
-from buquet.codec import decode_record
-from buquet.errors import UnreadableRecord
 from buquet.insights.journal import Journal
-from buquet.insights.scan import Scan
-from buquet.records import Bell, ErrorInfo, Record, Session, Task
-from buquet.store.base import Listed, Stored
+from buquet.insights.scan import Folder, Scan
+from buquet.records import Bell, ErrorInfo, Session, Task
 
 if TYPE_CHECKING:
     from buquet.queue.client import Client
     from buquet.records import Finished
 
-R = TypeVar("R", bound=Record)
-
 READ = 50
 """Records of tasks that were put back, read in one poll at most."""
 BACK = {"retry": "retried", "snoozed": "snoozed", "released": "released", "lost": "lost", "redriven": "redriven"}
-EVENTS = (
-    "submitted",
-    "started",
-    "retried",
-    "snoozed",
-    "released",
-    "lost",
-    "redriven",
-    "completed",
-    "failed",
-    "cancelled",
-    "expired",
-)
+EVENTS = ("submitted", "started", *BACK.values(), "completed", "failed", "cancelled", "expired")
 
 
-class Happening(msgspec.Struct, kw_only=True, omit_defaults=True):
+class TailEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One event."""
 
     at: int
@@ -64,129 +47,102 @@ class Happening(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Tail:
-    """Looks again and again; the first poll only learns what is there. Empty filters do not restrict.
+    """Polls for events. The first poll only learns the state of the bucket. Empty filters do not restrict.
 
-    >>> for happening in await tail.poll(): ...  # doctest: +SKIP
+    >>> for event in await tail.poll(): ...  # doctest: +SKIP
     """
 
     def __init__(self, client: Client, *, queue: str | None = None, name: str | None = None, event: str | None = None) -> None:
-        self.client = client
         self.queue = queue
         self.name = name
         self.event = event
         self.journal = Journal(client, hours=1 / 12, most=20_000)
         self.scan = Scan(client)
-        self._etags: dict[str, str | None] = {}
-        self._claims: dict[str, set[str]] = {}
-        """The tokens in each session's list."""
+        self._sessions = Folder(client, keys.WORKERS, Session, keys.session_of)
+        self._bells = Folder(client, keys.BELLS, Bell, bool)
+        self._claims: set[str] = set()
+        """The tokens in all sessions at the last poll."""
         self._rings: dict[str, int] = {}
-        """The last ring met of each bell."""
-        self._told: dict[tuple[str, int], None] = {}
+        """The rev of each bell at the last poll, by its key."""
+        self._shown: dict[tuple[str, int], None] = {}
+        """Tasks that were put back and shown, with the time of that."""
         self._begun = False
 
-    async def poll(self) -> list[Happening]:
-        """Return what happened since the last poll, in order. Raises StoreError: the next poll tells all of it then."""
-        known = dict(self._etags), dict(self._claims), dict(self._rings), dict(self._told)
-        try:
-            seen = [*await self._rung(), *await self._started()]
-            found = [*seen, *(_ended(line) for line in await self.journal.refresh() if line.kind != "attempt")]
-        except BaseException:
-            self._etags, self._claims, self._rings, self._told = known
-            raise
+    async def poll(self) -> list[TailEvent]:
+        """Return the events since the last poll, in order. Raises StoreError; the next poll then returns all of them."""
+        await self._bells.look()
+        await self._sessions.look()
+        back = await self._put_back() if self._begun else []
+        lines = await self.journal.refresh()
+        # from here on nothing fails
+        events = [*self._submitted(), *back, *self._started(), *(_ended(line) for line in lines if line.kind != "attempt")]
+        self._claims = {claim.token for session in self._sessions.records.values() for claim in session.claims}
+        self._rings = {key: bell.rev for key, bell in self._bells.records.items()}
+        self._shown |= dict.fromkeys((event.id, event.at) for event in back)
+        while len(self._shown) > 20 * READ:
+            del self._shown[next(iter(self._shown))]
         if not self._begun:
             self._begun = True
             return []
-        fits = [
-            each
-            for each in found
-            if self.queue in {None, each.queue} and self.name in {None, each.name} and self.event in {None, each.event}
-        ]
-        return sorted(fits, key=lambda each: each.at)
+        return sorted(filter(self._takes, events), key=lambda event: event.at)
 
-    async def _changed(self, prefix: str, kind: type[R]) -> list[R]:
-        """GET the records that changed under a prefix since the last poll, in the order of keys."""
-        changed: list[Listed] = []
-        there: set[str] = set()
-        async for page in self.client.reads.pages(prefix):
-            there.update(each.key for each in page)
-            changed += [each for each in page if each.etag is None or self._etags.get(each.key) != each.etag]
-        for key in [key for key in self._etags if key.startswith(prefix) and key not in there]:
-            del self._etags[key]
-            self._claims.pop(key, None)
-        found: list[R] = []
-        for each in changed:
-            stored = await self.client.reads.get(each.key)
-            if isinstance(stored, Stored):
-                self._etags[each.key] = stored.etag
-                with suppress(UnreadableRecord):
-                    found.append(decode_record(kind, stored.body, each.key))
-        return found
+    def _takes(self, event: TailEvent) -> bool:
+        return self.queue in {None, event.queue} and self.name in {None, event.name} and self.event in {None, event.event}
 
-    async def _started(self) -> list[Happening]:
-        found: list[Happening] = []
-        for session in await self._changed(keys.WORKERS, Session):
-            key = keys.session(session.id)
-            before = self._claims.get(key, set())
-            self._claims[key] = {claim.token for claim in session.claims}
-            queue = session.queues[0] if len(session.queues) == 1 else ""
-            found += [
-                Happening(at=claim.since, event="started", id=claim.task, name=claim.name, queue=queue, worker=session.id)
-                for claim in session.claims
-                if claim.token not in before
-            ]
-        if self._begun:
-            await self._add_queues([each for each in found if not each.queue][:READ])
-        return found
+    def _hinted(self) -> list[keys.Entry]:
+        """Return the entries that bells name since the last poll."""
+        hints = (
+            hint
+            for key, bell in sorted(self._bells.records.items())
+            for ring, hint in bell.hints
+            if ring > self._rings.get(key, -1)
+        )
+        return [entry for hint in hints if (entry := keys.parse_entry(hint)) is not None]
 
-    async def _add_queues(self, found: list[Happening]) -> None:
-        """Read of which queue tasks are whose worker serves several."""
-        listed = [Listed(keys.task(each.id), None, 0, 0) for each in found]
-        queues = {task.id: task.queue async for task in self.scan.tasks(listed)}
-        for each in found:
-            each.queue = queues.get(each.id, "")
+    def _submitted(self) -> list[TailEvent]:
+        entries = [entry for entry in self._hinted() if not entry.rev]
+        return [TailEvent(at=entry.at, event="submitted", id=entry.task, name=entry.name, queue=entry.queue) for entry in entries]
 
-    async def _rung(self) -> list[Happening]:
-        entries: list[keys.Entry] = []
-        for bell in await self._changed(keys.BELLS, Bell):
-            hinted = [(ring, entry) for ring, key in bell.hints if (entry := keys.parse_entry(key)) is not None]
-            entries += [entry for ring, entry in hinted if ring > self._rings.get(entry.queue, -1)]
-            self._rings.update((entry.queue, bell.rev) for _, entry in hinted)
-        if not self._begun:
-            return []
-        found = [
-            Happening(at=entry.at, event="submitted", id=entry.task, name=entry.name, queue=entry.queue)
-            for entry in entries
-            if not entry.rev
-        ]
-        back = {entry.task: Listed(keys.task(entry.task), None, 0, 0) for entry in entries if entry.rev}
-        async for task in self.scan.tasks(list(back.values())[:READ]):
-            found += self._put_back(task)
-        return found
+    async def _put_back(self) -> list[TailEvent]:
+        """Return how tasks came back last, each once."""
+        records = list(dict.fromkeys(keys.task(entry.task) for entry in self._hinted() if entry.rev))
+        events: list[TailEvent] = []
+        async for task in self.scan.records(Task, records[:READ]):
+            last = next((event for event in reversed(task.events) if event.why in BACK), None)
+            if last is not None and (task.id, last.at) not in self._shown:
+                events.append(
+                    TailEvent(
+                        at=last.at,
+                        event=BACK[last.why],
+                        id=task.id,
+                        name=task.name,
+                        queue=task.queue,
+                        worker=last.worker,
+                        attempt=last.attempt,
+                        detail=last.detail,
+                    )
+                )
+        return events
 
-    def _put_back(self, task: Task) -> list[Happening]:
-        """Return how a task came back last, once."""
-        last = next((event for event in reversed(task.events) if event.why in BACK), None)
-        if last is None or (task.id, last.at) in self._told:
-            return []
-        self._told[task.id, last.at] = None
-        while len(self._told) > 20 * READ:
-            del self._told[next(iter(self._told))]
+    def _started(self) -> list[TailEvent]:
         return [
-            Happening(
-                at=last.at,
-                event=BACK[last.why],
-                id=task.id,
-                name=task.name,
-                queue=task.queue,
-                worker=last.worker,
-                attempt=last.attempt,
-                detail=last.detail,
+            TailEvent(
+                at=claim.since,
+                event="started",
+                id=claim.task,
+                name=claim.name,
+                # claims of older workers do not name their queue
+                queue=claim.queue or (session.queues[0] if len(session.queues) == 1 else ""),
+                worker=session.id,
             )
+            for session in self._sessions.records.values()
+            for claim in session.claims
+            if claim.token not in self._claims
         ]
 
 
-def _ended(line: Finished) -> Happening:
-    return Happening(
+def _ended(line: Finished) -> TailEvent:
+    return TailEvent(
         at=line.at,
         event=line.status,
         id=line.id,

@@ -1,4 +1,4 @@
-"""Tasks, found and counted by their records and entries."""
+"""Tasks, found and counted: by their records and entries, and for a dashboard first in the memory of its Feed."""
 
 from __future__ import annotations
 
@@ -6,51 +6,81 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import msgspec
-
 from buquet import keys
-from buquet.insights.fleet import known_queues, sessions
-from buquet.insights.scan import Scan, newest, records
-from buquet.printing import in_seconds
-from buquet.records import STATES, State
-from buquet.store.base import Listed
+from buquet.errors import StoreError, TaskNotFound
+from buquet.insights.fleet import is_ready, known_queues
+from buquet.insights.scan import Folder, Scan
+from buquet.queue.names import is_system
+from buquet.records import STATES, Session, State, Task
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from buquet.queue.client import Client
-    from buquet.records import Task
+    from buquet.insights.feed import Feed
+    from buquet.records import Finished
+    from buquet.store.base import Listed
 
 Status: TypeAlias = Literal[State, "retrying"]
-"""What people see of a task: its record's state, or `retrying` for one that is pending since an attempt failed."""
+"""What people see of a task: its record's state, or `retrying` for a pending task after a failed attempt."""
 STATUSES: tuple[Status, ...] = (STATES[0], "retrying", *STATES[1:])
 UNFINISHED: frozenset[State] = frozenset({"pending", "running"})
+OPEN = {*UNFINISHED, "retrying"}
 CHEAP = 10_000
-"""Up to this many records their states are counted by reading each."""
+"""Up to this many records are read to count their statuses."""
 FRONT = 200
-"""Entries at the front of each lane that are looked at for tasks which run and are in no session's list yet."""
+"""Entries at the front of each lane that may belong to running tasks which no session lists yet."""
+TRIED = 64
+"""Pairs of queue and name that are tried for a key at most: a GET for each."""
+TAGGED = 300
+"""Records of unfinished tasks that a search by tag reads at most."""
+SCANNED = 1000
+"""Tasks that a search through the records returns at most."""
 
 
 def status_of(task: Task) -> Status:
-    """Return a task's status: `retrying` where it waits for another attempt after one that failed or lost its worker."""
+    """Return a task's status: `retrying` where it waits for another attempt, after one that failed or lost its worker."""
     tried = task.failures or task.losses or task.error
     return "retrying" if task.state == "pending" and tried else task.state
 
 
-class States(msgspec.Struct, kw_only=True):
+def wanted_status(status: Status | None) -> tuple[tuple[State, ...], bool]:
+    """Return `states` and `retrying` of the Filter for a status; None does not restrict."""
+    if status == "retrying":
+        return ("pending",), True
+    return (status,) if status else (), False
+
+
+# ------------------------------------------------------------------ by records and entries
+
+
+@dataclass
+class Counts:
     """All tasks by status, as their records say."""
 
-    counts: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    running: dict[str, set[str]] = msgspec.field(default_factory=dict[str, set[str]])
+    counts: Counter[str] = field(default_factory=Counter[str])
+    running: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
     """Ids of the running tasks, by queue."""
-    retrying: set[str] = msgspec.field(default_factory=set[str])
+    retrying: set[str] = field(default_factory=set[str])
     """Ids of the tasks that wait for another attempt."""
 
     def by_state(self) -> dict[str, int]:
-        """Return the counts by the records' states: one that is retried is pending."""
+        """Return the counts by the records' states: a task that is retried is pending."""
         counts = Counter(self.counts)
         counts["pending"] += counts.pop("retrying", 0)
         return dict(+counts)
+
+
+async def count(scan: Scan, records: Sequence[str]) -> Counts:
+    """Count the tasks of some records, by their keys."""
+    found = Counts()
+    async for task in scan.records(Task, records):
+        status = status_of(task)
+        found.counts[status] += 1
+        if status == "retrying":
+            found.retrying.add(task.id)
+        if task.state == "running":
+            found.running.setdefault(task.queue, set()).add(task.id)
+    return found
 
 
 @dataclass
@@ -59,13 +89,13 @@ class Filter:
 
     states: tuple[State, ...] = ()
     retrying: bool = False
-    """Only those that wait for another attempt after one that failed."""
+    """Only tasks that wait for another attempt after a failed one."""
     queue: str | None = None
     name: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def takes(self, task: Task) -> bool:
-        """Tell whether a task is meant."""
+        """Return whether a task is meant."""
         return (
             (task.state in self.states if self.states else task.state != "tombstone")
             and (not self.retrying or status_of(task) == "retrying")
@@ -75,75 +105,229 @@ class Filter:
         )
 
 
-async def find(client: Client, wanted: Filter, limit: int | None, scan: Scan) -> list[Task]:
+async def find(wanted: Filter, limit: int | None, scan: Scan) -> list[Task]:
     """Return the tasks that a filter takes, the last changed first, at most `limit`.
 
-    Pending and running ones are found by entries and sessions, whatever the number of ended ones; all others by a LIST of all
-    records, read from the last changed on until there are enough.
+    Pending and running tasks are found by entries and sessions, however many have ended. Other tasks are found by a LIST of all
+    records, which are read from the last changed on until there are enough.
     """
     if wanted.states and UNFINISHED.issuperset(wanted.states):
-        listed = await _unfinished(client, wanted, scan)
+        records = await _unfinished(wanted, scan)
     else:
-        listed = await records(client, scan.progress)
+        records = await scan.keys(keys.TASKS, keys.task_id_of)
     found: list[Task] = []
-    async for task in scan.tasks(listed):
+    async for task in scan.records(Task, records):
         if wanted.takes(task):
             found.append(task)
-            if limit is not None and len(found) >= limit:
+            if len(found) == limit:
                 break
-    if scan.progress:
-        scan.progress(len(listed), len(listed))
+    scan.done(len(records))
     return found
 
 
-async def _unfinished(client: Client, wanted: Filter, scan: Scan) -> list[Listed]:
-    """List where the records of pending or running tasks are, the last added or claimed first.
+async def _unfinished(wanted: Filter, scan: Scan) -> list[str]:
+    """Return the records of pending or running tasks, the last added or claimed first.
 
-    Pending tasks have entries. Running ones are in their session's list, and until the heartbeat that puts them there their
-    entry stays, at the front of its lane.
+    Pending tasks have entries. Running tasks are in their session's list; until the heartbeat that puts them there, they keep
+    their entry at the front of its lane.
     """
-    found: dict[str, Listed] = {}
-    fleet = await sessions(client, scan)
-    for queue in [wanted.queue] if wanted.queue is not None else await known_queues(client, (each for _, each in fleet)):
+    reads = scan.client.reads
+    times: dict[str, float] = {}
+
+    def add(page: Iterable[Listed]) -> None:
+        for item in page:
+            entry = keys.parse_entry(item.key)
+            # the entry of a task that was never put back is of its first version
+            if entry and wanted.name in {None, entry.name} and (entry.rev or not wanted.retrying):
+                times[entry.task] = item.modified
+
+    sessions = Folder(scan.client, keys.WORKERS, Session, keys.session_of)
+    await sessions.look()
+    scan.unreadable += sessions.unreadable.values()
+    served = (queue for session in sessions.records.values() for queue in session.queues)
+    for queue in [wanted.queue] if wanted.queue is not None else await known_queues(scan.client, served):
         for lane in keys.lanes(queue):
             if "pending" in wanted.states:
-                async for page in client.reads.pages(lane):
-                    _note_entries(found, page, wanted)
+                async for page in reads.pages(lane):
+                    add(page)
             else:
-                _note_entries(found, await client.reads.list(lane, limit=FRONT), wanted)
+                add(await reads.list(lane, limit=FRONT))
     if "running" in wanted.states:
-        for _, session in fleet:
-            for claim in session.claims:
-                if wanted.name in {None, claim.name}:
-                    found[claim.task] = Listed(keys.task(claim.task), None, in_seconds(claim.since), 0)
-    return sorted(found.values(), key=newest)
+        claims = [claim for session in sessions.records.values() for claim in session.claims]
+        times |= {claim.task: claim.since / 1000 for claim in claims if wanted.name in {None, claim.name}}
+    return [keys.task(task) for task in sorted(times, key=lambda task: (-times[task], keys.task(task)))]
 
 
-def _note_entries(found: dict[str, Listed], page: Sequence[Listed], wanted: Filter) -> None:
-    for each in page:
-        entry = keys.parse_entry(each.key)
-        # the entry of a task that was never put back is of its first version
-        if entry and wanted.name in {None, entry.name} and (entry.rev or not wanted.retrying):
-            found[entry.task] = Listed(keys.task(entry.task), None, each.modified, 0)
+# ------------------------------------------------------------------ rows of a list
 
 
-def wanted_status(status: Status | None) -> tuple[tuple[State, ...], bool]:
-    """Return what a Filter's `states` and `retrying` are for a status; None does not restrict."""
+@dataclass(frozen=True)
+class Row:
+    """One task of a list."""
+
+    id: str
+    name: str
+    queue: str
+    status: Status
+    at: int
+    """When it ended, was claimed, or is due, milliseconds since 1970."""
+    attempts: int = 0
+    took: int = 0
+    """Milliseconds from its last claim to its end."""
+    remark: str = ""
+    tags: dict[str, str] = field(default_factory=dict[str, str])
+    run: str = ""
+    """Its run, where that is known."""
+    step: str = ""
+    pack: int = 0
+    """How many items of a batch it holds."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a search is for. Empty fields do not restrict."""
+
+    text: str = ""
+    """Part of the id, the name, or the error."""
+    status: Status | None = None
+    queue: str = ""
+    name: str = ""
+    key: str = ""
+    tag: str = ""
+    """NAME=VALUE, or NAME for any value."""
+    everywhere: bool = False
+    """Search all records, with a GET for each, and not only the tasks that ended lately, run or are pending."""
+    since: int = 0
+    """Of the tasks that ended, only those that ended since then: milliseconds since 1970."""
+
+    def takes(self, row: Row) -> bool:
+        """Return whether a task is meant."""
+        tag, equals, value = self.tag.partition("=")
+        if is_system(row.name) and not (self.name or self.text):
+            return False  # it delivers an event of a run: the run's page shows that
+        return (
+            self.status in {None, row.status}
+            and self.queue in {"", row.queue}
+            and self.name in {"", row.name}
+            and (not tag or (row.tags.get(tag) == value if equals else tag in row.tags))
+            and (not self.text or any(self.text.lower() in part.lower() for part in (row.id, row.name, row.remark)))
+        )
+
+
+async def search(feed: Feed, wanted: Wanted, progress: Callable[[int, int], None] | None = None) -> list[Row]:
+    """Return the tasks that are meant: running, retrying, ready, ended (the last first), and waiting for their time.
+
+    `progress` is called with the number of records read and of all records.
+    """
+    scan = Scan(feed.direct, progress)
+    if wanted.key:
+        return [row for row in await _by_key(feed, wanted.key, scan) if wanted.takes(row)]
+    if wanted.everywhere:
+        name, equals, value = wanted.tag.partition("=")
+        tags = {name: value} if equals else {}
+        # `find` counts before the text is searched, so its limit is larger than a page
+        meant = Filter(*wanted_status(wanted.status), wanted.queue or None, wanted.name or None, tags)
+        return [row for row in map(row_of, await find(meant, SCANNED, scan)) if wanted.takes(row)]
+    if not wanted.tag:
+        return [row for row in _in_memory(feed, wanted.since) if wanted.takes(row)]
+    # neither entries nor sessions have the tags of unfinished tasks
+    rows = [row for row in _in_memory(feed, wanted.since) if wanted.takes(row) or row.status in OPEN]
+    unfinished = [keys.task(row.id) for row in rows if row.status in OPEN and wanted.name in {"", row.name}]
+    known = {task.id: row_of(task) async for task in scan.records(Task, unfinished[:TAGGED])}
+    return [row for row in (known.get(row.id, row) for row in rows) if wanted.takes(row)]
+
+
+def row_of(task: Task) -> Row:
+    """Return a record as a row of a list."""
+    status = status_of(task)
+    error = f"{task.error.type}: {task.error.message}" if task.error and status != "completed" else ""
+    remark = _failed_attempt(task.attempt, task.max_attempts, error) if status == "retrying" else error
+    began = next((event.at for event in reversed(task.events) if event.state == "running"), 0)
+    return Row(
+        id=task.id,
+        name=task.name,
+        queue=task.queue,
+        status=status,
+        at=task.finished or (began if task.state == "running" else task.due or task.created),
+        attempts=task.attempt,
+        took=max(task.finished - began, 0) if task.finished and began else 0,
+        remark=remark or (f"key {task.key}" if task.key else ""),
+        tags=task.tags,
+        run=task.run,
+        step=task.step,
+        pack=task.pack,
+    )
+
+
+def _row_of_line(line: Finished, status: Status, at: int) -> Row:
+    remark = f"{line.error.type}: {line.error.message}" if line.error else ""
     if status == "retrying":
-        return ("pending",), True
-    return (status,) if status else (), False
+        remark = _failed_attempt(line.attempts, line.max_attempts, remark)
+    return Row(
+        id=line.id,
+        name=line.name,
+        queue=line.queue,
+        status=status,
+        at=at,
+        attempts=line.attempts,
+        took=0 if status == "retrying" else line.ran,
+        remark=remark,
+        tags=line.tags,
+        run=line.run,
+        step=line.step,
+        pack=line.pack,
+    )
 
 
-async def states(scan: Scan, listed: Sequence[Listed]) -> States:
-    """Count records by status."""
-    found = States()
-    count: Counter[str] = Counter()
-    async for task in scan.tasks(listed):
-        status = status_of(task)
-        count[status] += 1
-        if status == "retrying":
-            found.retrying.add(task.id)
-        if task.state == "running":
-            found.running.setdefault(task.queue, set()).add(task.id)
-    found.counts = dict(count)
-    return found
+def _failed_attempt(attempt: int, most: int, error: str) -> str:
+    which = f"attempt {attempt} of {most} failed" if most else f"attempt {attempt} failed"
+    return f"{which}: {error}" if error else which
+
+
+def _in_memory(feed: Feed, since: int) -> Iterator[Row]:
+    retrying, now = feed.retrying, feed.due_by
+    claims = {claim.task: claim for session in feed.workers.live() for claim in session.claims}
+    shown = set(claims)
+    for claim in sorted(claims.values(), key=lambda claim: -claim.since):
+        remark = f"{claim.progress.fraction:.0%} {claim.progress.message}".strip() if claim.progress else ""
+        yield Row(claim.task, claim.name, claim.queue, "running", claim.since, remark=remark, run=claim.run)
+    pending = sorted((entry for entry in feed.backlog.entries.values() if entry.task not in shown), key=lambda entry: entry.at)
+    shown.update(entry.task for entry in pending)
+    for entry in pending:
+        if entry.task in retrying:
+            yield _row_of_line(retrying[entry.task], "retrying", entry.at)
+    first = [entry for entry in pending if entry.task not in retrying]
+    for entry in reversed(first):
+        if is_ready(entry, now):
+            remark = "" if entry.priority is None else f"priority {entry.priority}"
+            yield Row(entry.task, entry.name, entry.queue, "pending", entry.at, remark=remark)
+    for line in feed.journal.select(since=since):
+        if line.id not in shown:
+            shown.add(line.id)
+            yield _row_of_line(line, line.status, line.at)
+    for entry in first:
+        if not is_ready(entry, now):
+            yield Row(entry.task, entry.name, entry.queue, "pending", entry.at, remark="waits for its time")
+
+
+async def _by_key(feed: Feed, key: str, scan: Scan) -> list[Row]:
+    """Return the tasks of an idempotency key: one for each queue and name that are known and have it."""
+    pairs = dict.fromkeys((line.queue, line.name) for line in reversed(feed.journal.lines))
+    pairs |= dict.fromkeys((entry.queue, entry.name) for entry in feed.backlog.entries.values())
+    sessions = feed.workers.records.values()
+    pairs |= dict.fromkeys((queue, name) for session in sessions for queue in session.queues for name in session.names)
+    named = [(queue, name) for queue, name in pairs if keys.is_name(queue) and keys.is_name(name)]
+    records = [keys.task(keys.keyed_id(queue, name, key)) for queue, name in named[:TRIED]]
+    return [row_of(task) async for task in scan.records(Task, records) if task.state != "tombstone"]
+
+
+async def exact(feed: Feed, text: str) -> str | None:
+    """Return a text that is the id of a task; None where there is no such task, or the store does not answer."""
+    task_id = text.strip().lower()
+    if not keys.is_id(task_id):
+        return None
+    try:
+        await feed.task(task_id)
+    except (TaskNotFound, StoreError):
+        return None
+    return task_id

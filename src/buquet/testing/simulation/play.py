@@ -10,9 +10,10 @@ its one end, and leave nothing behind an hour later. In good weather no task may
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import msgspec
 
@@ -411,7 +412,7 @@ def simulate(seed: int, *, keep: bool = False) -> SeedResult:
     """
     world = World(seed, keep=keep)
     play = Play(world)
-    with _small_limits(world), _defects_found(world):
+    with _patched(world):
         try:
             world.loop.run_until_complete(play.run())
         except RuntimeError as error:
@@ -432,8 +433,8 @@ def simulate(seed: int, *, keep: bool = False) -> SeedResult:
 
 
 @contextmanager
-def _small_limits(world: World) -> Generator[None]:
-    """Make some limits small, so that seeds often pass them, and keep file paths out of the trace."""
+def _patched(world: World) -> Generator[None]:
+    """Make some limits small, so that seeds often pass them; keep file paths out of the trace; report logged defects."""
     random = world.random
     tight = Clock(f"sizes of {world.seed}".encode()).random.random() < 0.2  # apart from the play's own draws
     changed: tuple[tuple[Any, str, Any], ...] = (
@@ -443,28 +444,10 @@ def _small_limits(world: World) -> Generator[None]:
         (committer, "ROOM", 1000 if tight else committer.ROOM),
         (committer, "SMALL", 8 if tight else committer.SMALL),
         (logs, "traceback_of", repr),
+        (logging.getLogger("buquet"), "propagate", False),
+        (logging.getLogger("buquet"), "handlers", [Defects(world)]),
     )
-    before = [(module, name, getattr(module, name)) for module, name, _ in changed]
-    for module, name, value in changed:
-        setattr(module, name, value)
-    try:
+    with ExitStack() as stack:
+        for owner, name, value in changed:
+            stack.enter_context(patch.object(owner, name, value))
         yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
-
-
-@contextmanager
-def _defects_found(world: World) -> Generator[None]:
-    """Make findings of the log lines in which the code reports a defect, and drop the others."""
-    log = logging.getLogger("buquet")
-    before = (log.level, log.propagate, list(log.handlers))
-    log.setLevel(logging.ERROR)
-    log.propagate = False
-    log.handlers = [Defects(world)]
-    try:
-        yield
-    finally:
-        log.setLevel(before[0])
-        log.propagate = before[1]
-        log.handlers = before[2]

@@ -90,39 +90,6 @@ class Measured(NamedTuple):
     """Requests of the worker per drained task, by kind."""
 
 
-class _Bench:
-    """One process of the benchmark: a client whose requests are counted, and the two tasks."""
-
-    max_items: int | None = None
-
-    def __init__(self, url: str, queue: str, clock: Clock) -> None:
-        self.clock = clock
-        self.queue = queue
-        self.store = CountingStore(open_store(url, clock))
-        self.background = Background()
-        self.client = Client(self.store, clock, self.background)
-        self.noop = self._task(self._noop)
-        self.started = self._task(self._started)
-
-    def _task(self, function: Callable[..., Any]) -> AsyncTaskFunction[..., Any]:
-        return AsyncTaskFunction(self, function, function.__name__, self.queue, Policy(), SubmitOptions())
-
-    async def _noop(self) -> None:
-        """Do nothing."""
-
-    async def _started(self) -> float:
-        """Return the time by this machine's clock, which its processes share."""
-        return self.clock.now()
-
-    def worker(self, concurrency: int, *, drain: bool) -> Worker:
-        tasks = {task.name: task for task in (self.noop, self.started)}
-        return Worker(self.client, tasks, concurrency=concurrency, drain=drain, grace=5)
-
-    async def close(self) -> None:
-        await self.client.close()
-        self.background.stop()
-
-
 async def bench(
     url: str,
     clock: Clock,
@@ -139,21 +106,20 @@ async def bench(
     at each stage. Raises StoreError.
     """
     on_progress = on_progress or (lambda _text: None)
-    queue = f"bench-{clock.new_op()}"
-    one = _Bench(url, queue, clock)
-    ids: list[str] = []
+    one = _Bench(url, f"bench-{clock.new_op()}", clock)
     try:
         await one.client.open()
         on_progress(f"submitting {counted(tasks, 'task')}")
-        submit_rate, submit_requests = await _submit(one, tasks, ids)
+        submit_rate, submit_requests = await one.submit(tasks)
         on_progress(f"draining them with one worker, {concurrency} at once")
-        drain_rate, run_requests = await _drain(one, tasks, concurrency)
+        drain_rate, run_requests = await one.drain(tasks, concurrency)
         on_progress(f"{counted(samples, 'task')}, one at a time, for a worker that is idle")
-        waits = sorted(await _latencies(one, url, samples, ids))
+        waits = sorted(await one.latencies(samples))
     finally:
         on_progress("cleaning up")
-        await _clean_up(one, ids)
-        await one.close()
+        await one.clean_up()
+        await one.client.close()
+        one.background.stop()
     return Measured(
         url=one.store.url,
         tasks=tasks,
@@ -168,67 +134,109 @@ async def bench(
     )
 
 
-async def _submit(one: _Bench, tasks: int, ids: list[str]) -> tuple[float, dict[str, float]]:
-    one.store.counts.clear()
-    begun = one.clock.monotonic()
-    ids += [handle.id for handle in await one.noop.asubmit_many(() for _ in range(tasks))]
-    took = one.clock.monotonic() - begun
-    await one.client.ringer.flush()
-    return tasks / took, _per_task(one, tasks)
+class _Bench:
+    """One process of the benchmark: a client whose requests are counted, and the two tasks."""
 
+    max_items: int | None = None
 
-async def _drain(one: _Bench, tasks: int, concurrency: int) -> tuple[float, dict[str, float]]:
-    worker = one.worker(concurrency, drain=False)
-    one.store.counts.clear()
-    begun = one.clock.monotonic()
-    running = asyncio.create_task(worker.arun())
-    try:
-        # the worker's own count: requests to the store would be counted, and a drain waits for late entries
-        while worker.keeper.completed < tasks or worker.running:
-            await one.clock.sleep(0.002)
-            if running.done() or one.clock.monotonic() - begun > LONGEST:
-                done = f"only {worker.keeper.completed:,} of {counted(tasks, 'task')} completed"
-                raise StoreUnfit(f"{done} in {LONGEST:g} s. Run `buquet doctor`")
-        took = one.clock.monotonic() - begun
-        requests = _per_task(one, tasks)
-    finally:
-        worker.stop()
-        await running
-    return tasks / took, requests
+    def __init__(self, url: str, queue: str, clock: Clock) -> None:
+        self.url = url
+        self.queue = queue
+        self.clock = clock
+        self.store = CountingStore(open_store(url, clock))
+        self.background = Background()
+        self.client = Client(self.store, clock, self.background)
+        self.noop = self._task(self._noop)
+        self.started = self._task(self._started)
+        self.ids: list[str] = []
+        """Ids of the tasks submitted so far."""
 
+    def _task(self, function: Callable[..., Any]) -> AsyncTaskFunction[..., Any]:
+        return AsyncTaskFunction(self, function, function.__name__, self.queue, Policy(), SubmitOptions())
 
-def _per_task(one: _Bench, tasks: int) -> dict[str, float]:
-    return {kind: round(one.store.total(kind) / tasks, 3) for kind in ("PUT", "GET", "LIST", "DELETE")}
+    async def _noop(self) -> None:
+        pass
 
+    async def _started(self) -> float:
+        """Return the time by this machine's clock, which its processes share."""
+        return self.clock.now()
 
-async def _latencies(one: _Bench, url: str, samples: int, ids: list[str]) -> list[float]:
-    async with _idle_worker(one, url):
-        warm: Handle[float] = await one.started.asubmit()
-        ids.append(warm.id)
-        await warm.aresult(timeout=START_TIMEOUT)
-        submitted: list[tuple[float, Handle[float]]] = []
-        for _ in range(samples):
-            await one.clock.sleep(EVERY)
-            at = one.clock.now()
-            handle: Handle[float] = await one.started.asubmit()
-            ids.append(handle.id)
-            submitted.append((at, handle))
-        return [await handle.aresult(timeout=START_TIMEOUT) - at for at, handle in submitted]
+    def worker(self, concurrency: int) -> Worker:
+        tasks = {task.name: task for task in (self.noop, self.started)}
+        return Worker(self.client, tasks, concurrency=concurrency, grace=5)
+
+    async def submit(self, tasks: int) -> tuple[float, dict[str, float]]:
+        """Submit the empty tasks. Return tasks per second, and requests per task."""
+        self.store.counts.clear()
+        begun = self.clock.monotonic()
+        self.ids += [handle.id for handle in await self.noop.asubmit_many(() for _ in range(tasks))]
+        took = self.clock.monotonic() - begun
+        await self.client.ringer.flush()
+        return tasks / took, self._per_task(tasks)
+
+    async def drain(self, tasks: int, concurrency: int) -> tuple[float, dict[str, float]]:
+        """Run the empty tasks in a worker. Return tasks per second, and requests per task."""
+        worker = self.worker(concurrency)
+        self.store.counts.clear()
+        begun = self.clock.monotonic()
+        async with _running(worker) as running:
+            # the worker's own count: requests to the store would be counted, and a drain waits for late entries
+            while worker.keeper.completed < tasks or worker.running:
+                await self.clock.sleep(0.002)
+                if running.done() or self.clock.monotonic() - begun > LONGEST:
+                    done = f"only {worker.keeper.completed:,} of {counted(tasks, 'task')} completed"
+                    raise StoreUnfit(f"{done} in {LONGEST:g} s. Run `buquet doctor`")
+            return tasks / (self.clock.monotonic() - begun), self._per_task(tasks)
+
+    def _per_task(self, tasks: int) -> dict[str, float]:
+        return {kind: round(self.store.total(kind) / tasks, 3) for kind in ("PUT", "GET", "LIST", "DELETE")}
+
+    async def latencies(self, samples: int) -> list[float]:
+        """Return how many seconds after its submit an idle worker starts each task."""
+        idle_worker = _running(self.worker(4)) if self.url == "memory:" else _child(self.url, self.queue)
+        async with idle_worker:
+            await (await self._submit_started()).aresult(timeout=START_TIMEOUT)
+            submitted: list[tuple[float, Handle[float]]] = []
+            for _ in range(samples):
+                await self.clock.sleep(EVERY)
+                submitted.append((self.clock.now(), await self._submit_started()))
+            return [await handle.aresult(timeout=START_TIMEOUT) - at for at, handle in submitted]
+
+    async def _submit_started(self) -> Handle[float]:
+        handle: Handle[float] = await self.started.asubmit()
+        self.ids.append(handle.id)
+        return handle
+
+    async def clean_up(self) -> None:
+        """Remove every key of the tasks. Keys that are left while the store is unavailable do no harm."""
+
+        async def remove(key: str) -> None:
+            await self.client.reads.delete(key)
+            if key.startswith(keys.TASKS):
+                await self.store.forget_versions(key)
+
+        with suppress(BuquetError):
+            await each_of(map(keys.task, self.ids), remove, AT_ONCE)
+            for prefix in (keys.ready_prefix(self.queue), keys.later_lane(self.queue)):
+                await each_of([listed.key async for listed in each_key(self.client.reads, prefix)], remove, AT_ONCE)
+            await self.client.ringer.flush()
+            await self.client.reads.delete(keys.bell(self.queue))
 
 
 @asynccontextmanager
-async def _idle_worker(one: _Bench, url: str) -> AsyncGenerator[None]:
-    """Run a worker: in its own process, unless the store is in memory."""
-    if url == "memory:":
-        worker = one.worker(4, drain=False)
-        running = asyncio.create_task(worker.arun())
-        try:
-            yield
-        finally:
-            worker.stop()
-            await running
-        return
-    command = [sys.executable, "-m", "buquet.operate.bench", url, one.queue]
+async def _running(worker: Worker) -> AsyncGenerator[asyncio.Task[None]]:
+    running = asyncio.create_task(worker.arun())
+    try:
+        yield running
+    finally:
+        worker.stop()
+        await running
+
+
+@asynccontextmanager
+async def _child(url: str, queue: str) -> AsyncGenerator[None]:
+    """Run an idle worker in a process of its own."""
+    command = [sys.executable, "-m", "buquet.operate.bench", url, queue]
     child = await asyncio.create_subprocess_exec(*command, stdin=subprocess.PIPE)
     try:
         yield
@@ -243,33 +251,10 @@ async def _idle_worker(one: _Bench, url: str) -> AsyncGenerator[None]:
             await child.wait()
 
 
-async def _clean_up(one: _Bench, ids: Sequence[str]) -> None:
-    """Remove every key of the tasks. Keys that are left while the store is unavailable do no harm."""
-
-    async def remove(key: str) -> None:
-        await one.client.reads.delete(key)
-        if key.startswith(keys.TASKS):
-            await one.store.forget_versions(key)
-
-    with suppress(BuquetError):
-        await each_of([keys.task(task_id) for task_id in ids], remove, AT_ONCE)
-        for prefix in (keys.ready_prefix(one.queue), keys.later_lane(one.queue)):
-            await each_of([listed.key async for listed in each_key(one.client.reads, prefix)], remove, AT_ONCE)
-        await one.client.ringer.flush()
-        await one.client.reads.delete(keys.bell(one.queue))
-
-
 def _share(ordered: Sequence[float], share: float) -> float:
     """Return the value below which a share of the ordered values lies."""
     return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else 0.0
 
 
-def _serve() -> None:
-    """Run the idle worker. The module's arguments are the URL and the queue."""
-    url, queue = sys.argv[1:]
-    one = _Bench(url, queue, Clock())
-    one.worker(4, drain=False).run()
-
-
-if __name__ == "__main__":
-    _serve()
+if __name__ == "__main__":  # the idle worker in a process of its own: see _child
+    _Bench(sys.argv[1], sys.argv[2], Clock()).worker(4).run()

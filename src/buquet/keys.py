@@ -139,14 +139,14 @@ def fire_id(schedule: str, fire: int) -> str:
     return _hashed("", "schedule", quoted(schedule, "schedule"), str(fire))
 
 
-def follow_up(run_id: str, kind: str, step: str, index: int, gen: int) -> str:
+def run_task_id(run_id: str, kind: str, step: str, index: int, gen: int) -> str:
     """Return the id of a run task, so that a second submit of it changes nothing."""
     return _hashed(run_id, kind, step, str(index), str(gen))
 
 
 def work(run_id: str, step: str, index: int, undone: int, digest: str, *, undoes: bool) -> str:
     """Return the key of a unit of work in a run. It is the same in each generation until the step is undone."""
-    return follow_up(run_id, f"{'undo' if undoes else 'step'} key {digest}", step, index, undone)
+    return run_task_id(run_id, f"{'undo' if undoes else 'step'} key {digest}", step, index, undone)
 
 
 def queues_hash(queues: tuple[str, ...]) -> str:

@@ -102,13 +102,36 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return ""
 
 
+if TYPE_CHECKING:
+    Why = Literal[
+        "submitted",
+        "claimed",
+        "taken over",
+        "completed",
+        "failed",
+        "retry",
+        "snoozed",
+        "released",
+        "lost",
+        "woken",
+        "cancel requested",
+        "cancelled",
+        "expired",
+        "redriven",
+        "pruned",
+        "its submit was never finished",
+    ]
+    """Why a task's status changed."""
+else:
+    Why = str  # a record of a newer buquet, with another word, stays readable
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One line of a task's timeline."""
 
     at: Time
     state: State
-    why: str
-    """submitted, claimed, completed, retry, snoozed, released, lost, cancelled, ..."""
+    why: Why
     attempt: Count = 0
     worker: str = ""
     detail: str = ""

@@ -133,8 +133,8 @@ async def a_run_half_way(clock):
     await app.aresume_queue("default")
     return app, {
         "start": keys.task(other.id),
-        "step": keys.task(keys.follow_up(run.id, "step", "double", 0, 1)),
-        "timer": keys.task(keys.follow_up(run.id, "timer", "sleep", 0, 1)),
+        "step": keys.task(keys.run_task_id(run.id, "step", "double", 0, 1)),
+        "timer": keys.task(keys.run_task_id(run.id, "timer", "sleep", 0, 1)),
         "run": keys.run(run.id),
         "settings": keys.queue_settings("default"),
         "schedule": keys.schedule("often"),

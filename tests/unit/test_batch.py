@@ -948,7 +948,7 @@ def test_a_damaged_checkpoint_is_named_and_no_lost_worker(checkpoint, in_a_run, 
             working = asyncio.ensure_future(rig.worker(concurrency=1, max_time=1).arun())
             await rig.app.apause_queue("default")
             await working
-            (task_id,) = [keys.follow_up(run.id, "step", "work", 0, 1)]
+            (task_id,) = [keys.run_task_id(run.id, "step", "work", 0, 1)]
         else:
             batch = await work.abatch([1, 2, 3], pack=3)
             (task_id,) = batch.task_ids

@@ -373,4 +373,4 @@ def test_a_record_that_is_too_large_is_not_parsed():
 def test_what_calls_a_function_is_refused_where_it_is_declared(kind, options):
     declare = getattr(App("memory:"), kind)(**options)
     with pytest.raises(UsageError, match=r"wrap it in .* with declared parameters"):
-        declare(partial(keys.follow_up, "a"))
+        declare(partial(keys.run_task_id, "a"))

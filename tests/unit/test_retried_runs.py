@@ -54,7 +54,7 @@ def test_a_retried_step_reads_the_tasks_of_its_earlier_generations_side_by_side(
         with pytest.raises(RunFailed):
             await run.aresult(timeout=5)
         good = True
-        earlier = [keys.task(keys.follow_up(run.id, kind, "step", 0, gen)) for gen in range(1, 7) for kind in ("step", "undo")]
+        earlier = [keys.task(keys.run_task_id(run.id, kind, "step", 0, gen)) for gen in range(1, 7) for kind in ("step", "undo")]
         store.watched = frozenset(earlier)
         await run.aretry()
         await clock.sleep(2)

@@ -203,7 +203,7 @@ async def test_the_entry_of_a_run_whose_start_is_under_way_is_left(app, store, c
 async def test_a_key_begins_no_next_life_while_a_task_of_the_last_one_is_left(app, store, clock):
     flow = declare(app)
     run = await finished(app, flow, key="k")
-    step = keys.task(keys.follow_up(run.id, "step", "fail", 0, 1))
+    step = keys.task(keys.run_task_id(run.id, "step", "fail", 0, 1))
     there = await store.get(step)
     record = json.loads(there.body)
     record["finished"] += int(DAY * 1000)  # by a clock that was ahead

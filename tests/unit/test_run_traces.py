@@ -521,7 +521,7 @@ def test_the_timer_of_a_settled_wait_does_not_stay_live(gone):
         rig = Rig(clock, with_timer)
         run = await rig.start(1)
         one, two = await rig.worker(), await rig.worker()
-        timer = keys.follow_up(run.id, "timer", "approved", 0, 1)
+        timer = keys.run_task_id(run.id, "timer", "approved", 0, 1)
         stop = one.store.pause("put", "later/")
         if not gone:
             stop.go.set()
@@ -992,7 +992,7 @@ async def test_a_retry_that_is_carried_twice_is_applied_once(rig):
     await run.aretry()
     one, two = await rig.worker(hands=False), await rig.worker()
     retry = await rig.carrier(run, "buquet.retry")
-    stop = one.store.pause("create", keys.task(keys.follow_up(run.id, "step", "a", 0, 2)), when="after")
+    stop = one.store.pause("create", keys.task(keys.run_task_id(run.id, "step", "a", 0, 2)), when="after")
     one.pursue(retry)
     await stop.reached.wait()
     await two.pursue(await rig.carrier(run, "a"))
@@ -1010,7 +1010,7 @@ async def test_a_cancel_that_was_meant_for_an_earlier_generation_changes_nothing
     run = await rig.start(1)
     one = await rig.worker(hands=False)
     await one.pursue(run.id)
-    cancel = keys.follow_up(run.id, "cancel", "", 1, 1)
+    cancel = keys.run_task_id(run.id, "cancel", "", 1, 1)
     now = rig.clock.now_ms()
     task = Task(id=cancel, queue="default", name="buquet.cancel", state="pending", created=now, priority=0, run=run.id, gen=1)
     await rig.sender.app.client.submit(task, b"{}")
@@ -1098,7 +1098,7 @@ async def test_a_step_is_neither_redriven_nor_pruned_by_itself(rig):
     rig.breaks.add("a")
     run = await rig.start(1)
     await rig.drain()
-    a = keys.follow_up(run.id, "step", "a", 0, 1)
+    a = keys.run_task_id(run.id, "step", "a", 0, 1)
     with pytest.raises(Refused, match="run retry"):
         await rig.sender.app.aredrive(a)
     with pytest.raises(Refused, match="only together"):

@@ -158,7 +158,7 @@ def test_a_fan_out_a_signal_and_a_branch():
 def test_of_a_fan_out_the_first_task_that_has_not_ended_is_shown():
     step = StepRecord(state="due", gen=2, fan=Fan(tasks=4, items=4, ended=((0, 2), (3, 4))))
     run = RunRecord(id="1" * 32, workflow="w", queue="q", created=1, steps={"s": step})
-    assert task_of(run, "s").task_id == keys.follow_up(run.id, "step", "s", 2, 2)
+    assert task_of(run, "s").task_id == keys.run_task_id(run.id, "step", "s", 2, 2)
     assert task_of(run, "t") is None
 
 

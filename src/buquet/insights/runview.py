@@ -168,7 +168,7 @@ def task_of(run: RunRecord, name: str) -> StepTask | None:
     if record.state in {"idle", "skipped"}:
         return None
     index = next(missing(record.fan.ended, record.fan.tasks), 0) if record.fan else 0
-    return StepTask(keys.follow_up(run.id, "step", name, index, record.gen), record.state == "due")
+    return StepTask(keys.run_task_id(run.id, "step", name, index, record.gen), record.state == "due")
 
 
 def _step_view(

@@ -30,6 +30,7 @@ from buquet.records import ABSENT, ENDED, TERMINAL, ErrorInfo, Event, Raw, State
 
 if TYPE_CHECKING:
     from buquet.queue.names import Outcome
+    from buquet.records import Why
 
 KEPT_EVENTS = 60
 REFUSED = "the store refused its worker a request: "
@@ -39,7 +40,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 5_000, 600_000
 TOO_LATE = "it was not started before its deadline"
 
 
-def _timeline(task: Task, state: State, now: int, why: str, detail: str, worker: str = "") -> dict[str, Any]:
+def _timeline(task: Task, state: State, now: int, why: Why, detail: str, worker: str = "") -> dict[str, Any]:
     """Return the fields of a task that moves to this status: the status, and the timeline with one event more."""
     event = Event(at=now, state=state, why=why, attempt=task.attempt, worker=worker or task.worker, detail=detail[:500])
     events = (*task.events, event)
@@ -51,7 +52,7 @@ def _timeline(task: Task, state: State, now: int, why: str, detail: str, worker:
 
 
 def _pending(
-    task: Task, now: int, due: int, why: str, detail: str = "", *, rev: int | None = None, name: str = "", **changes: Any
+    task: Task, now: int, due: int, why: Why, detail: str = "", *, rev: int | None = None, name: str = "", **changes: Any
 ) -> Task:
     """Make a task pending, under an entry of the next rev. `name` in the entry tells workers who may claim the task."""
     timeline = _timeline(task, "pending", now, why, detail)
@@ -60,12 +61,12 @@ def _pending(
     return replace(task, entry=entry, due=due if due > now else 0, worker="", token="", **timeline, **changes)
 
 
-def _running(task: Task, worker: str, token: str, now: int, why: str, detail: str = "", losses: int = 0) -> Task:
+def _running(task: Task, worker: str, token: str, now: int, why: Why, detail: str = "", losses: int = 0) -> Task:
     timeline = _timeline(task, "running", now, why, detail, worker)
     return replace(task, worker=worker, token=token, due=0, started=task.started or now, losses=losses, **timeline)
 
 
-def _over(task: Task, state: State, now: int, why: str, detail: str = "", **changes: Any) -> Task:
+def _over(task: Task, state: State, now: int, why: Why, detail: str = "", **changes: Any) -> Task:
     """End a task. The record still names its entry, which may not be deleted yet."""
     return replace(task, finished=now, token="", due=0, **_timeline(task, state, now, why, detail), **changes)
 

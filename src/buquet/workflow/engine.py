@@ -340,7 +340,7 @@ def _must_end_first(task: Task, index: GraphIndex | None) -> list[str]:
     handler, which waited for the tasks before it.
     """
     if task.undoes:
-        return [keys.follow_up(task.run, "step", task.step, task.index, task.gen)]
+        return [keys.run_task_id(task.run, "step", task.step, task.index, task.gen)]
     step = index.graph.steps.get(task.step) if index else None
     kinds = ("step", "undo") if step and step.undo else ("step",)
-    return [keys.follow_up(task.run, kind, task.step, task.index, gen) for gen in range(task.gen - 1, 0, -1) for kind in kinds]
+    return [keys.run_task_id(task.run, kind, task.step, task.index, gen) for gen in range(task.gen - 1, 0, -1) for kind in kinds]

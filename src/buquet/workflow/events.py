@@ -204,7 +204,7 @@ def _undo_actions(run: RunRecord, step: Step, name: str, record: StepRecord, now
 
 def _timer(run: RunRecord, name: str, record: StepRecord, now: int) -> Task:
     return Task(
-        id=keys.follow_up(run.id, "timer", name, 0, record.gen),
+        id=keys.run_task_id(run.id, "timer", name, 0, record.gen),
         queue=run.queue,
         name=TIMER,
         state="pending",
@@ -224,7 +224,7 @@ def _step_task(run: RunRecord, step: Step, name: str, record: StepRecord, item: 
     fan = record.fan
     pack = packed(step, fan) if fan else 0
     return Task(
-        id=keys.follow_up(run.id, "undo" if undo else "step", name, item, record.gen),
+        id=keys.run_task_id(run.id, "undo" if undo else "step", name, item, record.gen),
         queue=call.queue,
         name=call.task,
         state="pending",

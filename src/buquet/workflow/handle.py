@@ -215,7 +215,7 @@ class Run(Generic[R_co]):
         run = await read_run(self.home.client, self.id)
         while run is None or run.state == "running":  # again if a retry reopened it
             gen = run.gen if run is not None else 1
-            task_id = keys.follow_up(self.id, "cancel", "", int(undo), gen)
+            task_id = keys.run_task_id(self.id, "cancel", "", int(undo), gen)
             run = await self._send_recorded(run, CANCEL, task_id, EventArgs(undo=undo), gen)
         if run.state not in {"cancelled", "cancelling"}:
             raise Refused(f"run {self.id} is {run.state} already: there is nothing to cancel")
@@ -260,7 +260,7 @@ class Run(Generic[R_co]):
         state = "not started yet" if run is None else run.state
         if run is None or run.state not in {"failed", "cancelled"}:
             raise Refused(f"run {self.id} is {state}: only one that failed or was cancelled is retried")
-        await self._send_recorded(run, RETRY, keys.follow_up(self.id, "retry", "", 0, run.gen), EventArgs(), run.gen)
+        await self._send_recorded(run, RETRY, keys.run_task_id(self.id, "retry", "", 0, run.gen), EventArgs(), run.gen)
 
     retry = blocking(aretry)
 
@@ -364,7 +364,7 @@ def step_info(run: RunRecord, name: str, step: Step) -> StepInfo:
         status=_status(run, record),
         task=step.call.task if step.call else "",
         queue=step.call.queue if step.call else run.queue,
-        task_id=keys.follow_up(run.id, "step", name, index, record.gen) if began and step.call else "",
+        task_id=keys.run_task_id(run.id, "step", name, index, record.gen) if began and step.call else "",
         needs=step.needs,
         condition=step.condition,
         gen=record.gen,
@@ -445,7 +445,7 @@ async def send_signal(client: Client, run_id: str, name: str, value: bytes, key:
     run = None if isinstance(stored, Task) else stored.record
     if run is not None and run.state != "running":
         raise Refused(f"run {run_id} is {run.state}: signal {name!r} was not sent")
-    task_id = client.clock.new_id() if key is None else keys.follow_up(run_id, f"signal {key}", name, 0, 0)
+    task_id = client.clock.new_id() if key is None else keys.run_task_id(run_id, f"signal {key}", name, 0, 0)
     if run is not None and task_id not in run.applied and (reason := run.rejects(name)):
         raise Refused(f"signal {name!r} was not sent to run {run_id}: {reason}")
     with suppress(EncryptionKeyMissing, UnreadableRecord):  # the sender may know more than this process
@@ -538,7 +538,7 @@ async def _cause(client: Client, run: RunRecord) -> TaskError | None:
     if record.error is not None and record.error.type == SignalTimeout.__name__:
         return SignalTimeout(record.error.message, run.id, error=record.error.message)
     index = next(iter(numbers(record.fan.failed)), 0) if record.fan else 0
-    stored = await client.register.read(Task, keys.task(keys.follow_up(run.id, "step", run.failed, index, record.gen)))
+    stored = await client.register.read(Task, keys.task(keys.run_task_id(run.id, "step", run.failed, index, record.gen)))
     if stored is None or stored.record.state != "failed" or stored.record.error is None:
         return None
     task = client.values.with_error(stored.record)

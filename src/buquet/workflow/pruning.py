@@ -1,8 +1,10 @@
-"""Retention of runs: a run that ended long ago becomes a stub, together with all of its tasks, and is then removed.
+"""Retention of runs: an ended run becomes a stub with all its tasks after a time, and is then removed.
 
-What a crash leaves between each write and the next: the run's record is CASed to `pruned` first, so that nobody retries it, and
-keeps what names its tasks | its tasks are made into stubs, the start last, and their payloads deleted | by a later prune, which
-finds all tasks to be stubs or gone, the record is deleted. Every step is done again by the next prune that finds it undone.
+The order of the writes survives a crash between any two of them. Each prune repeats the steps that it finds undone:
+
+1. The run's record becomes `pruned`, so that no retry reopens the run. It keeps what names the run's tasks.
+2. Its tasks become stubs, the start last, and their payloads are deleted.
+3. A later prune finds only stubs, and deletes the record.
 """
 
 from __future__ import annotations
@@ -24,26 +26,32 @@ if TYPE_CHECKING:
 
 
 async def prune_run(pruner: Pruner, key: str) -> int:
-    """Prune a run, its record's key given, if it is over for long enough; return how many tasks were pruned.
+    """Prune the run with this record key if it ended long enough ago; return how many tasks were pruned.
 
     Raises UnreadableRecord, StoreError.
     """
-    held = await pruner.register.read(RunRecord, key)
-    while held is not None and held.record.state in OVER and pruner.is_old(held.record.finished):
-        run = held.record
+
+    def prune(run: RunRecord) -> RunRecord | None:
+        if run.state not in OVER or not pruner.is_old(run.finished):
+            return None
         run.check_tasks()
-        if pruner.dry_run:
-            return 0 if run.state == "pruned" else sum(1 for _ in task_ids(run))
-        if run.state == "pruned":
-            return await _prune_tasks(pruner, held)
-        write = await pruner.register.update(held, stub_of(run))
-        held = write.held
-    return 0
+        return None if pruner.dry_run or run.state == "pruned" else stub_of(run)
+
+    change = await pruner.register.change(RunRecord, key, prune)
+    stored = change.held
+    if stored is None or stored.record.state not in OVER or not pruner.is_old(stored.record.finished):
+        return 0
+    if pruner.dry_run:
+        return 0 if stored.record.state == "pruned" else sum(1 for _ in task_ids(stored.record))
+    return await _prune_tasks(pruner, stored)
 
 
 def stub_of(run: RunRecord) -> RunRecord:
-    """Return what is kept of a run: what names its tasks."""
-    steps = {name: _bare(record) for name, record in run.steps.items()}
+    """Return what a stub keeps of a run: what names its tasks."""
+    steps: dict[str, StepRecord] = {}
+    for name, record in run.steps.items():
+        fan = replace(record.fan, results={}, chunks=(), errors=()) if record.fan else None
+        steps[name] = replace(record, fan=fan, result=ABSENT, result_at="", error=None, undo_error=None)
     return RunRecord(
         id=run.id,
         workflow=run.workflow,
@@ -58,55 +66,49 @@ def stub_of(run: RunRecord) -> RunRecord:
     )
 
 
-def _bare(record: StepRecord) -> StepRecord:
-    fan = replace(record.fan, results={}, chunks=(), errors=()) if record.fan else None
-    return replace(record, fan=fan, result=ABSENT, result_at="", error=None, undo_error=None)
-
-
 def task_ids(run: RunRecord) -> Iterator[str]:
     """Yield the ids of all tasks that a run may have had; its start is the last."""
     for name, record in run.steps.items():
         for gen in range(1, record.gen + 1):
-            yield keys.follow_up(run.id, "timer", name, 0, gen)
+            yield keys.run_task_id(run.id, "timer", name, 0, gen)
             for index in range(record.fan.tasks if record.fan else 1):
-                yield keys.follow_up(run.id, "step", name, index, gen)
+                yield keys.run_task_id(run.id, "step", name, index, gen)
                 if record.undo:
-                    yield keys.follow_up(run.id, "undo", name, index, gen)
+                    yield keys.run_task_id(run.id, "undo", name, index, gen)
     for gen in range(1, run.gen + 1):
-        yield keys.follow_up(run.id, "cancel", "", 0, gen)
-        yield keys.follow_up(run.id, "cancel", "", 1, gen)
-        yield keys.follow_up(run.id, "retry", "", 0, gen)
+        yield keys.run_task_id(run.id, "cancel", "", 0, gen)
+        yield keys.run_task_id(run.id, "cancel", "", 1, gen)
+        yield keys.run_task_id(run.id, "retry", "", 0, gen)
     for event in run.applied:
         if event != run.id:
             yield event
     yield run.id
 
 
-async def _prune_tasks(pruner: Pruner, held: Held[RunRecord]) -> int:
-    """Prune the tasks of a run that is a stub; remove the stub when nothing is left to do."""
-    run, register, reads = held.record, pruner.register, pruner.reads
-    now = pruner.now()
+async def _prune_tasks(pruner: Pruner, stub: Held[RunRecord]) -> int:
+    """Prune the tasks of a run that is a stub; delete the stub once nothing else is left."""
+    run, register, reads = stub.record, pruner.register, pruner.reads
+    now = int(pruner.now() * 1000)
+
+    def prune(task: Task) -> Task | None:
+        # a task that ended later belongs to a later run with the same key
+        return transitions.prune(task, now, with_run=True) if task.state in ENDED and pruner.is_old(task.finished) else None
+
     count, whole = 0, True
     for task_id in dict.fromkeys(task_ids(run)):
         if task_id == run.id and not whole:
-            break  # a pruned start lets its key begin a next life, whose tasks have the ids of those that are left
-        there = await register.read(Task, keys.task(task_id))
-        # one that ended later is of another life of the same key
-        while there is not None and there.record.state in ENDED and pruner.is_old(there.record.finished):
-            write = await register.update(there, transitions.prune(there.record, int(now * 1000), with_run=True))
-            there = write.held
-            if write.landed:
-                count += 1
-                await register.store.forget_versions(keys.task(task_id))
-                break
-        if there is not None and there.record.state not in {"pruned", "tombstone"}:
+            break  # once the start is pruned, its key may start another run, whose tasks have the same ids
+        change = await register.change(Task, keys.task(task_id), prune)
+        if change.written is not None:
+            count += 1
+            await register.store.forget_versions(keys.task(task_id))
+        if change.held is not None and change.held.record.state not in {"pruned", "tombstone"}:
             whole = False
-        elif task_id != run.id or not run.key:  # those of a key wait for the sweep, which knows its next life
+        elif task_id != run.id or not run.key:  # the payloads of a keyed start are left to the sweep, which knows a later run
             for payload in await reads.list(keys.payloads(task_id)):
                 await reads.delete(payload.key)
                 pruner.payloads += 1
-    # by the next prune at the earliest, which finds nothing left to do
-    if whole and count == 0:
-        await reads.delete(held.key)
-        await register.store.forget_versions(held.key)
+    if whole and count == 0:  # else the next prune deletes it, once that finds nothing left
+        await reads.delete(stub.key)
+        await register.store.forget_versions(stub.key)
     return count

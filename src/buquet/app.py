@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+S = TypeVar("S", bound="Store")
 
 DEFAULT_PATH = ".buquet/buquet.db"
 AT_EXIT = 3.0
@@ -200,11 +201,13 @@ class App:
                         atexit.register(_ring_at_exit, weakref.ref(self))
         return client
 
-    def wrap_store(self, wrap: Callable[[Store], Store]) -> None:
-        """Wrap the store, for example to count requests. Raises UsageError after the first use."""
+    def wrap_store(self, wrap: Callable[[Store], S]) -> S:
+        """Wrap the store, for example to count requests, and return the wrapper. Raises UsageError after the first use."""
         if self._client is not None:
             raise UsageError(f"this App already uses {self.url}: wrap its store before that")
-        self._store = wrap(self._store or open_store(self.url, self.clock))
+        wrapper = wrap(self._store or open_store(self.url, self.clock))
+        self._store = wrapper
+        return wrapper
 
     @contextmanager
     def on_store(self, store: Store) -> Generator[None]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TextIO
 
 import typer
+from typer import Option
 
 from buquet import keys
 from buquet.app import App
@@ -69,7 +70,7 @@ class Numbers(NamedTuple):
 
 @cli.command(rich_help_panel=START)
 def demo(
-    files: Annotated[int, typer.Option("--files", min=20, max=2000, help="Files to index, one task each.")] = 300,
+    files: Annotated[int, Option("--files", min=20, max=2000, help="Files to index, one task each.")] = 300,
     url: Url = None,
     json: Json = False,
 ) -> None:

@@ -7,6 +7,7 @@ import sys
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from buquet import __version__
 from buquet.cli import demo, dev, monitor, runs, schedules, store, tasks, ui, workers
@@ -26,7 +27,7 @@ def _version(asked: bool) -> None:
 
 @cli.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Durable task queues and workflows in a bucket: S3, or one SQLite file."""
 

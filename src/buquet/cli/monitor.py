@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Annotated, Any
 
 import msgspec
-import typer
+from typer import Option
 
 from buquet import keys
 from buquet.app import App
@@ -37,9 +37,7 @@ from buquet.printing import counted, duration, printable
 async def stats(
     app: App,
     json: bool,
-    scan: Annotated[
-        bool, typer.Option("--scan", help="Count tasks by status even if there are more than 10,000: a GET for each.")
-    ] = False,
+    scan: Annotated[bool, Option("--scan", help="Count more than 10,000 tasks by status, too: a GET for each.")] = False,
 ) -> None:
     """Count tasks: ready, delayed, retrying and running by queue, and by status."""
     reader = Scan(app.client, scan_progress())
@@ -122,7 +120,7 @@ def _print_last_hour(queues: dict[str, Summary], since: int) -> None:
 async def errors(
     app: App,
     json: bool,
-    hours: Annotated[float, typer.Option("--hours", metavar="H", min=0.01, help="How far back to look.")] = 1.0,
+    hours: Annotated[float, Option("--hours", metavar="H", min=0.01, help="How far back to look.")] = 1.0,
     queue: Queue = None,
     name: Name = None,
 ) -> None:
@@ -172,7 +170,7 @@ async def tail(
     queue: Queue = None,
     name: Name = None,
     status: Annotated[str | None, status_option(EVENTS, "events of this kind", "EVENT")] = None,
-    interval: Annotated[float, typer.Option("--interval", metavar="S", min=0.2, help="Seconds between two polls.")] = 2.0,
+    interval: Annotated[float, Option("--interval", metavar="S", min=0.2, help="Seconds between two polls.")] = 2.0,
 ) -> None:
     """Print events as they happen, until Ctrl-C. A poll costs 3 LISTs, and a GET for each thing that changed."""
     if problem := await lacks_store(app):

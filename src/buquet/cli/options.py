@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+from typer import Argument, Option
 from typer.core import TyperGroup
 
 from buquet.errors import UsageError
@@ -46,7 +47,7 @@ def status_option(words: Sequence[str], only: str = "what has this status", meta
             raise UsageError(f"--status is one of {', '.join(words)}, not {text!r}")
         return text
 
-    return typer.Option("--status", "-s", metavar=metavar, parser=parse, help=f"Only {only}: {', '.join(words)}.")
+    return Option("--status", "-s", metavar=metavar, parser=parse, help=f"Only {only}: {', '.join(words)}.")
 
 
 def _tag(text: str) -> tuple[str, str]:
@@ -71,20 +72,20 @@ def call_arguments(args: str, kwargs: str) -> tuple[tuple[Any, ...], dict[str, A
 
 Url = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--url",
         metavar="URL",
         help="The store: sqlite:PATH or s3://BUCKET/PREFIX?endpoint=…; by default BUQUET_URL, or sqlite:.buquet/buquet.db.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Target = Annotated[str, typer.Argument(metavar="MODULE:APP", help="The App, such as tasks:app for `app` in ./tasks.py.")]
-Args = Annotated[str, typer.Option("--args", metavar="JSON", help="Positional arguments, as a JSON array.")]
-Kwargs = Annotated[str, typer.Option("--kwargs", metavar="JSON", help="Keyword arguments, as a JSON object.")]
+Json = Annotated[bool, Option("--json", help="Print JSON, for programs.")]
+Target = Annotated[str, Argument(metavar="MODULE:APP", help="The App, such as tasks:app for `app` in ./tasks.py.")]
+Args = Annotated[str, Option("--args", metavar="JSON", help="Positional arguments, as a JSON array.")]
+Kwargs = Annotated[str, Option("--kwargs", metavar="JSON", help="Keyword arguments, as a JSON object.")]
 Status = Annotated[tasks.Status | None, status_option(tasks.STATUSES)]
-Queue = Annotated[str | None, typer.Option("--queue", "-q", help="Only tasks in this queue.")]
-Name = Annotated[str | None, typer.Option("--name", "-n", help="Only tasks with this name.")]
-Tag = Annotated[list[Any] | None, typer.Option("--tag", metavar="K=V", parser=_tag, help="Only with this tag. Repeatable.")]
-NewTag = Annotated[list[Any] | None, typer.Option("--tag", metavar="K=V", parser=_tag, help="Add this tag. Repeatable.")]
-Limit = Annotated[int, typer.Option("--limit", "-l", min=1, help="List at most this many, the last changed first.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and change nothing.")]
+Queue = Annotated[str | None, Option("--queue", "-q", help="Only tasks in this queue.")]
+Name = Annotated[str | None, Option("--name", "-n", help="Only tasks with this name.")]
+Tag = Annotated[list[Any] | None, Option("--tag", metavar="K=V", parser=_tag, help="Only with this tag. Repeatable.")]
+NewTag = Annotated[list[Any] | None, Option("--tag", metavar="K=V", parser=_tag, help="Add this tag. Repeatable.")]
+Limit = Annotated[int, Option("--limit", "-l", min=1, help="List at most this many, the last changed first.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Show what would be done, and change nothing.")]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import msgspec
 import typer
+from typer import Argument, Option
 
 from buquet.app import App
 from buquet.cli.apps import command
@@ -50,7 +52,7 @@ group = typer.Typer(name="run", help="Start, show and control runs of workflows.
 cli.add_typer(group, rich_help_panel=RUNS)
 
 STATUSES = (*get_args(RunStatus), "paused")
-RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")]
+RunId = Annotated[str, Argument(metavar="RUN", help="The run's id.")]
 
 
 @command(group, creates=True)
@@ -58,12 +60,12 @@ async def start(
     app: App,
     json: bool,
     target: Target,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The workflow's name.")],
+    name: Annotated[str, Argument(metavar="NAME", help="The workflow's name.")],
     args: Args = "[]",
     kwargs: Kwargs = "{}",
-    key: Annotated[str | None, typer.Option("--key", help="Start only one run with this key.")] = None,
+    key: Annotated[str | None, Option("--key", help="Start only one run with this key.")] = None,
     tag: NewTag = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until the run ends. Exit status 1 unless it completes.")] = False,
+    wait: Annotated[bool, Option("--wait", help="Wait until the run ends. Exit status 1 unless it completes.")] = False,
 ) -> None:
     """Start a run of a workflow and print its id; with --wait, its result."""
     workflow = app.workflows.get(name)
@@ -92,15 +94,19 @@ async def get(
     app: App,
     json: bool,
     run_id: RunId,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the run until it ends.")] = False,
+    watch: Annotated[bool, Option("--watch", "-w", help="Follow the run until it ends.")] = False,
 ) -> None:
     """Show a run: its steps in order, their status, and errors. With --json --watch: one line per change."""
     if watch:
         await _follow(app.client, run_id, json)
         return
     view = await _read(app.client, run_id)
-    result = await _result_of(app.client, view)
-    signals = await _signals_of(Run[Any](app, run_id))
+    signals: list[SignalInfo] = []
+    result: bytes | None = None
+    with _naming_unreadable():
+        signals = await Run[Any](app, run_id).asignals()
+    with _naming_unreadable():
+        result = await _result_of(app.client, view)
     if json:
         print_json(_plain(view) | {"signals": signals} | ({} if result is None else {"result": msgspec.Raw(result)}))
         return
@@ -120,26 +126,22 @@ async def _read(client: Client, run_id: str) -> RunView:
     return view
 
 
-async def _signals_of(run: Run[Any]) -> list[SignalInfo]:
-    """Return a run's signals; none if the run cannot be read."""
+@contextmanager
+def _naming_unreadable() -> Generator[None]:
+    """Name a value that cannot be read, and go on without it."""
     try:
-        return await run.asignals()
+        yield
     except (EncryptionKeyMissing, UnreadableRecord) as error:
         to_stderr(str(error))
-        return []
 
 
 async def _result_of(client: Client, view: RunView) -> bytes | None:
-    """Return the result of a completed run as JSON; None, and a message, if it cannot be read."""
+    """Return the result of a completed run as JSON; None if the run has none."""
     record = await read_run(client, view.id) if view.status == "completed" else None
     if record is None:
         return None
-    try:
-        body = bytes(await client.values.get(of_run(record.id, "result"), record.output, record.output_at))
-        decode_stored(ANY, body, f"the result of run {record.id}", RESTORE)
-    except (EncryptionKeyMissing, UnreadableRecord) as error:
-        to_stderr(str(error))
-        return None
+    body = bytes(await client.values.get(of_run(record.id, "result"), record.output, record.output_at))
+    decode_stored(ANY, body, f"the result of run {record.id}", RESTORE)
     return body
 
 
@@ -238,7 +240,7 @@ async def ls(
     app: App,
     json: bool,
     status: Annotated[Literal[RunStatus, "paused"] | None, status_option(STATUSES)] = None,
-    workflow: Annotated[str | None, typer.Option("--workflow", "-n", help="Only runs of this workflow.")] = None,
+    workflow: Annotated[str | None, Option("--workflow", "-n", help="Only runs of this workflow.")] = None,
     tag: Tag = None,
     limit: Limit = 20,
 ) -> None:
@@ -279,9 +281,9 @@ async def signal(
     app: App,
     json: bool,
     run_id: RunId,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The signal's name.")],
-    value: Annotated[bytes, typer.Option("--value", metavar="JSON", parser=_value, help="The signal's value.")] = b"null",
-    key: Annotated[str | None, typer.Option("--key", help="Send only one signal with this key.")] = None,
+    name: Annotated[str, Argument(metavar="NAME", help="The signal's name.")],
+    value: Annotated[bytes, Option("--value", metavar="JSON", parser=_value, help="The signal's value.")] = b"null",
+    key: Annotated[str | None, Option("--key", help="Send only one signal with this key.")] = None,
 ) -> None:
     """Send a signal to a run. The next wait for this signal takes it."""
     await _check_signal(Run[Any](app, run_id), name)
@@ -306,7 +308,7 @@ async def cancel(
     app: App,
     json: bool,
     run_id: RunId,
-    undo: Annotated[bool, typer.Option("--undo/--no-undo", help="Undo completed steps that have an undo.")] = True,
+    undo: Annotated[bool, Option("--undo/--no-undo", help="Undo completed steps that have an undo.")] = True,
 ) -> None:
     """Cancel a run: waiting steps never start, running steps are asked to stop, and completed steps are undone."""
     _print_outcome(run_id, await Run[Any](app, run_id).acancel(undo=undo), json)
@@ -348,9 +350,9 @@ async def graph(
     run_id: RunId,
     form: Annotated[
         Literal["text", "mermaid", "svg", "gantt"],
-        typer.Option("--format", "-f", help="mermaid is for Markdown; svg is a picture; gantt is a picture of when steps ran."),
+        Option("--format", "-f", help="mermaid is for Markdown; svg is a picture; gantt is a picture of when steps ran."),
     ] = "text",
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the drawing to a file.")] = None,
+    output: Annotated[Path | None, Option("--output", "-o", metavar="FILE", help="Write the drawing to a file.")] = None,
 ) -> None:
     """Draw a run: its steps, their order and their status."""
     view = await _read(app.client, run_id)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from typer import Argument
 
 from buquet.app import App
 from buquet.cli.apps import command
@@ -17,7 +18,7 @@ from buquet.insights.schedules import list_schedules
 group = typer.Typer(name="schedule", help="List, trigger, pause and resume schedules.", no_args_is_help=True)
 cli.add_typer(group, rich_help_panel=RUNS)
 
-Names = Annotated[list[str], typer.Argument(metavar="NAME…", help="Names of schedules.")]
+Names = Annotated[list[str], Argument(metavar="NAME…", help="Names of schedules.")]
 
 
 @command(group)

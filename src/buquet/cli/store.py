@@ -7,7 +7,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from buquet.app import App
 from buquet.cli.apps import command, open_app
@@ -29,9 +29,7 @@ UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
 async def init(
     app: App,
     json: bool,
-    keep_versions: Annotated[
-        int, typer.Option("--keep-versions", metavar="DAYS", min=1, help="Keep earlier versions for this many days.")
-    ] = 30,
+    keep_versions: Annotated[int, Option("--keep-versions", metavar="DAYS", min=1, help="Keep earlier versions this long.")] = 30,
 ) -> None:
     """Prepare a store: create the bucket, turn versions on, set lifecycle rules. May be repeated."""
     from buquet.operate.init import prepare  # noqa: PLC0415 - only this command needs it
@@ -80,7 +78,7 @@ def _print_verdict(verdict: Verdict) -> None:
 async def fsck(
     app: App,
     json: bool,
-    repair: Annotated[bool, typer.Option("--repair", help="Repair what can be repaired without risk.")] = False,
+    repair: Annotated[bool, Option("--repair", help="Repair what can be repaired without risk.")] = False,
 ) -> bool:
     """Check every record against the protocol's invariants. Exit status 1 if something is left to repair."""
     from buquet.operate.fsck import fsck as check  # noqa: PLC0415 - only this command needs it
@@ -114,13 +112,9 @@ async def prune(
     json: bool,
     older_than: Annotated[
         float,
-        typer.Option(
-            "--older-than", metavar="AGE", parser=seconds, help="Prune what ended longer ago than this, for instance 7d or 12h."
-        ),
+        Option("--older-than", metavar="AGE", parser=seconds, help="Prune what ended earlier, for instance 7d or 12h ago."),
     ],
-    sweep: Annotated[
-        bool, typer.Option("--sweep/--no-sweep", help="Also read all records, for what the journal does not know.")
-    ] = True,
+    sweep: Annotated[bool, Option("--sweep/--no-sweep", help="Read all records as well as the journal.")] = True,
     dry_run: DryRun = False,
 ) -> None:
     """Prune ended tasks, with their values and earlier versions. A task with a key leaves a small stub.
@@ -154,9 +148,9 @@ def _progress() -> Callable[[float, str], None] | None:
 
 @cli.command(rich_help_panel=STORE)
 def bench(
-    tasks: Annotated[int, typer.Option("--tasks", "-n", min=1, help="Tasks to submit and run.")] = 1000,
-    concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Handlers at once in the worker.")] = 64,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Tasks submitted one by one to an idle worker.")] = 50,
+    tasks: Annotated[int, Option("--tasks", "-n", min=1, help="Tasks to submit and run.")] = 1000,
+    concurrency: Annotated[int, Option("--concurrency", "-c", min=1, help="Handlers at once in the worker.")] = 64,
+    samples: Annotated[int, Option("--samples", min=1, help="Tasks submitted one by one to an idle worker.")] = 50,
     url: Url = None,
     json: Json = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+from typer import Argument, Option
 
 from buquet.app import App
 from buquet.cli.apps import command
@@ -49,7 +50,7 @@ from buquet.records import ABSENT, Progress, State, Task
 from buquet.sealing import HIDDEN
 from buquet.workflow.events import START
 
-Id = Annotated[str, typer.Argument(metavar="ID", help="The task's id.")]
+Id = Annotated[str, Argument(metavar="ID", help="The task's id.")]
 SHOWN = 2000
 """Characters of a value that are shown to people; --json prints all of it."""
 SHOWN_ITEMS = 20
@@ -61,17 +62,15 @@ async def submit(
     app: App,
     json: bool,
     target: Target,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The task's name.")],
+    name: Annotated[str, Argument(metavar="NAME", help="The task's name.")],
     args: Args = "[]",
     kwargs: Kwargs = "{}",
-    key: Annotated[str | None, typer.Option("--key", help="Submit only once with this key.")] = None,
-    delay: Annotated[float | None, typer.Option("--delay", metavar="S", help="Do not start within this many seconds.")] = None,
-    priority: Annotated[int | None, typer.Option("--priority", help="0 (first) to 9.")] = None,
-    expires: Annotated[
-        float | None, typer.Option("--expires", metavar="S", help="Expire unless started within this many seconds.")
-    ] = None,
+    key: Annotated[str | None, Option("--key", help="Submit only once with this key.")] = None,
+    delay: Annotated[float | None, Option("--delay", metavar="S", help="Start no sooner than in this many seconds.")] = None,
+    priority: Annotated[int | None, Option("--priority", help="0 (first) to 9.")] = None,
+    expires: Annotated[float | None, Option("--expires", metavar="S", help="Expire unless started by then, in seconds.")] = None,
     tag: NewTag = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until the task ends. Exit status 1 unless it completes.")] = False,
+    wait: Annotated[bool, Option("--wait", help="Wait for the end. Exit status 1 unless the task completes.")] = False,
 ) -> None:
     """Submit a task and print its id; with --wait, its result."""
     function = app.tasks.get(name)
@@ -223,7 +222,7 @@ async def history(
     app: App,
     json: bool,
     task_id: Id,
-    versions: Annotated[bool, typer.Option("--versions", help="Show every version of the record that the store keeps.")] = False,
+    versions: Annotated[bool, Option("--versions", help="Show every version of the record that the store keeps.")] = False,
 ) -> None:
     """Show the history of a task: every change of its status."""
     if versions:
@@ -275,14 +274,14 @@ def _change_command(change: _Change, text: str) -> None:
     async def call(
         app: App,
         json: bool,
-        ids: Annotated[list[str] | None, typer.Argument(metavar="ID…", help="Ids of tasks.")] = None,
+        ids: Annotated[list[str] | None, Argument(metavar="ID…", help="Ids of tasks.")] = None,
         status: Status = None,
         queue: Queue = None,
         name: Name = None,
         tag: Tag = None,
-        limit: Annotated[int | None, typer.Option("--limit", "-l", min=1, help="Change at most this many that match.")] = None,
+        limit: Annotated[int | None, Option("--limit", "-l", min=1, help="Change at most this many that match.")] = None,
         dry_run: DryRun = False,
-        yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+        yes: Annotated[bool, Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     ) -> bool:
         wanted = _filter(status, queue, name, tag)
         if bool(ids) == (wanted != Filter()):

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from buquet.cli.apps import load_app, open_app, run
 from buquet.cli.options import MONITOR, Json, Url, cli
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
     from buquet.app import App
 
-Host = Annotated[str, typer.Option("--host", help="The address to listen on.")]
-Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="The port to listen on; 0 takes any.")]
+Host = Annotated[str, Option("--host", help="The address to listen on.")]
+Port = Annotated[int, Option("--port", min=0, max=65535, help="The port to listen on; 0 takes any.")]
 
 
 @cli.command(rich_help_panel=MONITOR)
 def ui(
-    target: Annotated[str | None, typer.Argument(metavar="MODULE:APP", help="Show the store of this App.")] = None,
+    target: Annotated[str | None, Argument(metavar="MODULE:APP", help="Show the store of this App.")] = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
     password: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--password",
             envvar="BUQUET_UI_PASSWORD",
             show_envvar=True,
@@ -40,7 +40,7 @@ def ui(
     ] = None,
     password_file: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             "--password-file",
             metavar="FILE",
             envvar="BUQUET_UI_PASSWORD_FILE",
@@ -50,9 +50,9 @@ def ui(
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option("--allow-host", metavar="NAME", help="Without a password, also serve under this name. Repeatable."),
+        Option("--allow-host", metavar="NAME", help="Without a password, also serve under this name. Repeatable."),
     ] = None,
-    read_only: Annotated[bool, typer.Option("--read-only", help="Show everything, change nothing.")] = False,
+    read_only: Annotated[bool, Option("--read-only", help="Show everything, change nothing.")] = False,
     url: Url = None,
     json: Json = False,
 ) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import enum
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import typer
+from typer import Argument, Option
 
 from buquet.app import App
 from buquet.cli.apps import command, load_app
@@ -24,17 +24,9 @@ from buquet.printing import duration
 if TYPE_CHECKING:
     from buquet.operate.bench import CountingStore
     from buquet.records import Session
-    from buquet.store.base import Store
     from buquet.worker.worker import Worker
 
 log = logging.getLogger("buquet.worker")
-
-
-class LogFormat(enum.StrEnum):
-    """The form of a log line."""
-
-    text = "text"
-    json = "json"
 
 
 @cli.command(rich_help_panel=FLEET)
@@ -42,28 +34,27 @@ def worker(
     target: Target,
     queue: Annotated[
         list[str] | None,
-        typer.Option("--queue", "-q", help="Serve this queue; by default those of all tasks. Repeatable."),
+        Option("--queue", "-q", help="Serve this queue; by default those of all tasks. Repeatable."),
     ] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Handlers at once in each process.")] = 16,
-    processes: Annotated[int, typer.Option("--processes", "-p", min=1, help="Processes. One that dies is replaced.")] = 1,
-    drain: Annotated[bool, typer.Option("--drain", help="Exit with status 0 when nothing is left to do.")] = False,
-    max_time: Annotated[float | None, typer.Option("--max-time", metavar="S", help="Exit after this many seconds.")] = None,
-    grace: Annotated[
-        float, typer.Option("--grace", metavar="S", min=0, help="Seconds that running tasks get to finish at the end.")
-    ] = 30.0,
+    concurrency: Annotated[int, Option("--concurrency", "-c", min=1, help="Handlers at once in each process.")] = 16,
+    processes: Annotated[int, Option("--processes", "-p", min=1, help="Processes. One that dies is replaced.")] = 1,
+    drain: Annotated[bool, Option("--drain", help="Exit with status 0 when nothing is left to do.")] = False,
+    max_time: Annotated[float | None, Option("--max-time", metavar="S", help="Exit after this many seconds.")] = None,
+    grace: Annotated[float, Option("--grace", metavar="S", min=0, help="Seconds that running tasks get to end.")] = 30.0,
     metrics_port: Annotated[
         int | None,
-        typer.Option("--metrics-port", metavar="N", min=1, max=65535, help="Serve Prometheus metrics; process i at port N + i."),
+        Option("--metrics-port", metavar="N", min=1, max=65535, help="Serve Prometheus metrics; process i at N + i."),
     ] = None,
-    metrics_host: Annotated[str, typer.Option("--metrics-host", metavar="HOST", help="Serve metrics here.")] = "127.0.0.1",
+    metrics_host: Annotated[str, Option("--metrics-host", metavar="HOST", help="Serve metrics here.")] = "127.0.0.1",
     log_format: Annotated[
-        LogFormat | None, typer.Option("--log-format", help="The form of log lines; by default text, and json with --json.")
+        Literal["text", "json"] | None,
+        Option("--log-format", help="The form of log lines; by default text, or json with --json."),
     ] = None,
-    ttl: Annotated[float, typer.Option("--ttl", min=1, hidden=True)] = 30.0,
+    ttl: Annotated[float, Option("--ttl", min=1, hidden=True)] = 30.0,
     url: Url = None,
     json: Json = False,
-    parent: Annotated[str, typer.Option("--parent", hidden=True)] = "",
-    report: Annotated[Path | None, typer.Option("--report-modules", hidden=True)] = None,
+    parent: Annotated[str, Option("--parent", hidden=True)] = "",
+    report: Annotated[Path | None, Option("--report-modules", hidden=True)] = None,
 ) -> None:
     """Run tasks until stopped. Ctrl-C or SIGTERM lets running tasks finish; a second one returns them to the queue.
 
@@ -72,8 +63,7 @@ def worker(
     app = load_app(target, url, quiet=True)  # `_introduce` names the store
     if not app.tasks:
         raise UsageError(f"{target} has no tasks: decorate a function with @app.task")
-    lines = log_format or (LogFormat.json if json else LogFormat.text)
-    log_to(sys.stdout if json else sys.stderr, as_json=lines is LogFormat.json)
+    log_to(sys.stdout if json else sys.stderr, as_json=json if log_format is None else log_format == "json")
     counting = _counting(app) if metrics_port is not None and processes == 1 else None
     # also made by the parent of several processes, so that wrong options are reported once and not by each child
     served = app.worker(queue, concurrency=concurrency, drain=drain, max_time=max_time, grace=grace, ttl=ttl, parent=parent)
@@ -87,7 +77,7 @@ def worker(
         for name in queue or ():
             options += ["--queue", name]
         options += [flag for flag, wanted in (("--drain", drain), ("--json", json)) if wanted]
-        options += ["--log-format", log_format.value] if log_format else []
+        options += ["--log-format", log_format] if log_format else []
 
         def own_options(number: int) -> list[str]:
             return [] if metrics_port is None else ["--metrics-port", str(metrics_port + number), "--metrics-host", metrics_host]
@@ -115,17 +105,9 @@ def worker(
 
 
 def _counting(app: App) -> CountingStore:
-    """Count the App's requests."""
     from buquet.operate.bench import CountingStore  # noqa: PLC0415 - only with metrics
 
-    made: list[CountingStore] = []
-
-    def wrap(store: Store) -> Store:
-        made.append(CountingStore(store))
-        return made[0]
-
-    app.wrap_store(wrap)
-    return made[0]
+    return app.wrap_store(CountingStore)
 
 
 def _serve_metrics(served: Worker, counting: CountingStore, host: str, port: int) -> Callable[[], None]:
@@ -210,10 +192,10 @@ def _status(row: fleet.WorkerRow) -> str:
     return "draining" if row.session.draining else "paused" if row.session.paused else "alive"
 
 
-Queues = Annotated[list[str] | None, typer.Argument(metavar="QUEUE…", help="Names of queues.")]
+Queues = Annotated[list[str] | None, Argument(metavar="QUEUE…", help="Names of queues.")]
 WorkerIds = Annotated[
     list[str] | None,
-    typer.Option("--worker", "-w", metavar="WORKER", help="The id of a worker, from `buquet workers`. Repeatable."),
+    Option("--worker", "-w", metavar="WORKER", help="The id of a worker, from `buquet workers`. Repeatable."),
 ]
 
 
@@ -243,7 +225,7 @@ def _means_queues(queues: list[str] | None, workers: list[str] | None) -> bool:
 async def drain(
     app: App,
     json: bool,
-    workers: Annotated[list[str], typer.Argument(metavar="WORKER…", help="Ids of workers, from `buquet workers`.")],
+    workers: Annotated[list[str], Argument(metavar="WORKER…", help="Ids of workers, from `buquet workers`.")],
 ) -> bool:
     """Drain workers: they claim no new task, finish their running tasks, and exit with status 0."""
     return await act_on("worker", workers, app.adrain_worker, json, "asked to drain")

@@ -30,15 +30,6 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 
-NAVIGATION = {
-    "/": "Overview",
-    "/tasks": "Tasks",
-    "/errors": "Errors",
-    "/workers": "Workers",
-    "/queues": "Queues",
-    "/runs": "Runs",
-    "/schedules": "Schedules",
-}
 FILTERS = (
     wording.lasts,
     wording.number,
@@ -113,7 +104,6 @@ class Board:
         text = self.templates.get_template(template).render(
             charts=charts,
             urlencode=urlencode,
-            navigation=NAVIGATION,
             product_version=__version__,
             assets=self.assets,
             store=self.app.url,

@@ -87,12 +87,13 @@ def _print_queues(queues: list[fleet.QueueRow]) -> None:
         )
         for queue in queues
     ]
-    columns = ("queue", "", "ready", "by priority", "later", "retrying", "running", "workers", "next due")
+    columns = ("queue", "", "ready", "by priority", "delayed", "retrying", "running", "workers", "next due")
     print_table(columns, rows, "no queue yet")
     for queue in queues:
         for name, count, handled in sorted(queue.names):
             if not handled:
-                say(f"in queue {queue.name!r} {count:,} of the name {name!r} wait, and no live worker handles that name")
+                tasks_named = f"{counted(count, 'pending task')} named {name!r}"
+                say(f"queue {queue.name!r} has {tasks_named}, and no live worker handles that name")
 
 
 def _print_last_hour(queues: dict[str, Summary], since: int) -> None:

@@ -167,23 +167,34 @@ async def workers(app: App, json: bool) -> None:
         for row in rows
         for session in [row.session]
     ]
-    columns = (
-        *("worker", "status", "host", "pid", "queues", "running", "completed", "failed", "abandoned"),
-        *("last beat", "memory", "buquet"),
-    )
+    columns = [
+        "worker",
+        "status",
+        "host",
+        "pid",
+        "queues",
+        "running",
+        "completed",
+        "failed",
+        "abandoned",
+        "heartbeat",
+        "memory",
+        "buquet",
+    ]
     print_table(columns, cells, "no worker is running")
     print_refused(refused(rows))
 
 
 def refused(rows: list[fleet.WorkerRow]) -> list[Session]:
-    """Return the sessions of the live workers whose requests the store has refused lately."""
+    """Return the sessions of the live workers that had a request refused by the store lately."""
     return [row.session for row in rows if row.alive and row.session.refused]
 
 
 def print_refused(sessions: list[Session]) -> None:
-    """Print the last request of each worker that the store refused."""
-    for row in sessions:
-        say(f"the store refused a request of worker {row.id} on {row.host}, {moment(row.refused_at)}: {row.refused}")
+    """Print the last refused request of each worker."""
+    for session in sessions:
+        worker = f"worker {session.id} on {session.host}"
+        say(f"the store refused a request of {worker}, {moment(session.refused_at)}: {session.refused}")
 
 
 def _status(row: fleet.WorkerRow) -> str:

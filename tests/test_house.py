@@ -174,6 +174,35 @@ def test_the_readme_stays_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 200, "move details to the page of their subject in docs/"
 
 
+def resolves(name: str) -> bool:
+    """Tell whether a dotted name below `buquet` is a module, or an attribute of one."""
+    parts = name.split(".")
+    for size in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(["buquet", *parts[:size]]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[size:]:
+            value = getattr(value, part, None)
+        return value is not None
+    return False
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_every_file_and_function_on_the_map_exists(page: str) -> None:
+    package = ROOT / "src" / "buquet"
+    rooms = {path.stem for path in package.iterdir()}
+    missing: list[str] = []
+    for text in sorted(set(re.findall(r"`([^`\n]+)`", (ROOT / page).read_text()))):
+        if re.fullmatch(r"[\w./-]+/|[\w./-]+\.(py|md|toml)", text):
+            folders = (ROOT, package, ROOT / "tests" / "acceptance")
+            missing += [] if any((folder / text).exists() for folder in folders) else [text]
+        elif re.fullmatch(r"[a-z_]+(\.\w+)+", text):
+            name = text.removeprefix("buquet.")
+            missing += [text] if name.partition(".")[0] in rooms and not resolves(name) else []
+    assert not missing, f"{page} names what is not there: {missing}"
+
+
 def test_every_dependency_has_a_reason() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from buquet.insights.drawing import as_gantt, as_mermaid, as_svg, as_text, words
 from buquet.insights.drawing.layout import crossings, lay_out, order_of, settle
-from buquet.insights.runview import RunView, StepView
+from buquet.insights.runview import RunView
 from buquet.printing import printable
+from buquet.workflow.handle import StepInfo
 
 STATES = ("waiting", "ready", "running", "completed", "failed", "skipped", "stopped", "cancelled")
 NOW = 1_700_000_060_000
@@ -38,7 +39,7 @@ SHAPES = {"chain": CHAIN, "diamond": DIAMOND, "twelve": TWELVE, "past": PAST}
 
 
 def run_of(depends, **more):
-    return RunView(id="r", workflow="w", steps=[StepView(name=name, depends=tuple(on.split())) for name, on in depends.items()])
+    return RunView(id="r", workflow="w", steps=[StepInfo(name=name, needs=tuple(on.split())) for name, on in depends.items()])
 
 
 def plain(run, width=80):
@@ -69,13 +70,13 @@ def runs(draw):
     for index, name in enumerate(names):
         depends = draw(st.lists(st.sampled_from(names[:index]), unique=True, max_size=3)) if index else []
         state = draw(st.sampled_from(STATES))
-        step = StepView(
+        step = StepInfo(
             name=name,
             kind=draw(st.sampled_from(("task", "each", "wait", "sleep"))),
             task=draw(NAMES),
-            state=state,
+            status=state,
             undo=draw(st.sampled_from(("", "due", "done", "failed"))),
-            depends=(*depends, *draw(st.sampled_from(((), ("nowhere",), (name,))))),
+            needs=(*depends, *draw(st.sampled_from(((), ("nowhere",), (name,))))),
             condition=draw(NAMES),
             started=draw(st.sampled_from((0, NOW - 60_000, NOW))),
             ended=draw(st.sampled_from((0, NOW + 5))),
@@ -137,7 +138,7 @@ def test_order_keeps_all_that_was_to_be_known(run):
     reach = {}
     for name in names:
         reach[name] = set().union(*({each} | reach[each] for each in order.before[name]))
-        wanted = {each for each in order.steps[name].depends if each in order.steps and each != name}
+        wanted = {each for each in order.steps[name].needs if each in order.steps and each != name}
         assert wanted <= reach[name], "left out are only those that follow from others"
         assert all(names.index(each) < names.index(name) for each in order.before[name])
 
@@ -299,9 +300,9 @@ def test_more_than_people_can_follow_is_listed_by_layers():
 
 def test_what_people_ask_first_stands_on_the_line():
     steps = [
-        StepView(name="label", kind="each", state="running", started=NOW - 130_000, done=120, total=5000),
-        StepView(name="pay", state="failed", started=NOW - 3000, ended=NOW - 500, error="Refused: no\x1b[31m money", attempts=3),
-        StepView(name="ship", depends=("pay",), condition="ok.granted == true", reason="no live worker has a handler for 'ship'"),
+        StepInfo(name="label", kind="each", status="running", started=NOW - 130_000, done=120, total=5000),
+        StepInfo(name="pay", status="failed", started=NOW - 3000, ended=NOW - 500, error="Refused: no\x1b[31m money", attempts=3),
+        StepInfo(name="ship", needs=("pay",), condition="ok.granted == true", reason="no live worker has a handler for 'ship'"),
     ]
     text = "\n".join(plain(RunView(id="r", workflow="w", status="running", started=NOW - 130_000, steps=steps), 120))
     for said in (
@@ -318,10 +319,10 @@ def test_what_people_ask_first_stands_on_the_line():
 
 
 def test_a_link_is_where_the_page_says():
-    steps = [StepView(name="a", task_id="t1"), StepView(name="b")]
+    steps = [StepInfo(name="a", task_id="t1"), StepInfo(name="b")]
     drawn = as_svg(RunView(id="r", workflow="w", steps=steps), NOW, lambda step: f"/tasks/{step.task_id}" if step.task_id else "")
     root = ET.fromstring(drawn)  # noqa: S314 - our own
     (link,) = root.iter(f"{SVG}a")
     (group,) = link.iter(f"{SVG}g")
     assert (link.get("href"), group.get("data-step"), group.get("data-task")) == ("/tasks/t1", "a", "t1")
-    assert "<script" not in as_svg(RunView(id="r", workflow="<script>", steps=[StepView(name="<script>")]), NOW)
+    assert "<script" not in as_svg(RunView(id="r", workflow="<script>", steps=[StepInfo(name="<script>")]), NOW)

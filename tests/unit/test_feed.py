@@ -204,7 +204,7 @@ def test_many_who_watch_a_run_and_the_list_cost_two_requests_a_second_and_one_wh
             assert news[0] >= 20
             await world.clock.sleep(400)  # each of its tasks is read once more
             shown = world.feed.shown(await world.feed.run(run.id))
-            assert [step.state for step in shown.steps] == ["completed"] * 120 + ["running"]
+            assert [step.status for step in shown.steps] == ["completed"] * 120 + ["running"]
             assert all(step.attempts for step in shown.steps[:-1])
             assert [(row.done, len(row.steps)) for row in world.feed.open_runs.rows([])] == [(120, 121)]
             before = world.sent

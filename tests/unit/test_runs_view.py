@@ -118,7 +118,7 @@ def test_before_any_worker_has_it():
         run = await place.chain.options(key="k", tags={"a": "b"}).astart(2)
         view = await place.read(run)
         assert (view.status, view.workflow, view.key, view.tags, view.started) == ("pending", "chain", "k", {"a": "b"}, 0)
-        assert [(step.name, step.state, step.depends) for step in view.steps] == [
+        assert [(step.name, step.status, step.needs) for step in view.steps] == [
             ("step", "waiting", ()),
             ("step_2", "waiting", ("step",)),
         ]
@@ -137,17 +137,17 @@ def test_a_fan_out_a_signal_and_a_branch():
         async with place.worker():
             await place.clock.sleep(5)
             held, wait, *branches = (await place.read(run)).steps
-            assert (held.kind, held.state, held.done, held.total, wait.state) == ("each", "running", 0, 3, "waiting")
+            assert (held.kind, held.status, held.done, held.total, wait.status) == ("each", "running", 0, 3, "waiting")
             assert [step.condition for step in branches] == ["go", "not (go)"]
             place.gate.set()
             await place.clock.sleep(1)
             held, wait, *_ = (await place.read(run)).steps
-            assert (held.state, held.done, held.total) == ("completed", 3, 3)
-            assert (wait.state, wait.reason) == ("running", "waits for 'go', 1 min 39 s left")
+            assert (held.status, held.done, held.total) == ("completed", 3, 3)
+            assert (wait.status, wait.reason) == ("running", "waits for 'go', 1 min 39 s left")
             await go.asend(run, value=True, app=place.app)
             await run.aresult(timeout=60)
         view = await place.read(run)
-        assert [step.state for step in view.steps] == ["completed", "completed", "completed", "skipped"]
+        assert [step.status for step in view.steps] == ["completed", "completed", "completed", "skipped"]
         assert view.over
         assert view.ended
         assert all(step.started <= step.ended for step in view.steps[:3])
@@ -168,17 +168,17 @@ def test_why_a_step_does_not_go_on():
         async with place.worker("default"):
             await place.clock.sleep(0.5)
             step = (await place.read(far)).step("elsewhere")
-            assert (step.state, step.reason) == ("ready", "no live worker has a handler for 'elsewhere'")
+            assert (step.status, step.reason) == ("ready", "no live worker has a handler for 'elsewhere'")
             step = (await place.read(shaky)).step("shaky")
-            assert (step.state, step.attempts, step.error) == ("ready", 1, "ValueError: not today")
+            assert (step.status, step.attempts, step.error) == ("ready", 1, "ValueError: not today")
             assert step.reason.startswith("runs again in ")
             step = (await place.read(naps)).step("sleep")
-            assert (step.kind, step.state) == ("sleep", "running")
+            assert (step.kind, step.status) == ("sleep", "running")
             assert step.reason.endswith("s left")
             await place.clock.sleep(40)
         view = await place.read(shaky)
-        assert (view.status, view.step("shaky").state, view.step("shaky").attempts) == ("failed", "failed", 2)
-        assert view.step("step").state == "cancelled", "it will never run"
+        assert (view.status, view.step("shaky").status, view.step("shaky").attempts) == ("failed", "failed", 2)
+        assert view.step("step").status == "cancelled", "it will never run"
         assert "not today" in view.error
         assert (await place.read(naps)).status == "completed"
         assert [each.id for each in await place.find(statuses=("failed",))] == [shaky.id]
@@ -192,7 +192,7 @@ def test_items_that_failed_are_told_where_the_step_went_on():
         async with place.worker():
             await run.aresult(timeout=60)
         (step,) = (await place.read(run)).steps
-        assert (step.state, step.done, step.total) == ("completed", 4, 4)
+        assert (step.status, step.done, step.total) == ("completed", 4, 4)
         assert step.reason.startswith("2 items failed, which is allowed, such as 1: ")
 
     at_place(check)
@@ -212,7 +212,7 @@ def test_reading_costs_a_request_a_step_and_two_hundred_at_most():
         view = await place.read(long)
         assert place.reads() <= MOST_TASKS + 2
         assert len(view.steps) == MOST_TASKS + 50
-        assert all(step.state == "completed" and step.started for step in view.steps)
+        assert all(step.status == "completed" and step.started for step in view.steps)
 
     at_place(check)
 
@@ -274,7 +274,7 @@ def test_an_encrypted_run_shows_without_its_key_what_has_begun():
         assert [step.condition for step in whole.steps] == ["", "", "go", "not (go)"]
         stranger = App(store=store, clock=clock).client
         view = await runs.read(stranger, run.id)
-        assert {step.name: step.state for step in view.steps} == {"held": "completed", "go": "running"}
+        assert {step.name: step.status for step in view.steps} == {"held": "completed", "go": "running"}
         assert [each.id for each in await runs.find(runs.RunFilter(), None, Scan(stranger))] == [run.id]
         worker.stop()
         await working

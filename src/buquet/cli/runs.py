@@ -146,9 +146,9 @@ async def _result_of(client: Client, view: RunView) -> bytes | None:
 
 
 def _plain(view: RunView) -> dict[str, Any]:
-    """Return a run as JSON values. A step has its `status` also as `state`, the older name."""
+    """Return a run as JSON values. A step also has the older names `state` and `depends`."""
     value: dict[str, Any] = msgspec.to_builtins(view)
-    value["steps"] = [{"status": step["state"], **step} for step in value["steps"]]
+    value["steps"] = [{"state": step["status"], "depends": step["needs"], **step} for step in value["steps"]]
     return value
 
 
@@ -227,10 +227,10 @@ def _lines(view: RunView, now: int) -> dict[str, str]:
     whole = {"": words.plain(f"{view.workflow}: {status}{f', {view.error}' if view.error else ''}")}
     lines: dict[str, str] = {}
     for step in view.steps:
-        if step.state in {"waiting", "cancelled"}:
+        if step.status in {"waiting", "cancelled"}:
             continue
         took = words.time(step, now) if step.ended else ""
-        parts = (step.state, took, words.items(step), words.UNDONE[step.undo], step.error)
+        parts = (step.status, took, words.items(step), words.UNDONE[step.undo], step.error)
         lines[step.name] = words.plain(f"{step.name}: {', '.join(filter(None, parts))}")
     return lines | whole if view.over else whole | lines
 
@@ -260,7 +260,7 @@ async def ls(
 
 def _row(view: RunView, now: int) -> tuple[object, ...]:
     seconds = view.seconds(now)
-    done = sum(step.state in {"completed", "skipped"} for step in view.steps)
+    done = sum(step.status in {"completed", "skipped"} for step in view.steps)
     return (
         view.id,
         view.workflow,

@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from buquet.dashboard.board import Board
-    from buquet.insights.runview import RunView, StepView
+    from buquet.insights.runview import RunView
     from buquet.records import Task
     from buquet.store.register import Held
+    from buquet.workflow.handle import StepInfo
 
 log = logging.getLogger("buquet.dashboard")
 
@@ -218,7 +219,7 @@ async def run(board: Board, request: Request) -> Response:
     one = await board.feed.run(request.path_params["id"])
     client, record = board.app.client, one.held.record if one.held else None
     shown, now = board.feed.shown(one), board.app.clock.now_ms()
-    open_waits = [step for step in shown.steps if step.kind == "wait" and step.state in {"ready", "running"}]
+    open_waits = [step for step in shown.steps if step.kind == "wait" and step.status in {"ready", "running"}]
     signals = await signals_of(client, record, one.graph, inline=True) if record else []
     return board.page(
         request,
@@ -233,7 +234,7 @@ async def run(board: Board, request: Request) -> Response:
     )
 
 
-def _link(step: StepView) -> str:
+def _link(step: StepInfo) -> str:
     return f"/tasks/{step.task_id}" if step.task_id else ""
 
 

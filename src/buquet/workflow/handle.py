@@ -381,11 +381,6 @@ def step_info(run: RunRecord, name: str, step: Step) -> StepInfo:
     )
 
 
-def never_began(run: RunRecord, step: StepRecord) -> bool:
-    """Whether a run ended before the step began."""
-    return step.state == "idle" and run.state in OVER
-
-
 _STATUS: dict[str, StepStatus] = {
     "due": "running",
     "done": "completed",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from buquet.insights.runview import StepView
+    from buquet.workflow.handle import StepInfo
 
 Node: TypeAlias = tuple[str, str, int]
 """A step (its name, "", 0), or the lane in which an edge passes a layer (source, target, layer)."""
@@ -33,7 +33,7 @@ SWAPS = 1_000
 class Order:
     """The steps of a run as a graph, by transitive reduction: of a -> b -> c and a -> c, the last is left out."""
 
-    steps: dict[str, StepView]
+    steps: dict[str, StepInfo]
     """By name, each after its dependencies; otherwise in the order of the run."""
     before: dict[str, tuple[str, ...]]
     after: dict[str, tuple[str, ...]]
@@ -55,20 +55,20 @@ class Order:
         return layers
 
 
-def order_of(steps: Sequence[StepView]) -> Order:
+def order_of(steps: Sequence[StepInfo]) -> Order:
     """Return the order of steps.
 
     Dependencies on unknown steps, and those that close a cycle, are ignored: a drawing must not fail.
     """
     named = {step.name: step for step in steps}
-    depends = {name: {other for other in step.depends if other in named and other != name} for name, step in named.items()}
+    depends = {name: {other for other in step.needs if other in named and other != name} for name, step in named.items()}
     names = _sorted(depends)
     bit = {name: 1 << index for index, name in enumerate(names)}
     ancestors: dict[str, int] = {}
     before: dict[str, tuple[str, ...]] = {}
     after: dict[str, list[str]] = {name: [] for name in names}
     for name in names:
-        direct = [other for other in dict.fromkeys(named[name].depends) if other in depends[name]]
+        direct = [other for other in dict.fromkeys(named[name].needs) if other in depends[name]]
         implied = ancestors[name] = 0
         for other in direct:
             implied |= ancestors[other]

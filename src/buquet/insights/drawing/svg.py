@@ -16,7 +16,8 @@ from buquet.printing import duration, in_seconds, printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from buquet.insights.runview import RunView, StepView
+    from buquet.insights.runview import RunView
+    from buquet.workflow.handle import StepInfo
 
 COLOURS = {
     "paper": ("#ffffff", "#0d1117"),
@@ -99,13 +100,14 @@ def _style() -> str:
 STYLE = _style()
 
 
-def as_svg(run: RunView, now: int, link: Callable[[StepView], str] | None = None) -> str:
+def as_svg(run: RunView, now: int, link: Callable[[StepInfo], str] | None = None) -> str:
     """Return a run's graph as an SVG document, which a page can also embed.
 
     `now` (milliseconds) is for the times of running steps. `link` returns the address that a step's box leads to, "" for none.
 
-    >>> from buquet.insights.runview import RunView, StepView
-    >>> "data-step" in as_svg(RunView(id="1", workflow="w", steps=[StepView(name="a")]), 0)
+    >>> from buquet.insights.runview import RunView
+    >>> from buquet.workflow.handle import StepInfo
+    >>> "data-step" in as_svg(RunView(id="1", workflow="w", steps=[StepInfo(name="a")]), 0)
     True
     """
     order = order_of(run.steps)
@@ -116,14 +118,15 @@ def as_svg(run: RunView, now: int, link: Callable[[StepView], str] | None = None
     return _document(plan.width, plan.height, words.headline(run, now), [*edges, *boxes, *conditions])
 
 
-def as_gantt(run: RunView, now: int, link: Callable[[StepView], str] | None = None) -> str:
+def as_gantt(run: RunView, now: int, link: Callable[[StepInfo], str] | None = None) -> str:
     """Return when each step ran, in the order of their starts, as an SVG document, which a page can also embed.
 
     `now` (milliseconds) is where the bars of running steps end. `link` returns the address that a step's row leads to, "" for
     none. Steps that have not begun come last, without a bar.
 
-    >>> from buquet.insights.runview import RunView, StepView
-    >>> "data-step" in as_gantt(RunView(id="1", workflow="w", steps=[StepView(name="a", started=1, ended=2)]), 0)
+    >>> from buquet.insights.runview import RunView
+    >>> from buquet.workflow.handle import StepInfo
+    >>> "data-step" in as_gantt(RunView(id="1", workflow="w", steps=[StepInfo(name="a", started=1, ended=2)]), 0)
     True
     """
     steps = list(order_of(run.steps).steps.values())
@@ -174,11 +177,11 @@ def _text(x: float, y: float, text: str, **attributes: object) -> str:
     return element("text", _escaped(text), x=x, y=y, **attributes) if text else ""
 
 
-def _group(step: StepView, link: Callable[[StepView], str] | None, inside: Iterable[str], now: int) -> str:
+def _group(step: StepInfo, link: Callable[[StepInfo], str] | None, inside: Iterable[str], now: int) -> str:
     """Return a step's group, with attributes for scripts, and inside an `<a>` where `link` returns an address."""
-    lines = [words.plain(words.title(step)), ", ".join(filter(None, (step.state, words.time(step, now)))), *words.remarks(step)]
+    lines = [words.plain(words.title(step)), ", ".join(filter(None, (step.status, words.time(step, now)))), *words.remarks(step)]
     title = element("title", _escaped("\n".join(lines)))
-    group = element("g", title, *inside, class_=f"step {step.state}", data_step=step.name, data_task=step.task_id)
+    group = element("g", title, *inside, class_=f"step {step.status}", data_step=step.name, data_task=step.task_id)
     address = link(step) if link else ""
     return element("a", group, href=address) if address else group
 
@@ -256,7 +259,7 @@ def _plan(order: Order) -> _Plan:
     return down if down.width <= max(PAGE, length) else plan(sideways=True)
 
 
-def _cut_condition(step: StepView) -> str:
+def _cut_condition(step: StepInfo) -> str:
     return words.cut(step.condition, CONDITION)
 
 
@@ -264,8 +267,8 @@ def _edge(plan: _Plan, source: str, target: str) -> tuple[str, str]:
     """Return an edge's line and its tip. Between layers it bends. Through a layer it goes straight, in its lane."""
     nodes = plan.layout.edges[source, target]
     before, after = plan.order.steps[source], plan.order.steps[target]
-    kind = "skipped" if "skipped" in {before.state, after.state} else ""
-    if not kind and before.state == "completed" and after.started:
+    kind = "skipped" if "skipped" in {before.status, after.status} else ""
+    if not kind and before.status == "completed" and after.started:
         kind = "taken"
     _, leaves, place = plan.span(nodes[0])
     path = ["M", *_numbers(plan.point(leaves, place))]
@@ -292,7 +295,7 @@ def _numbers(*points: tuple[float, float]) -> list[str]:
     return [_number(number) for point in points for number in point]
 
 
-def _condition(plan: _Plan, step: StepView) -> str:
+def _condition(plan: _Plan, step: StepInfo) -> str:
     """Write a condition where the edges of its step arrive."""
     start, _, place = plan.span((step.name, "", 0))
     text = _cut_condition(step)
@@ -301,7 +304,7 @@ def _condition(plan: _Plan, step: StepView) -> str:
     return _text(place, start - TIP - 6, text, class_="condition", text_anchor="middle")
 
 
-def _box(step: StepView, x: float, y: float, now: int) -> list[str]:
+def _box(step: StepInfo, x: float, y: float, now: int) -> list[str]:
     """Draw a step: its mark and name; below it the status and what matters most."""
     radius = HEIGHT / 2 if step.kind in {"wait", "sleep"} else 7.0
     parts = [element("rect", class_="paper", x=x, y=y, width=WIDTH, height=HEIGHT, rx=radius)]
@@ -311,7 +314,7 @@ def _box(step: StepView, x: float, y: float, now: int) -> list[str]:
     parts.append(element("rect", class_="box", x=x, y=y, width=WIDTH, height=HEIGHT, rx=radius))
     inset, most = (15.0, NAME - 1) if radius > HEIGHT / 3 else (11.0, NAME)
     parts += [
-        _text(x + inset, y + 20, words.MARKS[step.state], class_="mark"),
+        _text(x + inset, y + 20, words.MARKS[step.status], class_="mark"),
         _text(x + inset + 19, y + 19.5, words.cut(step.name, most), class_="name"),
         _text(x + inset + 19, y + 35.5, words.cut(_details(step, now), DETAILS), class_="said faint"),
     ]
@@ -321,13 +324,13 @@ def _box(step: StepView, x: float, y: float, now: int) -> list[str]:
     return parts
 
 
-def _details(step: StepView, now: int) -> str:
+def _details(step: StepInfo, now: int) -> str:
     kind = words.kind(step)
     attempt = f"attempt {step.attempts}" if step.attempts > 1 else ""
-    parts = (step.state, words.time(step, now), words.items(step), words.UNDONE[step.undo], kind, attempt)
+    parts = (step.status, words.time(step, now), words.items(step), words.UNDONE[step.undo], kind, attempt)
     details = list(filter(None, parts))
     # the mark and the colour show the status as well
-    for least in (attempt, kind, step.state):
+    for least in (attempt, kind, step.status):
         if least in details and words.columns(" · ".join(details)) > DETAILS:
             details.remove(least)
     return " · ".join(details)
@@ -347,16 +350,16 @@ def _axis(seconds: float, scale: float, height: float) -> list[str]:
     return parts
 
 
-def _row(step: StepView, y: float, first: int, now: int, scale: float) -> list[str]:
+def _row(step: StepInfo, y: float, first: int, now: int, scale: float) -> list[str]:
     middle = y + ROW / 2 + 4
     parts = [
         # the whole row reacts to the pointer
         element("rect", class_="paper", x=0.0, y=y, width=CHART, height=ROW, fill_opacity=0),
-        _text(12, middle, words.MARKS[step.state], class_="mark"),
+        _text(12, middle, words.MARKS[step.status], class_="mark"),
         _text(32, middle, words.cut(step.name, LABEL), class_="name"),
     ]
     if not step.started:
-        return [*parts, _text(LABELS + 4, middle, step.state, class_="faint")]
+        return [*parts, _text(LABELS + 4, middle, step.status, class_="faint")]
     start = LABELS + in_seconds(step.started - first) * scale
     length = max((step.seconds(now) or 0) * scale, 2.0)
     bar = "bar idle" if step.kind in {"wait", "sleep"} else "bar"

@@ -12,13 +12,15 @@ from buquet.insights.drawing.layout import Order, order_of
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from buquet.insights.runview import RunView, StepKind, StepState, StepView
+    from buquet.insights.runview import RunView
+    from buquet.workflow.graph import Kind
+    from buquet.workflow.handle import StepInfo, StepStatus
 
 Span: TypeAlias = tuple[str, str]
 """A piece of a line, and its style as rich names it; "" for none."""
 Line: TypeAlias = list[Span]
 
-STYLES: dict[StepState, str] = {
+STYLES: dict[StepStatus, str] = {
     "waiting": "dim",
     "ready": "yellow",
     "running": "cyan",
@@ -35,7 +37,7 @@ NAME = 32
 LANES = 10
 """With more parallel lanes than this, nobody could follow the lines: layers are listed instead."""
 
-SHAPES: dict[StepKind, tuple[str, str]] = {
+SHAPES: dict[Kind, tuple[str, str]] = {
     "task": ("[", "]"),
     "each": ("[[", "]]"),
     "wait": ("{{", "}}"),
@@ -61,8 +63,9 @@ def as_text(run: RunView, now: int, width: int = 80) -> list[Line]:
 
     `now` (milliseconds) is for the times of running steps. A line is a list of spans; their texts together are plain text:
 
-    >>> from buquet.insights.runview import RunView, StepView
-    >>> steps = [StepView(name="a"), StepView(name="b", depends=("a",)), StepView(name="c", depends=("a",))]
+    >>> from buquet.insights.runview import RunView
+    >>> from buquet.workflow.handle import StepInfo
+    >>> steps = [StepInfo(name="a"), StepInfo(name="b", needs=("a",)), StepInfo(name="c", needs=("a",))]
     >>> for line in as_text(RunView(id="1", workflow="w", steps=steps), 0):
     ...     print("".join(text for text, _ in line))
     w 1: pending
@@ -85,8 +88,8 @@ def as_text(run: RunView, now: int, width: int = 80) -> list[Line]:
             lines.append([(text, "dim")])
             continue
         step = order.steps[name]
-        before, mark, after = text.partition(words.MARKS[step.state])
-        drawing = [(before, "dim"), (mark, STYLES[step.state]), (after.ljust(left - len(before) - 1), "dim")]
+        before, mark, after = text.partition(words.MARKS[step.status])
+        drawing = [(before, "dim"), (mark, STYLES[step.status]), (after.ljust(left - len(before) - 1), "dim")]
         lines.append([*(span for span in drawing if span[0]), *_details(step, now, names, max(width - left - 2, 0))])
     return lines
 
@@ -94,8 +97,9 @@ def as_text(run: RunView, now: int, width: int = 80) -> list[Line]:
 def as_mermaid(run: RunView, now: int) -> str:
     r"""Return a run as the source of a Mermaid flowchart. `now` (milliseconds) is for the times of running steps.
 
-    >>> from buquet.insights.runview import RunView, StepView
-    >>> print(as_mermaid(RunView(id="1", workflow="w", steps=[StepView(name='say "hi"')]), 0).splitlines()[1])
+    >>> from buquet.insights.runview import RunView
+    >>> from buquet.workflow.handle import StepInfo
+    >>> print(as_mermaid(RunView(id="1", workflow="w", steps=[StepInfo(name='say "hi"')]), 0).splitlines()[1])
       s0["say #34;hi#34;<br/>waiting"]:::waiting
     """
     order = order_of(run.steps)
@@ -103,17 +107,17 @@ def as_mermaid(run: RunView, now: int) -> str:
     lines = ["flowchart LR"]
     for name, step in order.steps.items():
         opening, closing = SHAPES[step.kind]
-        details = ", ".join(filter(None, (step.state, words.items(step), words.time(step, now), words.UNDONE[step.undo])))
-        lines.append(f'  {ids[name]}{opening}"{_escaped(words.title(step))}<br/>{_escaped(details)}"{closing}:::{step.state}')
+        details = ", ".join(filter(None, (step.status, words.items(step), words.time(step, now), words.UNDONE[step.undo])))
+        lines.append(f'  {ids[name]}{opening}"{_escaped(words.title(step))}<br/>{_escaped(details)}"{closing}:::{step.status}')
     for name, step in order.steps.items():
         before = order.before[name]
         # one edge shows the condition: that from the step that the condition names
         judge = next((source for source in before if source in step.condition), before[0] if before else "")
         for source in before:
             label = f'|"{_escaped(step.condition)}"|' if step.condition and source == judge else ""
-            arrow = "-.->" if "skipped" in {step.state, order.steps[source].state} else "-->"
+            arrow = "-.->" if "skipped" in {step.status, order.steps[source].status} else "-->"
             lines.append(f"  {ids[source]} {arrow}{label} {ids[name]}")
-    statuses = dict.fromkeys(step.state for step in order.steps.values())
+    statuses = dict.fromkeys(step.status for step in order.steps.values())
     lines += [f"  classDef {status} {CLASSES[status]}" for status in statuses]
     return "\n".join(lines) + "\n"
 
@@ -124,15 +128,15 @@ def _escaped(text: str) -> str:
     return safe.replace(". ", "#46; ")  # "1. item" would be a list
 
 
-def _details(step: StepView, now: int, names: int, room: int) -> Line:
+def _details(step: StepInfo, now: int, names: int, room: int) -> Line:
     """Return the text beside the mark of a step: its name in `names` columns, its status, and remarks where they have room."""
-    style = STYLES[step.state]
+    style = STYLES[step.status]
     name = words.cut(words.title(step), names)
     padding = " " * (names - words.columns(name) + 2)
-    status = f"{step.state:<9}  {words.time(step, now):>9}"[: max(room - names - 2, 0)]
+    status = f"{step.status:<9}  {words.time(step, now):>9}"[: max(room - names - 2, 0)]
     left = room - names - 2 - len(status)
     remarks = words.cut(" · ".join(words.remarks(step)), left - 2) if left > NAME // 2 else ""
-    line = [("  ", ""), (name, "dim" if step.state == "skipped" else ""), (padding, "")]
+    line = [("  ", ""), (name, "dim" if step.status == "skipped" else ""), (padding, "")]
     if not remarks:
         return [*line, (status.rstrip(), style)]
     return [*line, (status, style), (f"  {remarks}", "red" if step.error else "")]
@@ -156,7 +160,7 @@ class _Lanes:
             if name not in self.lanes:
                 self._begin(name)
             here = self.lanes.index(name)
-            mark = words.MARKS[self.order.steps[name].state]
+            mark = words.MARKS[self.order.steps[name].status]
             cells = (mark if index == here else " " if lane is None else "│" for index, lane in enumerate(self.lanes))
             self.rows.append((" ".join(cells), name))
             self._lead_on(name, here)
@@ -225,5 +229,5 @@ def _listed(order: Order) -> list[tuple[str, str]]:
     for layer in order.layers():
         for index, name in enumerate(layer):
             bracket = "─" if len(layer) == 1 else "┌" if index == 0 else "└" if index == len(layer) - 1 else "│"
-            rows.append((f"{bracket} {words.MARKS[order.steps[name].state]}", name))
+            rows.append((f"{bracket} {words.MARKS[order.steps[name].status]}", name))
     return rows

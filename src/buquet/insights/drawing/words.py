@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from buquet.printing import JOINERS, duration, printable
 
 if TYPE_CHECKING:
-    from buquet.insights.runview import RunView, StepState, StepView
+    from buquet.insights.runview import RunView
+    from buquet.workflow.handle import StepInfo, StepStatus
 
-MARKS: dict[StepState, str] = {
+MARKS: dict[StepStatus, str] = {
     "waiting": "○",
     "ready": "◎",
     "running": "●",
@@ -58,28 +59,28 @@ def cut(text: str, most: int) -> str:
     return kept.rstrip() + "…" if most > 0 else ""
 
 
-def title(step: StepView) -> str:
+def title(step: StepInfo) -> str:
     """Return a step's name, and its task's name where that is another."""
     return f"{step.name} ({step.task})" if step.task not in {"", step.name} else step.name
 
 
-def items(step: StepView) -> str:
+def items(step: StepInfo) -> str:
     """Return the progress of a fan-out."""
     return f"{step.done:,}/{step.total:,}" if step.kind == "each" and step.total else ""
 
 
-def kind(step: StepView) -> str:
+def kind(step: StepInfo) -> str:
     """Return the kind of a step that is no plain task."""
     return {"wait": "signal", "sleep": "sleep"}.get(step.kind, "") if step.kind != step.name else ""
 
 
-def time(step: StepView, now: int) -> str:
+def time(step: StepInfo, now: int) -> str:
     """Return for how long a step ran."""
     seconds = step.seconds(now)
-    return "" if seconds is None or (not step.ended and step.state not in {"running", "ready"}) else duration(seconds)
+    return "" if seconds is None or (not step.ended and step.status not in {"running", "ready"}) else duration(seconds)
 
 
-def remarks(step: StepView) -> list[str]:
+def remarks(step: StepInfo) -> list[str]:
     """Return the other facts about a step, the most important first."""
     facts = (
         step.error,

@@ -78,7 +78,7 @@ class Finding:
 
 
 @dataclass
-class Report:
+class FsckReport:
     """The result of fsck."""
 
     records: int = 0
@@ -92,7 +92,7 @@ class Report:
         return [finding for finding in self.findings if not finding.repaired]
 
 
-async def fsck(client: Client, *, repair: bool = False, progress: Callable[[float, str], None] | None = None) -> Report:
+async def fsck(client: Client, *, repair: bool = False, progress: Callable[[float, str], None] | None = None) -> FsckReport:
     """Check every record, entry and payload. With `repair`, mend what can be mended without a risk.
 
     `progress` is called with a fraction from 0 to 1 and a few words. fsck sends one GET per record, and a LIST per 1,000 keys.
@@ -111,14 +111,14 @@ class _Checker:
         self.reads = client.reads
         self.repair = repair
         self.progress = progress
-        self.report = Report()
+        self.report = FsckReport()
         self.queues: set[str] = set()
         self.changed: set[str] = set()
         """Records that were written while fsck read them."""
         self.unknown: set[str] = set()
         self.now = 0.0
 
-    async def run(self) -> Report:
+    async def run(self) -> FsckReport:
         await self.client.open()
         self.now = self.clock.now() + await store_ahead(self.reads, self.clock, strict=self.repair)
         await each_of(each_record(self.reads, lambda part: self.progress(0.9 * part, "records")), self._record, AT_ONCE)

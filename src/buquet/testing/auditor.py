@@ -24,7 +24,7 @@ _GONE = ENDED | {"pruned"}
 
 
 @dataclass
-class Bucket:
+class Snapshot:
     """Everything under a prefix, as it was read."""
 
     tasks: dict[str, Json] = field(default_factory=dict[str, Json])
@@ -37,21 +37,21 @@ class Bucket:
     unreadable: list[str] = field(default_factory=list[str])
 
 
-async def read_bucket(store: Store, queues: list[str]) -> Bucket:
+async def read_bucket(store: Store, queues: list[str]) -> Snapshot:
     """Read all records, entries, sessions and runs. `queues` are percent-encoded, as in keys."""
-    bucket = Bucket()
+    snapshot = Snapshot()
     for shard in range(256):
-        bucket.tasks |= await _records(store, f"tasks/{shard:02x}/", bucket.unreadable)
+        snapshot.tasks |= await _records(store, f"tasks/{shard:02x}/", snapshot.unreadable)
     for queue in queues:
         for prefix in (*(f"ready/{queue}/{priority}/" for priority in range(10)), f"later/{queue}/"):
             for key in await keys_under(store, prefix):
                 task = key.rsplit("/", 1)[1].split("-", 1)[1].split(".", 1)[0]
-                bucket.entries.setdefault(task, []).append(key)
-    sessions = await _records(store, "workers/", bucket.unreadable)
-    bucket.sessions = {session["id"]: session for session in sessions.values()}
-    bucket.runs = await _records(store, "runs/", bucket.unreadable)
-    bucket.open_runs = {key.removeprefix("open/") for key in await keys_under(store, "open/")}
-    return bucket
+                snapshot.entries.setdefault(task, []).append(key)
+    sessions = await _records(store, "workers/", snapshot.unreadable)
+    snapshot.sessions = {session["id"]: session for session in sessions.values()}
+    snapshot.runs = await _records(store, "runs/", snapshot.unreadable)
+    snapshot.open_runs = {key.removeprefix("open/") for key in await keys_under(store, "open/")}
+    return snapshot
 
 
 async def keys_under(store: Store, prefix: str) -> list[str]:
@@ -93,38 +93,38 @@ class Auditor:
     told_runs: dict[str, str] = field(default_factory=dict[str, str])
     """How a run ended, as a caller was told."""
 
-    def findings(self, bucket: Bucket, *, at_rest: bool = True) -> list[str]:
+    def findings(self, snapshot: Snapshot, *, at_rest: bool = True) -> list[str]:
         """Return what is broken, in words."""
-        found = list(self._task_findings(bucket, at_rest=at_rest))
+        found = list(self._task_findings(snapshot, at_rest=at_rest))
         if at_rest:
-            found += self._run_findings(bucket)
+            found += self._run_findings(snapshot)
         return found
 
-    def _task_findings(self, bucket: Bucket, *, at_rest: bool) -> Iterator[str]:
-        yield from (f"I6: {task} was acknowledged, and has no record" for task in sorted(self.submitted - bucket.tasks.keys()))
-        yield from _contradicted("", bucket.tasks, self.told)
-        for task_id, task in sorted(bucket.tasks.items()):
-            yield from _unfindable(bucket, task_id, task)
+    def _task_findings(self, snapshot: Snapshot, *, at_rest: bool) -> Iterator[str]:
+        yield from (f"I6: {task} was acknowledged, and has no record" for task in sorted(self.submitted - snapshot.tasks.keys()))
+        yield from _contradicted("", snapshot.tasks, self.told)
+        for task_id, task in sorted(snapshot.tasks.items()):
+            yield from _unfindable(snapshot, task_id, task)
             yield from _timeline(task_id, task)
             if at_rest and task_id in self.submitted and task["state"] not in _GONE:
                 yield f"lost: {task_id} was acknowledged, and is {task['state']} though nobody is at work"
-        for worker, session in sorted(bucket.sessions.items()):
+        for worker, session in sorted(snapshot.sessions.items()):
             for claim in session.get("claims", []):
-                if at_rest and bucket.tasks.get(claim["task"], {}).get("token") == claim["token"]:
+                if at_rest and snapshot.tasks.get(claim["task"], {}).get("token") == claim["token"]:
                     yield f"I4: session {worker} of a worker that has ended lists a claim of {claim['task']}"
 
-    def _run_findings(self, bucket: Bucket) -> Iterator[str]:
+    def _run_findings(self, snapshot: Snapshot) -> Iterator[str]:
         for run_id in sorted(self.started):
-            state = bucket.runs.get(run_id, {}).get("state", "running" if run_id in bucket.runs else "missing")
+            state = snapshot.runs.get(run_id, {}).get("state", "running" if run_id in snapshot.runs else "missing")
             if state not in RUN_OVER:
                 yield f"lost: run {run_id} was acknowledged, and is {state} though nobody is at work"
-        yield from _contradicted("run ", bucket.runs, self.told_runs)
-        for run_id, run in sorted(bucket.runs.items()):
-            yield from _open_entries(bucket, run_id, run)
-            yield from _unfinished_tasks(bucket, run_id, run)
-        for task_id, task in sorted(bucket.tasks.items()):
-            if task.get("run") and task["run"] in bucket.runs:
-                yield from _untold(task_id, task, bucket.runs[task["run"]])
+        yield from _contradicted("run ", snapshot.runs, self.told_runs)
+        for run_id, run in sorted(snapshot.runs.items()):
+            yield from _open_entries(snapshot, run_id, run)
+            yield from _unfinished_tasks(snapshot, run_id, run)
+        for task_id, task in sorted(snapshot.tasks.items()):
+            if task.get("run") and task["run"] in snapshot.runs:
+                yield from _untold(task_id, task, snapshot.runs[task["run"]])
             elif task.get("run") and task["state"] == "completed":
                 yield f"I8: task {task_id} has completed, and its run {task['run']} has no record"
 
@@ -137,14 +137,14 @@ def _contradicted(what: str, records: dict[str, Json], told: dict[str, str]) -> 
             yield f"I6: of {what}{record_id} a caller was told {end}, and it is {state}"
 
 
-def _unfindable(bucket: Bucket, task_id: str, task: Json) -> Iterator[str]:
+def _unfindable(snapshot: Snapshot, task_id: str, task: Json) -> Iterator[str]:
     """I1 and I2: a pending task's entry is there; a running one's is, or its claim is listed."""
-    if task.get("entry") in bucket.entries.get(task_id, []):
+    if task.get("entry") in snapshot.entries.get(task_id, []):
         return
     if task["state"] == "pending":
         yield f"I1: {task_id} is pending, and its entry {task.get('entry')} is not there"
     if task["state"] == "running":
-        claims = bucket.sessions.get(task["worker"], {}).get("claims", [])
+        claims = snapshot.sessions.get(task["worker"], {}).get("claims", [])
         if not any(claim["token"] == task["token"] for claim in claims):
             yield f"I2: {task_id} runs under {task['worker']} without an entry, and its session does not list it"
 
@@ -169,18 +169,18 @@ def _timeline(task_id: str, task: Json) -> Iterator[str]:
         yield f"I7: {task_id} is {task['state']}, and its timeline does not say so"
 
 
-def _open_entries(bucket: Bucket, run_id: str, run: Json) -> Iterator[str]:
+def _open_entries(snapshot: Snapshot, run_id: str, run: Json) -> Iterator[str]:
     """Check that an open run has the entry of its generation, and a finished one none."""
     if run.get("state", "running") not in RUN_OVER:
-        if f"{run_id}.{run.get('gen', 1)}" not in bucket.open_runs:
+        if f"{run_id}.{run.get('gen', 1)}" not in snapshot.open_runs:
             yield f"open: run {run_id} is not over, and its entry of generation {run.get('gen', 1)} is not there"
         return
-    for entry in sorted(bucket.open_runs):
+    for entry in sorted(snapshot.open_runs):
         if entry.startswith(f"{run_id}."):
             yield f"open: run {run_id} is over, and its entry {entry} is still there"
 
 
-def _unfinished_tasks(bucket: Bucket, run_id: str, run: Json) -> Iterator[str]:
+def _unfinished_tasks(snapshot: Snapshot, run_id: str, run: Json) -> Iterator[str]:
     """Check that every task that a finished run's record speaks of is there, and over."""
     if run.get("state", "running") not in RUN_OVER:
         return
@@ -188,12 +188,12 @@ def _unfinished_tasks(bucket: Bucket, run_id: str, run: Json) -> Iterator[str]:
         gen = step.get("gen", 1)
         for kind, index in _tasks_of_step(step):
             task_id = task_of(run_id, kind, name, index, gen)
-            state = bucket.tasks.get(task_id, {}).get("state", "missing")
+            state = snapshot.tasks.get(task_id, {}).get("state", "missing")
             # when an `each` is retried, the tasks that had ended well belong to an earlier generation
             earlier = "fan" in step and gen > 1 and kind == "step"
             if state not in _GONE and not (state == "missing" and earlier):
                 yield f"I8: run {run_id} is over, and task {task_id} ({kind} {name} {index}, generation {gen}) is {state}"
-        timer = bucket.tasks.get(task_of(run_id, "timer", name, 0, gen))
+        timer = snapshot.tasks.get(task_of(run_id, "timer", name, 0, gen))
         if timer is not None and timer["state"] not in _GONE:
             yield f"run {run_id} is over, and the timer of {name} is {timer['state']}"
 
@@ -240,10 +240,10 @@ def _numbers(ranges: Any) -> set[int]:
     return {number for start, end in ranges for number in range(start, end)}
 
 
-def outcomes(bucket: Bucket) -> dict[str, int]:
+def outcomes(snapshot: Snapshot) -> dict[str, int]:
     """Return how many ends the timeline of each ended task records: more than one means that one was recorded twice."""
     return {
         task_id: sum(event["state"] in ENDED for event in task.get("events", []))
-        for task_id, task in bucket.tasks.items()
+        for task_id, task in snapshot.tasks.items()
         if task["state"] in ENDED
     }

@@ -61,7 +61,7 @@ class Request(NamedTuple):
 
 
 @dataclass(eq=False)
-class Rule:
+class Injection:
     """A fault for the next `times` matching requests (None: until `stop`)."""
 
     fault: Fault
@@ -76,7 +76,7 @@ class Rule:
 
 
 @dataclass(eq=False)
-class Pause:
+class Stop:
     """A matching request waits here: await `reached`, check what you need, then set `go`."""
 
     op: Op | None
@@ -120,8 +120,8 @@ class FaultyStore(PassingStore):
         if can_wait is not None:
             self.can_wait = can_wait
         self.log: list[Request] = []
-        self._rules: list[Rule] = []
-        self._pauses: list[Pause] = []
+        self._rules: list[Injection] = []
+        self._pauses: list[Stop] = []
         self._late: list[_Late] = []
 
     # ------------------------------------------------------------------ the script
@@ -135,18 +135,18 @@ class FaultyStore(PassingStore):
         times: int | None = 1,
         seconds: float = 0.0,
         after: int | None = None,
-    ) -> Rule:
+    ) -> Injection:
         """Inject a fault into the next `times` matching requests (None: into all, until the rule is stopped).
 
         `seconds` is for `delay`. `after` is for `late`: the write lands after that many further requests (None: only by `land`).
         """
-        rule = Rule(fault, op, key, times, seconds, after)
+        rule = Injection(fault, op, key, times, seconds, after)
         self._rules.append(rule)
         return rule
 
-    def pause(self, op: Op | None = None, key: Keys = "", *, when: Literal["before", "after"] = "before") -> Pause:
+    def pause(self, op: Op | None = None, key: Keys = "", *, when: Literal["before", "after"] = "before") -> Stop:
         """Let the next matching request wait, before it is applied, or after it is applied and before it is answered."""
-        stop = Pause(op, key, when)
+        stop = Stop(op, key, when)
         self._pauses.append(stop)
         return stop
 
@@ -210,7 +210,7 @@ class FaultyStore(PassingStore):
             self.log.append(Request(op, key, outcome))
         return answer
 
-    async def _fail(self, rule: Rule, op: Op, key: str, apply: Callable[[], Awaitable[Any]]) -> None:
+    async def _fail(self, rule: Injection, op: Op, key: str, apply: Callable[[], Awaitable[Any]]) -> None:
         self.log.append(Request(op, key, rule.fault))
         if rule.fault == "full":
             raise StoreFull(f"{op} {key}: full (injected)")
@@ -222,7 +222,7 @@ class FaultyStore(PassingStore):
         await self._stop("after", op, key)
         raise StoreUnavailable(f"{op} {key}: no answer (injected: {rule.fault})")
 
-    def _pick(self, op: Op, key: str) -> Rule | None:
+    def _pick(self, op: Op, key: str) -> Injection | None:
         for rule in self._rules:
             if rule.times != 0 and _matches(rule.op, rule.key, op, key) and _applies(rule.fault, op):
                 if rule.times is not None:
@@ -230,7 +230,7 @@ class FaultyStore(PassingStore):
                 return rule
         if self.rate and self.clock.random.random() < self.rate:
             fault = self.clock.random.choice(RANDOM)
-            return Rule(fault, op, key, 0, 0, self.clock.random.randint(1, LATEST))
+            return Injection(fault, op, key, 0, 0, self.clock.random.randint(1, LATEST))
         return None
 
     async def _stop(self, when: str, op: Op, key: str) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from buquet.testing.simulation.play import Play
-    from buquet.testing.simulation.world import Node, World
+    from buquet.testing.simulation.world import Machine, World
 
     Call = Callable[[str], Coroutine[Any, Any, object]]
 
@@ -65,7 +65,12 @@ class Lateness:
         now, weather = self.world.loop.elapsed, self.world.network.weather
         if weather.faults or weather.slow or weather.lag or now < max(weather.away, weather.refused_until):
             self._store_well = now
-        able = {(node.name, queue) for node in self.world.nodes for queue in ("default", "side") if self._able(node, queue)}
+        able = {
+            (machine.name, queue)
+            for machine in self.world.machines
+            for queue in ("default", "side")
+            if self._able(machine, queue)
+        }
         self._free = {pair: self._free.get(pair, now) for pair in sorted(able)}
         pending = {task_id: task for task_id, task in self.world.auditor.tasks.items() if task["state"] == "pending"}
         self._pending = {
@@ -86,11 +91,11 @@ class Lateness:
                 self.world.auditor.report(f"late: {task['name']} {task_id} is not begun {bound:g} s after it could be")
                 self.prompt.discard(task_id)
 
-    def _able(self, node: Node, queue: str) -> bool:
-        worker = node.own_worker
-        if worker is None or node.process.state != "up" or node.stopping or not worker.free or queue not in worker.queues:
+    def _able(self, machine: Machine, queue: str) -> bool:
+        worker = machine.own_worker
+        if worker is None or machine.process.state != "up" or machine.stopping or not worker.free or queue not in worker.queues:
             return False
-        return node.holds_its_session() and not {node.name, queue} & self.paused
+        return machine.holds_its_session() and not {machine.name, queue} & self.paused
 
 
 def due_ms(task: dict[str, object]) -> int:
@@ -138,20 +143,20 @@ class Outage:
         else:
             self.world.network.trap = (op, prefix, self.refuse)
 
-    async def submit(self, node: Node, name: str, args: tuple[object, ...], delay: float = 0) -> None:
-        handle = await node.tasks[name].options(delay=delay or None).asubmit(*args)
+    async def submit(self, machine: Machine, name: str, args: tuple[object, ...], delay: float = 0) -> None:
+        handle = await machine.tasks[name].options(delay=delay or None).asubmit(*args)
         self.world.auditor.told_submitted(handle.id)
         self.lateness.prompt.add(handle.id)
         self.ids.append(handle.id)
 
-    def caller(self) -> Node:
+    def caller(self) -> Machine:
         """Start a caller whose clock is nearly right."""
-        return self.play.node("c", self.random.uniform(-1, 1))
+        return self.play.machine("c", self.random.uniform(-1, 1))
 
     def some(self) -> None:
-        node = self.caller()
+        machine = self.caller()
         for _ in range(self.random.randrange(1, 4)):
-            self.play.callers.start(node, self.submit, "echo", (self.random.randrange(1000),))
+            self.play.callers.start(machine, self.submit, "echo", (self.random.randrange(1000),))
 
     # ------------------------------------------------------------------ the looks
 
@@ -168,11 +173,11 @@ class Outage:
 
     async def unrung(self) -> None:
         """Let a caller die before it rings the bell, so that a rescan must find its task."""
-        node = self.caller()
+        machine = self.caller()
         self.world.network.refuse(("write", "bell/"), 2)
-        self.play.callers.start(node, self.submit, "echo", (1,))
+        self.play.callers.start(machine, self.submit, "echo", (1,))
         await self.play.pause(1)
-        node.crash()
+        machine.crash()
         self.lateness.prompt.difference_update(self.ids)
         self.trap("list", "ready/")
 
@@ -185,32 +190,32 @@ class Outage:
 
     async def queue_resumed(self) -> None:
         """Pause a queue and resume it, perhaps so late that only a full rescan finds its tasks."""
-        node = self.caller()
-        await self._resumed(node, {"default": "default"}, node.apause_queue, node.aresume_queue, "queues/")
+        machine = self.caller()
+        await self._resumed(machine, {"default": "default"}, machine.apause_queue, machine.aresume_queue, "queues/")
 
     async def worker_resumed(self) -> None:
         """Pause and resume all workers in the same way."""
-        node = self.caller()
+        machine = self.caller()
         workers = {worker.name: worker.own_worker.id for worker in self.play.living("w") if worker.own_worker}
-        await self._resumed(node, workers, node.apause_worker, node.aresume_worker, "control/")
+        await self._resumed(machine, workers, machine.apause_worker, machine.aresume_worker, "control/")
 
-    async def _resumed(self, node: Node, ids: dict[str, str], pause: Call, resume: Call, prefix: str) -> None:
+    async def _resumed(self, machine: Machine, ids: dict[str, str], pause: Call, resume: Call, prefix: str) -> None:
         """Pause queues or workers, submit tasks, and resume. `ids` are by the names that Lateness knows."""
         self.lateness.paused.update(ids)
 
-        async def pause_all(_node: Node) -> None:
+        async def pause_all(_node: Machine) -> None:
             for one in ids.values():
                 await pause(one)
 
-        async def resume_all(_node: Node) -> None:
+        async def resume_all(_node: Machine) -> None:
             for name, one in ids.items():
                 await resume(one)
                 self.lateness.paused.discard(name)
             self.trap("get", prefix)
 
-        self.play.callers.start(node, pause_all)
+        self.play.callers.start(machine, pause_all)
         await self.play.pause(8)
         self.some()
         await self.play.pause(self.random.choice((20.0, LONG_AGO)))
-        self.play.callers.start(node, resume_all)
+        self.play.callers.start(machine, resume_all)
         await self.play.pause(1)

@@ -54,7 +54,7 @@ class Weather:
     refused_until: float = 0.0
 
 
-class Change(NamedTuple):
+class KeyBefore(NamedTuple):
     """A key before a write, for LISTs that lag."""
 
     at: float
@@ -62,7 +62,7 @@ class Change(NamedTuple):
     before: Listed | None
 
 
-class Bucket(MemoryStore):
+class SimulatedBucket(MemoryStore):
     """A bucket whose ETags are hashes of the bodies, as on S3. It reports each write to the auditor."""
 
     def __init__(self, clock: Clock, *, versioned: bool, can_wait: bool, grouping: bool, whole_seconds: bool) -> None:
@@ -72,7 +72,7 @@ class Bucket(MemoryStore):
         self.whole_seconds = whole_seconds
         self.landed: Callable[[str, str, bytes | None], None] = lambda _who, _key, _body: None
         self.who = ""
-        self.changes: deque[Change] = deque()
+        self.changes: deque[KeyBefore] = deque()
         self.keep_changes = 0.0
         self.waiters: dict[str, list[asyncio.Future[bool]]] = {}
 
@@ -103,7 +103,7 @@ class Bucket(MemoryStore):
             stored = self._objects.get(key)
             before = Listed(key, stored.etag, stored.modified, len(stored.body)) if stored else None
             now = self.clock.monotonic()
-            self.changes.append(Change(now, key, before))
+            self.changes.append(KeyBefore(now, key, before))
             while self.changes[0].at < now - self.keep_changes:
                 self.changes.popleft()
 
@@ -131,7 +131,7 @@ class Bucket(MemoryStore):
 class Network:
     """The network between the processes and the bucket."""
 
-    def __init__(self, loop: VirtualLoop, bucket: Bucket, clock: Clock) -> None:
+    def __init__(self, loop: VirtualLoop, bucket: SimulatedBucket, clock: Clock) -> None:
         self.loop = loop
         self.bucket = bucket
         self.random = clock.random

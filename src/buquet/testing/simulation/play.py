@@ -24,7 +24,7 @@ from buquet.testing.simulation.lateness import SETTLED, Lateness, Outage, due_ms
 from buquet.testing.simulation.live_auditor import OVER
 from buquet.testing.simulation.network import Weather
 from buquet.testing.simulation.workload import declare, declare_workflow, wrong_run, wrong_task
-from buquet.testing.simulation.world import Defects, Node, World
+from buquet.testing.simulation.world import Defects, Machine, World
 from buquet.worker import finder, logs
 from buquet.worker.finder import everything
 from buquet.workflow import committer
@@ -71,32 +71,34 @@ class Play:
 
     # ------------------------------------------------------------------ processes
 
-    def node(self, kind: str, skew: float | None = None) -> Node:
+    def machine(self, kind: str, skew: float | None = None) -> Machine:
         """Start a process whose clock is `skew` seconds ahead, by default a random time."""
         self.made += 1
         if skew is None:
             skew = self.random.uniform(-240, 240) if self.wild_clocks and self.random.random() < 0.5 else 0.0
-        node = Node(self.world, f"{kind}{self.made}", skew)
-        declare(node)
+        machine = Machine(self.world, f"{kind}{self.made}", skew)
+        declare(machine)
         if self.flows:
-            declare_workflow(node)
-        return node
+            declare_workflow(machine)
+        return machine
 
-    def worker(self) -> Node:
-        node = self.node("w")
-        node.work(concurrency=self.concurrency, ttl=self.world.ttl, grace=self.random.choice((0.0, 2.0)))
-        return node
+    def worker(self) -> Machine:
+        machine = self.machine("w")
+        machine.work(concurrency=self.concurrency, ttl=self.world.ttl, grace=self.random.choice((0.0, 2.0)))
+        return machine
 
-    def living(self, kind: str) -> list[Node]:
+    def living(self, kind: str) -> list[Machine]:
         """Return the living processes of a kind: `w` of workers, `c` of callers."""
-        return [node for node in self.world.nodes if node.alive and not node.stopping and node.name.startswith(kind)]
+        return [
+            machine for machine in self.world.machines if machine.alive and not machine.stopping and machine.name.startswith(kind)
+        ]
 
-    def some(self, kind: str) -> Node:
+    def some(self, kind: str) -> Machine:
         """Return a random process of a kind that is up, or a new one."""
-        nodes = [node for node in self.living(kind) if node.process.state == "up"]
-        if nodes:
-            return self.random.choice(nodes)
-        return self.worker() if kind == "w" else self.node(kind)
+        machines = [machine for machine in self.living(kind) if machine.process.state == "up"]
+        if machines:
+            return self.random.choice(machines)
+        return self.worker() if kind == "w" else self.machine(kind)
 
     async def pause(self, seconds: float) -> None:
         """Let time pass. Raises TooLong if the world does not come to rest."""
@@ -132,7 +134,7 @@ class Play:
         for _ in range(random.choice((1, 2, 2, 3))):
             self.worker()
         for _ in range(random.choice((1, 2, 3))):
-            self.node("c")
+            self.machine("c")
         until = world.loop.elapsed + random.uniform(10, 40)
         tasks = random.randrange(3, 14)
         while world.loop.elapsed < until and not self.auditor.findings:
@@ -147,27 +149,27 @@ class Play:
     def submit_something(self) -> None:
         """Let a caller submit, and perhaps crash or stall half way."""
         random, callers = self.random, self.callers
-        node = self.some("c")
+        machine = self.some("c")
         kind = random.random()
         if self.flows and kind < 0.4:
-            callers.start(node, self.callers.start_run)
+            callers.start(machine, self.callers.start_run)
         elif kind < 0.8:
-            callers.start(node, callers.submit, random.random() < 0.3)
+            callers.start(machine, callers.submit, random.random() < 0.3)
         elif kind < 0.9:
-            callers.start(node, callers.many)
+            callers.start(machine, callers.many)
         else:
-            callers.start(node, callers.batch)
+            callers.start(machine, callers.batch)
         if random.random() < 0.15 * self.cruelty:
-            self.trip(node)
+            self.trip(machine)
 
-    def trip(self, node: Node) -> None:
+    def trip(self, machine: Machine) -> None:
         """Let a process crash or stall after a few more requests."""
         random = self.random
         if random.random() < 0.4:
-            node.after_requests(random.randrange(1, 12), node.crash)
+            machine.after_requests(random.randrange(1, 12), machine.crash)
         else:
             seconds = random.uniform(0.3, 4) * self.world.ttl
-            node.after_requests(random.randrange(1, 12), lambda: node.stall(seconds))
+            machine.after_requests(random.randrange(1, 12), lambda: machine.stall(seconds))
 
     def something_happens(self) -> None:  # noqa: C901, PLR0912 - a chain of what may happen
         random, callers, world = self.random, self.callers, self.world
@@ -175,15 +177,15 @@ class Play:
         if self.flows and random.random() < 0.35:
             callers.start(self.some("c"), self.callers.steer_run)
         elif kind < 0.15:
-            node = self.some("c")
-            callers.start(node, callers.cancel)
+            machine = self.some("c")
+            callers.start(machine, callers.cancel)
             if random.random() < 0.1 * self.cruelty:
-                self.trip(node)
+                self.trip(machine)
         elif kind < 0.3:
-            node = self.some("c")
-            callers.start(node, callers.redrive)
+            machine = self.some("c")
+            callers.start(machine, callers.redrive)
             if random.random() < 0.1 * self.cruelty:
-                self.trip(node)
+                self.trip(machine)
         elif kind < 0.3 + 0.15 * self.cruelty:
             self.trip(self.some("w"))
         elif kind < 0.3 + 0.2 * self.cruelty:
@@ -203,15 +205,15 @@ class Play:
         elif kind < 0.93:
             callers.start(self.some("c"), callers.cancel_twice)
         elif kind < 0.95 and not self.lag:  # fsck needs a LIST that does not lag
-            node = self.some("c")
-            callers.start(node, callers.fsck)
+            machine = self.some("c")
+            callers.start(machine, callers.fsck)
         elif kind >= 0.95:
             callers.start(self.some("c"), callers.reap)
 
     def disarm(self) -> None:
         """Cancel the crashes and stalls that have not happened yet."""
-        for node in self.world.nodes:
-            node.after_requests(0, lambda: None)
+        for machine in self.world.machines:
+            machine.after_requests(0, lambda: None)
 
     async def night(self) -> None:
         """Let an hour pass with half-finished moves. Then new workers start, and the stalled callers wake among them."""
@@ -220,29 +222,29 @@ class Play:
             return
         world.network.weather.latest = random.choice((60.0, 1.5 * HOUR))
         for _ in range(random.randrange(1, 5)):
-            node = self.node("c")
+            machine = self.machine("c")
             call = random.choice((callers.submit, callers.submit, callers.redrive, callers.redrive, callers.cancel))
-            callers.start(node, call)
+            callers.start(machine, call)
             seconds = HOUR + random.uniform(-20, 200)
-            node.after_requests(random.randrange(1, 6), lambda node=node, seconds=seconds: node.stall(seconds))
+            machine.after_requests(random.randrange(1, 6), lambda machine=machine, seconds=seconds: machine.stall(seconds))
         if random.random() < 0.5:
             # one caller stalls after it stored its arguments, until after prune
-            late = self.node("c")
+            late = self.machine("c")
             callers.start(late, callers.submit)
             late.after_requests(random.randrange(2, 4), lambda: late.stall(HOUR + random.uniform(60, 200)))
         await self.pause(5)
         self.disarm()
-        for node in self.living("w"):
-            node.crash()
+        for machine in self.living("w"):
+            machine.crash()
         await self.pause(HOUR + random.uniform(-30, 30))
         world.network.weather = Weather(faults=self.severity / 2, lag=self.lag, latest=60.0)
         for _ in range(random.choice((1, 2))):
             self.worker()
         for _ in range(random.randrange(8)):
             await self.pause(random.random() * 8)
-            node = self.some("c")
+            machine = self.some("c")
             call = random.choice((callers.submit, callers.submit, callers.prune, callers.prune, callers.redrive))
-            callers.start(node, call)
+            callers.start(machine, call)
         await self.pause(250)
 
     async def calm(self) -> None:
@@ -250,8 +252,8 @@ class Play:
         world = self.world
         world.network.weather = Weather()
         world.cruel = False
-        for node in world.nodes:
-            node.wake()
+        for machine in world.machines:
+            machine.wake()
         self.some("w")
         await self.pause(15)  # a process that was refused in the storm may wait 7.5 s before it tries again
         await self.until_done("the remaining workers")
@@ -259,10 +261,10 @@ class Play:
             return
         ids: list[str] = []
         # a cursor trails by ten seconds: a caller's clock that is further behind may cost half a minute
-        nodes = [self.node("c", self.random.uniform(-6, 6)) for _ in range(2)]
+        machines = [self.machine("c", self.random.uniform(-6, 6)) for _ in range(2)]
         for _ in range(self.random.randrange(1, 4)):
-            for node in nodes:
-                self.callers.start(node, self.callers.probe, ids)
+            for machine in machines:
+                self.callers.start(machine, self.callers.probe, ids)
             await self.pause(self.random.random() * 0.3)
         await self.pause(PROMPT)
         slow = [task for task in ids if self.auditor.tasks[task]["state"] == "pending"]
@@ -310,12 +312,12 @@ class Play:
         for _ in range(self.random.randrange(4)):
             self.submit_something()
         await self.pause(self.random.random() * 2 * self.world.ttl)
-        for node in self.world.nodes:
-            if node.alive and node.own_worker and self.random.random() < 0.3:
-                node.stop_worker()
+        for machine in self.world.machines:
+            if machine.alive and machine.own_worker and self.random.random() < 0.3:
+                machine.stop_worker()
         await self.pause(self.random.random() * 5)
-        for node in self.world.nodes:
-            node.crash()
+        for machine in self.world.machines:
+            machine.crash()
         await self.pause(60 + 4 * self.world.ttl)
         await self.drain()
         await self.pause(1)
@@ -325,23 +327,23 @@ class Play:
             return
         await self.pause(HOUR + 100)
         # a worker that stays for a while: one that drains need not wait for entries that are not work
-        last = self.node("fresh")
+        last = self.machine("fresh")
         last.work(ttl=self.world.ttl)
         await self.pause(45)
         last.stop_worker()
         await self.pause(5)
         # only fsck removes a run's entry whose PUT landed late
-        self.callers.start(self.node("c"), self.callers.repair)
+        self.callers.start(self.machine("c"), self.callers.repair)
         await self.pause(60)
         self.auditor.findings += self.auditor.litter()
 
     async def drain(self) -> None:
-        node = self.node("fresh")
-        node.work(drain=True, ttl=self.world.ttl, concurrency=8)
-        if node.own_worker is not None:
-            node.own_worker.drain_waits = everything  # also for time-outs of waits: nobody sends their signals any more
+        machine = self.machine("fresh")
+        machine.work(drain=True, ttl=self.world.ttl, concurrency=8)
+        if machine.own_worker is not None:
+            machine.own_worker.drain_waits = everything  # also for time-outs of waits: nobody sends their signals any more
         began = self.world.loop.elapsed
-        while node.alive and not self.auditor.findings:
+        while machine.alive and not self.auditor.findings:
             await self.pause(2)
             paused = {run_id for run_id, run in self.auditor.runs.items() if run.get("paused")}
             if any(task["state"] not in OVER and task.get("run") in paused for task in self.auditor.tasks.values()):

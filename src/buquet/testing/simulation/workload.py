@@ -14,7 +14,7 @@ from buquet.testing.auditor import RUN_OVER, task_of
 from buquet.workflow.words import Signal, each
 
 if TYPE_CHECKING:
-    from buquet.testing.simulation.world import Node
+    from buquet.testing.simulation.world import Machine
 
 POISON_LOSSES = 3
 GO = Signal("go", int)
@@ -24,78 +24,78 @@ UNDONE = ("add", "add_3")
 """The steps that have an undo."""
 
 
-def declare(node: Node) -> None:  # noqa: C901 - a task after another
+def declare(machine: Machine) -> None:  # noqa: C901 - a task after another
     """Declare the tasks on a process's App."""
-    clock, random = node.clock, node.clock.random
+    clock, random = machine.clock, machine.clock.random
     quick = Backoff(initial=0.3, factor=2, max=5, jitter=0.5)
 
-    @node.task(name="echo", backoff=quick)
+    @machine.task(name="echo", backoff=quick)
     async def echo(n: int) -> int:
         await clock.sleep(random.random() * 0.3)
         return 2 * n
 
-    @node.task(name="slow", queue="side", backoff=quick)
+    @machine.task(name="slow", queue="side", backoff=quick)
     async def slow(n: int, seconds: float) -> int:
-        with node.at_work(current()):
+        with machine.at_work(current()):
             await clock.sleep(seconds)
         return n
 
-    @node.task(name="plain", backoff=quick)
+    @machine.task(name="plain", backoff=quick)
     def plain(n: int) -> str:
         return "x" * n
 
-    @node.task(name="flaky", max_attempts=3, backoff=quick)
+    @machine.task(name="flaky", max_attempts=3, backoff=quick)
     async def flaky(n: int, failures: int) -> int:
         await clock.sleep(random.random() * 2)
         if current().attempt <= failures:
             raise ValueError(n)
         return n
 
-    @node.task(name="doomed", backoff=quick)
+    @machine.task(name="doomed", backoff=quick)
     async def doomed(n: int) -> None:
         await clock.sleep(random.random() * 2)
         raise Fail(str(n))
 
-    @node.task(name="naps", backoff=quick)
+    @machine.task(name="naps", backoff=quick)
     async def naps(n: int, times: int) -> int:
         slept = current().checkpointed or 0
-        with node.at_work(current()):
+        with machine.at_work(current()):
             if slept < times:
                 await current().acheckpoint(slept + 1)
                 raise Snooze(random.random() * 3)
             await clock.sleep(random.random() * 4)
         return n + slept
 
-    @node.task(name="steps", max_attempts=4, backoff=quick)
+    @machine.task(name="steps", max_attempts=4, backoff=quick)
     async def steps(n: int, count: int) -> int:
         done = current().checkpointed or 0
-        with node.at_work(current()):
+        with machine.at_work(current()):
             for step in range(done, count):
                 await clock.sleep(random.random() * 4)
                 await current().acheckpoint(step + 1)
         return n + count
 
-    @node.task(name="stumbles", max_attempts=2, backoff=quick)
+    @machine.task(name="stumbles", max_attempts=2, backoff=quick)
     async def stumbles(n: int, seconds: float) -> int:
         # the second attempt's writes push the first one's last write out of the record's ops
         if current().attempt == 1:
             raise ValueError(n)
-        with node.at_work(current()):
+        with machine.at_work(current()):
             for step in range(4):
                 await current().acheckpoint(step)
             await clock.sleep(seconds)
         return n
 
-    @node.task(name="poison", queue="side", max_losses=POISON_LOSSES, backoff=quick)
+    @machine.task(name="poison", queue="side", max_losses=POISON_LOSSES, backoff=quick)
     async def poison(n: int, kills: int) -> int:
-        killed = node.world.killed.get(current().id, 0)
-        if killed < kills and node.world.cruel:
-            node.world.killed[current().id] = killed + 1
-            node.crash()
+        killed = machine.world.killed.get(current().id, 0)
+        if killed < kills and machine.world.cruel:
+            machine.world.killed[current().id] = killed + 1
+            machine.crash()
         await clock.sleep(random.random())
         return n
 
-    @node.task(name="item", max_attempts=2, backoff=quick)
+    @machine.task(name="item", max_attempts=2, backoff=quick)
     async def item(n: int) -> int:
         await clock.sleep(random.random() * 0.5)
         if n % 7 == 6:
@@ -105,35 +105,35 @@ def declare(node: Node) -> None:  # noqa: C901 - a task after another
     del echo, slow, plain, flaky, doomed, naps, steps, stumbles, poison, item  # they are called by their names
 
 
-def declare_workflow(node: Node) -> None:
+def declare_workflow(machine: Machine) -> None:
     """Declare the workflow `order` and the tasks of its steps on a process's App."""
-    clock, random = node.clock, node.clock.random
+    clock, random = machine.clock, machine.clock.random
     quick = Backoff(initial=0.3, factor=2, max=3, jitter=0.5)
 
     # the steps of async tasks are typed as awaitables, so the workflow is async and awaits each
-    @node.task(name="add", backoff=quick)
+    @machine.task(name="add", backoff=quick)
     async def add(n: int) -> int:
-        await clock.sleep(random.random() ** 3 * 2 * node.world.ttl)
-        node.world.ran.add(current().id)
+        await clock.sleep(random.random() ** 3 * 2 * machine.world.ttl)
+        machine.world.ran.add(current().id)
         return n + 1
 
-    @node.task(name="back", queue="side", backoff=quick)
+    @machine.task(name="back", queue="side", backoff=quick)
     async def back(n: int, result: int | None = None) -> None:  # noqa: ARG001 - undoing needs neither
         await clock.sleep(random.random())
-        node.world.ran.add(current().id)
+        machine.world.ran.add(current().id)
 
-    @node.task(name="join", queue="side", backoff=quick)
+    @machine.task(name="join", queue="side", backoff=quick)
     async def join(a: int, b: int) -> int:
         await clock.sleep(random.random())
         return a + b
 
-    @node.task(name="spoil", max_attempts=2, backoff=quick)
+    @machine.task(name="spoil", max_attempts=2, backoff=quick)
     async def spoil(n: int, fails: bool) -> int:
         if fails:
             raise ValueError(n)
         return n
 
-    @node.workflow(name="order")
+    @machine.workflow(name="order")
     async def order(n: int, waits: bool, fails: bool, fans: bool) -> int:
         a = await add.options(undo=back)(n)
         b, c = await add(a), await add.options(undo=back)(a)
@@ -143,12 +143,12 @@ def declare_workflow(node: Node) -> None:
             each(add, [n, n, n], pack=2)
         return await spoil(await join(b, c), fails)
 
-    node.order = order
+    machine.order = order
 
 
-def draw(node: Node) -> tuple[str, tuple[Any, ...]]:
+def draw(machine: Machine) -> tuple[str, tuple[Any, ...]]:
     """Draw a random task to submit: its name and arguments."""
-    random = node.world.random
+    random = machine.world.random
     n = random.randrange(1000)
     name = random.choice(
         (
@@ -158,7 +158,7 @@ def draw(node: Node) -> tuple[str, tuple[Any, ...]]:
     )
     match name:
         case "slow" | "stumbles":
-            return name, (n, round(random.random() * 3 * node.world.ttl, 3))
+            return name, (n, round(random.random() * 3 * machine.world.ttl, 3))
         case "flaky":
             return name, (n, random.randrange(4))
         case "naps" | "steps":

@@ -15,7 +15,7 @@ from buquet.errors import StoreFull, StoreUnavailable
 from buquet.queue.background import Background
 from buquet.queue.client import Client
 from buquet.testing.simulation.live_auditor import LiveAuditor
-from buquet.testing.simulation.network import Bucket, GroupingWire, Network, Wire
+from buquet.testing.simulation.network import GroupingWire, Network, SimulatedBucket, Wire
 from buquet.testing.virtual import Process, VirtualClock, VirtualLoop
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class InlineThreads:
         pass  # there are no threads
 
 
-class Node(App):
+class Machine(App):
     """A simulated process: an App with its own connection to the bucket and its own clock."""
 
     def __init__(self, world: World, name: str, skew: float) -> None:
@@ -72,7 +72,7 @@ class Node(App):
         self._own_client = Client(wire, self.clock, self.background, patience=60)
         self._countdown = 0
         self._then: Callable[[], None] = lambda: None
-        world.nodes.append(self)
+        world.machines.append(self)
 
     @property
     def client(self) -> Client:
@@ -168,13 +168,13 @@ class World:
         self.random = self.clock.random
         self.loop = VirtualLoop()
         self.auditor = LiveAuditor()
-        self.nodes: list[Node] = []
+        self.machines: list[Machine] = []
         self.hash = hashlib.blake2b(digest_size=8)
         self.lines: deque[str] = deque(maxlen=None if keep else KEPT_LINES)
         self.lines_noted = 0
         store_clock = VirtualClock(self.loop, b"store", 0.0, 0.0)
         random = self.random
-        self.bucket = Bucket(
+        self.bucket = SimulatedBucket(
             store_clock,
             versioned=random.random() < 0.5,
             can_wait=random.random() < 0.7,
@@ -192,7 +192,7 @@ class World:
         """Whether the task `poison` kills its process."""
         self.killed: dict[str, int] = {}
         """How many processes each `poison` task has killed."""
-        self.at_work: dict[str, Node] = {}
+        self.at_work: dict[str, Machine] = {}
         """The process in which an attempt of a task runs."""
         self.ran: set[str] = set()
         """Tasks of runs whose handlers have completed, in any process."""
@@ -210,8 +210,8 @@ class World:
     def close(self) -> None:
         """Close all unfinished coroutines, and cut their connections to the bucket."""
         self.ending = self.network.over = True
-        for node in self.nodes:
-            node.process.close()
+        for machine in self.machines:
+            machine.process.close()
         for _ in range(ROUNDS):
             unfinished = asyncio.all_tasks(self.loop)
             if not unfinished:

@@ -392,7 +392,7 @@ class Batch(Generic[R_co]):
 
     @property
     def task_ids(self) -> list[str]:
-        """The ids of the packs, which are tasks."""
+        """The task ids of the packs."""
         return [keys.pack_id(self._token, index) for index in range(self._packs)]
 
     async def aresults(self, timeout: float | None = None) -> list[R_co]:  # noqa: ASYNC109 - part of the public meaning

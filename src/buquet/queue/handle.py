@@ -53,7 +53,9 @@ class Home(Protocol):
 
 
 class Handle(Generic[R_co]):
-    """A task that was submitted: look at it, wait for it, cancel or redrive it. A blocking method has an async twin with an a.
+    """A submitted task: read it, wait for it, cancel or redrive it.
+
+    Each blocking method has an async twin with an `a` before its name.
 
     >>> handle = resize.submit("a.png")  # doctest: +SKIP
     >>> handle.result(timeout=60)  # doctest: +SKIP
@@ -80,45 +82,45 @@ class Handle(Generic[R_co]):
     record = blocking(arecord)
 
     async def astatus(self) -> State:
-        """Return the task's state: pending, running, completed, failed, cancelled, expired or pruned."""
+        """Return the task's status: pending, running, completed, failed, cancelled, expired or pruned."""
         return (await self.arecord()).state
 
     status = blocking(astatus)
 
     async def ahistory(self) -> list[Event]:
-        """Return the task's timeline: when it came to which state, by which worker, why. `at`: milliseconds since 1970."""
+        """Return the task's timeline: each status with its time (milliseconds since 1970), worker and reason."""
         return list((await self.arecord()).events)
 
     history = blocking(ahistory)
 
     async def aprogress(self) -> Progress | None:
-        """Return how far the task is: `fraction`, from 0 to 1, and `message`. It comes with the worker's heartbeats.
+        """Return the task's progress: `fraction`, from 0 to 1, and `message`, as of the worker's last heartbeat.
 
-        1 once the task has completed; None while it does not run, or has reported nothing. Raises TaskNotFound.
+        The fraction of a completed task is 1. None if the task does not run, or has reported nothing. Raises TaskNotFound.
         """
         return await self.home.client.progress(await self.arecord())
 
     progress = blocking(aprogress)
 
     async def aredrive(self) -> None:
-        """Run the task again from its first attempt. Raises Refused unless it failed, was cancelled or expired."""
+        """Run a failed, cancelled or expired task again from its first attempt. Raises Refused for any other."""
         await self.home.client.redrive(self.id)
 
     redrive = blocking(aredrive)
 
     async def acancel(self) -> Literal["cancelled", "requested"]:
-        """Cancel the task; of a running one its worker is asked, within about two seconds.
+        """Cancel the task. The worker of a running task gets the request within about two seconds.
 
-        Returns "cancelled" once that is recorded, "requested" before. Raises Refused when the task ended otherwise.
+        Returns "cancelled" once the record says so, else "requested". Raises Refused if the task ended another way.
         """
         return await self.home.client.cancel(self.id)
 
     cancel = blocking(acancel)
 
     async def aresult(self, timeout: float | None = None) -> R_co:  # noqa: ASYNC109 - part of the public meaning
-        """Wait until the task has ended and return its result, as the declared type where this process knows it.
+        """Wait until the task has ended, and return its result, as the declared type if this process knows it.
 
-        `timeout` is in seconds. Raises TaskFailed, TaskCancelled, TaskExpired, or TimeoutError (the task then goes on).
+        `timeout` is in seconds. Raises TaskFailed, TaskCancelled, TaskExpired, or TimeoutError (the task goes on).
         """
         attempt = inside_handler()
         if attempt:
@@ -161,9 +163,9 @@ WIDTH = 16
 
 
 class Handles(Sequence[Handle[R_co]]):
-    """The handles of many tasks, in the order in which they were submitted. Reads like a list: length, index, slice, iteration.
+    """The handles of many tasks, in the order of their submits. Reads like a list: length, index, slice, iteration.
 
-    The Handle of a place is made anew whenever it is asked for.
+    Each access makes a new Handle.
     """
 
     __slots__ = ("_created", "_home", "_ids", "_signature")
@@ -175,14 +177,14 @@ class Handles(Sequence[Handle[R_co]]):
         self._created = bytearray(created)
 
     def add(self, submitted: Iterable[Submitted]) -> None:
-        """Append what was submitted."""
+        """Append a submitted task."""
         for task_id, created in submitted:
             self._ids += bytes.fromhex(task_id)
             self._created.append(created)
 
     @property
     def ids(self) -> list[str]:
-        """The tasks' ids."""
+        """The ids of the tasks."""
         return [self._ids[start : start + WIDTH].hex() for start in range(0, len(self._ids), WIDTH)]
 
     def __len__(self) -> int:

@@ -252,7 +252,7 @@ class BaseTask(Generic[P, R]):
 
 
 class TaskFunction(BaseTask[P, R]):
-    """A task of a plain function; called, it is that function."""
+    """A task of a plain function. A plain call is a call of the function."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function itself, here and now, as tests do; in a workflow that is being started, note the step."""
@@ -264,7 +264,7 @@ class TaskFunction(BaseTask[P, R]):
 
 
 class AsyncTaskFunction(BaseTask[P, R]):
-    """A task of an async function; called, it is that function."""
+    """A task of an async function. A plain call is a call of the function."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         """Call the function itself, as tests do; the result is to be awaited. In a workflow that is started, note the step."""

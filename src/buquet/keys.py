@@ -271,27 +271,28 @@ def entry(queue: str, priority: int, at: int, due: int, task_id: str, rev: int, 
     return f"ready/{quoted(queue, 'queue')}/{priority}/{at:013d}-{tail}"
 
 
-def parse_entry(key: str) -> Entry | None:
-    """Return the parts of an entry's key; None for any other key."""
+def parse_entry(key: str, *, own: bool = False) -> Entry | None:
+    """Return the parts of an entry's key; None for any other key. `own`: None, too, for a key that buquet cannot have written.
+
+    >>> [bool(parse_entry(f"ready/{queue}/5/{10**12}-{'0' * 32}.0~resize", own=True)) for queue in ("a%2Fb", "a b", "..")]
+    [True, False, False]
+    """
     match = _ENTRY.fullmatch(key)
     if match is None:
         return None
     ready, priority, later, at, task_id, rev, name = match.groups()
-    return Entry(
-        key, unquote(ready or later), None if priority is None else int(priority), int(at), task_id, int(rev), unquote(name)
-    )
+    queue = ready or later
+    if own and not (_is_encoded(queue) and _is_encoded(name) and (rev[0] != "0" or rev == "0")):
+        return None
+    return Entry(key, unquote(queue), None if priority is None else int(priority), int(at), task_id, int(rev), unquote(name))
 
 
-def is_own(parsed: Entry) -> bool:
-    """Tell whether buquet can have written an entry's key: its parts give the same key again.
-
-    >>> [is_own(parse_entry(f"ready/{queue}/5/1800000000000-{'0' * 32}.0~resize")) for queue in ("a%2Fb", "a b", "..")]
-    [True, False, False]
-    """
-    at, due = (parsed.at, 0) if parsed.priority is not None else (-1, parsed.at)
+@lru_cache(1024)
+def _is_encoded(text: str) -> bool:
+    """Tell whether this is how `quoted` writes a name."""
     try:
-        return parsed.key == entry(parsed.queue, parsed.priority or 0, at, due, parsed.task, parsed.rev, parsed.name)
-    except UsageError:  # a name that no queue or task can have
+        return quoted(unquote(text), "queue") == text
+    except UsageError:
         return False
 
 
@@ -389,8 +390,7 @@ def _is_note(key: str) -> bool:
 
 
 def _is_entry(key: str) -> bool:
-    parsed = parse_entry(key)
-    return parsed is not None and is_own(parsed)
+    return parse_entry(key, own=True) is not None
 
 
 def _is_named(key: str, name_of: Callable[[str], str], build: Callable[[str], str]) -> bool:

@@ -225,15 +225,19 @@ class Task(Record, frozen=True, kw_only=True, omit_defaults=True):
 
     def problem(self, key: str) -> str:
         """Return what no type can say is wrong with it: another task's place, a name, entry or payload that it cannot have."""
-        # a tombstone that prune made of a payload knows of no queue and no task
-        wrong = foreign(key, self.id) or nameless(name for name in (self.queue, self.name) if name or self.state != "tombstone")
-        entry = keys.parse_entry(self.entry)
-        own = entry is not None and keys.is_own(entry) and entry.task == self.id and entry.rev <= self.rev
-        if not own and (self.entry or self.state in {"pending", "running"}):
+        entry = keys.parse_entry(self.entry, own=True) if self.entry else None
+        if entry is not None and (entry.task != self.id or entry.rev > self.rev):
+            entry = None
+        wrong = foreign(key, self.id)
+        if entry is None or (entry.queue, entry.name) != (self.queue, self.name):  # the key of an entry holds good names only
+            # a tombstone that prune made of a payload knows of no queue and no task
+            wrong = wrong or nameless(name for name in (self.queue, self.name) if name or self.state != "tombstone")
+        if entry is None and (self.entry or self.state in {"pending", "running"}):
             wrong = wrong or f"it is {self.state} and names {self.entry[:120]!r}, which is no entry of it"
-        if own and not self.run and self.state not in TERMINAL and entry is not None and entry.name.startswith("buquet."):
+        if entry is not None and not self.run and self.state not in TERMINAL and entry.name.startswith("buquet."):
             wrong = wrong or "its entry is for an event of a run, and it names no run"
-        return wrong or elsewhere(self.id, (self.args_at, self.checkpoint_at, self.result_at, self.graph_at))
+        payloads = self.args_at, self.checkpoint_at, self.result_at, self.graph_at
+        return wrong or (elsewhere(self.id, payloads) if any(payloads) else "")
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):

@@ -133,7 +133,7 @@ class Metrics(Watcher):
         yield _gauge("buquet_running_tasks", "Tasks that run, or whose outcome is being stored.", len(worker.running))
         yield _gauge("buquet_slots", "Handlers that may run at once.", worker.concurrency)
         yield _gauge("buquet_free_slots", "Handlers that could run now.", worker.free)
-        age = worker.clock.monotonic() - worker.keeper.stored_at if worker.keeper.held else 0.0
+        age = worker.clock.monotonic() - worker.keeper.stored_at if worker.keeper.stored else 0.0
         yield _gauge("buquet_heartbeat_age_seconds", "Since the last stored heartbeat was sent.", age)
         yield _gauge("buquet_abandoned_threads", "Threads given up on that still run.", worker.keeper.abandoned)
         yield self._retrying()

@@ -80,8 +80,8 @@ class Controlled(Protocol):
 
     @property
     def is_busy(self) -> bool: ...
-    def hold(self, *, paused: bool) -> None: ...
-    def drain_out(self) -> None: ...
+    def set_paused(self, *, paused: bool) -> None: ...
+    def finish_and_stop(self) -> None: ...
     def wake(self) -> None: ...
 
 
@@ -126,7 +126,6 @@ class Control:
                 await self.look()
 
     async def look_if_rung(self) -> None:
-        """Read at once if the bell told of a request."""
         if self.rung:
             await self.look()
 
@@ -162,14 +161,13 @@ class Control:
 
     async def _apply(self, note: Note, *, controls: bool) -> None:
         if controls and note.pause is not None:
-            self.worker.hold(paused=note.pause)
+            self.worker.set_paused(paused=note.pause)
         if controls and note.drain:
-            self.worker.drain_out()
+            self.worker.finish_and_stop()
         for run in [run for run in self.running.values() if run.listing.task in note.look]:
             await self._obey(run)
 
     async def _obey(self, run: Running) -> None:
-        """Read a task's record again, and stop the task if it is to be cancelled."""
         try:
             stored = await self.register.read(Task, keys.task(run.listing.task))
         except UnreadableRecord as error:

@@ -1,4 +1,4 @@
-"""The entries under one prefix: which are known, and from where the next LIST goes on."""
+"""The entries of one lane: which are known, and from where the next LIST goes on."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Candidate:
 
 @dataclass(eq=False)
 class Cursor:
-    """One prefix of entries, read page by page. It trails: late entries that appear behind it are found by a rescan."""
+    """How far one lane was read, page by page. A cursor trails; a rescan finds the late entries that appear behind it."""
 
-    prefix: str
+    lane: str
     priority: int | None
-    """None: the prefix of `later/`."""
+    """None: the lane of delayed tasks, `later/`."""
     after: str = ""
     """The key after which the next LIST begins."""
     hinted: dict[str, Candidate] = field(default_factory=dict[str, Candidate])
@@ -57,7 +57,7 @@ class Cursor:
 
     @property
     def rank(self) -> float:
-        """The prefix's place: priority 0, then what has come due, then 1 to 9."""
+        """The lane's place: priority 0, then what has come due, then 1 to 9."""
         return 0.5 if self.priority is None else self.priority
 
     @property
@@ -82,11 +82,10 @@ class Cursor:
         for item in listed:
             self.hinted.pop(item.key, None)
         self.page = {candidate.entry.key: candidate for candidate in candidates}
-        self.last = listed[-1].key if listed else self.after or self.prefix
+        self.last = listed[-1].key if listed else self.after or self.lane
         self.listed_at, self.full = now, full
 
     def drop_page(self) -> None:
-        """Forget the page, to list it again."""
         if self.page:
             self.page = {}
             self.last = ""

@@ -54,15 +54,14 @@ class Executor:
 
     async def execute(self, run: Running) -> Outcome:
         """Run a task's handler, unless its run or its record says otherwise. Cancelled from outside, it raises CancelledError."""
-        if run.held.record.run and self.writer.runs is not None:
+        if run.stored.record.run and self.writer.runs is not None:
             outcome = await self.writer.runs.before_handler(run)
             if outcome is not None:
                 return outcome
         return await self.handle(run)
 
     async def handle(self, run: Running) -> Outcome:
-        """Run a task's handler."""
-        task = run.held.record
+        task = run.stored.record
         function = self.tasks[task.name]
         run.is_async = function.is_async and not self.threads.inline
         try:
@@ -161,7 +160,7 @@ class Executor:
     def _retried(self, run: Running, error: BaseException) -> Outcome:
         if run.stop == "cancel":
             return Outcome("cancelled")
-        task = run.held.record
+        task = run.stored.record
         info = describe(error, with_traceback=True)
         failures = task.failures + 1
         is_last = failures >= task.max_attempts

@@ -1,6 +1,6 @@
 """How a worker finds tasks with few requests: by hints of the bell, else by pages of LIST, and by a rescan now and then.
 
-A queue's entries lie under eleven prefixes: `later/` and the ten priorities of `ready/`. Each has a cursor, which only ever
+A queue has eleven lanes of entries: `later/` and the ten priorities of `ready/`. Each has a cursor, which only ever
 trails. A rescan finds what a late write or a wrong clock has left behind a cursor.
 """
 
@@ -145,7 +145,6 @@ class QueueFinder:
 
     @property
     def has_candidates(self) -> bool:
-        """Whether `take` may return something at once."""
         return any(cursor.has_candidates or cursor.dirty for cursor in self.cursors)
 
     def _hint_deferred(self) -> None:
@@ -157,9 +156,9 @@ class QueueFinder:
                 self.cursor(candidate.entry.priority).hint(candidate)
 
     def _take_known(self, most: int, *, unlisted_too: bool = False) -> list[Candidate]:
-        """Take known entries, prefix by prefix, up to the first prefix that must be listed before.
+        """Take known entries, lane by lane, up to the first lane that must be listed before.
 
-        `unlisted_too`: take them even where a prefix must be listed.
+        `unlisted_too`: take them even from lanes that must be listed.
         """
         now = self.clock.monotonic()
         if self.next_due and self.next_due <= self.fleet.due_now_ms():
@@ -196,13 +195,13 @@ class QueueFinder:
 
     def _finish_page(self, cursor: Cursor) -> None:
         """Move the cursor, but not past what may still come: a local clock that is ahead would move it too far."""
-        trail = keys.lane_at(cursor.prefix, int((self.fleet.store_now() - TRAIL) * 1000))
-        cursor.finish_page(trail if self.fleet.knows_time else cursor.prefix)
+        trail = keys.lane_at(cursor.lane, int((self.fleet.store_now() - TRAIL) * 1000))
+        cursor.finish_page(trail if self.fleet.knows_time else cursor.lane)
 
     # ------------------------------------------------------------------ listing
 
     async def _list_cursors(self) -> None:
-        """LIST the prefixes that may have something new, the most urgent first, until there is a candidate."""
+        """LIST the lanes that may have something new, the most urgent first, until there is a candidate."""
         if self.bell_etag is not None:
             await self.read_bell()
         for cursor in self.cursors:
@@ -214,7 +213,7 @@ class QueueFinder:
     async def _list(self, cursor: Cursor) -> None:
         cursor.dirty = False  # before the request: the bell may ring during it
         try:
-            page = await self.reads.list(cursor.prefix, after=cursor.after, limit=PAGE)
+            page = await self.reads.list(cursor.lane, after=cursor.after, limit=PAGE)
         except BaseException:
             cursor.dirty = True
             raise
@@ -270,7 +269,7 @@ class QueueFinder:
             raise
         since = int((self.fleet.store_now() - RESCAN_SECONDS) * 1000)
         for cursor in self.cursors:
-            cursor.rewind("" if everything else keys.lane_at(cursor.prefix, since))
+            cursor.rewind("" if everything else keys.lane_at(cursor.lane, since))
 
     def cursor(self, priority: int | None) -> Cursor:
         """Return the cursor of a priority, made at first use; that of `later/` for None."""

@@ -133,7 +133,6 @@ class Fleet:
     """Whether the last LIST showed objects that are no sessions."""
 
     def store_now(self) -> float:
-        """Return the store's time, seconds since 1970."""
         return self.clock.now() + self.offset
 
     def due_now_ms(self) -> int:
@@ -148,7 +147,6 @@ class Fleet:
     # ------------------------------------------------------------------ services
 
     async def keep(self) -> None:
-        """LIST the sessions at intervals."""
         tries = 0
         while True:
             await self.clock.sleep(LIST_EVERY * self.keeper.share * self.clock.jitter(0.05))
@@ -161,7 +159,6 @@ class Fleet:
                 tries += 1
 
     async def keep_same_host(self) -> None:
-        """Check at intervals whether the processes of same-host workers exist."""
         while True:
             await self.met.wait()
             await self.clock.sleep(CHECK_EVERY * self.clock.jitter(0.5))
@@ -200,7 +197,7 @@ class Fleet:
         return not self.knows_time or now - session.modified <= self.keeper.ttl
 
     def _learn_time(self) -> None:
-        stored = self.keeper.held
+        stored = self.keeper.stored
         listed = self.sessions.get(self.keeper.id)
         if stored is not None and listed is not None and listed.etag == stored.etag:
             self.offset = listed.modified + (self.clock.monotonic() - self.keeper.stored_at) - self.clock.now()

@@ -206,7 +206,7 @@ class PackRunner:
 
     def __post_init__(self) -> None:
         self.clock, self.keeper = self.writer.clock, self.writer.keeper
-        self.task = self.running.held.record
+        self.task = self.running.stored.record
         self.ledger = Ledger(self.task)
         self._save_at = self.clock.monotonic() + SAVE_EVERY
         self._checkpoint_at = self.task.checkpoint_at

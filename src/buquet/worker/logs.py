@@ -87,7 +87,6 @@ class TaskLogger(logging.LoggerAdapter[logging.Logger]):
     """The logger of a handler: adds the task's id and attempt to every line."""
 
     def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Put the task's id before the text, and all fields into the record."""
         extra: dict[str, Any] = dict(self.extra or {})
         kwargs["extra"] = {**extra, **kwargs.get("extra", {})}
         return f"[{extra['task']} attempt {extra['attempt']}] {msg}", kwargs
@@ -102,7 +101,6 @@ class TaskFields(logging.Filter):
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Add the fields, and let the record pass."""
         for name, value in (_fields.get() or {}).items():
             if name not in vars(record):
                 setattr(record, name, value)
@@ -111,7 +109,6 @@ class TaskFields(logging.Filter):
 
 class _Lines(logging.Formatter):
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
-        """Return a traceback, of a long one the end."""
         return super().formatException(ei)[-LONGEST_TRACEBACK:]
 
 
@@ -122,7 +119,6 @@ class TextLines(_Lines):
         super().__init__("%(asctime)s %(levelname)-7s %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
-        """Return the line without a traceback."""
         fields = vars(record)
         place = "".join(f" {name} {fields[name]}" for name in ("run", "step") if name in fields)
         if "task" in fields and str(fields["task"]) not in record.message:
@@ -141,7 +137,6 @@ class JsonLines(_Lines):
     """One JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return one line."""
         line: dict[str, object] = {
             "at": int(record.created * 1000),
             "level": record.levelname.lower(),
@@ -166,7 +161,6 @@ class HandlerExit(Exception):
 
 
 def timed_out(limit: float | None, *, in_thread: bool) -> AttemptTimeout:
-    """Return the error of an attempt, or an item, that took too long."""
     where = "; its thread goes on unheeded, since a thread cannot be stopped" if in_thread else ""
     return AttemptTimeout(f"the attempt took longer than its timeout of {limit:g} s{where}")
 
@@ -196,7 +190,6 @@ def exc_info(error: BaseException) -> tuple[type[BaseException], BaseException, 
 
 
 def traceback_of(error: BaseException) -> str:
-    """Return the traceback from the handler on, as text."""
     lines = traceback.format_exception(type(error), error, _from_handler(error.__traceback__))
     return "".join(lines)[-LONGEST_TRACEBACK:]
 

@@ -180,7 +180,6 @@ class Processes:
         return status, child.pid
 
     async def _reap(self, pid: int) -> None:
-        """Reap the sessions of a child that is known to be dead."""
         clock = self.client.clock
         register = Register(self.client.store, clock, patience=30)
         # the parent is no worker, but readers must see what it ends, such as a task that has killed its last process
@@ -197,7 +196,6 @@ class Processes:
             log.error("the session of pid %d could not be reaped now; others will, when it is too old: %s", pid, error)  # noqa: TRY400
 
     async def _sessions_of(self, pid: int, register: Register) -> list[Session]:
-        """Return a child's sessions. Objects that cannot be read are skipped."""
         ours = (self.nonce, socket.gethostname())
         sessions: list[Session] = []
 
@@ -366,15 +364,12 @@ class _ForkedSignals:
         forking.hold(self)
 
     def before_fork(self) -> None:
-        """Block the signals in the thread that forks."""
         self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 
     def after_fork_in_parent(self) -> None:
-        """Unblock them."""
         signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
 
     def after_fork(self) -> None:
-        """Restore the handlers from before the worker, in the child."""
         with suppress(ValueError):  # a host that calls no fork hooks: this need not be the child's main thread
             signal.set_wakeup_fd(-1)
             _restore(self.handlers)

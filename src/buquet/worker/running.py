@@ -42,7 +42,7 @@ class Running:
     """One claim of this worker, from the claim to the write that ends it. It is the Host of the handler's Attempt."""
 
     writer: OutcomeWriter
-    held: Held[Task]
+    stored: Held[Task]
     """The task's record as it was last read or written."""
     listing: Listing
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
@@ -73,14 +73,13 @@ class Running:
 
     def begin(self, *, checkpointed: Any = None, args: bytes | Raw = b"") -> Attempt:
         """Make the attempt that the handler sees."""
-        task = self.held.record
+        task = self.stored.record
         logger = TaskLogger(log, {"task": task.id, "task_name": task.name, "attempt": task.attempt})
         self.attempt = Attempt(self, task, task.attempt, logger, checkpointed=checkpointed, args=args)
         self.in_handler = True
         return self.attempt
 
     def run_blocking(self, value: Any) -> None:
-        """Store a checkpoint from a handler's thread."""
         if os.getpid() != self.pid:
             raise UsageError(
                 f"task {self.listing.task}: only the handler's own process stores checkpoints, not one that it forked"
@@ -90,7 +89,6 @@ class Running:
         asyncio.run_coroutine_threadsafe(self.checkpoint(value), self.loop).result()
 
     async def checkpoint(self, value: Any) -> None:
-        """Store a checkpoint under this claim."""
         body = encode_value(value, "the checkpoint")
         if not self.in_handler:
             raise Refused(f"task {self.listing.task}: this attempt is over, and its checkpoint was not stored")
@@ -105,7 +103,6 @@ class Running:
             )
 
     def progress(self, fraction: float, message: str) -> None:
-        """Keep the progress for the next heartbeat."""
         self.listing.progress = Progress(fraction=fraction, message=message)
 
     def request_stop(self, reason: Literal["cancel", "release"]) -> None:
@@ -146,7 +143,6 @@ class OutcomeWriter:
     """Asks and tells the runs that tasks belong to."""
 
     def now(self) -> int:
-        """Return the time of the store in milliseconds."""
         return self.fleet.due_now_ms()
 
     async def store(self, run: Running, outcome: Outcome) -> Task | None:
@@ -167,7 +163,7 @@ class OutcomeWriter:
 
         report = partial(self.keeper.report, f"task {run.listing.task}: its outcome cannot be stored yet")
         try:
-            change = await persist(self.clock, lambda: self.register.change(Task, run.held, move, drop=drop), report)
+            change = await persist(self.clock, lambda: self.register.change(Task, run.stored, move, drop=drop), report)
         except Refused as reason:
             run.claim_lost = True
             log.warning("task %s: this worker's outcome is not recorded: %s", run.listing.task, reason)
@@ -175,7 +171,7 @@ class OutcomeWriter:
         if change.held is None:
             log.warning("task %s: its record is gone", run.listing.task)
         elif change.written is not None:
-            run.held = change.held
+            run.stored = change.held
         return change.written
 
     async def store_value(self, run: Running, what: Literal["result", "checkpoint"], body: bytes) -> tuple[Raw, str]:
@@ -184,10 +180,9 @@ class OutcomeWriter:
         return await persist(self.clock, lambda: self.values.put(of_task(run.listing.task, what), body), report)
 
     def failed(self, run: Running, error: BaseException, *, with_traceback: bool) -> Outcome:
-        """Return the outcome of an attempt that failed for good."""
         if run.stop == "cancel":
             return Outcome("cancelled")
-        task = run.held.record
+        task = run.stored.record
         self.keeper.failed += not task.allowed
         info = describe(error, with_traceback=with_traceback)
         level = logging.WARNING if task.allowed else logging.ERROR
@@ -206,7 +201,7 @@ class RunPort:
 
     async def before_handler(self, run: Running) -> Outcome | None:
         """Ask a task's run whether the handler is to run: None if it is, else the task's outcome."""
-        report = partial(self.writer.keeper.report, f"run {run.held.record.run} cannot be told yet")
+        report = partial(self.writer.keeper.report, f"run {run.stored.record.run} cannot be told yet")
         try:
             return await persist(self.writer.clock, lambda: self._before_handler(run), report)
         except Later as later:
@@ -214,7 +209,7 @@ class RunPort:
             return Outcome("snoozed", due=self.writer.now() + int(later.seconds * 1000), shelved=later.shelved)
 
     async def _before_handler(self, run: Running) -> Outcome | None:
-        task = run.held.record
+        task = run.stored.record
         if not is_system(task.name) and transitions.doomed(task, run.token, self.writer.now()) is not None:
             return Outcome("doomed")
         if await self.parent.wanted(task):

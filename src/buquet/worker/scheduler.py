@@ -1,13 +1,14 @@
-"""Keeps an App's schedules. Every worker does, and none leads: a fire's task has an id derived from (schedule, fire time).
+"""Submits the fires of an App's schedules. Every worker does so, without a leader: (schedule, fire time) gives a fire's task id.
 
-The order of writes: the tasks of fires first, the record's `handled` second. Whoever dies in between, or comes at the same time,
-leaves it to the next look to submit them again, which changes nothing. Workers go by the record and not by their own code, which
-is written there only when they start; so workers of two versions of the code agree on what fires when.
+The tasks of fires are written before the record's `handled`. After a crash in between, or beside another worker, the next look
+submits the same fires again, which changes nothing. Workers follow the record, which their own code changes only when they start:
+so workers with two versions of the code agree on the fires.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
@@ -33,27 +34,31 @@ GRACE_MS = 60_000
 MOST = 1000
 """Missed fires that are caught up, the newest; the others are dropped, and reported."""
 AT_ONCE = 50
-"""Fires submitted for each write of the record, so that a record read long ago is not gone by for long."""
+"""Fires submitted for each write of the record."""
 STALE = 30.0
-"""Seconds after which a record that was read is read again before another fire is submitted."""
+"""Seconds after which a record is read again before another fire is submitted."""
 LONGEST_SLEEP_MS = 3_600_000
-"""A record is read at least this often: its rule may have been changed by workers with other code."""
+"""A record is read at least this often: a worker with other code may have changed its rule."""
 AGAIN_MS = 30_000
 """How long to wait after a look that failed."""
 AWAY_MS = 1000
-"""How long to wait where the store did not answer, for which a look waits some seconds itself."""
+"""How long to wait after a look that the store did not answer within seconds."""
 SPREAD_MS = 100
-"""Milliseconds, for each live worker but one, over which their looks at a fire are spread; the first deals with it for all."""
+"""Milliseconds per peer over which their looks at a fire are spread: the first look serves all of them."""
 WIDEST_MS = 2000
 
 
 class Due(NamedTuple):
-    """What is to be done about the fires up to now."""
+    """What to do about the fires up to now."""
 
     fires: list[int]
     dropped: int
-    """Fires that were missed and are not caught up; at least so many where `more`."""
+    """Fires that were missed and are not caught up."""
     more: bool
+    """Whether `dropped` is a lower bound."""
+
+
+NOTHING_DUE = Due([], 0, more=False)
 
 
 def due(schedule: Schedule, rule: Rule, now: int) -> Due:
@@ -61,117 +66,121 @@ def due(schedule: Schedule, rule: Rule, now: int) -> Due:
     late, whole = rule.newest(schedule.handled, now - GRACE_MS - 1, MOST)
     timely, _ = rule.newest(max(schedule.handled, now - GRACE_MS - 1), now, MOST)
     if schedule.catch_up == "all":
-        keep = late
+        caught_up = late
     elif schedule.catch_up == "last" and not timely:
-        keep = late[-1:]
+        caught_up = late[-1:]
     else:
-        keep = []
-    return Due([*keep, *timely], len(late) - len(keep) + (not whole), not whole)
+        caught_up = []
+    return Due([*caught_up, *timely], len(late) - len(caught_up) + (not whole), not whole)
 
 
+@dataclass(eq=False)
 class Scheduler:
-    """One worker's watch over the schedules of its App."""
+    """One worker's part in the schedules of its App."""
 
-    def __init__(self, client: Client, fleet: Fleet, plans: Mapping[str, Plan]) -> None:
-        self.client = client
-        self.clock = client.clock
-        self.fleet = fleet
-        self.plans = {name: plan.sealed(client.sealer) for name, plan in plans.items()}
-        self.register = Register(client.store, self.clock, patience=5)
-        self._look_at = dict.fromkeys(plans, 0)
-        """When to look at each schedule next, milliseconds by the store's clock."""
+    client: Client
+    fleet: Fleet
+    plans: Mapping[str, Plan]
+
+    def __post_init__(self) -> None:
+        self.clock = self.client.clock
+        self.register = Register(self.client.store, self.clock, patience=5)
+        self.plans = {name: plan.sealed(self.client.sealer) for name, plan in self.plans.items()}
+        self._look_at = dict.fromkeys(self.plans, 0)
+        """When to look at each schedule next, in milliseconds by the store's clock."""
         self._declared: set[str] = set()
-        self._grieved: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
 
     @property
     def next_look(self) -> int | None:
-        """When the next schedule is to be looked at, in milliseconds since 1970; at the latest when it fires next."""
+        """When to look at the next schedule, in milliseconds; at the latest when it fires next."""
         return min(self._look_at.values(), default=None)
 
     async def begin(self) -> None:
-        """Write down what is declared and not there yet, or changed, and deal with what is due. Never raises for the store."""
+        """Store new and changed declarations, and submit the fires that are due. Never raises for the store."""
         for name in self.plans:
             await self._look(name)
 
     async def keep(self) -> None:
-        """Deal with each fire when its time has come, for as long as the worker is there."""
+        """Submit each fire when it is due."""
         while self._look_at:
             name = min(self._look_at, key=self._look_at.__getitem__)
             wait = self._look_at[name] - self.fleet.due_now_ms()
             if wait > 0:
-                # the store's time is learnt again now and then, so no sleep trusts it for long
+                # the store's time is learnt again at intervals, so no sleep may trust it for long
                 await self.clock.sleep(min(wait / 1000, 60.0))
             else:
                 await self._look(name)
 
     async def _look(self, name: str) -> None:
-        """Look at one schedule; whatever is wrong with it is reported, once, and looked at again later."""
+        """Look at one schedule. A problem is reported once, and the schedule looked at again later."""
         try:
-            following = await self._turn(self.plans[name])
+            next_fire = await self._update(self.plans[name])
         except (StoreError, UnreadableRecord, UsageError, EncryptionKeyMissing) as error:
             if isinstance(error, StoreRefused):
                 self.fleet.keeper.refuse(error)
-            if self._grieved.get(name) != str(error):
-                self._grieved[name] = str(error)
-                # the text says all, but where a workflow's function raised
+            if self._problems.get(name) != str(error):
+                self._problems[name] = str(error)
+                # the text says all, unless a workflow's function raised
                 raised = error.__cause__ if isinstance(error, UsageError) else None
                 log.error("schedule %s cannot be kept now: %s", name, error, exc_info=raised)  # noqa: TRY400
             wait = AWAY_MS if isinstance(error, StoreUnavailable) else AGAIN_MS
             self._look_at[name] = self.fleet.due_now_ms() + int(wait * self.clock.jitter(0.2))
             return
-        if self._grieved.pop(name, None):
+        if self._problems.pop(name, None):
             log.info("schedule %s is kept again", name)
-        now = self.fleet.due_now_ms()
+        latest = self.fleet.due_now_ms() + LONGEST_SLEEP_MS
         spread = min(SPREAD_MS * (len(self.fleet.peers) - 1), WIDEST_MS)
-        when = now + LONGEST_SLEEP_MS if following is None else min(following, now + LONGEST_SLEEP_MS)
-        self._look_at[name] = when + int(max(spread, 0) * self.clock.random.random())
+        look_at = latest if next_fire is None else min(next_fire, latest)
+        self._look_at[name] = look_at + int(max(spread, 0) * self.clock.random.random())
 
-    async def _turn(self, plan: Plan) -> int | None:
-        """Deal with what is due, then write down what this code declares where that is news; return when the next fire is."""
-        held = await self.register.read(Schedule, keys.schedule(plan.name))
+    async def _update(self, plan: Plan) -> int | None:
+        """Submit what is due, then store a new declaration; return when the schedule fires next."""
+        key = keys.schedule(plan.name)
+        stored = await self.register.read(Schedule, key)
         while True:
             now = self.fleet.due_now_ms()
-            if held is None:
-                held = (await self.register.create(keys.schedule(plan.name), plan.record(now))).held
+            if stored is None:
+                stored = (await self.register.create(key, plan.record(now))).held
                 continue
-            schedule = held.record
-            # one that this App refuses as plain fires nothing, and what this code declares takes its place
-            refused = not schedule.template.key_id and not self.client.sealer.can_open("")
-            if not refused:
-                opened(self.client, schedule)  # without its key nothing here may take its place
-            todo = Due([], 0, more=False) if refused else self._due(schedule, now)
+            schedule = stored.record
+            # a plain schedule that this App refuses fires nothing, and this code's declaration replaces it
+            is_refused = not schedule.template.key_id and not self.client.sealer.can_open("")
+            if not is_refused:
+                opened(self.client, schedule)  # raises without its key: then nothing may replace it
+            todo = NOTHING_DUE if is_refused else self._due(schedule, now)
             if todo.fires or todo.dropped:
-                held = await self._fire(held, todo, now)
+                stored = await self._fire(stored, todo, now)
             elif plan.name not in self._declared and not same_spec(schedule, plan.onto(schedule)):
-                held = await self._change(plan, held, now)
+                stored = await self._declare(plan, stored, now)
             else:
                 self._declared.add(plan.name)
                 return rule_in(schedule).next(max(schedule.handled, now))
 
     def _due(self, schedule: Schedule, now: int) -> Due:
         if schedule.paused:
-            return Due([], 0, more=False)
+            return NOTHING_DUE
         try:
             return due(schedule, rule_in(schedule), now)
         except UsageError:
             if schedule.name in self._declared:
                 raise
-            return Due([], 0, more=False)  # what this code declares takes its place
+            return NOTHING_DUE  # this code's declaration replaces the rule
 
-    async def _fire(self, held: Held[Schedule], todo: Due, now: int) -> Held[Schedule] | None:
-        """Submit some fires, then advance the record; return what lies there now, for another look."""
-        schedule = held.record
+    async def _fire(self, stored: Held[Schedule], todo: Due, now: int) -> Held[Schedule] | None:
+        """Submit some fires, then advance the record; return the record that is stored now."""
+        schedule = stored.record
         begun = self.clock.monotonic()
-        handled, task = now - GRACE_MS - 1, ""
+        handled, task_id = now - GRACE_MS - 1, ""
         for fire in todo.fires[:AT_ONCE]:
-            if task and self.clock.monotonic() - begun > STALE:
+            if task_id and self.clock.monotonic() - begun > STALE:
                 break
-            task = await submit_fire(self.client, schedule, fire, self.plans[schedule.name])
+            task_id = await submit_fire(self.client, schedule, fire, self.plans[schedule.name])
             handled = fire
         fresh = replace(schedule, handled=max(handled, schedule.handled), dropped=schedule.dropped + todo.dropped)
-        if task:
-            fresh = replace(fresh, last=handled, last_task=task)
-        write = await self.register.update(held, fresh)
+        if task_id:
+            fresh = replace(fresh, last=handled, last_task=task_id)
+        write = await self.register.update(stored, fresh)
         if write.landed and todo.dropped:
             number = f"{'at least ' if todo.more else ''}{todo.dropped:,}"
             log.warning(
@@ -180,16 +189,16 @@ class Scheduler:
             )
         return write.held
 
-    async def _change(self, plan: Plan, held: Held[Schedule], now: int) -> Held[Schedule] | None:
-        """Write down a changed declaration. The fires of the old rule up to now are dealt with; the new one counts from now."""
-        fresh = plan.onto(held.record)
+    async def _declare(self, plan: Plan, stored: Held[Schedule], now: int) -> Held[Schedule] | None:
+        """Store a changed declaration. The fires of the old rule up to now are handled; the new rule counts from now."""
+        fresh = plan.onto(stored.record)
         try:
-            same_rule = rule_in(held.record) == plan.rule
+            is_same_rule = rule_in(stored.record) == plan.rule
         except UsageError:
-            same_rule = False
-        if not same_rule:
+            is_same_rule = False
+        if not is_same_rule:
             fresh = replace(fresh, handled=max(fresh.handled, now))
-        write = await self.register.update(held, fresh)
+        write = await self.register.update(stored, fresh)
         if write.landed:
             log.info("schedule %s is declared anew: %s", plan.name, plan.rule)
         return write.held

@@ -84,7 +84,7 @@ class SessionKeeper:
     """Whether the heartbeat has a thread of its own. Virtual time needs it on the running loop."""
     on_lost: Callable[[], None]
     id: str = ""
-    held: Held[Session] | None = None
+    stored: Held[Session] | None = None
     claims: dict[str, Listing] = field(default_factory=dict[str, Listing])
     completed: int = 0
     failed: int = 0
@@ -108,7 +108,6 @@ class SessionKeeper:
 
     @property
     def key(self) -> str:
-        """The session's key."""
         return keys.session(self.id)
 
     @property
@@ -133,7 +132,7 @@ class SessionKeeper:
 
     async def _create(self) -> None:
         self.id = f"{keys.queues_hash(self.queues)}.{self.clock.new_op()}"
-        self.claims, self.held = {}, None
+        self.claims, self.stored = {}, None
         self.lost = False
         now, sent = self.clock.now_ms(), self.clock.monotonic()
         session = Session(
@@ -155,13 +154,12 @@ class SessionKeeper:
             paused=self.paused,
             version=VERSION,
         )
-        self.held = await self.register.create_once(self.key, session)
+        self.stored = await self.register.create_once(self.key, session)
         self.stored_at = sent
 
     # ------------------------------------------------------------------ the heartbeat
 
     def start(self) -> None:
-        """Begin the heartbeat."""
         if not self.thread:
             self._task = asyncio.get_running_loop().create_task(self._keep())
             return
@@ -235,8 +233,8 @@ class SessionKeeper:
 
     async def beat(self) -> None:
         """Store one heartbeat, then delete the entries of the claims that it lists."""
-        held = self.held
-        if held is None or self.lost:
+        stored = self.stored
+        if stored is None or self.lost:
             return
         # only entries of claims that this heartbeat lists may be deleted after it
         listings = list(self.claims.values())
@@ -246,7 +244,7 @@ class SessionKeeper:
         if now - self.refused[1] > LATELY_MS:
             self.refused = ("", 0)
         session = replace(
-            held.record,
+            stored.record,
             beat=now,
             claims=tuple(listing.as_claim() for listing in listings),
             completed=self.completed,
@@ -260,7 +258,7 @@ class SessionKeeper:
         )
         try:
             async with asyncio.timeout(max(self.stored_at + self.ttl * 2 / 3 - sent, 0.001)):
-                is_stored = await self._store(held, session)
+                is_stored = await self._store(stored, session)
         except TimeoutError:
             self._fence("no heartbeat could be stored for two thirds of its time-to-live")
             return
@@ -271,10 +269,10 @@ class SessionKeeper:
             if entry and listing.token in self.claims and listing.entry:
                 await self._forget(listing, entry)
 
-    async def _store(self, held: Held[Session], session: Session) -> bool:
+    async def _store(self, before: Held[Session], session: Session) -> bool:
         async def update() -> tuple[float, Held[Session] | None, bool]:
             sent = self.clock.monotonic()
-            write = await self.register.update(held, session)
+            write = await self.register.update(before, session)
             return sent, write.held, write.landed
 
         # a lasting refusal, such as a full disk, may end before the time is up
@@ -285,7 +283,7 @@ class SessionKeeper:
         if stored is None or stored.record.reaped:
             self._fence("its session was reaped")
             return False
-        self.held = stored
+        self.stored = stored
         self.stored_at = sent
         return True
 
@@ -305,7 +303,6 @@ class SessionKeeper:
             self.refuse(error)
 
     def refuse(self, error: StoreRefused) -> None:
-        """Have heartbeats report a refusal."""
         self.refused = (str(error)[:500], self.clock.now_ms())
 
     # ------------------------------------------------------------------ its end
@@ -318,10 +315,10 @@ class SessionKeeper:
 
     async def end(self) -> None:
         """Delete the session, after the heartbeat was stopped; but not while it may list a claim that still runs."""
-        if self.held is not None and not self.lost and not self.claims:
+        if self.stored is not None and not self.lost and not self.claims:
             for key in (self.key, keys.notes(self.id), keys.control(self.id)):
                 await self.register.reads.delete(key)
-            self.held = None
+            self.stored = None
 
     async def restore_entries(self) -> None:
         """Write the entries of this lost session's claims again: a heartbeat may have deleted them, trusting in the session."""

@@ -69,7 +69,6 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """How many more handlers may run now."""
         return max(self.concurrency - self.busy, 0)
 
     @property
@@ -91,20 +90,18 @@ class Slots:
         self.busy += 1
 
     def vacate(self) -> None:
-        """Give a slot back."""
         self.busy -= 1
         self.on_free()
 
     def take(self, finder: QueueFinder, candidate: Candidate) -> None:
-        """Claim an entry and run its task, in a slot."""
         self.busy += 1
         self.was_busy = True
         self._start(self.claim_and_run(finder, candidate))
 
-    def adopt(self, held: Held[Task]) -> None:
+    def adopt(self, stored: Held[Task]) -> None:
         """Run a task that is under a claim of this worker. Its slot is taken already."""
-        finder = next((finder for finder in self.finders if finder.queue == held.record.queue), None)
-        self._start(self._run(finder, self._register(held, held.record.entry)))
+        finder = next((finder for finder in self.finders if finder.queue == stored.record.queue), None)
+        self._start(self._run(finder, self._register(stored, stored.record.entry)))
 
     def stop_all(self) -> None:
         """Ask what runs to stop, and to put its tasks back."""
@@ -129,18 +126,17 @@ class Slots:
             log.error("a defect of buquet: what this worker had in hand is left until its session ends", exc_info=error)
         self.on_free()
 
-    def _register(self, held: Held[Task], entry: str) -> Running:
+    def _register(self, stored: Held[Task], entry: str) -> Running:
         """List a claim before anything is awaited, so that this worker does not take over its own task."""
-        run = Running(self.writer, held, Listing.of(held.record, entry, self.writer.now()))
+        run = Running(self.writer, stored, Listing.of(stored.record, entry, self.writer.now()))
         self.keeper.claims[run.token] = run.listing
         self.running[run.token] = run
         return run
 
     async def claim_and_run(self, finder: QueueFinder, candidate: Candidate) -> None:
-        """Claim an entry's task, run it, and store its outcome."""
-        held: Held[Task] | None = None
+        stored: Held[Task] | None = None
         try:
-            held = await self.claimer.claim(finder, candidate)
+            stored = await self.claimer.claim(finder, candidate)
         except StoreError as error:
             tries = self.claimer.denied - 1
             self.keeper.report(f"claiming task {candidate.entry.task} failed", error, tries)
@@ -150,18 +146,17 @@ class Slots:
             finder.leave_to(candidate, "")  # `_ended` logs the defect; the next look at the fleet brings the entry back
             raise
         finally:
-            if held is None:
+            if stored is None:
                 self._free_slot(asyncio.current_task())
                 self.wake()
-        if held is not None:
-            await self._run(finder, self._register(held, candidate.entry.key))
+        if stored is not None:
+            await self._run(finder, self._register(stored, candidate.entry.key))
 
     async def _run(self, finder: QueueFinder | None, run: Running) -> None:
-        """Run a claimed task, and store its outcome."""
         run.work = asyncio.current_task()
         try:
-            self.observers.started(run.held.record)
-            with spans.attempt(run.held.record) as on_outcome:
+            self.observers.started(run.stored.record)
+            with spans.attempt(run.stored.record) as on_outcome:
                 outcome = await self.executor.execute(run)
                 self._free_slot(run.work)
                 task = await self.writer.store(run, outcome)

@@ -198,14 +198,14 @@ class Worker:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
 
-    def drain_out(self) -> None:
+    def finish_and_stop(self) -> None:
         """End as `stop` does, but with no limit to what runs; a `stop` that comes then gives it `grace` seconds."""
         if not self._stopping:
             log.info("worker %s was asked to drain: it claims nothing more and ends after what it runs", self.keeper.id)
             self._stopping = self._wait_forever = self.slots.closed = self.keeper.draining = True
             self._wake.set()
 
-    def hold(self, *, paused: bool) -> None:
+    def set_paused(self, *, paused: bool) -> None:
         """Claim nothing until told to go on; what runs goes on, and heartbeats, schedules and retention do too."""
         if paused != self.keeper.paused:
             log.info("worker %s was %s", self.keeper.id, "paused: it claims nothing" if paused else "told to go on")

@@ -102,7 +102,7 @@ class Machine(App):
         try:
             await worker.arun()
         except (StoreFull, StoreUnavailable) as error:
-            if worker.keeper.held is not None:  # a worker that cannot start may raise
+            if worker.keeper.stored is not None:  # a worker that cannot start may raise
                 self.world.auditor.report(f"the worker of {self.name} ended with {error}")
         except Exception as error:  # noqa: BLE001 - a worker must survive everything
             self.world.auditor.report(f"the worker of {self.name} ended with {type(error).__name__}: {error}")

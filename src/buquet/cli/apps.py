@@ -53,7 +53,7 @@ def command(
             inspect.Parameter("url", keyword, default=None, annotation=Url),
             inspect.Parameter("json", keyword, default=False, annotation=Json),
         ]
-        parameters = [*(each.replace(kind=keyword) for each in own), *shared]
+        parameters = [*(parameter.replace(kind=keyword) for parameter in own), *shared]
         # typer reads the options from these
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

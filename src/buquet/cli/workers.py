@@ -167,20 +167,10 @@ async def workers(app: App, json: bool) -> None:
         for row in rows
         for session in [row.session]
     ]
-    columns = [
-        "worker",
-        "status",
-        "host",
-        "pid",
-        "queues",
-        "running",
-        "completed",
-        "failed",
-        "abandoned",
-        "heartbeat",
-        "memory",
-        "buquet",
-    ]
+    columns = (
+        *("worker", "status", "host", "pid", "queues", "running", "completed", "failed", "abandoned"),
+        *("heartbeat", "memory", "buquet"),
+    )
     print_table(columns, cells, "no worker is running")
     print_refused(refused(rows))
 

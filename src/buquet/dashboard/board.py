@@ -59,7 +59,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     filters: dict[str, Any] = made.filters
-    filters.update({each.__name__: each for each in FILTERS})
+    filters.update({function.__name__: function for function in FILTERS})
     for name in made.list_templates():  # compiled before the first page is asked for
         made.get_template(name)
     return made

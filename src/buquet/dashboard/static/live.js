@@ -1,11 +1,11 @@
-// Keeps the page up to date, and adds small comforts. Every page can be read, and every button works, without it.
+// Keeps the page up to date, and adds conveniences. Without this script, every page can be read and every button works.
 //
-// The server says over an event stream that what is shown was looked at again; then this asks for the page anew and takes over
-// what differs. Nothing from a task is ever made into markup here: the server has escaped it, and nodes are copied one by one.
+// The server reports news over an event stream. The script then loads the page again and copies what differs. It never turns
+// text of a task into markup: the server has escaped the text, and nodes are copied one by one.
 "use strict";
 (() => {
-  const PAUSE = 2000; // ms between two refreshes at least
-  const OLD = 10; // seconds after which what is shown is marked as old, and as too old
+  const PAUSE = 2000; // least time between two refreshes, ms
+  const OLD = 10; // seconds after which the page is marked as old, and as too old
   const TOO_OLD = 30;
   const mark = document.getElementById("live");
   const button = document.getElementById("pause");
@@ -15,18 +15,18 @@
   let last = 0;
   let busy = false;
   let paused = false;
-  let pressed = false; // a pointer is down: nothing may move under it
+  let pressed = false; // a pointer is down, and nothing may move under it
   let trouble = "";
-  let asOf = 0; // by the server's clock, ms
-  let ahead = 0; // how far the server's clock is ahead of ours, ms
+  let asOf = 0; // time of the page's data by the server's clock, ms
+  let ahead = 0; // how far the server's clock is ahead of the browser's, ms
 
-  // ---------------------------------------------------------------- how old this is
+  // ---------------------------------------------------------------- the age of the page
 
   const two = (number, wide = 2) => String(number).padStart(wide, "0");
   const time = (at) => `${two(at.getHours())}:${two(at.getMinutes())}:${two(at.getSeconds())}`;
   const day = (at) => `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())}`;
   const zone = (at) =>
-    new Intl.DateTimeFormat(undefined, { timeZoneName: "short" }).formatToParts(at).find((each) => each.type === "timeZoneName").value;
+    new Intl.DateTimeFormat(undefined, { timeZoneName: "short" }).formatToParts(at).find((part) => part.type === "timeZoneName").value;
 
   function read(page) {
     asOf = Number(page.dataset.asOf);
@@ -40,7 +40,7 @@
     const text = [paused ? "paused" : trouble, said].filter(Boolean).join(", ");
     if (mark.textContent !== text) mark.textContent = text;
     mark.className = `live ${seconds >= TOO_OLD ? "off" : seconds >= OLD ? "old" : "on"}`;
-    if (asOf) mark.title = `Everything here is of ${day(new Date(asOf))} ${time(new Date(asOf))} ${zone(new Date(asOf))} or later`;
+    if (asOf) mark.title = `Everything on this page is from ${day(new Date(asOf))} ${time(new Date(asOf))} ${zone(new Date(asOf))} or later`;
   }
 
   function say(what) {
@@ -48,18 +48,18 @@
     age();
   }
 
-  // ---------------------------------------------------------------- taking over what differs
+  // ---------------------------------------------------------------- copying what differs
 
   const keyOf = (node) => (node.nodeType === Node.ELEMENT_NODE ? node.id || node.dataset.key || "" : "");
   const sameKind = (a, b) => a.nodeType === b.nodeType && a.nodeName === b.nodeName;
 
-  function takeOver(old, fresh) {
+  function copy(old, fresh) {
     if (old.nodeType === Node.TEXT_NODE) {
       if (old.data !== fresh.data) old.data = fresh.data;
       return;
     }
     if (old.nodeType !== Node.ELEMENT_NODE) return;
-    // what a person has typed, opened or scrolled stays; a hidden field is not theirs, but says what the button beside it does
+    // keep what a person has typed, opened or scrolled; a hidden field belongs to the button beside it, and is copied
     const typed = old.matches("input:not([type=hidden]), select, textarea");
     const own = typed ? ["value", "checked"] : old.matches("details") ? ["open"] : [];
     for (const { name, value } of [...fresh.attributes]) {
@@ -73,13 +73,13 @@
       if (old.innerHTML === fresh.innerHTML) return;
       const chosen = old.value;
       children(old, fresh);
-      if ([...old.options].some((each) => each.value === chosen)) old.value = chosen;
+      if ([...old.options].some((option) => option.value === chosen)) old.value = chosen;
       return;
     }
     children(old, fresh);
   }
 
-  // A node with a key keeps its identity wherever it moves. Nodes without keys are matched by their order.
+  // A node with a key keeps its identity when it moves. Nodes without keys are matched by order.
   function children(old, fresh) {
     const keyed = new Map();
     const loose = [];
@@ -95,7 +95,7 @@
         keyed.delete(key);
         return [node, known && sameKind(known, node) ? known : null];
       }
-      const at = loose.findIndex((each) => sameKind(each, node));
+      const at = loose.findIndex((other) => sameKind(other, node));
       return [node, at < 0 ? null : loose.splice(0, at + 1)[at]];
     });
     const stay = new Set(pairs.map(([, known]) => known));
@@ -104,7 +104,7 @@
     for (const [node, known] of pairs) {
       if (known && known === here) here = here.nextSibling;
       else old.insertBefore(known ?? document.importNode(node, true), here);
-      if (known) takeOver(known, node);
+      if (known) copy(known, node);
     }
   }
 
@@ -119,7 +119,7 @@
         if (paused || pressed) return;
         const focus = document.activeElement;
         children(document.getElementById("main"), fresh.getElementById("main"));
-        // a node that was moved has lost the focus
+        // moving a node removes its focus
         if (focus !== document.activeElement && focus.isConnected) focus.focus({ preventScroll: true });
         localTimes();
         edges();
@@ -158,7 +158,7 @@
     source = null;
   }
 
-  // a page that nobody sees asks for nothing
+  // a hidden page sends no requests
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) {
       rest();
@@ -170,7 +170,7 @@
   addEventListener("pagehide", rest);
   addEventListener("pageshow", follow);
 
-  // nothing moves between the press of a button and its release
+  // nothing moves while a button is pressed
   addEventListener("pointerdown", () => (pressed = true));
   for (const name of ["pointerup", "pointercancel", "blur"]) {
     addEventListener(name, () => {
@@ -193,26 +193,26 @@
     age();
   });
 
-  // ---------------------------------------------------------------- comforts
+  // ---------------------------------------------------------------- conveniences
 
   function localTimes() {
-    for (const each of document.querySelectorAll("time")) {
-      if (each.closest("#live")) continue;
-      const at = new Date(each.dateTime);
+    for (const element of document.querySelectorAll("time")) {
+      if (element.closest("#live")) continue;
+      const at = new Date(element.dateTime);
       const text = `${day(at)} ${time(at)}.${two(at.getMilliseconds(), 3)} ${zone(at)}`;
-      if (each.dataset.show === "whole") {
-        if (each.textContent !== text) each.textContent = text;
-        each.title = each.dateTime.replace("T", " ").replace("Z", " UTC");
+      if (element.dataset.show === "whole") {
+        if (element.textContent !== text) element.textContent = text;
+        element.title = element.dateTime.replace("T", " ").replace("Z", " UTC");
       } else {
-        each.title = text;
+        element.title = text;
       }
     }
   }
 
-  // what goes on beyond the edge says so
+  // mark tables and drawings that continue beyond the edge
   function edges() {
-    for (const each of document.querySelectorAll(".wide")) {
-      each.classList.toggle("more", each.scrollLeft + each.clientWidth < each.scrollWidth - 2);
+    for (const element of document.querySelectorAll(".wide")) {
+      element.classList.toggle("more", element.scrollLeft + element.clientWidth < element.scrollWidth - 2);
     }
   }
   document.addEventListener("scroll", edges, true);
@@ -232,11 +232,11 @@
     try {
       localStorage.setItem("buquet-theme", root.dataset.theme);
     } catch {
-      // no storage in this browser: the choice holds for this page
+      // without storage, the choice holds for this page only
     }
   });
 
-  // a slash goes to the search, as in many tools
+  // a slash focuses the search field
   document.addEventListener("keydown", (event) => {
     if (event.key !== "/" || event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
     const field = document.querySelector('input[type="search"]');

@@ -461,7 +461,7 @@ BREAKS = {
     ),
     "a signal is taken twice": ("step.signal: inbox[1:]}", "step.signal: inbox}"),
     "a signal does not outlive a retry": (
-        "signal: (sent, *self.run.inbox.get(signal, ()))",
+        "signal: (record.taken(), *self.run.inbox.get(signal, ()))",
         "signal: self.run.inbox.get(signal, ())",
     ),
     "the newest of two signals comes first": (

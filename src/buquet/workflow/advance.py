@@ -268,10 +268,7 @@ class _Advance:
         fan = _successful(record.fan) if keeps_items and record.fan is not None and not record.undo else None
         if record.signal and keeps_signal:  # it was sent once and need not be sent again
             signal = self.steps[name].signal
-            sent = Sent(
-                event=record.signal, value=record.result, value_at=record.result_at, sent=record.sent, sender=record.sender
-            )
-            self._set(inbox={**self.run.inbox, signal: (sent, *self.run.inbox.get(signal, ()))})
+            self._set(inbox={**self.run.inbox, signal: (record.taken(), *self.run.inbox.get(signal, ()))})
         self._put(name, StepRecord(gen=record.gen + 1, fan=fan, undone=record.undone + (record.undo == "done")))
 
     # ------------------------------------------------------------------ steps

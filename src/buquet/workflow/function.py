@@ -1,4 +1,4 @@
-"""A workflow as its user writes it: a plain function that wires tasks, with `start`."""
+"""The workflow function: a plain function that wires tasks, with `start`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RESERVED = {"key"}
 
 @dataclass(frozen=True, slots=True)
 class StartOptions:
-    """How a run is started."""
+    """Options of a start."""
 
     key: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -46,7 +46,7 @@ class StartOptions:
 
 
 class WorkflowFunction(Generic[P, R]):
-    """A workflow; called, it is its function, and `start` makes a run of it.
+    """A workflow. A call runs its function; `start` starts a run of it.
 
     >>> run = order.start("o-1", key="o-1")  # doctest: +SKIP
     """
@@ -71,7 +71,6 @@ class WorkflowFunction(Generic[P, R]):
             raise UsageError(msg)
 
     def __repr__(self) -> str:
-        """Show the name."""
         return f"<buquet workflow {self.name!r}>"
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -83,7 +82,7 @@ class WorkflowFunction(Generic[P, R]):
         return plainly(self._home.clock, self.name, workflow=True) if builder is None else builder.inner(self.name)
 
     def options(self, *, key: str | None = None, tags: Mapping[str, str] | None = None) -> Self:
-        """Return the same workflow with other options for its starts. `key`: one run a key. `tags` are those of its tasks too."""
+        """Return the workflow with other options for its starts. `key`: one run per key. `tags`: of the run and of its tasks."""
         given = {"key": key, "tags": tags}
         changed = replace(self.start_options, **{name: value for name, value in given.items() if value is not None})
         return type(self)(self._home, self.function, self.name, self.queue, changed)
@@ -91,7 +90,7 @@ class WorkflowFunction(Generic[P, R]):
     def trace(self, *args: P.args, **kwargs: P.kwargs) -> Graph:
         """Return the graph that a start with these arguments would run. Nothing is stored.
 
-        Raises TypeError for wrong arguments, UsageError for what a graph cannot hold.
+        Raises TypeError for wrong arguments, UsageError for a function that makes no graph.
         """
         self.signature.bind(args, kwargs)
         return build_graph(self.name, self.function, args, kwargs)
@@ -101,10 +100,10 @@ class WorkflowFunction(Generic[P, R]):
     @overload
     def start(self, *args: Any, key: str, **kwargs: Any) -> Run[R]: ...
     def start(self, *args: Any, key: str | None = None, **kwargs: Any) -> Run[R]:
-        """Start a run: the workflow is traced into a graph here, and workers carry that out, whatever happens to this process.
+        """Start a run: the graph is built here, and workers run its steps, whatever happens to this process.
 
-        `key`: a second start of the same key returns the first one's run. (With it the type checker does not check the other
-        arguments; `options(key=...).start(...)` is checked.) Raises UsageError, InvalidArgument, KeyConflict, StoreError.
+        `key`: a second start with the same key returns the first run. (With `key` the type checker does not check the other
+        arguments; use `options(key=...).start(...)`.) Raises UsageError, InvalidArgument, KeyConflict, StoreError.
         """
         return self._home.background.run(lambda: self._start(args, kwargs, key), "start")
 
@@ -122,7 +121,7 @@ class WorkflowFunction(Generic[P, R]):
         return Run(self._home, submitted.id, self.signature, created=submitted.created)
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
-        """Make the record of the task that starts a run. No I/O. Raises what `start` raises for wrong arguments."""
+        """Return the event task that starts a run. No I/O. Raises what `start` raises for wrong arguments."""
         if current_builder() is not None:
             msg = (
                 f"workflow {self.name} was to be started inside another workflow, as a run of its own. Call it, "
@@ -157,11 +156,11 @@ class WorkflowFunction(Generic[P, R]):
         return graph
 
     def retrace(self, args: bytes | Raw) -> bytes:
-        """Return the graph of a run with these stored arguments, as JSON. Raises InvalidPayload, and what `trace` raises."""
+        """Return the graph for these stored arguments as JSON. Raises InvalidPayload, and what `trace` raises."""
         return self._graph(*self.signature.decode(args))
 
     def get(self, run_id: str) -> Run[R]:
-        """Return a handle of a run of this workflow, by its id; nothing is read yet."""
+        """Return the handle of a run by its id. Nothing is read."""
         return Run(self._home, run_id, self.signature)
 
 

@@ -402,13 +402,11 @@ async def signals_of(client: Client, run: RunRecord, graph: Graph, *, inline: bo
 
     One GET for each value outside the record; `inline` leaves such values out.
     """
-    signals: list[tuple[str, str, Sent]] = []
-    for name, record in run.steps.items():
-        if record.signal and name in graph.steps:
-            sent = Sent(
-                event=record.signal, value=record.result, value_at=record.result_at, sent=record.sent, sender=record.sender
-            )
-            signals.append((graph.steps[name].signal, name, sent))
+    signals = [
+        (graph.steps[name].signal, name, record.taken())
+        for name, record in run.steps.items()
+        if record.signal and name in graph.steps
+    ]
     signals += [(name, "", sent) for name, kept in run.inbox.items() for sent in kept]
     signals.sort(key=lambda signal: signal[2].sent)
     return [await _signal_info(client, run.id, *signal, inline=inline) for signal in signals]

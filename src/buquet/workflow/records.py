@@ -119,6 +119,10 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     undone: Generation = 0
     """How many earlier generations were undone."""
 
+    def taken(self) -> Sent:
+        """Return the signal that a wait took."""
+        return Sent(event=self.signal, value=self.result, value_at=self.result_at, sent=self.sent, sender=self.sender)
+
     def is_whole(self) -> bool:
         """Whether it names only tasks that it has."""
         fan = self.fan

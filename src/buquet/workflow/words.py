@@ -176,7 +176,6 @@ class Signal(Generic[T]):
         self._declared = Declared(self.type, f"signal {name!r}")
 
     def __repr__(self) -> str:
-        """Show the name."""
         return f"<buquet signal {self.name!r}>"
 
     def wait(

@@ -31,30 +31,39 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 
-class BaseTask(Generic[P, R]):
+class UserFunction:
+    """A function that a user declared as a task or workflow."""
+
+    def __init__(
+        self, home: Home, function: Callable[..., Any], name: str, queue: str, kind: Literal["task", "workflow"]
+    ) -> None:
+        keys.quoted(name, kind)
+        keys.quoted(queue, "queue")
+        if is_system(name):
+            msg = f"names that begin with {SYSTEM!r} are buquet's own: give {kind} {name!r} another one, @app.{kind}(name=...)"
+            raise UsageError(msg)
+        self._home = home
+        self.function = function
+        self.name = name
+        self.queue = queue
+        self.signature = Signature(function)
+        self.__name__ = name
+        self.__doc__ = function.__doc__
+        self.__module__ = function.__module__
+        self.__wrapped__ = function
+
+
+class BaseTask(UserFunction, Generic[P, R]):
     """What tasks of sync and async functions share. `R` is what the function returns or, async, awaits to."""
 
     def __init__(
         self, home: Home, function: Callable[..., Any], name: str, queue: str, policy: Policy, options: SubmitOptions
     ) -> None:
-        self._home = home
+        super().__init__(home, function, name, queue, "task")
         self.submit_options = options
         self.step_options = StepOptions()
-        self.function = function
-        self.name = name
-        self.queue = queue
         self.policy = policy
-        self.signature = Signature(function)
         self.is_async = inspect.iscoroutinefunction(function)
-        self.__name__ = name
-        self.__doc__ = function.__doc__
-        self.__module__ = function.__module__
-        self.__wrapped__ = function
-        keys.quoted(name, "task")
-        keys.quoted(queue, "queue")
-        if is_system(name):
-            msg = f"names that begin with {SYSTEM!r} are buquet's own: give task {name!r} another one, @app.task(name=...)"
-            raise UsageError(msg)
 
     @property
     def max_items(self) -> int | None:

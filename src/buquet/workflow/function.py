@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Self, TypeVar, cast, 
 import msgspec
 
 from buquet import keys
-from buquet.codec import Signature, check_size
+from buquet.codec import check_size
 from buquet.errors import UsageError
 from buquet.queue.attempt import plainly
-from buquet.queue.names import Prepared, is_system
+from buquet.queue.names import Prepared
 from buquet.queue.options import check_key, check_tags
 from buquet.queue.schedules import firing
+from buquet.queue.task import UserFunction
 from buquet.records import Raw, Task
 from buquet.workflow.building import build_graph, current_builder
 from buquet.workflow.events import START
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-RESERVED = {"key"}
-
 
 @dataclass(frozen=True, slots=True)
 class StartOptions:
@@ -45,28 +44,16 @@ class StartOptions:
         check_tags(self.tags)
 
 
-class WorkflowFunction(Generic[P, R]):
+class WorkflowFunction(UserFunction, Generic[P, R]):
     """A workflow. A call runs its function; `start` starts a run of it.
 
     >>> run = order.start("o-1", key="o-1")  # doctest: +SKIP
     """
 
     def __init__(self, home: Home, function: Callable[..., Any], name: str, queue: str, options: StartOptions) -> None:
-        keys.quoted(name, "workflow")
-        keys.quoted(queue, "queue")
-        self._home = home
-        self.function = function
-        self.name = name
-        self.queue = queue
+        super().__init__(home, function, name, queue, "workflow")
         self.start_options = options
-        self.signature = Signature(function)
-        self.__name__ = name
-        self.__doc__ = function.__doc__
-        self.__module__ = function.__module__
-        self.__wrapped__ = function
-        if is_system(name):
-            raise UsageError(f"names that begin with 'buquet.' are buquet's own: give workflow {name!r} another one")
-        if not RESERVED.isdisjoint(self.signature.parameters):
+        if "key" in self.signature.parameters:
             msg = f"a workflow cannot have a parameter named `key`, which start(..., key=...) takes for itself: {name}"
             raise UsageError(msg)
 

@@ -115,13 +115,13 @@ class _Drain:
 
     def __init__(self, app: App, until: Until | None, *, virtual: bool, inline: bool = False) -> None:
         if inside_handler():
-            msg = "a handler cannot work tasks off: the worker would wait for the handler itself. Call this in the test"
-            raise UsageError(msg)
+            raise UsageError(
+                "a handler cannot run the App's tasks: the worker would wait for the handler itself. Call this in the test"
+            )
         store = app.client.store
         self.in_memory = isinstance(store, MemoryStore) and store.clock is app.clock
         if not self.in_memory and (until is not None or virtual):
-            msg = f"time moves on by itself on {app.url}: until, virtual and advance need an App on memory:, see in_memory"
-            raise TypeError(msg)
+            raise TypeError(f"until, virtual and advance need an App in memory, and {app.url} uses real time: see in_memory")
         if isinstance(until, datetime) and until.tzinfo is None:
             raise UsageError(f"until={until!r} has no time zone: datetime.now(UTC) has one")
         self.app = app
@@ -153,8 +153,7 @@ class _Drain:
         if not self.jumps:
             return True
         if self.jumps > MOST_JUMPS:
-            msg = f"there is always more to do: the time moved on {MOST_JUMPS:,} times. Set an end with until=... or advance()"
-            raise UsageError(msg)
+            raise UsageError(f"the work never ends: time moved on {MOST_JUMPS:,} times. Set an end with until=... or advance()")
         if self.next is None or (self.end is not None and self.next > self.end):
             if self.end is not None:
                 self._move_to(self.end)
@@ -202,10 +201,10 @@ class _Drain:
 
         background = self.virtual or self.app.background
         threads = worker.executor.threads
-        if isinstance(threads, CallerThread):
-            with background.meanwhile(threads.work_until), self.app.background.meanwhile(threads.work_until):
-                background.run(lambda: self._run(worker), "run_until_idle", interrupt)
-        else:
+        with ExitStack() as stack:
+            if isinstance(threads, CallerThread):
+                for loop in (background, self.app.background):
+                    stack.enter_context(loop.meanwhile(threads.work_until))
             background.run(lambda: self._run(worker), "run_until_idle", interrupt)
         if interrupted:
             raise KeyboardInterrupt

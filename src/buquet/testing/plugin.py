@@ -42,14 +42,12 @@ def _refuse(app: App) -> None:
     temporary = Path(tempfile.gettempdir()).resolve()
     if url.scheme == "memory" or (url.scheme == "sqlite" and temporary in Path(unquote(url.path)).resolve().parents):
         return
-    msg = (
-        f"this test would use {app.url}, the real store of an App. Put the App in memory: take the fixture buquet_app, with "
+    raise UsageError(
+        f"this test would use {app.url}, the real store of an App. Put the App in memory: use the fixture buquet_app, with "
         '`buquet_app = "MODULE:APP"` in pytest\'s ini file or @pytest.mark.buquet_app(app), '
-        "or `with buquet.testing.in_memory(app)`. "
-        "Mark a test that is meant to use this store with @pytest.mark.buquet_real_store; for all tests, set "
-        "`buquet_real_stores = true` in the ini file"
+        "or `with buquet.testing.in_memory(app)`. Mark a test that may use this store with @pytest.mark.buquet_real_store; "
+        "for all tests, set `buquet_real_stores = true` in the ini file"
     )
-    raise UsageError(msg)
 
 
 @pytest.fixture

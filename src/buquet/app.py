@@ -18,12 +18,12 @@ from buquet import forking
 from buquet.clock import YEARS, Backoff, Clock
 from buquet.errors import UsageError
 from buquet.insights.schedules import list_schedules
+from buquet.journal.pruner import HOUR
 from buquet.queue import control, schedules
 from buquet.queue.background import Background, blocking
 from buquet.queue.client import PATIENCE, Client
 from buquet.queue.handle import Handle
 from buquet.queue.options import Policy, SubmitOptions, in_seconds
-from buquet.queue.pruning import HOUR
 from buquet.queue.schedules import plan, rule_of
 from buquet.queue.task import AsyncTaskFunction, BaseTask, TaskFunction
 from buquet.sealing import sealer
@@ -32,6 +32,7 @@ from buquet.worker.worker import Worker
 from buquet.workflow.engine import Engine, finished_run
 from buquet.workflow.function import AsyncWorkflowFunction, StartOptions, WorkflowFunction
 from buquet.workflow.handle import Run, homes
+from buquet.workflow.pruning import prune_run
 from buquet.workflow.records import check_max_items
 
 if TYPE_CHECKING:
@@ -396,6 +397,7 @@ class App:
             heartbeat_thread=heartbeat_thread,
             retention=self.retention,
             runs=self._runs,
+            prune_run=prune_run,
         )
 
     def _runs(self, worker: Worker) -> Engine:

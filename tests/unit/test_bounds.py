@@ -92,7 +92,7 @@ async def test_an_etag_has_its_quotes_wherever_it_comes_from():
 
 
 async def test_prune_leaves_a_payload_that_is_too_large_to_read(tmp_path):
-    from buquet.queue.pruning import Pruner
+    from buquet.journal.pruner import Pruner
 
     app = App(f"sqlite:{tmp_path}/a.db")
     key = f"payloads/{TASK}/x"

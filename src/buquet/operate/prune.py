@@ -2,7 +2,7 @@
 
 The journal comes first: it names the ended tasks without a LIST of all records. A journal object is deleted once all its tasks
 are settled. Then comes a sweep over all records, one `{xx}` at a time, for what the journal lacks: tasks that a client
-cancelled, the last seconds of a killed worker, payloads without a record. queue/pruning.py says what is done to one task, and
+cancelled, the last seconds of a killed worker, payloads without a record. journal/pruner.py says what is done to one task, and
 what a crash leaves.
 """
 
@@ -15,17 +15,16 @@ from buquet import keys
 from buquet.concurrency import each_of
 from buquet.errors import UnreadableRecord, UsageError
 from buquet.journal.lines import decode_lines
+from buquet.journal.pruner import Pruner
 from buquet.operate.sweep import AT_ONCE, HOUR, each_key, each_record
-from buquet.queue.pruning import NOT_SETTLED, Pruner, is_prunable
 from buquet.store.base import Stored
 from buquet.store.storetime import store_ahead
 from buquet.workflow.pruning import prune_run
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from buquet.queue.client import Client
-    from buquet.queue.pruning import Fate
     from buquet.records import Finished
     from buquet.store.base import Listed
 
@@ -73,7 +72,7 @@ async def prune(
         raise UsageError(f"a finished task is kept for at least an hour, not {older_than:g} s: its result may still be wanted")
     await client.open()
     now = client.clock.now() + await store_ahead(client.reads, client.clock, strict=True)
-    pruner = Pruner(client.register, older_than, lambda: now, dry_run=dry_run)
+    pruner = Pruner(client.register, older_than, lambda: now, dry_run, prune_run)
     on_progress: Callable[[float, str], None] = progress or (lambda _fraction, _what: None)
     done = Pruned()
     pruning = _Pruning(pruner, done)
@@ -90,7 +89,7 @@ async def prune(
         on_progress(0.95, "payloads")
         await pruning.payloads()
     on_progress(1.0, "done")
-    done.payloads = pruner.payloads
+    done.pruned, done.stubs, done.runs, done.payloads = pruner.tasks, pruner.stubs, pruner.run_tasks, pruner.payloads
     done.unreadable += pruner.oversized
     return done
 
@@ -100,7 +99,7 @@ class _Pruning:
 
     def __init__(self, pruner: Pruner, done: Pruned) -> None:
         self.pruner = pruner
-        self.reads = pruner.reads
+        self.reads = pruner.register.reads
         self.now = pruner.now()
         self.done = done
 
@@ -126,13 +125,14 @@ class _Pruning:
 
     async def _line(self, line: Finished, count: bool) -> bool:
         """Prune the task or run of a line. Return whether the line is settled. The sweep reports unreadable records."""
-        if line.kind == "run":
-            self.done.looked += count
-            return not await self._prune_run(keys.run(line.id), count=count) or await self.reads.get(keys.run(line.id)) is None
-        if not is_prunable(line):
+        if not self.pruner.concerns(line):
             return True
         self.done.looked += count
-        return await self._prune_task(keys.task(line.id), old=True, ended=line.at, count=count) not in NOT_SETTLED
+        try:
+            return await self.pruner.line(line)
+        except UnreadableRecord:
+            self.done.unreadable += count
+            return True
 
     # ------------------------------------------------------------------ the sweep
 
@@ -140,12 +140,13 @@ class _Pruning:
         self.done.looked += 1
         # a prunable record was last written over an hour ago: the others need not be read
         if self.now - listed.modified >= HOUR and keys.task_id_of(listed.key) is not None:
-            await self._prune_task(listed.key, old=self.now - listed.modified > self.pruner.older_than)
+            old = self.now - listed.modified > self.pruner.older_than
+            await self._readable(self.pruner.task(listed.key, old=old))
 
     async def run(self, listed: Listed) -> None:
         self.done.looked += 1
         if self.now - listed.modified >= HOUR and keys.run_id_of(listed.key) is not None:
-            await self._prune_run(listed.key)
+            await self._readable(prune_run(self.pruner, listed.key))
 
     async def payloads(self) -> None:
         """Remove the payloads that no record needs."""
@@ -167,24 +168,8 @@ class _Pruning:
     async def _payload(self, listed: Listed) -> None:
         await self.pruner.payload(listed.key, keys.owner_of_payload(listed.key) or "", before=listed.modified)
 
-    # ------------------------------------------------------------------ one task, one run
-
-    async def _prune_task(self, key: str, *, old: bool, ended: int | None = None, count: bool = True) -> Fate | None:
-        """Prune a task, and return its fate: None if its record is unreadable."""
+    async def _readable(self, pruning: Awaitable[object]) -> None:
         try:
-            fate = await self.pruner.look(key, old=old, ended=ended)
+            await pruning
         except UnreadableRecord:
-            self.done.unreadable += count
-            return None
-        self.done.pruned += fate == "pruned"
-        self.done.stubs += fate == "removed"
-        return fate
-
-    async def _prune_run(self, key: str, *, count: bool = True) -> bool:
-        """Prune a run, and return whether its record is readable."""
-        try:
-            self.done.runs += await prune_run(self.pruner, key)
-        except UnreadableRecord:
-            self.done.unreadable += count
-            return False
-        return True
+            self.done.unreadable += 1

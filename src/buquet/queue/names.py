@@ -13,8 +13,6 @@ from buquet.records import ABSENT
 if TYPE_CHECKING:
     from msgspec import Raw
 
-    from buquet.queue.pruning import Pruner
-    from buquet.queue.task import BaseTask
     from buquet.records import ErrorInfo, Task
 
 
@@ -119,10 +117,6 @@ class Parent(Protocol):
         """Tell whether a task is the timer of a wait for a signal: nothing is left to do there until somebody sends it."""
         ...
 
-    async def prune(self, pruner: Pruner, run_id: str) -> bool:
-        """Prune a run that is over for long enough, with its tasks; tell whether nothing is left. Raises UnreadableRecord."""
-        ...
-
     async def close(self) -> None:
         """Give up what is under way, at the worker's end."""
         ...
@@ -131,7 +125,7 @@ class Parent(Protocol):
 class Builder(Protocol):
     """Builds a workflow's graph from the calls of task functions."""
 
-    def call(self, task: BaseTask[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Add a step that calls a task; return a placeholder of its result."""
         ...
 

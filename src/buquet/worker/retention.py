@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from buquet import keys
 from buquet.errors import StoreError, UnreadableRecord
 from buquet.journal.lines import decode_lines
-from buquet.queue.pruning import HOUR, NOT_SETTLED, Pruner, is_prunable
+from buquet.journal.pruner import HOUR, Pruner, PruneRun
 from buquet.records import Task
 from buquet.store.base import PAGE, Stored
 from buquet.worker.logs import Reported
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from buquet.clock import Clock
-    from buquet.queue.names import Parent
     from buquet.records import Finished
     from buquet.store.register import Register
     from buquet.worker.fleet import Fleet
@@ -53,7 +52,7 @@ class Retention:
         fleet: Fleet,
         queues: Sequence[str],
         seconds: float,
-        runs: Parent | None = None,
+        prune_run: PruneRun | None = None,
     ) -> None:
         self.register = register
         self.reads = register.reads
@@ -61,8 +60,7 @@ class Retention:
         self.fleet = fleet
         self.queues = frozenset(queues)
         self.seconds = seconds
-        self.runs = runs
-        self.pruner = Pruner(register, seconds, fleet.store_now)
+        self.pruner = Pruner(register, seconds, fleet.store_now, prune_run=prune_run)
         self._after = ""
         self._again: dict[str, float] = {}
         """Objects that were gone through, and when they are to be once more."""
@@ -123,18 +121,13 @@ class Retention:
 
     async def _line(self, line: Finished) -> bool:
         """Deal with the task of a line; tell whether the line is needed no more."""
-        if not is_prunable(line) and (line.kind != "run" or self.runs is None):
+        if not self.pruner.concerns(line):
             return True
         try:
-            if line.kind == "run" and self.runs is not None and line.queue in self.queues:
-                return await self.runs.prune(self.pruner, line.id)
-            if line.queue not in self.queues:
-                return await self._is_gone(line)
-            fate = await self.pruner.look(keys.task(line.id), old=True, ended=line.at)
+            return await (self.pruner.line(line) if line.queue in self.queues else self._is_gone(line))
         except UnreadableRecord as error:
             self.reported.error(line.id, error)  # the sweep goes on telling of it
             return True
-        return fate not in NOT_SETTLED
 
     async def _is_gone(self, line: Finished) -> bool:
         """Tell whether a task that others keep is gone by now, but for a keyed stub, or has a later line."""

@@ -38,6 +38,7 @@ from buquet.worker.threads import Permits
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
+    from buquet.journal.pruner import PruneRun
     from buquet.queue.client import Client
     from buquet.queue.names import Parent
     from buquet.queue.schedules import Plan
@@ -87,6 +88,7 @@ class Worker:
         heartbeat_thread: bool = True,
         retention: float | None = None,
         runs: Callable[[Worker], Parent] | None = None,
+        prune_run: PruneRun | None = None,
     ) -> None:
         served = tuple(sorted(set(queues if queues is not None else {task.queue for task in tasks.values()})))
         if not served:
@@ -136,7 +138,7 @@ class Worker:
         pauses = [finder.pause for finder in self.finders]
         self.control = Control(self, client, register, self.fleet, self.keeper, pauses, self.running)
         self.scheduler = Scheduler(client, self.fleet, plans)
-        self.retention = Retention(register, self.clock, self.fleet, served, retention, self.parent) if retention else None
+        self.retention = Retention(register, self.clock, self.fleet, served, retention, prune_run) if retention else None
         self._stopping = False
         self._stop_now = False
         self._wait_forever = False

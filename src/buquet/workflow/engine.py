@@ -32,7 +32,6 @@ from buquet.workflow.events import (
     left_nothing,
     task_outcome,
 )
-from buquet.workflow.pruning import prune_run
 from buquet.workflow.records import OVER, RunRecord, has
 from buquet.workflow.values import Missing
 
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 
     from buquet.clock import Clock
     from buquet.queue.names import Helper
-    from buquet.queue.pruning import Pruner
     from buquet.records import State
     from buquet.sealing import Sealer
     from buquet.store.register import Register
@@ -73,11 +71,6 @@ class Engine:
         self.signals = PendingSignals(register, now)
         self.ended: Callable[[RunRecord], None] = lambda _run: None
         """Called with a run that an event of this worker has ended."""
-
-    async def prune(self, pruner: Pruner, run_id: str) -> bool:
-        """Prune a run that ended long enough ago, with its tasks; return whether nothing is left. Raises UnreadableRecord."""
-        await prune_run(pruner, keys.run(run_id))
-        return await self.register.read(RunRecord, keys.run(run_id)) is None
 
     async def close(self) -> None:
         """Cancel the writes in flight, when the worker ends."""

@@ -14,22 +14,19 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from buquet import keys
-from buquet.queue import transitions
+from buquet.journal.pruner import STUBS
 from buquet.records import ABSENT, ENDED, Task
 from buquet.workflow.records import OVER, RunRecord, StepRecord
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from buquet.queue.pruning import Pruner
+    from buquet.journal.pruner import Pruner
     from buquet.store.register import Held
 
 
-async def prune_run(pruner: Pruner, key: str) -> int:
-    """Prune the run with this record key if it ended long enough ago; return how many tasks were pruned.
-
-    Raises UnreadableRecord, StoreError.
-    """
+async def prune_run(pruner: Pruner, key: str) -> None:
+    """Prune the run with this record key, and its tasks, if it ended long enough ago. Raises UnreadableRecord, StoreError."""
 
     def prune(run: RunRecord) -> RunRecord | None:
         if run.state not in OVER or not pruner.is_old(run.finished):
@@ -40,10 +37,11 @@ async def prune_run(pruner: Pruner, key: str) -> int:
     change = await pruner.register.change(RunRecord, key, prune)
     stored = change.held
     if stored is None or stored.record.state not in OVER or not pruner.is_old(stored.record.finished):
-        return 0
-    if pruner.dry_run:
-        return 0 if stored.record.state == "pruned" else sum(1 for _ in task_ids(stored.record))
-    return await _prune_tasks(pruner, stored)
+        return
+    if not pruner.dry_run:
+        await _prune_tasks(pruner, stored)
+    elif stored.record.state != "pruned":
+        pruner.run_tasks += sum(1 for _ in task_ids(stored.record))
 
 
 def stub_of(run: RunRecord) -> RunRecord:
@@ -85,24 +83,22 @@ def task_ids(run: RunRecord) -> Iterator[str]:
     yield run.id
 
 
-async def _prune_tasks(pruner: Pruner, stub: Held[RunRecord]) -> int:
+async def _prune_tasks(pruner: Pruner, stub: Held[RunRecord]) -> None:
     """Prune the tasks of a run that is a stub; delete the stub once nothing else is left."""
-    run, register, reads = stub.record, pruner.register, pruner.reads
-    now = int(pruner.now() * 1000)
+    run, register, reads = stub.record, pruner.register, pruner.register.reads
 
-    def prune(task: Task) -> Task | None:
-        # a task that ended later belongs to a later run with the same key
-        return transitions.prune(task, now, with_run=True) if task.state in ENDED and pruner.is_old(task.finished) else None
+    def is_prunable(task: Task) -> bool:  # a task that ended later belongs to a later run with the same key
+        return task.state in ENDED and pruner.is_old(task.finished)
 
     count, whole = 0, True
     for task_id in dict.fromkeys(task_ids(run)):
         if task_id == run.id and not whole:
             break  # once the start is pruned, its key may start another run, whose tasks have the same ids
-        change = await register.change(Task, keys.task(task_id), prune)
+        change = await pruner.make_stub(keys.task(task_id), is_prunable, with_run=True)
         if change.written is not None:
             count += 1
             await register.store.forget_versions(keys.task(task_id))
-        if change.held is not None and change.held.record.state not in {"pruned", "tombstone"}:
+        if change.held is not None and change.held.record.state not in STUBS:
             whole = False
         elif task_id != run.id or not run.key:  # the payloads of a keyed start are left to the sweep, which knows a later run
             for payload in await reads.list(keys.payloads(task_id)):
@@ -111,4 +107,4 @@ async def _prune_tasks(pruner: Pruner, stub: Held[RunRecord]) -> int:
     if whole and count == 0:  # else the next prune deletes it, once that finds nothing left
         await reads.delete(stub.key)
         await register.store.forget_versions(stub.key)
-    return count
+    pruner.run_tasks += count

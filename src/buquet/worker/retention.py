@@ -2,7 +2,7 @@
 
 No worker leads. The journal's keys are in the order of time, so one LIST from its start says what is due, or when something will
 be. An object belongs to the live worker that rendezvous hashing names, and to anybody once it is two hours overdue. All of it is
-idempotent (queue/pruning.py): two workers at one object, or one that dies over it, cost some reads and do no harm.
+idempotent (journal/pruner.py): two workers at one object, or one that dies over it, cost some reads and do no harm.
 
 Each object is gone through twice: once its tasks are old enough, and an hour after, when the stubs of those without a key go, and
 with them the object. A worker touches only tasks of queues that it serves, since another App's may be kept for longer; an object

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from buquet.sealing import Sealer
     from buquet.store.register import Held, Register, Write
     from buquet.workflow.records import Fan, RunEvent, StepRecord
+
+T = TypeVar("T")
 
 KEPT_RUNS = 200
 """The most runs whose graph and last known record are kept."""
@@ -85,16 +87,11 @@ class Committer:
     def _keep(self, stored: Held[RunRecord] | None) -> None:
         if stored is None:
             return
-        run_id = stored.record.id
-        self._held.pop(run_id, None)
         if stored.record.state in OVER:
-            self._indexes.pop(run_id, None)
-            return
-        self._held[run_id] = stored  # the newest: runs in use stay
-        if len(self._held) > KEPT_RUNS:
-            oldest = next(iter(self._held))
-            del self._held[oldest]
-            self._indexes.pop(oldest, None)
+            self._held.pop(stored.record.id, None)
+            self._indexes.pop(stored.record.id, None)
+        else:
+            _keep_newest(self._held, stored.record.id, stored)
 
     async def index(self, run: RunRecord) -> GraphIndex:
         """Return a run's graph. Raises UnreadableRecord, EncryptionKeyMissing."""
@@ -102,10 +99,8 @@ class Committer:
         if index is None:
             body = await self.at_rest.get(of_run(run.id, "graph"), run.graph, run.graph_at)
             index = GraphIndex(read_graph(run.id, body), self.max_items)
-            if run.state not in OVER:
-                self._indexes[run.id] = index
-            if len(self._indexes) > KEPT_RUNS:  # the run may end meanwhile, and then nothing else would drop it
-                del self._indexes[next(iter(self._indexes))]
+        if run.state not in OVER:
+            _keep_newest(self._indexes, run.id, index)
         return index
 
     async def index_for(self, run: RunRecord, events: list[RunEvent]) -> GraphIndex:
@@ -307,6 +302,14 @@ class Committer:
     async def close(self) -> None:
         """Cancel the writes in flight. Their tasks stay claimed, and other workers take them over."""
         await cancel_all([*self._writers])
+
+
+def _keep_newest(kept: dict[str, T], run_id: str, value: T) -> None:
+    """Put a value last, and drop the first if there are too many: runs in use stay."""
+    kept.pop(run_id, None)
+    kept[run_id] = value
+    if len(kept) > KEPT_RUNS:
+        del kept[next(iter(kept))]
 
 
 def _size(fan: Fan) -> int:

@@ -50,14 +50,22 @@ if TYPE_CHECKING:
     from buquet.queue.handle import Home
     from buquet.store.register import Held
     from buquet.workflow.graph import Graph, Kind, Step
-    from buquet.workflow.records import ItemError, StepRecord, UndoState
+    from buquet.workflow.records import ItemError, UndoState
 
 R_co = TypeVar("R_co", covariant=True)
-E = TypeVar("E", bound=TaskError)
 
 Status: TypeAlias = Literal["pending", "running", "paused", "failing", "cancelling", "completed", "failed", "cancelled", "pruned"]
 StepStatus: TypeAlias = Literal["waiting", "ready", "running", "completed", "failed", "skipped", "stopped", "cancelled"]
 
+_STATUS: dict[str, StepStatus] = {
+    "idle": "waiting",
+    "due": "running",
+    "done": "completed",
+    "failed": "failed",
+    "skipped": "skipped",
+    CANCELLED_UNSTARTED: "stopped",
+    CANCELLED_UNSURE: "stopped",
+}
 DELIVERED_WITHIN = 10.0
 """Seconds that a sender waits for a worker, where only a worker can record the event."""
 homes: weakref.WeakSet[Home] = weakref.WeakSet()
@@ -278,7 +286,15 @@ class Run(Generic[R_co]):
         try:
             recorded = await engine.record(task)
         except (StoreRefused, UnreadableRecord, EncryptionKeyMissing):
-            await _delivered(client, task)
+            try:
+                await client.wait(task.id, DELIVERED_WITHIN)
+            except TimeoutError:
+                what = task.name.removeprefix(SYSTEM)
+                msg = (
+                    f"the {what} of run {self.id} was sent, and no worker has recorded it after {DELIVERED_WITHIN:g} s: the next "
+                    f"one that serves queue {task.queue!r} will. `buquet run get {self.id}` shows the run"
+                )
+                raise TimeoutError(msg) from None
             recorded = await read_run(client, self.id)
         finally:
             await engine.close()
@@ -361,7 +377,7 @@ def step_info(run: RunRecord, name: str, step: Step) -> StepInfo:
     return StepInfo(
         name=name,
         kind=step.kind,
-        status=_status(run, record),
+        status="cancelled" if record.state == "idle" and run.state in OVER else _STATUS[record.state],
         task=step.call.task if step.call else "",
         queue=step.call.queue if step.call else run.queue,
         task_id=keys.run_task_id(run.id, "step", name, index, record.gen) if began and step.call else "",
@@ -379,22 +395,6 @@ def step_info(run: RunRecord, name: str, step: Step) -> StepInfo:
         undo=record.undo,
         undo_error=f"{undo_error.type}: {undo_error.message}" if undo_error else "",
     )
-
-
-_STATUS: dict[str, StepStatus] = {
-    "due": "running",
-    "done": "completed",
-    "failed": "failed",
-    "skipped": "skipped",
-    CANCELLED_UNSTARTED: "stopped",
-    CANCELLED_UNSURE: "stopped",
-}
-
-
-def _status(run: RunRecord, record: StepRecord) -> StepStatus:
-    if record.state == "idle":
-        return "cancelled" if run.state in OVER else "waiting"
-    return _STATUS[record.state]
 
 
 async def signals_of(client: Client, run: RunRecord, graph: Graph, *, inline: bool = False) -> list[SignalInfo]:
@@ -474,19 +474,6 @@ async def _submit_event(
     body = msgspec.json.encode(args)
     submitted = await client.submit(task, body)
     return msgspec.structs.replace(task, args=Raw(body)), submitted.created
-
-
-async def _delivered(client: Client, task: Task) -> None:
-    """Wait until a worker has delivered an event that its sender cannot record."""
-    try:
-        await client.wait(task.id, DELIVERED_WITHIN)
-    except TimeoutError:
-        what = task.name.removeprefix(SYSTEM)
-        msg = (
-            f"the {what} of run {task.run} was sent, and no worker has recorded it after {DELIVERED_WITHIN:g} s: the next one "
-            f"that serves queue {task.queue!r} will. `buquet run get {task.run}` shows the run"
-        )
-        raise TimeoutError(msg) from None
 
 
 async def _clock_offset(client: Client, task: Task) -> int:

@@ -62,10 +62,6 @@ class Placeholder:
 
 _COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 _ARITHMETIC = {"add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "and": "&", "or": "|"}
-_OTHER_OPERATOR = (
-    "this operator",
-    "+, -, *, /, //, %, comparisons, &, | and ~ become part of the graph; do others in a task",
-)
 _REFUSED = {
     "setattr": ("setting .{}", "change it in a task"),
     "delattr": ("del .{}", "change it in a task"),
@@ -81,19 +77,17 @@ _REFUSED = {
     "next": ("next()", "pick an item by its number, step[0], or do it in a task"),
     "len": ("len()", "count in a task, and return the number"),
     "contains": ("in", "look in a task, and return true or false"),
-    "str": ("str() and f-strings", "make the text in a task"),
-    "format": ("str() and f-strings", "make the text in a task"),
+    "str format": ("str() and f-strings", "make the text in a task"),
     "int": ("int()", "convert in a task"),
     "float": ("float()", "convert in a task"),
     "index": ("an index, range()", "pick or count in a task; each(task, items) runs over a list"),
     "call": ("a method call", "call it in a task"),
     "fspath": ("os.fspath()", "open and join paths in a task"),
-    **dict.fromkeys(("enter", "exit", "aenter", "aexit"), ("with", "open and close things in a task")),
-    **dict.fromkeys(
-        ["pow", "rpow", "matmul", "rmatmul", "lshift", "rlshift", "rshift", "rrshift", "xor", "rxor"],
-        _OTHER_OPERATOR,
+    "enter exit aenter aexit": ("with", "open and close things in a task"),
+    "pow rpow matmul rmatmul lshift rlshift rshift rrshift xor rxor divmod rdivmod abs pos round": (
+        "this operator",
+        "+, -, *, /, //, %, comparisons, &, | and ~ become part of the graph; do others in a task",
     ),
-    **dict.fromkeys(["divmod", "rdivmod", "abs", "pos", "round"], _OTHER_OPERATOR),
 }
 """Methods that a placeholder refuses: what the user did, and what to do instead."""
 
@@ -116,8 +110,9 @@ for _name, _op in {**_COMPARISONS, **_ARITHMETIC}.items():
     setattr(Placeholder, f"__{_name}__", _operation(_op))
 for _name, _op in _ARITHMETIC.items():
     setattr(Placeholder, f"__r{_name}__", _operation(_op, reflected=True))
-for _name, _texts in _REFUSED.items():
-    setattr(Placeholder, f"__{_name}__", _refusal(*_texts))
+for _names, _texts in _REFUSED.items():
+    for _name in _names.split():
+        setattr(Placeholder, f"__{_name}__", _refusal(*_texts))
 
 
 def _refuse(what: str, instead: str) -> NoReturn:

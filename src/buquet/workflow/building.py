@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import msgspec
+from msgspec.structs import replace
 
 from buquet.errors import UsageError
 from buquet.queue.names import building
@@ -40,8 +40,9 @@ class GraphBuilder:
         self._expected: list[set[str]] = [set()]
         """Names that `after` used before their step existed."""
 
-    def add(self, wanted: str, name: str, step: Step) -> Placeholder:
+    def add(self, step: Step, wanted: str, name: str, after: Iterable[Any]) -> Placeholder:
         """Add a step under the wanted name, or under `name` and a number. Raises UsageError."""
+        step = replace(step, after=self._after(after), guards=self.guards)
         if not isinstance(cast("object", wanted), str) or not wanted.isprintable():
             raise UsageError(f"the name of a step is a string of printable characters, not {repr(wanted)[:80]}")
         check_text(wanted, "a step's name")
@@ -102,20 +103,10 @@ class GraphBuilder:
 
     def _add_task(self, task: BaseTask[..., Any], step: Step, *, batch: bool) -> Placeholder:
         options = task.step_options
-        return self.add(
-            options.step,
-            task.name,
-            msgspec.structs.replace(
-                step,
-                call=_call_of(task),
-                after=self.after(options.after),
-                guards=self.guards,
-                undo=_undo_of(options.undo, task, batch=batch),
-            ),
-        )
+        step = replace(step, call=_call_of(task), undo=_undo_of(options.undo, task, batch=batch))
+        return self.add(step, options.step, task.name, options.after)
 
-    def after(self, after: Iterable[Any]) -> tuple[Expr, ...]:
-        """Return the expressions of the steps, or names of steps, that a step comes after."""
+    def _after(self, after: Iterable[Any]) -> tuple[Expr, ...]:
         if isinstance(after, str | Placeholder) or not isinstance(cast("object", after), Iterable):
             shown = "one by itself" if isinstance(after, Placeholder) else repr(after)
             raise UsageError(f"`after` takes a list of steps, or of their names, not {shown}: write after=[step]")

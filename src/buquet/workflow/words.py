@@ -132,8 +132,8 @@ def when(condition: object, then: Callable[[], Any], otherwise: Callable[[], Any
 def _to_seconds(time: Any, what: str) -> Any:
     """Return a time in seconds. Raises UsageError for one that no run could wait; a placeholder is checked in the run."""
     seconds = in_seconds(time)
-    whole = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-    if not isinstance(seconds, Placeholder) and not (whole and 0 <= seconds <= LONGEST_WAIT):
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not isinstance(seconds, Placeholder) and not (is_number and 0 <= seconds <= LONGEST_WAIT):
         raise UsageError(f"{what} is a number of seconds from 0 to ten years, not {seconds!r}")
     return seconds
 
@@ -155,9 +155,8 @@ def sleep(seconds: float | timedelta, *, after: Iterable[Any] = ()) -> Awaitable
     builder = current_builder()
     if builder is None:
         return _Slept()
-    expr = to_expr(seconds, "the seconds of a sleep")
-    step = Step(kind="sleep", seconds=expr, after=builder.after(after), guards=builder.guards)
-    return cast("Awaitable[None]", builder.add("", "sleep", step))
+    step = Step(kind="sleep", seconds=to_expr(seconds, "the seconds of a sleep"))
+    return cast("Awaitable[None]", builder.add(step, "", "sleep", after))
 
 
 class Signal(Generic[T]):
@@ -196,10 +195,8 @@ class Signal(Generic[T]):
             schema=schema_of(self.type),
             timeout=None if seconds is None else to_expr(seconds, "the timeout of a wait"),
             default=None if default is _MISSING else to_expr(default, "the default of a wait"),
-            after=builder.after(after),
-            guards=builder.guards,
         )
-        return cast("T", builder.add(step, self.name, node))
+        return cast("T", builder.add(node, step, self.name, after))
 
     def _plain(self, default: Any) -> T:
         waiting = (_given.get() or {}).get(self.name)

@@ -90,8 +90,8 @@ def _failure(task: Task) -> ErrorInfo | None:
 
 def _ready(task: Task, begun: int) -> int:
     """Return from when on a task could start that was never put back: its entry still says until when it was delayed."""
-    entry = keys.parse_entry(task.entry)
-    return entry.at if entry is not None and entry.priority is None else begun
+    entry = keys.parse_entry(task.entry) if task.entry.startswith(keys.LATER) else None
+    return entry.at if entry is not None else begun
 
 
 def _brief(error: ErrorInfo) -> ErrorInfo:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from numbers import Real
@@ -64,7 +63,7 @@ class Attempt:
         self._task = task
         self._args = args
         self._item = item
-        self._calls: Counter[str] = Counter()
+        self._calls: dict[str, int] = {}
         self._cancelled = False
         self.id = task.id if item is None else f"{task.id}-{item}"
         """The task's id; of an item of a batch, its pack's id and its place in it. For idempotency use `key`."""
@@ -168,8 +167,7 @@ class _Call(Attempt):
 
     def __init__(self, parent: Attempt, name: str, *, workflow: bool) -> None:
         task = parent._task  # noqa: SLF001 - its own kind
-        parent._calls[name] += 1  # noqa: SLF001
-        number = parent._calls[name]  # noqa: SLF001
+        number = parent._calls[name] = parent._calls.get(name, 0) + 1  # noqa: SLF001
         if task.workflow and not (task.step or workflow):  # a step of a workflow that is called plainly
             task = replace(task, step=name if number == 1 else f"{name}_{number}")
         super().__init__(_aside, task, parent.attempt, parent.logger)

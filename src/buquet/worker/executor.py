@@ -98,9 +98,9 @@ class Executor:
         return Outcome("completed", result=result, result_at=result_at)
 
     async def _checkpoint(self, task: Task) -> Any:
-        body = await self.writer.values.of(task, "checkpoint")
-        if not bytes(body):
+        if not (task.checkpoint_at or bytes(task.checkpoint)):
             return None
+        body = await self.writer.values.of(task, "checkpoint")
         return decode_stored(ANY, body, f"the checkpoint of task {task.id}", "Restore it, or submit the task anew")
 
     async def _call(
@@ -108,11 +108,14 @@ class Executor:
     ) -> Any:
         """Call the handler, once there is a permit: items of packs may have taken all of them."""
         await self.permits.take(urgent=True)
-        limit = asyncio.timeout(function.policy.timeout)
+        limit = None
         try:
-            async with limit:
+            if run.is_async:
+                enter(attempt)
+                if function.policy.timeout is None:
+                    return await function.function(*args, **kwargs)
+            async with asyncio.timeout(function.policy.timeout) as limit:
                 if run.is_async:
-                    enter(attempt)
                     return await function.function(*args, **kwargs)
                 call = in_this_thread(function.function) if function.is_async else function.function
                 context = contextvars.copy_context()
@@ -123,7 +126,7 @@ class Executor:
                     self._abandon(run, attempt)
                     raise
         except TimeoutError as error:
-            if limit.expired():
+            if limit is not None and limit.expired():
                 raise timed_out(function.policy.timeout, in_thread=not run.is_async) from error
             raise
         except Raised as envelope:

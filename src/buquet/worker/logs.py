@@ -51,7 +51,11 @@ class Observers:
     def started(self, task: Task) -> None:
         """Tell of a claim, in the context in which the task will run."""
         fields: dict[str, object] = {"task": task.id, "task_name": task.name, "attempt": task.attempt}
-        _fields.set(fields | {name: value for name, value in (("run", task.run), ("step", task.step)) if value})
+        if task.run:
+            fields["run"] = task.run
+        if task.step:
+            fields["step"] = task.step
+        _fields.set(fields)
         for watcher in self.watchers:
             watcher.started(task)
 

@@ -24,6 +24,8 @@ from buquet.store.retrying import persist
 from buquet.worker.logs import TaskLogger, describe, exc_info
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from buquet.clock import Clock
     from buquet.queue.names import Helper, Parent
     from buquet.queue.values import Values
@@ -148,12 +150,12 @@ class OutcomeWriter:
     async def store(self, run: Running, outcome: Outcome) -> Task | None:
         """Store an outcome under a claim, however long that takes; return the record, or None where the claim was lost."""
 
-        async def move(task: Task) -> Task | None:
+        def move(task: Task) -> Task | Awaitable[Task] | None:
             if run.lost or run.claim_lost:
                 return None
             moved = transitions.apply(task, run.token, outcome, self.now())
             if moved.run and moved.state in TERMINAL and self.runs is not None:
-                return await self.runs.tell(run, task, moved)
+                return self.runs.tell(run, task, moved)
             return moved
 
         def drop(task: Task) -> str:

@@ -9,14 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from buquet import keys
 from buquet.clock import YEARS, Backoff
 from buquet.errors import UsageError
-
-if TYPE_CHECKING:
-    from buquet.queue.task import BaseTask
 
 T = TypeVar("T")
 
@@ -95,16 +92,6 @@ class SubmitOptions:
         if self.run_at is not None:
             return max(int(self.run_at.timestamp() * 1000), 0)
         return now_ms + int(self.delay * 1000) if self.delay else 0
-
-
-@dataclass(frozen=True, slots=True)
-class StepOptions:
-    """What a call in a workflow says beside its arguments."""
-
-    after: tuple[Any, ...] = ()
-    step: str = ""
-    undo: BaseTask[..., Any] | None = None
-    allow_failures: bool = False
 
 
 def check_key(key: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
 
 from buquet import keys
@@ -15,7 +15,7 @@ from buquet.queue.attempt import plainly
 from buquet.queue.batch import Batch, BulkSubmit, Packing
 from buquet.queue.handle import Handle, Handles
 from buquet.queue.names import SYSTEM, Prepared, building, is_system
-from buquet.queue.options import Policy, StepOptions, SubmitOptions, in_seconds
+from buquet.queue.options import Policy, SubmitOptions, in_seconds
 from buquet.records import Task
 
 if TYPE_CHECKING:
@@ -51,6 +51,16 @@ class UserFunction:
         self.__doc__ = function.__doc__
         self.__module__ = function.__module__
         self.__wrapped__ = function
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """Options of a call in a workflow."""
+
+    after: tuple[Any, ...] = ()
+    step: str = ""
+    undo: BaseTask[..., Any] | None = None
+    allow_failures: bool = False
 
 
 class BaseTask(UserFunction, Generic[P, R]):

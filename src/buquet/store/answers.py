@@ -1,4 +1,4 @@
-"""What the refusals of S3 servers and of Azure mean, in this library's errors."""
+"""Translates refusals of S3 servers and of Azure into the errors of buquet."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MESSAGE = re.compile(r"<Message>([^<]{1,300})")
 NO_BUCKET = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted"}
 FULL = {"QuotaExceeded", "XMinioAdminBucketQuotaExceeded", "XMinioStorageFull", "InsufficientStorage"}
 DENIED = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
-"""Refusals of credentials that come with status 400."""
+"""Refusals of credentials with status 400."""
 LACKING = {"AccessDenied", "AuthorizationPermissionMismatch"}
-"""Refusals of known credentials that lack a right."""
+"""Refusals of valid credentials that lack a right."""
 RIGHTS = {"GET": "s3:GetObject", "PUT": "s3:PutObject", "DELETE": "s3:DeleteObject"}
 ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 PASSING = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
 ROLE = ("169.254.169.254", "/latest/api/token", "/latest/meta-data")
-"""Where obstore asks for a machine's role, when nothing else has given credentials."""
+"""Where obstore asks for the role of a machine, if it finds no other credentials."""
 
 SIGNS = {
     "ConnectionRefused": "nothing listens there: connection refused",
@@ -37,24 +37,24 @@ SIGNS = {
     "TimedOut": "not in time",
     "certificate": "its certificate is not trusted",
 }
-"""Words in obstore's description of a request without an answer."""
+"""Words in obstore's description of a request without an answer, and their meaning."""
 
 
 def status_of(error: BaseException) -> int:
-    """Return the HTTP status in an obstore error; 0 when there was no answer."""
+    """Return the HTTP status in an obstore error; 0 if there was no answer."""
     found = STATUS.search(str(error))
     return int(found[1]) if found else 0
 
 
 def code_of(error: BaseException) -> str:
-    """Return S3's code in an obstore error, such as NoSuchBucket; else an empty string."""
+    """Return the code in an obstore error, such as NoSuchBucket; empty if it has none."""
     found = CODE.search(str(error))
     return found[1] if found else ""
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Tell whether the condition of a PUT was not met. 409: another conditional write of the key was under way."""
-    if code_of(error) in NO_BUCKET:  # a conditional PUT's 404 comes as a PreconditionError, too
+    """Tell whether the condition of a PUT was not met. 409: another conditional write of the key was in flight."""
+    if code_of(error) in NO_BUCKET:  # the 404 of a conditional PUT comes as a PreconditionError, too
         return False
     return isinstance(error, AlreadyExistsError | PreconditionError) or status_of(error) in {409, 412}
 
@@ -65,12 +65,12 @@ def is_missing(error: BaseException) -> bool:
 
 
 def is_no_version(error: BaseException) -> bool:
-    """Tell whether a version does not exist: S3 answers 400 to an id that it would never give, 405 to a delete marker."""
+    """Tell whether a version does not exist. S3 answers 400 to an id that it never made, 405 to a delete marker."""
     return (status_of(error), code_of(error)) in {(400, "InvalidArgument"), (400, "NoSuchVersion"), (405, "MethodNotAllowed")}
 
 
 def explain(error: BaseException, what: str, place: Place, *, answered: bool) -> StoreError:
-    """Turn an obstore error into one of ours. `what` is the request, `answered` whether this store ever had a good answer."""
+    """Return the error of buquet for an obstore error. `answered`: whether the store ever answered a request with success."""
     status, code = status_of(error), code_of(error)
     said = _said(error, status, code)
     where = place.endpoint or ("AWS" if place.scheme == "s3" else "Azure")
@@ -78,7 +78,7 @@ def explain(error: BaseException, what: str, place: Place, *, answered: bool) ->
         how = f"Create it, or run `buquet init --url {shlex.quote(place.url)}`" if place.scheme == "s3" else "Create it"
         return BucketMissing(f"there is no bucket {place.bucket!r} at {where}. {how}")
     if any(sign in str(error) for sign in ROLE):
-        if answered:  # it has given credentials before, and will again
+        if answered:  # the role gave credentials before, and will again
             return StoreUnavailable(f"{what} in {place.url}: the machine's role could not be asked ({said})")
         return AccessDenied(f"no credentials were found for {what} in {place.url}. {_looked(place)}")
     if code in FULL or status == 507:
@@ -97,7 +97,7 @@ def explain(error: BaseException, what: str, place: Place, *, answered: bool) ->
 
 
 def _right(what: str, place: Place) -> str:
-    """Say which right is missing, of credentials that the server knows."""
+    """Return which right valid credentials lack."""
     verb, _, key = what.partition(" ")
     if place.scheme == "az":
         return f"The identity lacks the right to {verb} blobs there: give it the role Storage Blob Data Contributor"
@@ -119,7 +119,7 @@ def _looked(place: Place) -> str:
 
 
 def _said(error: BaseException, status: int, code: str) -> str:
-    """Return the answer in a few words. Not the whole of it: it may quote signed headers."""
+    """Return the answer in a few words. All of it would show signed headers that it may quote."""
     text = str(error)
     if status:
         message = MESSAGE.search(text)

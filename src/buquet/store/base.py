@@ -1,9 +1,9 @@
-"""What a store must do: the few object-store operations that everything else stands on.
+"""The interface of stores: a few operations on objects.
 
-A key is a string of at most 1,024 bytes of printable ASCII without empty, ``.`` or ``..`` segments; a body is bytes.
-Every operation may raise StoreUnavailable (a write's outcome is then unknown) or StoreRefused (nothing was applied).
-No operation is retried here: callers know which may be.
-All of them may be called from any thread and any running event loop.
+A key is at most 1,024 bytes of printable ASCII without empty, ``.`` or ``..`` segments. A body is bytes.
+Every operation may raise StoreUnavailable (the outcome of a write is then unknown) or StoreRefused (nothing was applied).
+A store repeats no request: only the caller knows which may be repeated.
+Every operation may be called from any thread and any running event loop.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ PAGE = 1000
 
 
 class Receipt(NamedTuple):
-    """What a PUT answers."""
+    """The answer to a PUT."""
 
     etag: str
     version: str | None
-    """The version's id, where the store keeps versions of this key."""
+    """The id of the version, if the store keeps versions of this key."""
 
 
 class Stored(NamedTuple):
-    """What a GET answers."""
+    """The answer to a GET."""
 
     body: bytes
-    """A codec.Oversized where the object is larger than keys.most_bytes says: nothing of it was read then."""
+    """A codec.Oversized if the object is larger than keys.most_bytes: its body was not read."""
     etag: str
     version: str | None
     modified: float
-    """LastModified by the store's own clock, seconds since 1970 (S3 gives whole seconds)."""
+    """LastModified by the store's clock, seconds since 1970 (whole seconds on S3)."""
 
 
 class Listed(NamedTuple):
@@ -49,7 +49,7 @@ class Listed(NamedTuple):
 
 
 class NotModified:
-    """The answer of a conditional GET whose ETag is still the current one (304)."""
+    """The answer to a conditional GET of an object that still has the ETag (304)."""
 
 
 NOT_MODIFIED = NotModified()
@@ -57,11 +57,11 @@ NOT_MODIFIED = NotModified()
 
 @runtime_checkable
 class Store(Protocol):
-    """An object store with conditional writes. `buquet.testing.contract` says the rest, as tests."""
+    """An object store with conditional writes. The tests of `buquet.testing.contract` check an implementation."""
 
     @property
     def url(self) -> str:
-        """The URL to show to people: never with a secret in it."""
+        """The URL that people see. It holds no secret."""
         ...
 
     async def create(self, key: str, body: bytes) -> Receipt:
@@ -69,7 +69,7 @@ class Store(Protocol):
         ...
 
     async def update(self, key: str, body: bytes, etag: str) -> Receipt:
-        """PUT If-Match. Raises Changed when the object has another ETag or is missing."""
+        """PUT If-Match. Raises Changed if the object has another ETag or is missing."""
         ...
 
     async def put(self, key: str, body: bytes) -> Receipt:
@@ -77,7 +77,7 @@ class Store(Protocol):
         ...
 
     async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
-        """GET the object, or an earlier version of it; None when missing, NOT_MODIFIED when its ETag is `unless`."""
+        """GET an object or an earlier version of it; None if it is missing, NOT_MODIFIED if its ETag is `unless`."""
         ...
 
     async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
@@ -88,44 +88,44 @@ class Store(Protocol):
         ...
 
     async def delete(self, key: str) -> None:
-        """DELETE; deleting what is missing is no error."""
+        """DELETE an object. A missing object is no error."""
         ...
 
     async def wait_changed(self, key: str, etag: str | None, timeout: float) -> bool:  # noqa: ASYNC109 - the store's own wait
-        """Wait until the object's ETag is no longer `etag` (None: missing), at most `timeout` seconds; tell whether.
+        """Wait until the object's ETag differs from `etag` (None: missing); return False after `timeout` seconds.
 
-        Only stores whose `can_wait` is true are asked; the others are polled by GET If-None-Match.
+        Called only on stores whose `can_wait` is true. Others are polled by GET If-None-Match.
         """
         ...
 
     @property
     def can_wait(self) -> bool:
-        """Whether `wait_changed` costs (next to) nothing."""
+        """Whether `wait_changed` costs next to nothing. True only for stores on this machine."""
         ...
 
     async def forget_versions(self, key: str) -> None:
-        """Remove the earlier versions of a key, on stores where no lifecycle rule does."""
+        """Remove the earlier versions of a key, in stores without lifecycle rules."""
         ...
 
     async def close(self) -> None:
-        """Release connections. Nothing may be called afterwards."""
+        """Release connections. The store may not be used afterwards."""
         ...
 
 
 @runtime_checkable
 class Grouping(Protocol):
-    """A store that makes several writes at once: all or none of them, whatever happens."""
+    """A store with atomic groups of writes."""
 
     async def write(self, key: str, body: bytes, etag: str | None, *, entry: str = "", drop: str = "") -> Receipt:
-        """PUT the empty object `entry`, then create (`etag` None) or update an object, then DELETE `drop`.
+        """PUT the empty object `entry`, create (`etag` None) or update an object, and DELETE `drop`, all or nothing.
 
-        Raises AlreadyExists or Changed: `entry` is there then all the same, and so is `drop`.
+        Raises AlreadyExists or Changed. `entry` is then written all the same, and `drop` is kept.
         """
         ...
 
 
 class PassingStore:
-    """A store in front of another one: each request goes through `_request`, which a subclass overrides."""
+    """A store that passes requests on to another one. Each goes through `_request`, which a subclass overrides."""
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner

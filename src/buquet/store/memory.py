@@ -1,4 +1,4 @@
-"""A bucket in this process's memory, with the semantics of a versioned one. For tests."""
+"""A versioned bucket in the memory of this process. For tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class MemoryStore:
-    """Objects in a dict. `can_wait` may be turned off, so that it is polled as S3 is."""
+    """Objects in a dict. Without `can_wait` it is polled, as S3 is."""
 
     def __init__(self, clock: Clock, *, versioned: bool = True, can_wait: bool = True) -> None:
         self.clock = clock
@@ -32,7 +32,7 @@ class MemoryStore:
         forking.watch(self)
 
     def after_fork(self) -> None:
-        """Go on with a copy of the objects; nobody waits in the child yet."""
+        """Keep a copy of the objects, and forget the waiting callers of the parent."""
         self._lock = threading.Lock()
         self._waiters = {}
 
@@ -44,8 +44,8 @@ class MemoryStore:
 
     async def update(self, key: str, body: bytes, etag: str) -> Receipt:
         with self._lock:
-            there = self._objects.get(key)
-            if there is None or there.etag != etag:
+            stored = self._objects.get(key)
+            if stored is None or stored.etag != etag:
                 raise Changed(f"{key} is no longer the version read")
             return self._write(key, body)
 
@@ -57,28 +57,28 @@ class MemoryStore:
         self._writes += 1
         mark = str(self._writes)
         version = mark if self.versioned else None
-        there = self._objects.get(key)
-        if there is None:
+        stored = self._objects.get(key)
+        if stored is None:
             insort(self._keys_beside(key), key)
-        self._keep(key, there)
+        self._keep(key, stored)
         self._objects[key] = Stored(bytes(body), mark, version, self.clock.now())
         self._wake(key)
         return Receipt(mark, version)
 
     def _keys_beside(self, key: str) -> list[str]:
-        """Return the sorted keys under the same first segment: one long list would be slow to insert into."""
+        """Return the sorted keys with the same first segment: inserting into one long list would be slow."""
         return self._prefixes.setdefault(key.partition("/")[0], [])
 
-    def _keep(self, key: str, there: Stored | None) -> None:
-        if there is not None and there.version is not None:
-            self._earlier.setdefault(key, {})[there.version] = there
+    def _keep(self, key: str, stored: Stored | None) -> None:
+        if stored is not None and stored.version is not None:
+            self._earlier.setdefault(key, {})[stored.version] = stored
 
     async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
         with self._lock:
-            there = self._objects.get(key)
+            stored = self._objects.get(key)
             if version is not None:
-                return there if there is not None and there.version == version else self._earlier.get(key, {}).get(version)
-        return NOT_MODIFIED if there is not None and there.etag == unless else there
+                return stored if stored is not None and stored.version == version else self._earlier.get(key, {}).get(version)
+        return NOT_MODIFIED if stored is not None and stored.etag == unless else stored
 
     async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
         page: list[Listed] = []
@@ -87,17 +87,17 @@ class MemoryStore:
             for key in names[bisect_right(names, max(after, prefix)) :]:
                 if not key.startswith(prefix) or len(page) == limit:
                     break
-                there = self._objects[key]
-                page.append(Listed(key, there.etag, there.modified, len(there.body)))
+                stored = self._objects[key]
+                page.append(Listed(key, stored.etag, stored.modified, len(stored.body)))
         return page
 
     async def delete(self, key: str) -> None:
         with self._lock:
-            there = self._objects.pop(key, None)
-            if there is not None:
+            stored = self._objects.pop(key, None)
+            if stored is not None:
                 names = self._keys_beside(key)
                 del names[bisect_right(names, key) - 1]
-                self._keep(key, there)
+                self._keep(key, stored)
                 self._wake(key)
 
     async def forget_versions(self, key: str) -> None:
@@ -112,8 +112,8 @@ class MemoryStore:
         changed = asyncio.Event()
         waiter = (asyncio.get_running_loop(), changed)
         with self._lock:
-            there = self._objects.get(key)
-            if (there.etag if there else None) != etag:
+            stored = self._objects.get(key)
+            if (stored.etag if stored else None) != etag:
                 return True
             self._waiters.setdefault(key, set()).add(waiter)
         try:
@@ -130,4 +130,4 @@ class MemoryStore:
                     del self._waiters[key]
 
     async def close(self) -> None:
-        """Keep everything: another App of this process may hold the same store."""
+        """Keep all objects: another App of this process may use the same store."""

@@ -1,7 +1,7 @@
-"""The only code that reads, modifies and writes: compare-and-swap of one record, whatever becomes of the answers.
+"""Compare-and-swap of records. No other code changes a record.
 
-A conditional PUT can be applied although its answer is lost, and can be applied late. Each write therefore carries a fresh `op`
-which stays in the record for four writes: whoever is in doubt reads the record and knows.
+A conditional PUT may be applied although its answer is lost, and it may be applied late. So each write carries a fresh `op`,
+which stays in the record for four writes. After an unknown outcome the record is read: an applied write left its `op` there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KEPT_OPS = 4
 
 
 class Held(NamedTuple, Generic[R]):
-    """A record as it was read or written, with what is needed to replace exactly this version."""
+    """A stored record, with the ETag that replaces exactly this version."""
 
     key: str
     record: R
@@ -38,7 +38,7 @@ class Held(NamedTuple, Generic[R]):
 
 
 class Write(NamedTuple, Generic[R]):
-    """What became of a write: whether it was applied, and the record that is there now (None: there is none)."""
+    """The outcome of a write: whether it was applied, and the record in the store now (None: there is none)."""
 
     landed: bool
     held: Held[R] | None
@@ -56,9 +56,10 @@ class Change(NamedTuple, Generic[R]):
 
 
 class Register:
-    """Compare-and-swap records in a store.
+    """Reads and writes records by compare-and-swap.
 
-    An unknown outcome is pursued for `patience` seconds (None: until it is known), then StoreUnavailable is raised.
+    While an outcome is unknown, requests are repeated for `patience` seconds (None: without end), then StoreUnavailable is
+    raised.
     """
 
     def __init__(self, store: Store, clock: Clock, patience: float | None = 60) -> None:
@@ -69,39 +70,39 @@ class Register:
         self.grouping = store if isinstance(store, Grouping) else None
 
     async def read(self, kind: type[R], key: str) -> Held[R] | None:
-        """GET a record; None when missing. Raises UnreadableRecord."""
+        """GET a record; None if it is missing. Raises UnreadableRecord."""
         stored = await self.reads.get(key)
         return _held(kind, key, stored) if isinstance(stored, Stored) else None
 
     async def reread(self, kind: type[R], held: Held[R]) -> Held[R] | None:
-        """GET a record unless it is still the version held (304), which is then returned itself."""
+        """GET a record again; return `held` itself if it is still the stored version (304)."""
         stored = await self.reads.get(held.key, unless=held.etag)
         if stored is NOT_MODIFIED:
             return held
         return _held(kind, held.key, stored) if isinstance(stored, Stored) else None
 
     async def read_version(self, kind: type[R], key: str, version: str) -> Held[R] | None:
-        """GET an earlier version of a record; None when the store does not have it (any more)."""
+        """GET an earlier version of a record; None if the store does not keep it."""
         stored = await self.reads.get(key, version=version)
         return _held(kind, key, stored) if isinstance(stored, Stored) else None
 
     async def create(self, key: str, record: R, *, op: str = "", rev: int = 0, entry: str = "") -> Write[R]:
-        """Write a record where there is none, and its entry before it. Conflicts are returned, with what is there, not raised."""
+        """Write a record that does not exist, after its entry. A conflict is returned, not raised, with the existing record."""
         op = op or self.clock.new_op()
         return await self._write(key, msgspec.structs.replace(record, rev=rev, op=op, ops=(op,), prev=None), None, entry)
 
     async def create_once(self, key: str, record: R) -> Held[R]:
-        """Create without ever sending it twice; raises AlreadyExists, and StoreUnavailable when the outcome is unknown."""
+        """Create a record with a single request. Raises AlreadyExists, and StoreUnavailable if the outcome is unknown."""
         op = self.clock.new_op()
         fresh = msgspec.structs.replace(record, rev=0, op=op, ops=(op,), prev=None)
         receipt = await self.store.create(key, encode_record(fresh))
         return Held(key, fresh, receipt.etag, receipt.version)
 
     async def update(self, held: Held[R], record: R, *, op: str = "", entry: str = "", drop: str = "") -> Write[R]:
-        """Replace exactly the version held, and write its new entry before that. Conflicts are returned, not raised.
+        """Replace exactly the version `held`, after writing the new entry. A conflict is returned, not raised.
 
-        `drop` is an entry to be deleted once that has landed, on a `grouping` store only. Raises UnreadableRecord for a record
-        whose next version nobody could read.
+        `drop` is an entry that is deleted with the write, on a `grouping` store only. Raises UnreadableRecord for a record whose
+        next rev would be too large to be read.
         """
         op = op or self.clock.new_op()
         base = held.record
@@ -159,18 +160,18 @@ class Register:
         while True:
             try:
                 receipt = await self._send(key, body, base and base.etag, entry, drop)
-                return Write(True, Held(key, record, receipt.etag, receipt.version))  # noqa: FBT003 - the field's name is above
+                return Write(True, Held(key, record, receipt.etag, receipt.version))  # noqa: FBT003 - `landed`
             except (AlreadyExists, Changed):
                 doubt = None
             except StoreUnavailable as error:
                 doubt = error
-            now = await self.read(type(record), key)
-            if now is not None and record.op in now.record.ops:
-                return Write(True, now)  # noqa: FBT003
-            if (now.etag if now else None) != (base.etag if base else None):
-                return Write(False, now)  # noqa: FBT003
-            # the base is still there: not applied, or not yet. The same bytes under the same op are safe to send again,
-            # since only one copy can meet the base
+            stored = await self.read(type(record), key)
+            if stored is not None and record.op in stored.record.ops:
+                return Write(True, stored)  # noqa: FBT003
+            if (stored.etag if stored else None) != (base.etag if base else None):
+                return Write(False, stored)  # noqa: FBT003
+            # the base is still stored: the write was not applied, or not yet. It is safe to repeat with the same op, since only
+            # one copy can replace the base
             if doubt and self.patience is not None and self.clock.monotonic() - begun >= self.patience:
                 raise doubt
             await pause(self.clock, tries)

@@ -1,4 +1,4 @@
-"""A store whose idempotent requests are sent again while the outcome is unknown."""
+"""Retries: of idempotent requests while their outcome is unknown, and of work that must succeed in the end."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ async def persist(
 
 
 class Retrying:
-    """Wraps a store: GET, LIST, PUT without condition and DELETE retry freely; conditional PUTs are the register's business.
+    """Repeats GET, LIST, DELETE and unconditional PUT. The register repeats conditional PUTs.
 
-    `patience` is how many seconds it goes on before StoreUnavailable is raised; None: for ever.
+    After `patience` seconds StoreUnavailable is raised; None: never.
     """
 
     def __init__(self, store: Store, clock: Clock, patience: float | None) -> None:
@@ -62,7 +62,7 @@ class Retrying:
         self.patience = patience
 
     async def again(self, request: Callable[[], Awaitable[T]]) -> T:
-        """Send a request until it is answered."""
+        """Repeat a request until it is answered."""
         begun = self.clock.monotonic()
 
         def give_up(error: StoreUnavailable, _tries: int) -> None:
@@ -72,18 +72,18 @@ class Retrying:
         return await persist(self.clock, request, give_up, on=StoreUnavailable)
 
     async def get(self, key: str, *, unless: str | None = None, version: str | None = None) -> Stored | NotModified | None:
-        """GET, see Store."""
+        """GET an object, see Store."""
         try:
             return await self.store.get(key, unless=unless, version=version)
         except StoreUnavailable:
             return await self.again(lambda: self.store.get(key, unless=unless, version=version))
 
     async def list(self, prefix: str, *, after: str = "", limit: int = PAGE) -> list[Listed]:
-        """LIST one page, see Store."""
+        """Return one page of keys, see Store."""
         return await self.again(lambda: self.store.list(prefix, after=after, limit=limit))
 
     async def pages(self, prefix: str, *, after: str = "") -> AsyncIterator[list[Listed]]:
-        """LIST everything under a prefix, or what comes after a key there, and yield it a page at a time."""
+        """Yield the pages of all keys under a prefix, or of those that come after a key."""
         while True:
             page = await self.list(prefix, after=after)
             yield page
@@ -92,14 +92,14 @@ class Retrying:
             after = page[-1].key
 
     async def put(self, key: str, body: bytes) -> Receipt:
-        """PUT without a condition, see Store."""
+        """PUT an object without a condition, see Store."""
         try:
             return await self.store.put(key, body)
         except StoreUnavailable:
             return await self.again(lambda: self.store.put(key, body))
 
     async def delete(self, key: str) -> None:
-        """DELETE, see Store."""
+        """DELETE an object, see Store."""
         try:
             await self.store.delete(key)
         except StoreUnavailable:

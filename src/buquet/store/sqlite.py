@@ -1,7 +1,7 @@
-"""A bucket in one SQLite file: one machine, any number of processes.
+"""A bucket in one SQLite file, for any number of processes on one machine.
 
-Writes go through one connection, which commits whatever waits in one transaction (sqlitewriter.py). Reads happen in the calling
-thread: in WAL mode they wait for nobody and take microseconds.
+One connection writes, and commits all queued writes in one transaction (sqlite_writer.py). Reads run in the calling thread: in
+WAL mode they wait for nobody and take microseconds.
 """
 
 from __future__ import annotations
@@ -15,13 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from buquet import forking, keys
 from buquet.codec import Oversized
-from buquet.errors import (
-    BucketMissing,
-    StoreError,
-    StoreUnavailable,
-    StoreUnfit,
-    UsageError,
-)
+from buquet.errors import BucketMissing, StoreError, StoreUnavailable, StoreUnfit, UsageError
 from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Stored
 from buquet.store.open import sqlite_url
 from buquet.store.sqlite_writer import (
@@ -30,14 +24,13 @@ from buquet.store.sqlite_writer import (
     Elsewhere,
     Write,
     Writer,
+    changes,
     create,
-    create_kept,
     delete,
     explain,
     forget,
     put,
     update,
-    update_kept,
 )
 
 if TYPE_CHECKING:
@@ -47,9 +40,9 @@ if TYPE_CHECKING:
     from buquet.store.sqlite_writer import Apply, Results
 
 APPLICATION = 1651863924
-"""Marks a file as ours, in the pragma application_id: "buqt"."""
+"""The pragma application_id of our files: "buqt"."""
 DIGITS = 18
-"""The longest ETag: SQLite's integers have no more in any case."""
+"""The most digits of an ETag that SQLite's integers hold in any case."""
 
 SCHEMA = """
 PRAGMA page_size = 8192;
@@ -77,9 +70,9 @@ CREATE TABLE IF NOT EXISTS writes(n INTEGER NOT NULL);
 INSERT INTO writes SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM writes);
 COMMIT;
 """
-# Rows lie in the order in which they were written, not in that of their keys, which is random: neighbours are written
-# together, and a commit touches few pages (measured: six times the updates a second). So earlier versions have no index
-# on their key; each names the one before it, and `deleted` names the last one of a key that is gone.
+# Rows lie in the order of their writes, since keys are random: a commit then touches few pages, for six times the updates a
+# second (measured). So `versions` has no index by key: each version names the one before it, and `deleted` names the last
+# version of a deleted key.
 PRAGMAS = ("PRAGMA synchronous = FULL", "PRAGMA cache_size = -16000", "PRAGMA journal_size_limit = 67108864")
 
 
@@ -88,7 +81,7 @@ _GET_VERSION = _GET.replace("objects WHERE", "versions WHERE etag = ? AND")
 
 
 class SqliteStore:
-    """Objects in a SQLite file, in WAL mode with synchronous=FULL. The first write creates it and its folder, a look does not."""
+    """Objects in a SQLite file, in WAL mode with synchronous=FULL. The first write creates the file and its folder."""
 
     can_wait = True
 
@@ -101,20 +94,20 @@ class SqliteStore:
         self._reader: sqlite3.Connection | None = None
         self._writer: Writer | None = None
         self._closing = False
-        self._watches: dict[asyncio.AbstractEventLoop, _Watch] = {}  # replaced, never changed: the writer goes through it
+        self._watches: dict[asyncio.AbstractEventLoop, _Watch] = {}  # replaced, never changed: the writer iterates over it
         self.elsewhere = Elsewhere(clock)
         self._inherited = False
-        """Whether connections were open at a fork of which no hook was told."""
+        """Whether connections were open at a fork that called no hook."""
         self._paused = False
         forking.hold(self)
 
     # ------------------------------------------------------------------ forks
 
-    # SQLite notes a process's locks on a file in its memory. A child that inherits the notes takes no locks of its own, and the
-    # file may be damaged under it: no connection may be open while a process forks. The writer sees to its own.
+    # SQLite keeps a process's file locks in memory. A child that inherits them takes no locks of its own and may damage the
+    # file. So no connection may be open while a process forks. The writer closes its own.
 
     def before_fork(self) -> None:
-        """Close the reader; the next read opens another."""
+        """Close the reader. The next read opens another one."""
         self._lock.acquire()
         self._reading.acquire()
         self._paused = True
@@ -123,13 +116,13 @@ class SqliteStore:
             self._reader = None
 
     def after_fork_in_parent(self) -> None:
-        """Let reads go on."""
+        """Let reads continue."""
         self._paused = False
         self._reading.release()
         self._lock.release()
 
     def after_fork(self) -> None:
-        """Begin without connections."""
+        """Start without connections."""
         forking.LEFT_BEHIND.append((self._reader, self._writer))
         self._inherited |= self._writer is not None and not self._paused
         self._reader = self._writer = None
@@ -155,10 +148,9 @@ class SqliteStore:
         await self._write(forget, key)
 
     async def write(self, key: str, body: bytes, etag: str | None, *, entry: str = "", drop: str = "") -> Receipt:
-        kept = key.startswith(KEPT)
         if etag is None:
-            return await self._write(create_kept if kept else create, key, body, entry=entry, drop=drop)
-        return await self._write(update_kept if kept else update, key, body, _number(etag), entry=entry, drop=drop)
+            return await self._write(create, key, body, entry=entry, drop=drop)
+        return await self._write(update, key, body, _number(etag), entry=entry, drop=drop)
 
     async def _write(
         self, apply: Apply, key: str, body: bytes = b"", etag: int = 0, *, entry: str = "", drop: str = ""
@@ -169,16 +161,16 @@ class SqliteStore:
         writer.add(Write(apply, key, body, etag, loop, future, entry, drop))
         return await future
 
-    def _wrote(self, done: Results, here: asyncio.AbstractEventLoop | None) -> None:
-        """Tell those who wait for a key that was written."""
+    def _wrote(self, results: Results, here: asyncio.AbstractEventLoop | None) -> None:
+        """Wake the callers of `wait_changed` whose key was written."""
         for loop, watch in self._watches.items():
-            changed = {key: etag for key, etag in done.changed() if key in watch.keys}
+            changed = {key: etag for key, etag in changes(results) if key in watch.keys}
             if not changed:
                 continue
             if loop is here:
                 watch.tell(changed)
             else:
-                with suppress(RuntimeError):  # that loop was closed
+                with suppress(RuntimeError):  # the loop was closed
                     loop.call_soon_threadsafe(watch.tell, changed)
 
     # ------------------------------------------------------------------ reads, in the calling thread
@@ -191,7 +183,7 @@ class SqliteStore:
         if not row:
             return None
         body, etag, modified = row[0]
-        if not isinstance(body, bytes):  # not read, only measured
+        if not isinstance(body, bytes):  # only the size was read
             body = Oversized(body)
         mark = str(etag)
         return NOT_MODIFIED if mark == unless else Stored(body, mark, mark if key.startswith(KEPT) else None, modified)
@@ -205,12 +197,12 @@ class SqliteStore:
         return [Listed(key, str(etag), modified, size) for key, etag, modified, size in rows]
 
     def etag_of(self, key: str) -> str | None:
-        """Return the object's ETag, None when missing."""
+        """Return an object's ETag; None if it is missing."""
         row = self._read("SELECT etag FROM objects WHERE key = ?", (key,))
         return str(row[0][0]) if row else None
 
     def look_elsewhere(self) -> int:
-        """Return a number that is another one when another process has written since the last call."""
+        """Return a number that changes when another process has written since the last call."""
         for (number,) in self._read("SELECT n FROM writes", ()):
             self.elsewhere.seen(number)
         return self.elsewhere.times
@@ -237,7 +229,7 @@ class SqliteStore:
         if watch is None:
             watch = _Watch(self)
             with self._lock:
-                self._watches = {one: its for one, its in self._watches.items() if not one.is_closed()} | {loop: watch}
+                self._watches = {known: of for known, of in self._watches.items() if not known.is_closed()} | {loop: watch}
         return await watch.wait(key, etag, timeout)
 
     # ------------------------------------------------------------------ opening and closing
@@ -273,7 +265,7 @@ class SqliteStore:
             raise StoreUnfit(f"{self.path} is a folder. Name a file in it, as sqlite:PATH")
         connection = self._connect()
         try:
-            # in this order: another process may lay out the file in between, and its tables come together with its mark
+            # in this order: another process may lay out the file in between, which adds tables and mark at once
             tables = connection.execute("SELECT 1 FROM sqlite_master").fetchall()
             (application,) = connection.execute("PRAGMA application_id").fetchone()
             if application != APPLICATION:
@@ -287,7 +279,7 @@ class SqliteStore:
             connection.close()
 
     def _lay_out(self, connection: sqlite3.Connection) -> None:
-        """Create the tables; many processes may do so at once."""
+        """Create the tables. Several processes may do so at once."""
         begun = self.clock.monotonic()
         while True:
             try:
@@ -302,7 +294,7 @@ class SqliteStore:
                 return
 
     def _connect(self, wait: float = 5) -> sqlite3.Connection:
-        """Open the file. `wait`: seconds that SQLite itself waits for a lock, which a reader meets only after another's crash."""
+        """Open the file. `wait`: seconds that SQLite waits for a lock. Readers wait only after a crash of another process."""
         try:
             connection = sqlite3.connect(self.path, timeout=wait, isolation_level=None, check_same_thread=False)
             for pragma in PRAGMAS:
@@ -315,7 +307,7 @@ class SqliteStore:
         return explain(error, self.path)
 
     async def close(self) -> None:
-        """Commit what waits and close the file."""
+        """Commit the queued writes and close the file."""
         with self._lock:
             writer, self._writer = self._writer, None
             self._closing = True
@@ -328,7 +320,7 @@ class SqliteStore:
 
 
 class _Watch:
-    """Waits of one event loop for keys to change: one poll of the file for all of them."""
+    """The calls of `wait_changed` on one event loop. They share one poll of the file."""
 
     def __init__(self, store: SqliteStore) -> None:
         self.store = store
@@ -355,7 +347,7 @@ class _Watch:
                 del self.keys[key]
 
     def tell(self, etags: dict[str, str | None]) -> None:
-        """Wake those who wait for one of these keys with another ETag."""
+        """Wake the callers that wait for one of these keys to have another ETag."""
         for key, now in etags.items():
             for etag, future in self.keys.get(key, ()):
                 if etag != now and not future.done():
@@ -363,24 +355,24 @@ class _Watch:
 
     async def _poll(self) -> None:
         clock = self.store.clock
-        seen = -1  # at first look in any case: something may have changed before the poller began
+        seen = -1  # the first poll compares in any case: a key may have changed before
         took = 0.0
         while self.keys:
-            with suppress(StoreUnavailable):  # the next poll is soon
+            with suppress(StoreUnavailable):  # the next poll comes soon
                 elsewhere = self.store.look_elsewhere()
                 if elsewhere != seen:
                     begun = clock.monotonic()
                     self.tell({key: self.store.etag_of(key) for key in self.keys})
                     seen = elsewhere
                     took = clock.monotonic() - begun
-            # while others write another change is likely soon (the own writer tells of its writes by itself); with many waits a
-            # look costs, and shall not fill the loop
+            # while other processes write, the next change comes soon; our own writes wake their callers directly. A poll for
+            # many keys takes time, and may take at most a fifth of the loop's time
             busy = clock.monotonic() - self.store.elsewhere.at < 1
             await clock.sleep(max(0.0005 if busy else 0.005, took * 4))
 
 
 def _number(etag: str) -> int:
-    """Return the number that an ETag of ours is; -1 for any other text."""
+    """Return an ETag as a number; -1 if it is not one of ours."""
     return int(etag) if etag.isascii() and etag.isdigit() and len(etag) <= DIGITS else -1
 
 

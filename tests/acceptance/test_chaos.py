@@ -3,11 +3,11 @@
 import asyncio
 import os
 import random
-import signal
 import sys
 from pathlib import Path
 
 import pytest
+from workers import kill_at_random
 
 from buquet.clock import Clock
 from buquet.queue.background import Background
@@ -26,21 +26,6 @@ async def start_worker(url, log):
     return await asyncio.create_subprocess_exec(*command, cwd=FOLDER, stderr=log)
 
 
-async def kill_at_random(url, workers, seconds, rng, log):
-    """Kill two of four workers at random moments again and again; each is replaced, as a supervisor would."""
-    kills = 0
-    ends = asyncio.get_running_loop().time() + seconds
-    while asyncio.get_running_loop().time() < ends:
-        await asyncio.sleep(rng.uniform(0.5, 4.0))
-        victim = rng.randrange(2)
-        assert workers[victim].returncode is None, "a worker ended by itself"
-        workers[victim].send_signal(signal.SIGKILL)
-        await workers[victim].wait()
-        kills += 1
-        workers[victim] = await start_worker(url, log)
-    return kills
-
-
 async def chaos(url, seconds, log):
     clock = Clock()
     store = open_store(url, clock)
@@ -53,7 +38,9 @@ async def chaos(url, seconds, log):
     chaostasks.app.use(url)
     workers = [await start_worker(url, log) for _ in range(4)]
     try:
-        killing = asyncio.create_task(kill_at_random(url, workers, seconds, random.Random(20), log))
+        killing = asyncio.create_task(
+            kill_at_random(lambda: start_worker(url, log), workers, random.Random(20), seconds=seconds, longest=4.0)
+        )
         submitted = []
         # Spread over the time, so that the kills meet submits, claims, runs and ends. Half of the workers' slots are always
         # in use: with tasks that are quicker a kill hits none, and in one run of many none of the kills did.

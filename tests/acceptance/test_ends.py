@@ -66,14 +66,6 @@ LISTED = 15.0
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "tasks.py").write_text(TASKS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("BUQUET_URL", raising=False)
-    return tmp_path
-
-
-@pytest.fixture
 async def app(folder):
     async with App(f"sqlite:{folder}/bucket.db") as app:
         for name in ("hangs_once", "computes", "queries", "insists"):

@@ -42,14 +42,6 @@ PATIENCE = 60.0
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    (tmp_path / "tasks.py").write_text(TASKS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("BUQUET_URL", raising=False)
-    return tmp_path
-
-
-@pytest.fixture
 def url(folder):
     return f"sqlite:{folder}/bucket.db"
 

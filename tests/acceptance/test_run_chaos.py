@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import random
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -12,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from workers import kill_at_random
 
 from buquet import Refused, RunCancelled, RunFailed
 from buquet.clock import Clock
@@ -33,21 +33,6 @@ def fate(number):
 async def start_worker(url, notes, log):
     env = {**os.environ, "BUQUET_CHAOS_NOTES": str(notes)}
     return await asyncio.create_subprocess_exec(sys.executable, "-c", WORKER, url, cwd=FOLDER, stderr=log, env=env)
-
-
-async def kill_at_random(start, workers, rng):
-    """Kill two of four workers at random moments again and again; each is replaced, as a supervisor would."""
-    kills = 0
-    ends = asyncio.get_running_loop().time() + SECONDS
-    while asyncio.get_running_loop().time() < ends:
-        await asyncio.sleep(rng.uniform(0.5, 3.0))
-        victim = rng.randrange(2)
-        assert workers[victim].returncode is None, "a worker ended by itself"
-        workers[victim].send_signal(signal.SIGKILL)
-        await workers[victim].wait()
-        kills += 1
-        workers[victim] = await start()
-    return kills
 
 
 async def one_run(chaos, number, rng):
@@ -85,7 +70,7 @@ async def chaos_of(url, notes, log):
 
     workers = [await start() for _ in range(4)]
     try:
-        killing = asyncio.create_task(kill_at_random(start, workers, rng))
+        killing = asyncio.create_task(kill_at_random(start, workers, rng, seconds=SECONDS, longest=3.0))
         ended = await asyncio.gather(*(one_run(chaos, number, random.Random(number)) for number in range(RUNS)))
         kills = await killing
         await at_rest(url)

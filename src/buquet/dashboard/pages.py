@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, get_args
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from buquet.dashboard.board import Board
-    from buquet.insights.runview import RunView
     from buquet.records import Task
     from buquet.store.register import Held
     from buquet.workflow.handle import StepInfo
@@ -163,53 +161,35 @@ async def schedules(board: Board, request: Request) -> Response:
     return board.page(request, "schedules.html", topic="schedules", schedules=shown, unreadable=unreadable)
 
 
-@dataclass(frozen=True)
-class RunSearch:
-    """A search for runs. Empty fields match every run."""
-
-    text: str = ""
-    """Part of the id, the workflow, the key, a tag, the error or the reason."""
-    status: RunStatus | None = None
-    everywhere: bool = False
-    """Search all runs, with a GET for each, and not only open runs and those that ended lately."""
-
-    def takes(self, row: RunView) -> bool:
-        """Tell whether a run matches."""
-        text = self.text.lower()
-        tags = (f"{name}={value}" for name, value in row.tags.items())
-        return self.status in {None, row.status} and (
-            not text or any(text in part.lower() for part in (row.id, row.workflow, row.key, row.error or row.reason, *tags))
-        )
-
-
 async def runs(board: Board, request: Request) -> Response:
     """Show the runs that match a search."""
-    query = request.query_params
+    query, feed = request.query_params, board.feed
+    text, everywhere = query.get("q", "").strip(), "all" in query
     status: RunStatus | None = next((status for status in RUN_STATUSES if status == query.get("status")), None)
-    wanted = RunSearch(query.get("q", "").strip(), status, "all" in query)
-    feed = board.feed
-    if keys.is_id(wanted.text.lower()):
+    wanted = RunFilter((status,) if status else (), text=text)
+    if keys.is_id(text.lower()):
         try:
-            return RedirectResponse(f"/runs/{(await feed.run(wanted.text.lower())).id}", 303)
+            return RedirectResponse(f"/runs/{(await feed.run(text.lower())).id}", 303)
         except RunNotFound:
             pass  # the list is empty, and says so
-    if wanted.everywhere:
+    if everywhere:
         async with answering("the search") as more:
-            rows = await find(RunFilter((status,) if status else ()), MOST_RUNS, Scan(feed.direct, more))
+            rows = await find(wanted, MOST_RUNS, Scan(feed.direct, more))
     else:
         await feed.ensure("runs")
-        rows = feed.open_runs.rows(feed.journal.select(kind="run", since=board.window(request).since))
-    matching = [row for row in rows if wanted.takes(row)]
+        rows = list(filter(wanted.takes, feed.open_runs.rows(feed.journal.select(kind="run", since=board.window(request).since))))
     return board.page(
         request,
         "runs.html",
         # a search through all runs is not repeated every few seconds
-        topic="" if wanted.everywhere else "runs",
-        wanted=wanted,
+        topic="" if everywhere else "runs",
+        text=text,
+        wanted_status=status,
+        everywhere=everywhere,
         statuses=RUN_STATUSES,
-        runs=matching[:MOST_RUNS],
-        left=len(matching) - MOST_RUNS,
-        unread=0 if wanted.everywhere or wanted.text or status else feed.open_runs.unread,
+        runs=rows[:MOST_RUNS],
+        left=len(rows) - MOST_RUNS,
+        unread=0 if everywhere or text or status else feed.open_runs.unread,
         more=feed.open_runs.more,
     )
 

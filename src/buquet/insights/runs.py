@@ -241,14 +241,19 @@ class RunFilter:
     """Only paused runs."""
     workflow: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
+    text: str = ""
+    """Part of the id, the workflow, the key, a tag, the error or the reason."""
 
     def takes(self, run: RunView) -> bool:
         """Return whether a run is meant."""
+        tags = (f"{name}={value}" for name, value in run.tags.items())
+        parts = (run.id, run.workflow, run.key, run.error or run.reason, *tags)
         return (
             (not self.statuses or run.status in self.statuses)
             and (run.paused or not self.paused)
             and self.workflow in {None, run.workflow}
             and all(run.tags.get(name) == value for name, value in self.tags.items())
+            and any(self.text.lower() in part.lower() for part in parts)
         )
 
 

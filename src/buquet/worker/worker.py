@@ -64,7 +64,7 @@ def _check(queues: Sequence[str], concurrency: int, grace: float, ttl: float, ma
 
 
 class Worker:
-    """Claims and runs the tasks of some queues until it is stopped. `App.worker` makes one.
+    """Claims and runs the tasks of its queues until it is stopped. `App.worker` makes one.
 
     >>> app.worker(concurrency=8, drain=True).run()  # doctest: +SKIP
     """
@@ -153,17 +153,17 @@ class Worker:
 
     @property
     def free(self) -> int:
-        """How many more handlers it could run now."""
+        """The number of free slots."""
         return self.slots.free
 
     @property
     def id(self) -> str:
-        """The worker's present id, which names its session; a new one after each start."""
+        """The worker's current id, which names its session. Each start, and each lost session, gives a new id."""
         return self.keeper.id
 
     @property
     def is_busy(self) -> bool:
-        """Whether tasks run or ran since this was last asked."""
+        """Whether tasks run, or ran since the last read of this."""
         busy, self.slots.was_busy = self.slots.was_busy or bool(self.running), False
         return busy
 
@@ -173,13 +173,13 @@ class Worker:
     # ------------------------------------------------------------------ starting and stopping
 
     def run(self) -> None:
-        """Block and run until stopped. In the main thread SIGINT and SIGTERM stop it, and a second one stops it at once.
+        """Block and run until stopped. In the main thread, SIGINT and SIGTERM stop the worker, and a second one stops it at once.
 
-        Where it does not end within two times-to-live of the second (5 s where its event loop stands still), or at the third,
-        the process is ended by force.
+        If it has not ended two times-to-live after the second signal (5 s if its event loop is blocked), or at a third one, the
+        process ends by force.
 
-        In another thread, or where an event loop is running as in a notebook, it runs on the event loop that carries out the
-        App's blocking calls: an async handler that does not give way keeps these waiting, too.
+        In another thread, and while an event loop is running, as in a notebook, it uses the event loop of the App's blocking
+        calls. An async handler that blocks this loop delays those calls, too.
         """
         if running_loop() or threading.current_thread() is not threading.main_thread():
             # two loops would hand the interpreter's lock to and fro at every read of a SQLite file
@@ -190,7 +190,7 @@ class Worker:
             runner.run(self.arun())
 
     def stop(self) -> None:
-        """Ask the worker to end: it claims nothing more, and what it runs has `grace` seconds. Asked again, it has none."""
+        """Stop the worker: it claims nothing more, and its running tasks have `grace` seconds. A second call leaves them none."""
         if self._wait_forever:
             self._wait_forever = False
         elif self._stopping:
@@ -201,14 +201,14 @@ class Worker:
             self._loop.call_soon_threadsafe(self._wake.set)
 
     def finish_and_stop(self) -> None:
-        """End as `stop` does, but with no limit to what runs; a `stop` that comes then gives it `grace` seconds."""
+        """Stop the worker without a limit for running tasks. A later `stop` gives them `grace` seconds."""
         if not self._stopping:
             log.info("worker %s was asked to drain: it claims nothing more and ends after what it runs", self.keeper.id)
             self._stopping = self._wait_forever = self.slots.closed = self.keeper.draining = True
             self._wake.set()
 
     def set_paused(self, *, paused: bool) -> None:
-        """Claim nothing until told to go on; what runs goes on, and heartbeats, schedules and retention do too."""
+        """Pause or resume claiming. Running tasks, heartbeats, schedules and retention go on."""
         if paused != self.keeper.paused:
             log.info("worker %s was %s", self.keeper.id, "paused: it claims nothing" if paused else "told to go on")
             self.keeper.paused = paused
@@ -217,11 +217,11 @@ class Worker:
             self._wake.set()
 
     def wake(self) -> None:
-        """Look for work now, and for what is said of the queues. To be called on the worker's loop."""
+        """Look for work and for queue settings now. Call it on the worker's loop."""
         self._wake.set()
 
     async def arun(self) -> None:
-        """Run until stopped, on the running event loop. Raises UsageError while it runs already."""
+        """Run until stopped, on the running event loop. Raises UsageError if this worker runs already."""
         if self._entry_added in self.client.listeners:
             raise UsageError("this worker runs already. `app.worker()` makes another one")
         self._loop = asyncio.get_running_loop()
@@ -421,11 +421,11 @@ class Worker:
     # ------------------------------------------------------------------ draining
 
     async def next_due(self, waits: Waits) -> int | None:
-        """Return when work of this worker is due next, in milliseconds; only entries count that `waits` names."""
+        """Return when work of this worker is due next, in milliseconds. Only entries for which `waits` is true count."""
         return await self._drain.next_due(waits)
 
     async def is_work(self, entry: keys.Entry) -> bool:
-        """Tell whether an entry is more than the timer of a run's wait for a signal, which may well be sent before."""
+        """Whether an entry is more than the timer of a wait for a signal, which may be sent before that time."""
         if not is_system(entry.name) or self.parent is None:
             return True
         if entry.task not in self._wait_timers:

@@ -30,6 +30,8 @@ from buquet.worker import claim, control, cursor, finder, fleet, running, sessio
 
 PAGE = Path(__file__).parents[2] / "docs" / "proof.md"
 MOST = 2000
+MISFIT = re.compile(r"\b(AttributeError|NameError|TypeError|ImportError)\b")
+"""The errors of a planted bug that uses a name which the code no longer has."""
 
 ORIGINAL = {
     name: getattr(owner, name.rpartition(".")[2])
@@ -433,6 +435,8 @@ def hunt(name, most=MOST, start=0):
     with planted(name):
         for seed in range(start, start + most):
             found = simulate(seed).findings
+            if found and MISFIT.search(found[0]):
+                raise AssertionError(f"the bug {name} no longer fits the code: {found[0]}")
             if found and not unsound(name, seed):
                 return {"bug": name, "seeds": seed - start + 1, "found": found[0], "cpu": round(time.process_time() - begun, 1)}
     return {"bug": name, "seeds": None, "tried": most, "found": "", "cpu": round(time.process_time() - begun, 1)}

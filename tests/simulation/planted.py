@@ -69,7 +69,7 @@ async def take_text(self, who):
 
 
 async def hour_text(self, seeks, found):
-    if self._orphaned(found):
+    if self._is_orphan(found):
         await self._delete(seeks, found)
     else:
         seeks.defer(found)

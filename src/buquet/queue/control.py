@@ -1,7 +1,8 @@
-"""What people ask of queues and workers: pause, resume, drain.
+"""Requests of operators to queues and workers: pause, resume, drain.
 
-The truth is a record each (`queues/{queue}.json`, `control/{worker}`); the queue's bell then carries its key as a hint, so that
-idle workers hear of it at once. Where that ring is lost they look by themselves: busy ones after 4 s, idle ones after a minute.
+Each request is a record (`queues/{queue}.json`, `control/{worker}`). The queue's bell then carries the key of the record, as a
+hint, so that idle workers read it at once. If that ring is lost, workers read the record by themselves: busy workers after 4 s,
+idle workers after a minute.
 """
 
 from __future__ import annotations
@@ -30,60 +31,46 @@ def whoami() -> str:
 
 
 async def set_paused(client: Client, queue: str, *, paused: bool) -> bool:
-    """Pause or resume a queue; tell whether that changed anything."""
+    """Pause or resume a queue; return whether that changed anything."""
     await client.open()
+
+    def change(settings: QueueSettings) -> QueueSettings | None:
+        if settings.paused == paused:
+            return None
+        return replace(settings, paused=paused, since=client.clock.now_ms(), by=whoami())
+
     key = keys.queue_settings(queue)
-    held = await client.register.read(QueueSettings, key)
-    while True:
-        if (held is not None and held.record.paused) == paused:
-            # rung for all the same: who asked before may have died in between
-            client.added(queue, key)
-            return False
-        settings = replace(held.record if held else QueueSettings(), paused=paused, since=client.clock.now_ms(), by=whoami())
-        write = await (client.register.update(held, settings) if held else client.register.create(key, settings))
-        if write.landed:
-            client.added(queue, key)
-            return True
-        held = write.held
+    done = await client.register.change(QueueSettings, key, change, absent=QueueSettings())
+    client.added(queue, key)  # also without a change: an earlier caller may have died before it rang
+    return done.written is not None
 
 
 async def drain_worker(client: Client, worker: str) -> None:
-    """Ask a worker to claim nothing more, finish what it runs and end. Raises WorkerNotFound."""
-    await _note(client, worker, drain=True)
+    """Ask a worker to claim nothing more, finish its tasks and exit. Raises WorkerNotFound."""
+    await _ask(client, worker, drain=True)
 
 
 async def pause_worker(client: Client, worker: str, *, paused: bool) -> None:
-    """Ask a worker to claim nothing, or to go on. Raises WorkerNotFound."""
-    await _note(client, worker, pause=paused)
+    """Ask a worker to stop claiming, or to claim again. Raises WorkerNotFound."""
+    await _ask(client, worker, pause=paused)
 
 
-async def _note(client: Client, worker: str, **asked: bool) -> None:
-    """Merge what is asked into a worker's control object, and ring."""
+async def _ask(client: Client, worker: str, **request: bool) -> None:
     session = await _session(client, worker)
     await client.open()
-    # workers of a layout without `control` may be older ones, which read their notes only
+    # in a layout without `control` there may be workers of older versions, which read their notes only
     places = [keys.control(worker)] if client.control_only else [keys.control(worker), keys.notes(worker)]
     for key in places:
-        await _merge(client, key, asked)
+        await client.register.change(Note, key, lambda note: replace(note, **request), absent=Note())
     try:
         await _session(client, worker)
     except WorkerNotFound:
         for key in places:
-            await client.reads.delete(key)  # it ended meanwhile, and took along nothing that came later
+            await client.reads.delete(key)  # the worker has ended, and cannot delete a request that came later
         raise
     for queue in session.queues:
         for key in places:
             client.added(queue, key)
-
-
-async def _merge(client: Client, key: str, asked: dict[str, bool]) -> None:
-    held = await client.register.read(Note, key)
-    while True:
-        note = replace(held.record if held else Note(), **asked)
-        write = await (client.register.update(held, note) if held else client.register.create(key, note))
-        if write.landed:
-            return
-        held = write.held
 
 
 async def _session(client: Client, worker: str) -> Session:

@@ -1,8 +1,13 @@
-"""Schedules as they lie in the bucket: declared, fired, triggered, paused.
+"""Schedules: their rules, and their records as they are declared, fired, triggered and paused.
 
-Anything that can build a submit can be scheduled (`Schedulable`): a task function, or a workflow. What it builds is kept in the
-schedule's record as a template; each fire submits that under an id derived from (schedule, fire time), so firing twice is firing
-once. Each fire of a workflow gets a new graph, made by the code of the process that submits the fire.
+A schedule's record holds a template of what it submits: a task, or the start of a run. Each fire submits the template under an id
+derived from (schedule, fire time), so that a fire that is submitted twice is one task. For each fire of a workflow, the process
+that submits it builds the graph anew.
+
+Times are milliseconds since 1970. A rule is pure: it asks no clock. Cron expressions are read by cronsim, as Debian's cron reads
+them, with five fields, or with seconds as a sixth in front. Where clocks go forward, a fire at a fixed hour (neither minute nor
+hour begins with `*`) that falls into the gap comes once, right after it. Where clocks go back, it comes once, the first time.
+Other rules follow real time: an hour that comes twice has its fires twice.
 """
 
 from __future__ import annotations
@@ -40,10 +45,12 @@ if TYPE_CHECKING:
     from datetime import tzinfo
 
     from buquet.queue.client import Client
-    from buquet.queue.names import Prepared, Submitted
+    from buquet.queue.names import Prepared
     from buquet.sealing import Sealer
     from buquet.store.register import Held
 
+
+# ---------------------------------------------------------------------- rules
 
 SHORTEST = 1000
 """Milliseconds: no schedule fires more often."""
@@ -64,12 +71,12 @@ MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", 
 SPANS = ((0, 59, ()), (0, 59, ()), (0, 23, ()), (1, 31, ()), (1, 12, MONTHS), (0, 6, DAYS))
 """The first and the last value of each field of a cron expression, and the names of its values."""
 FIRST_WINDOW = 1_000_000
-"""Milliseconds before the end in which `newest` looks first; then eight times as far back, and so on."""
+"""Milliseconds before the end in which `newest` looks for fires first. Then it goes eight times as far back, and so on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Either a cron expression in a time zone, or every so many milliseconds since 1970."""
+    """A cron expression in a time zone, or else an interval, counted from 1970."""
 
     cron: str = ""
     tz: str = ""
@@ -84,18 +91,18 @@ class Rule:
             raise UsageError(f"the cron expression has {len(self.cron):,} characters; the most is {LONGEST_CRON:,}")
         try:
             first = next(self._by_cron(0), None)
-        except Exception as error:  # noqa: BLE001 - cronsim raises its own errors, and others for what it did not think of
+        except Exception as error:  # noqa: BLE001 - cronsim raises its own errors, and others besides
             msg = f"{self.cron!r} is no cron expression: {error}. Write five fields, minute hour day month weekday: '0 2 * * *'"
             raise UsageError(msg) from None
         if first is None:
             raise UsageError(f"the cron expression {self.cron!r} never fires: it names a day that no month has")
 
     def __str__(self) -> str:
-        """Say the rule as people do."""
+        """Return the rule as people say it."""
         return self.cron or f"every {self.every_ms / 1000:g} s"
 
     def after(self, at: int) -> Iterator[int]:
-        """Yield the fires later than `at`, in order, up to the end of the year 9999 unless the rule ends before.
+        """Yield the fires later than `at`, in order, up to the end of the year 9999, or of the rule.
 
         >>> from itertools import islice
         >>> list(islice(Rule(every_ms=60_000).after(0), 2))
@@ -117,19 +124,19 @@ class Rule:
         fixed = not any(field.startswith("*") for field in self.cron.split()[-5:-3])
         for moment in CronSim(self.cron, start.replace(tzinfo=None) if fixed else start):
             fire = int((_at(moment, zone) if fixed else moment).timestamp()) * 1000
-            # an hour that comes twice is met from its first time on, also by who begins in the second
+            # cronsim starts an hour that comes twice at its first time, also if `at` lies in the second
             if fire > last:
                 last = fire
                 yield fire
 
     def next(self, at: int) -> int | None:
-        """Return the first fire later than `at`; None when there is none (within 50 years)."""
+        """Return the first fire later than `at`; None if there is none within 50 years."""
         return next(iter(self.after(at)), None)
 
     def newest(self, after: int, until: int, most: int) -> tuple[list[int], bool]:
-        """Return the last fires, at most `most`, of those later than `after` and not later than `until`; and whether all.
+        """Return the last fires, at most `most`, later than `after` and not later than `until`; and whether these are all.
 
-        However long the time and however often the rule fires, not many more than `most` are worked out.
+        Not many more than `most` fires are computed, however long the time is and however often the rule fires.
         """
         window = max(FIRST_WINDOW, self.every_ms)
         while True:
@@ -145,7 +152,7 @@ class Rule:
 
 
 def _at(local: datetime, zone: tzinfo) -> datetime:
-    """Return the first moment at which clocks show a time, or else the end of the gap that they leap over."""
+    """Return the first moment at which clocks show a time, or the end of the gap that contains it."""
     moment = local.replace(tzinfo=zone)
     while moment.astimezone(UTC).astimezone(zone).replace(tzinfo=None) != local:
         local = local.replace(second=0) + timedelta(minutes=1)
@@ -154,7 +161,7 @@ def _at(local: datetime, zone: tzinfo) -> datetime:
 
 
 def zone_of(name: str) -> ZoneInfo:
-    """Return a time zone by its name. Raises UsageError."""
+    """Return a time zone. Raises UsageError for an unknown name."""
     try:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError, TypeError):
@@ -162,7 +169,7 @@ def zone_of(name: str) -> ZoneInfo:
 
 
 def rule_of(cron: str | None, every: float | timedelta | None, tz: str | None) -> Rule:
-    """Return the rule that a user wrote down. Raises UsageError for what is none.
+    """Return the rule that a user declared. Raises UsageError.
 
     >>> str(rule_of(None, timedelta(minutes=5), None))
     'every 300 s'
@@ -185,7 +192,7 @@ def _cron(cron: Any, tz: Any) -> Rule:
         raise UsageError(f"cron and tz are strings, not {cron!r} and {tz!r}")
     if tz != "UTC":
         zone_of(tz)
-    # as cronsim has it, and workers of every version
+    # as cronsim reads it, in workers of every version
     fields = NICKNAMES.get(cron.strip().lower(), cron).split()
     spans = SPANS[-len(fields) :] if len(fields) in {len(SPANS) - 1, len(SPANS)} else ()
     fields = [",".join(_unwrapped(term, *span) for term in field.split(",")) for field, span in zip(fields, spans, strict=False)]
@@ -193,7 +200,7 @@ def _cron(cron: Any, tz: Any) -> Rule:
 
 
 def _unwrapped(term: str, first: int, last: int, names: tuple[str, ...]) -> str:
-    """Return a range over the end of its field as a list: `fri-mon` as `5,6,0,1`; anything else as it is."""
+    """Return a range that wraps around its field as a list: `fri-mon` as `5,6,0,1`. Any other term stays as it is."""
     found = re.fullmatch(r"(\w+)-(\w+)(?:/([1-9]\d*))?", term)
     if found is None:
         return term
@@ -210,12 +217,12 @@ def _number(end: str, first: int, names: tuple[str, ...]) -> int:
 
 
 def iso(fire: int) -> str:
-    """Return a fire's time in UTC, as the tag `fire` carries it."""
+    """Return a fire's time in UTC, as in the tag `fire`."""
     return datetime.fromtimestamp(fire / 1000, UTC).isoformat()
 
 
 P = ParamSpec("P")
-R = TypeVar("R")
+T = TypeVar("T")
 
 log = logging.getLogger("buquet.schedule")
 
@@ -223,13 +230,15 @@ RETURNS_WITHIN = 10.0
 """Seconds for which a fire waits for its workflow's function. Other schedules wait meanwhile."""
 
 
+# ---------------------------------------------------------------------- declaring
+
+
 @runtime_checkable
 class Schedulable(Protocol):
-    """What can be scheduled. A workflow's definition is one when its start is carried by a task that needs no id beforehand.
+    """A task function or workflow, as a schedule uses it.
 
-    The task that `prepare` returns is stored as a template and submitted again and again, each time under another id: nothing in
-    it, its arguments included, may depend on the id that it has there. (A run that is started by a schedule takes its own id from
-    its start task's.) It must have neither a key nor a due time. No I/O.
+    The task that `prepare` returns is stored as a template. Nothing in it may depend on its id, since every fire has another. It
+    has neither a key nor a due time.
     """
 
     @property
@@ -238,25 +247,91 @@ class Schedulable(Protocol):
         ...
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prepared:
-        """Make the record of a submit with these arguments. Raises TypeError, InvalidArgument."""
+        """Make the record of a submit with these arguments. No I/O. Raises TypeError, InvalidArgument."""
         ...
 
 
 @runtime_checkable
-class Retraceable(Protocol):
-    """A workflow: what it submits is its function's graph, which may depend on the time, so it is made anew for each fire."""
+class GraphSource(Protocol):
+    """A workflow, whose graph may depend on the time of the fire."""
 
     @property
     def name(self) -> str:
-        """The name that a start carries as its step."""
+        """The name that a run's start carries as its step."""
         ...
 
-    def retrace(self, args: bytes | Raw) -> bytes:
-        """Return the graph of a run with these stored arguments, as JSON. Raises InvalidPayload, and what the function raises."""
+    def rebuild(self, args: bytes | Raw) -> bytes:
+        """Build the graph for these stored arguments, as JSON. Raises InvalidPayload, and what the function raises."""
         ...
 
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule as the code declares it."""
+
+    name: str
+    rule: Rule
+    catch_up: CatchUp
+    template: Task
+    task: Schedulable
+
+    def sealed(self, sealer: Sealer) -> Plan:
+        """Return the plan as it is stored: with keys, its arguments and graph are encrypted."""
+
+        def seal(value: Raw) -> Raw:
+            return Raw(sealer.seal(bytes(value), str(_address(self.name)))) if bytes(value) else value
+
+        template = self.template
+        template = replace(template, args=seal(template.args), graph=seal(template.graph), key_id=sealer.key_id)
+        return replace_plan(self, template=template)
+
+    def record(self, now: int) -> Schedule:
+        """Return the record of a schedule that is declared for the first time."""
+        return self.onto(Schedule(name=self.name, template=self.template, since=now, handled=now))
+
+    def onto(self, schedule: Schedule) -> Schedule:
+        """Put the declaration into a record. Its pause and the fires handled stay."""
+        rule = self.rule
+        return replace(
+            schedule, cron=rule.cron, tz=rule.tz, every_ms=rule.every_ms, catch_up=self.catch_up, template=self.template
+        )
+
+
+def plan(name: str, task: object, rule: Rule, catch_up: CatchUp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    """Check a declaration. Raises UsageError, TypeError or InvalidArgument."""
+    keys.quoted(name, "schedule")
+    if catch_up not in get_args(CatchUp):
+        raise UsageError(f"catch_up of schedule {name!r} is 'last', 'all' or 'none', not {catch_up!r}")
+    if not isinstance(task, Schedulable):
+        raise UsageError(f"schedule {name!r} needs a task: decorate {task!r} with @app.task first")
+    prepared = task.prepare(args, kwargs)
+    if prepared.task.key or prepared.task.due:
+        why = "since the schedule says when, and each fire runs once"
+        raise UsageError(f"schedule {name!r}: key, delay and run_at make no sense here, {why}")
+    if len(prepared.args) > INLINE:
+        raise UsageError(f"the arguments of schedule {name!r} have {len(prepared.args):,} bytes as JSON; the most is {INLINE:,}")
+    run = "run" if prepared.task.run else ""
+    return Plan(name, rule, catch_up, replace(prepared.task, id="", run=run, created=0, args=Raw(prepared.args)), task)
+
+
+def rule_in(schedule: Schedule) -> Rule:
+    """Return the rule in a record. Raises UsageError if this process does not understand it."""
+    return Rule(schedule.cron, schedule.tz, schedule.every_ms)
+
+
+def same_spec(one: Schedule, other: Schedule) -> bool:
+    """Return whether two records declare the same, whatever has happened under them."""
+    specs = [
+        (record.cron, record.tz, record.every_ms, record.catch_up, encode_record(record.template)) for record in (one, other)
+    ]
+    return specs[0] == specs[1]
+
+
+# ---------------------------------------------------------------------- firing
 
 _fire: contextvars.ContextVar[int] = contextvars.ContextVar("buquet_fire", default=0)
+_stuck: WeakSet[GraphSource] = WeakSet()
+"""Workflows whose function has not returned in time. It is not called again before it returns."""
 
 
 def current_fire() -> datetime:
@@ -277,7 +352,7 @@ def current_fire() -> datetime:
 
 @contextmanager
 def firing(fire: int) -> Generator[None]:
-    """Make this the current fire meanwhile, milliseconds since 1970, unless there is one."""
+    """Make this the current fire in a block, unless there is one. Milliseconds since 1970."""
     token = _fire.set(_fire.get() or fire)
     try:
         yield
@@ -285,128 +360,55 @@ def firing(fire: int) -> Generator[None]:
         _fire.reset(token)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A schedule as the code declares it."""
-
-    name: str
-    rule: Rule
-    catch_up: CatchUp
-    template: Task
-    task: Schedulable
-
-    def sealed(self, sealer: Sealer) -> Plan:
-        """Return it as it may be stored: with keys, its arguments and the constants of its graph are encrypted."""
-        template, address = self.template, str(Address("schedule", self.name, "template"))
-        args, graph = (
-            Raw(sealer.seal(bytes(each), address)) if bytes(each) else each for each in (template.args, template.graph)
-        )
-        return replace_plan(self, template=replace(template, args=args, graph=graph, key_id=sealer.key_id))
-
-    def record(self, now: int) -> Schedule:
-        """Make the record of a schedule that is declared for the first time."""
-        return self.onto(Schedule(name=self.name, template=self.template, since=now, handled=now))
-
-    def onto(self, schedule: Schedule) -> Schedule:
-        """Put what is declared into a record, which keeps what has happened."""
-        rule = self.rule
-        return replace(
-            schedule, cron=rule.cron, tz=rule.tz, every_ms=rule.every_ms, catch_up=self.catch_up, template=self.template
-        )
-
-
-def plan(name: str, task: object, rule: Rule, catch_up: CatchUp, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
-    """Check a declaration. Raises UsageError, TypeError or InvalidArgument."""
-    keys.quoted(name, "schedule")
-    if catch_up not in get_args(CatchUp):
-        raise UsageError(f"catch_up of schedule {name!r} is 'last', 'all' or 'none', not {catch_up!r}")
-    if not isinstance(task, Schedulable):
-        raise UsageError(f"schedule {name!r} needs a task: decorate {task!r} with @app.task first")
-    prepared = task.prepare(args, kwargs)
-    if prepared.task.key or prepared.task.due:
-        msg = (
-            f"schedule {name!r}: key, delay and run_at make no sense here, since the schedule says when, and each fire runs once"
-        )
-        raise UsageError(msg)
-    if len(prepared.args) > INLINE:
-        raise UsageError(f"the arguments of schedule {name!r} have {len(prepared.args):,} bytes as JSON; the most is {INLINE:,}")
-    return Plan(
-        name,
-        rule,
-        catch_up,
-        replace(prepared.task, id="", run="run" if prepared.task.run else "", created=0, args=Raw(prepared.args)),
-        task,
-    )
-
-
-def rule_in(schedule: Schedule) -> Rule:
-    """Return the rule in a record. Raises UsageError where this process does not understand it."""
-    return Rule(schedule.cron, schedule.tz, schedule.every_ms)
-
-
-def same_spec(one: Schedule, other: Schedule) -> bool:
-    """Tell whether two records say the same, whatever has happened under them."""
-    return _spec(one) == _spec(other)
-
-
-def _spec(schedule: Schedule) -> tuple[Any, ...]:
-    return (schedule.cron, schedule.tz, schedule.every_ms, schedule.catch_up, encode_record(schedule.template))
-
-
 async def submit_fire(client: Client, schedule: Schedule, fire: int, plan: Plan | None = None) -> str:
     """Submit a fire's task unless it was submitted before; return its id. `plan`: what this process declares.
 
-    Raises UsageError where its workflow's function cannot be called for that fire.
+    Raises UsageError if its workflow's function cannot be called for this fire.
     """
     task_id = keys.fire_id(schedule.name, fire)
-    # read first: a fire submitted before may have ended and been pruned since, and a submit would revive the stub
+    # read first: the fire may have been submitted, ended and pruned, and a submit would revive the stub
     try:
-        there = await client.register.read(Task, keys.task(task_id))
-        if there is None or there.record.state == "tombstone":
+        held = await client.register.read(Task, keys.task(task_id))
+        if held is None or held.record.state == "tombstone":
             await _submit(client, schedule, task_id, fire, plan)
     except KeyConflict:
         log.info("schedule %s: the fire of %s was submitted with the arguments of another declaration", schedule.name, iso(fire))
     except UnreadableRecord as error:
-        # something lies under its id, so it was submitted, and waiting for it would hold up every later fire
+        # the fire was submitted, since a record has its id; to wait for it would hold up every later fire
         log.error("schedule %s, the fire of %s: %s", schedule.name, iso(fire), error)  # noqa: TRY400 - the text says all
     return task_id
 
 
-async def _submit(client: Client, schedule: Schedule, task_id: str, fire: int, plan: Plan | None) -> Submitted:
+async def _submit(client: Client, schedule: Schedule, task_id: str, fire: int, plan: Plan | None) -> None:
     template = schedule.template
     tags = {**template.tags, "schedule": schedule.name, "fire": iso(fire)}
-    # a run that is started so has its start's id
-    run = task_id if template.run else ""
     args, graph = opened(client, schedule)
+    if template.run:
+        graph = Raw(await _rebuilt(schedule, args, fire, plan) or graph)
+    run = task_id if template.run else ""  # a run has the id of the task that starts it
     task = replace(template, id=task_id, run=run, created=client.clock.now_ms(), tags=tags, args=ABSENT, key_id="")
-    if run:
-        task = replace(task, graph=Raw(await _retraced(schedule, args, fire, plan) or graph))
-    return await client.submit(task, bytes(args))
+    await client.submit(replace(task, graph=graph) if run else task, bytes(args))
 
 
-_stuck: WeakSet[Retraceable] = WeakSet()
-"""Workflows whose functions have not returned in time. None is called again before it does."""
-
-
-async def _retraced(schedule: Schedule, args: bytes | Raw, fire: int, plan: Plan | None) -> bytes:
-    """Return the graph that this process's code makes for a fire; an empty one where it has other code than the record's."""
+async def _rebuilt(schedule: Schedule, args: bytes | Raw, fire: int, plan: Plan | None) -> bytes:
+    """Build a fire's graph with the code of this process. Return an empty one if its code differs from the record's."""
     workflow = plan.task if plan is not None else None
-    if not isinstance(workflow, Retraceable) or workflow.name != schedule.template.step:
+    if not isinstance(workflow, GraphSource) or workflow.name != schedule.template.step:
         return b""
 
     def call() -> tuple[bytes, BaseException | None]:
         try:
             with firing(fire):
-                return workflow.retrace(args), None
+                return workflow.rebuild(args), None
         except InvalidPayload:
             return b"", None
-        except BaseException as error:  # noqa: BLE001 - also SystemExit: it would end the worker, and each after it
+        except BaseException as error:  # noqa: BLE001 - SystemExit, too, would end this worker and then every other
             return b"", error
 
-    graph, error, why = b"", None, f"has not returned within {RETURNS_WITHIN:g} seconds"
+    error, why = None, f"has not returned within {RETURNS_WITHIN:g} seconds"
     if workflow not in _stuck:
-        # not on the worker's loop, which must not stand still
-        calling = asyncio.get_running_loop().run_in_executor(_Daemons(), contextvars.copy_context().run, call)
+        # in a thread: the function must not block the worker's loop
+        calling = asyncio.get_running_loop().run_in_executor(_DaemonThreads(), contextvars.copy_context().run, call)
         await asyncio.wait([calling], timeout=RETURNS_WITHIN)
         if calling.done():
             graph, error = calling.result()
@@ -423,21 +425,27 @@ async def _retraced(schedule: Schedule, args: bytes | Raw, fire: int, plan: Plan
     raise UsageError(msg) from error
 
 
-class _Daemons(Executor):
-    """A thread for each call, which does not hold up the end of the process."""
+class _DaemonThreads(Executor):
+    """Calls each function, which must not raise, in a thread that does not delay the end of the process."""
 
-    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """See Executor. The function must not raise."""
-        future: Future[R] = Future()
-        work = threading.Thread(target=lambda: future.set_result(fn(*args, **kwargs)), name="buquet-schedule", daemon=True)
-        work.start()
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """See Executor."""
+        future: Future[T] = Future()
+        threading.Thread(target=lambda: future.set_result(fn(*args, **kwargs)), name="buquet-schedule", daemon=True).start()
         return future
 
 
 def opened(client: Client, schedule: Schedule) -> tuple[bytes | Raw, bytes | Raw]:
     """Return the arguments and the graph of a schedule's template. Raises EncryptionKeyMissing, UnreadableRecord."""
-    address = Address("schedule", schedule.name, "template")
-    return client.values.open(address, schedule.template.args), client.values.open(address, schedule.template.graph)
+    template, address = schedule.template, _address(schedule.name)
+    return client.values.open(address, template.args), client.values.open(address, template.graph)
+
+
+def _address(schedule: str) -> Address:
+    return Address("schedule", schedule, "template")
+
+
+# ---------------------------------------------------------------------- by hand
 
 
 async def read(client: Client, name: str) -> Held[Schedule]:
@@ -450,25 +458,25 @@ async def read(client: Client, name: str) -> Held[Schedule]:
 
 
 async def trigger(client: Client, name: str, now: int, plan: Plan | None = None) -> str:
-    """Submit what the schedule submits, now and under an id of its own; return the id. The rule goes on as it was.
+    """Submit a schedule's task now, under a new id; return the id. The rule's fires stay as they are.
 
     Raises UsageError as `submit_fire` does.
     """
-    held = await read(client, name)
-    submitted = await _submit(client, held.record, client.clock.new_id(), now // 1000 * 1000, plan)
-    return submitted.id
+    task_id = client.clock.new_id()
+    await _submit(client, (await read(client, name)).record, task_id, now // 1000 * 1000, plan)
+    return task_id
 
 
 async def set_paused(client: Client, name: str, now: int, *, paused: bool) -> bool:
-    """Pause or resume; tell whether that changed anything. What passes while it is paused is not caught up."""
-    held: Held[Schedule] | None = await read(client, name)
-    while held is not None and held.record.paused != paused:
-        handled = held.record.handled if paused else max(held.record.handled, now)
-        write = await client.register.update(held, replace(held.record, paused=paused, since=now, by=whoami(), handled=handled))
-        if write.landed:
-            return True
-        held = write.held
-    if held is None:
+    """Pause or resume a schedule; return whether that changed anything. Fires that a pause has skipped are not caught up."""
+
+    def change(schedule: Schedule) -> Schedule | None:
+        handled = schedule.handled if paused else max(schedule.handled, now)
+        changed = replace(schedule, paused=paused, since=now, by=whoami(), handled=handled)
+        return None if schedule.paused == paused else changed
+
+    done = await client.register.change(Schedule, await read(client, name), change)
+    if done.held is None:
         msg = f"schedule {name!r} was removed from the store meanwhile; a worker that declares it writes it anew at its next look"
         raise ScheduleNotFound(msg)
-    return False
+    return done.written is not None

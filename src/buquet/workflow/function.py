@@ -142,7 +142,7 @@ class WorkflowFunction(UserFunction, Generic[P, R]):
         check_size(graph, f"the graph of {self.name}")
         return graph
 
-    def retrace(self, args: bytes | Raw) -> bytes:
+    def rebuild(self, args: bytes | Raw) -> bytes:
         """Return the graph for these stored arguments as JSON. Raises InvalidPayload, and what `trace` raises."""
         return self._graph(*self.signature.decode(args))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import logging
-import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from buquet.clock import Clock
     from buquet.store.base import Listed
     from buquet.store.retrying import Retrying
+    from buquet.worker.fleet import Fleet
 
 log = logging.getLogger("buquet.worker")
 
@@ -149,16 +149,15 @@ async def priorities_in_use(reads: Retrying, queue: str, warned: set[str]) -> se
     return used
 
 
-def own_first(candidates: list[Candidate], peers: list[str], me: str, clock: Clock) -> list[Candidate]:
-    """Order a page so that workers seldom meet: own ones by rendezvous hashing, then the others at random. Taken from the end."""
-    if len(peers) < 2:  # noqa: PLR2004 - alone there is nobody to meet
+def own_first(candidates: list[Candidate], fleet: Fleet, clock: Clock) -> list[Candidate]:
+    """Order a page so that workers seldom meet: own entries last, by rendezvous hashing, since the end is taken first."""
+    if len(fleet.peers) < 2:  # noqa: PLR2004 - alone there is nobody to meet
         candidates.reverse()
         return candidates
-    mine: list[Candidate] = []
+    own: list[Candidate] = []
     others: list[Candidate] = []
     for candidate in candidates:
-        owner = max(peers, key=lambda worker: zlib.crc32(f"{worker}{candidate.entry.task}".encode()))
-        (mine if owner == me else others).append(candidate)
+        (own if fleet.owns(candidate.entry.task) else others).append(candidate)
     clock.random.shuffle(others)
-    mine.reverse()
-    return others + mine
+    own.reverse()
+    return others + own

@@ -225,7 +225,7 @@ class QueueFinder:
             for listed in page
             if (entry := keys.parse_entry(listed.key)) and self._is_wanted(entry, now) and self.handled(entry)
         ]
-        ordered = own_first(candidates, self.fleet.peers, self.fleet.keeper.id, self.clock)
+        ordered = own_first(candidates, self.fleet, self.clock)
         cursor.turn(page, ordered, now, full=len(page) == PAGE)
         if not cursor.page:
             self._finish_page(cursor)

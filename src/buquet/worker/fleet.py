@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -143,6 +144,11 @@ class Fleet:
         """Tell whether the last LIST showed this worker's session, young enough."""
         listed = self.sessions.get(worker)
         return listed is not None and self._is_young(listed, self.store_now())
+
+    def owns(self, name: str) -> bool:
+        """Tell whether rendezvous hashing gives something of this name to this worker, among its peers."""
+        peers = self.peers or [self.keeper.id]
+        return max(peers, key=lambda worker: zlib.crc32(f"{worker}{name}".encode())) == self.keeper.id
 
     # ------------------------------------------------------------------ services
 

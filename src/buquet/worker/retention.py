@@ -1,19 +1,19 @@
-"""Retention: workers prune what ended long ago, by the journal, beside their work and at a bounded pace.
+"""Retention: workers prune what ended long ago, following the journal, beside their work and at a bounded pace.
 
-No worker leads. The journal's keys are in the order of time, so one LIST from its start says what is due, or when something will
-be. An object belongs to the live worker that rendezvous hashing names, and to anybody once it is two hours overdue. All of it is
-idempotent (journal/pruner.py): two workers at one object, or one that dies over it, cost some reads and do no harm.
+There is no leader. The journal's keys are in the order of time, so one LIST from its start shows what is due, or when something
+will be. An object belongs to the live worker that rendezvous hashing picks, and to any worker once it is two hours overdue. All
+of it is idempotent (journal/pruner.py): two workers at one object, or a crash half-way, cost some reads and do no harm.
 
-Each object is gone through twice: once its tasks are old enough, and an hour after, when the stubs of those without a key go, and
-with them the object. A worker touches only tasks of queues that it serves, since another App's may be kept for longer; an object
-that names others waits until those are gone.
+Each object is processed twice: once its tasks are old enough, and an hour later, when the stubs of tasks without a key go, and the
+object with them. A worker prunes only tasks of queues that it serves, since another App may keep its tasks longer. An object with
+lines of other queues waits until their tasks are gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import zlib
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from buquet import keys
@@ -27,7 +27,6 @@ from buquet.worker.logs import Reported
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from buquet.clock import Clock
     from buquet.records import Finished
     from buquet.store.register import Register
     from buquet.worker.fleet import Fleet
@@ -35,39 +34,33 @@ if TYPE_CHECKING:
 log = logging.getLogger("buquet.worker")
 
 A_SECOND = 10
-"""Tasks looked at in a second, at most: 600 a minute, each 2 to 5 requests."""
+"""The most tasks that are read in a second: 600 a minute, each with 2 to 5 requests."""
 SOON = 60.0
 AGAIN = HOUR + 60
 OVERDUE = 2 * HOUR
-"""Seconds after which an object is anybody's."""
+"""Seconds after which an object belongs to any worker."""
 
 
+@dataclass(eq=False)
 class Retention:
-    """Prunes tasks of `queues` that ended over `seconds` ago. `keep` is to run beside the work."""
+    """Prunes tasks of `queues` that ended over `seconds` ago."""
 
-    def __init__(
-        self,
-        register: Register,
-        clock: Clock,
-        fleet: Fleet,
-        queues: Sequence[str],
-        seconds: float,
-        prune_run: PruneRun | None = None,
-    ) -> None:
-        self.register = register
-        self.reads = register.reads
-        self.clock = clock
-        self.fleet = fleet
-        self.queues = frozenset(queues)
-        self.seconds = seconds
-        self.pruner = Pruner(register, seconds, fleet.store_now, prune_run=prune_run)
+    register: Register
+    fleet: Fleet
+    queues: Sequence[str]
+    seconds: float
+    prune_run: PruneRun | None = None
+    reported: Reported = field(default_factory=Reported)
+
+    def __post_init__(self) -> None:
+        self.clock, self.reads = self.fleet.clock, self.register.reads
+        self.pruner = Pruner(self.register, self.seconds, self.fleet.store_now, prune_run=self.prune_run)
         self._after = ""
         self._again: dict[str, float] = {}
-        """Objects that were gone through, and when they are to be once more."""
-        self.reported = Reported()
+        """Objects that were processed once, and when to process them again."""
 
     async def keep(self) -> None:
-        """Prune for ever; a store that refuses is asked again a minute later."""
+        """Prune at intervals. After a refusal by the store the next round comes a minute later."""
         wait, tries = SOON, 0
         while True:
             await self.clock.sleep(wait * self.clock.jitter(0.25))
@@ -78,7 +71,7 @@ class Retention:
                 wait, tries = SOON, tries + 1
 
     async def round(self) -> float:
-        """Go over a page of the journal's oldest objects; return after how many seconds to look again."""
+        """Process one page of the journal's oldest objects; return the seconds until the next round."""
         page = await self.reads.list(keys.JOURNAL, after=self._after)
         now, wait = self.fleet.store_now(), HOUR
         self._again = {key: at for key, at in self._again.items() if at > now}
@@ -86,7 +79,7 @@ class Retention:
             at = keys.journal_at(listed.key)
             if at is None:
                 continue
-            # by the name, and by the store's own clock: a worker whose clock was wrong makes nothing due too early
+            # by its name and by the store's clock: a worker with a wrong clock must make nothing due too early
             left = self.seconds - (self.fleet.store_now() - max(at / 1000, listed.modified))
             if left >= 0:
                 self._after = ""
@@ -94,14 +87,10 @@ class Retention:
             again = self._again.get(listed.key, 0.0) - self.fleet.store_now()
             if again > 0:
                 wait = min(wait, again)
-            elif self._mine(listed.key) or -left > OVERDUE:
+            elif self.fleet.owns(listed.key) or -left > OVERDUE:
                 await self._object(listed.key)
         self._after = page[-1].key if len(page) == PAGE else ""
         return SOON if self._after else max(wait, SOON)
-
-    def _mine(self, key: str) -> bool:
-        peers = self.fleet.peers or [self.fleet.keeper.id]
-        return max(peers, key=lambda worker: zlib.crc32(f"{worker}{key}".encode())) == self.fleet.keeper.id
 
     async def _object(self, key: str) -> None:
         stored = await self.reads.get(key)
@@ -120,20 +109,20 @@ class Retention:
             self._again[key] = self.fleet.store_now() + AGAIN
 
     async def _line(self, line: Finished) -> bool:
-        """Deal with the task of a line; tell whether the line is needed no more."""
+        """Prune the task of a line; return whether the line is no longer needed."""
         if not self.pruner.concerns(line):
             return True
         try:
             return await (self.pruner.line(line) if line.queue in self.queues else self._is_gone(line))
         except UnreadableRecord as error:
-            self.reported.error(line.id, error)  # the sweep goes on telling of it
+            self.reported.error(line.id, error)  # `buquet prune` reports it, too
             return True
 
     async def _is_gone(self, line: Finished) -> bool:
-        """Tell whether a task that others keep is gone by now, but for a keyed stub, or has a later line."""
+        """Tell whether a task of another queue is gone, except for a keyed stub, or has a later line."""
         if line.kind == "run":
             return await self.reads.get(keys.run(line.id)) is None
-        held = await self.register.read(Task, keys.task(line.id))
-        if held is None or held.record.finished != line.at:
+        stored = await self.register.read(Task, keys.task(line.id))
+        if stored is None or stored.record.finished != line.at:
             return True
-        return held.record.state == "pruned" and bool(held.record.key)
+        return stored.record.state == "pruned" and bool(stored.record.key)

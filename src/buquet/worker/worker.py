@@ -138,7 +138,7 @@ class Worker:
         pauses = [finder.pause for finder in self.finders]
         self.control = Control(self, client, register, self.fleet, self.keeper, pauses, self.running)
         self.scheduler = Scheduler(client, self.fleet, plans)
-        self.retention = Retention(register, self.clock, self.fleet, served, retention, prune_run) if retention else None
+        self.retention = Retention(register, self.fleet, served, retention, prune_run) if retention else None
         self._stopping = False
         self._stop_now = False
         self._wait_forever = False

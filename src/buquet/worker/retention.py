@@ -4,9 +4,9 @@ There is no leader. The journal's keys are in the order of time, so one LIST fro
 will be. An object belongs to the live worker that rendezvous hashing picks, and to any worker once it is two hours overdue. All
 of it is idempotent (journal/pruner.py): two workers at one object, or a crash half-way, cost some reads and do no harm.
 
-Each object is processed twice: once its tasks are old enough, and an hour later, when the stubs of tasks without a key go, and the
-object with them. A worker prunes only tasks of queues that it serves, since another App may keep its tasks longer. An object with
-lines of other queues waits until their tasks are gone.
+Each object is processed twice: once its tasks are old enough, and an hour later, when the stubs of tasks without a key go, and
+the object with them. A worker prunes only tasks of queues that it serves, since another App may keep its tasks longer. An object
+with lines of other queues waits until their tasks are gone.
 """
 
 from __future__ import annotations

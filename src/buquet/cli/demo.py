@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, TextIO
 import typer
 from typer import Option
 
-from buquet import keys
 from buquet.app import App
 from buquet.cli.options import START, Json, Url, cli
 from buquet.cli.output import AT_ONCE, print_json, print_table
 from buquet.concurrency import each_of
-from buquet.errors import BuquetError, UsageError
+from buquet.errors import UsageError
+from buquet.insights import fleet
 from buquet.printing import counted
 from buquet.queue.handle import Handle
-from buquet.records import ENDED, Session, Task
+from buquet.records import ENDED, Task
 from buquet.worker.processes import Processes
 
 if TYPE_CHECKING:
@@ -204,36 +204,25 @@ class _Demo:
     async def _crash(self, handles: Sequence[Handle[Index]], workers: Processes) -> None:
         """Kill a worker process that is running tasks. SIGSTOP first, so that none of them ends in between."""
         for _ in range(20):
+            rows = await fleet.workers(self.app.client)
+            ids = {row.session.pid: row.session.id for row in rows if row.alive and row.session.host == socket.gethostname()}
             for child in list(workers.children):
-                worker = await self._worker_of(child.pid)
-                if worker is None or child.returncode is not None:
+                if child.pid not in ids or child.returncode is not None:
                     continue
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child.pid, signal.SIGSTOP)
                     await self.app.clock.sleep(0.05)  # requests that it has sent are answered by then
-                    count = await self._running_in(worker, handles)
-                    if count:
+                    tasks = await each_of(handles, lambda handle: handle.arecord(), AT_ONCE)
+                    running = sum(task.state == "running" and task.worker == ids[child.pid] for task in tasks)
+                    if running:
                         os.kill(child.pid, signal.SIGKILL)
                         self.killed += 1
-                        tasks = counted(count, "task")
-                        self.screen.say(f"killed worker process {child.pid} with SIGKILL while it ran {tasks}; a new one starts")
+                        during = f"while it ran {counted(running, 'task')}; a new one starts"
+                        self.screen.say(f"killed worker process {child.pid} with SIGKILL {during}")
                         return
                     os.kill(child.pid, signal.SIGCONT)
             await self.app.clock.sleep(0.05)
         self.screen.say("no worker process was found running a task, so none was killed")
-
-    async def _worker_of(self, pid: int) -> str | None:
-        for listed in await self.app.client.reads.list(keys.WORKERS):
-            with contextlib.suppress(BuquetError):
-                stored = await self.app.client.register.read(Session, listed.key)
-                if stored is not None and (stored.record.pid, stored.record.host) == (pid, socket.gethostname()):
-                    return stored.record.id
-        return None
-
-    async def _running_in(self, worker: str, handles: Sequence[Handle[Index]]) -> int:
-        """Return how many tasks a worker is running."""
-        tasks = await each_of(handles, lambda handle: handle.arecord(), AT_ONCE)
-        return sum(task.state == "running" and task.worker == worker for task in tasks)
 
     def _count(self, records: Sequence[Task], seconds: float) -> Numbers:
         def counts(wanted: Callable[[str, str], bool]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -64,7 +65,11 @@ def worker(
     if not app.tasks:
         raise UsageError(f"{target} has no tasks: decorate a function with @app.task")
     log_to(sys.stdout if json else sys.stderr, as_json=json if log_format is None else log_format == "json")
-    counting = _counting(app) if metrics_port is not None and processes == 1 else None
+    counting = None
+    if metrics_port is not None and processes == 1:
+        from buquet.operate.bench import CountingStore  # noqa: PLC0415 - only with metrics
+
+        counting = app.wrap_store(CountingStore)
     # also made by the parent of several processes, so that wrong options are reported once and not by each child
     served = app.worker(queue, concurrency=concurrency, drain=drain, max_time=max_time, grace=grace, ttl=ttl, parent=parent)
     if not parent:
@@ -95,19 +100,11 @@ def worker(
         from buquet.worker.processes import watch_parent  # noqa: PLC0415 - only for children
 
         watch_parent(served.stop)
-    stop_serving = _serve_metrics(served, counting, metrics_host, metrics_port) if counting and metrics_port else None
-    try:
+    with ExitStack() as stack:
+        if counting and metrics_port:
+            stack.callback(_serve_metrics(served, counting, metrics_host, metrics_port))
         served.run()
-    finally:
-        if stop_serving:
-            stop_serving()
     app.close()
-
-
-def _counting(app: App) -> CountingStore:
-    from buquet.operate.bench import CountingStore  # noqa: PLC0415 - only with metrics
-
-    return app.wrap_store(CountingStore)
 
 
 def _serve_metrics(served: Worker, counting: CountingStore, host: str, port: int) -> Callable[[], None]:

@@ -480,10 +480,10 @@ async def test_errors_rates_and_spreads_are_those_of_the_lines(rig):
     assert (whole.delay.p50, whole.delay.p99) == (100, 198)
     assert whole.per_minute == pytest.approx(102 / 60)
     assert set(journal.by_queue()) == {"default", "mail"}
-    assert journal.by_name()["send"].failed == 1
+    assert journal.summary(name="send").failed == 1
     minutes = journal.throughput(3)
     assert [(each.completed, each.failed) for each in minutes] == [(0, 0), (41, 1), (59, 2)]
-    assert [each.id for each in journal.failed(1)] == [f"{902:032x}"]
+    assert [each.id for each in journal.recent(1, status="failed")] == [f"{902:032x}"]
     assert [each.id for each in journal.select(kind="run")] == [f"{903:032x}"]
 
 

@@ -41,7 +41,6 @@ class WorkerRow:
     """Whether the session was read as it is now listed. Otherwise it has changed since, and is read again soon."""
 
     def plain(self) -> dict[str, Any]:
-        """Return the worker as JSON values."""
         claims = self.session.claims
         return {name: getattr(self.session, name) for name in SHOWN} | {
             "alive": self.alive,
@@ -69,7 +68,6 @@ class Sessions(Folder[Session]):
         return WorkerRow(session, age, not session.reaped and age <= session.ttl, self.is_current(key))
 
     def live(self) -> list[Session]:
-        """Return the sessions of the live workers."""
         return [row.session for row in self.rows() if row.alive]
 
 
@@ -104,7 +102,7 @@ class QueueRow:
     oldest: int = 0
     """When the entry that is ready longest was written; 0: none."""
     more: bool = False
-    """Whether there are more tasks than were counted."""
+    """Whether not all tasks were counted."""
     running: int = 0
     workers: int = 0
     settings: QueueSettings | None = None
@@ -115,11 +113,9 @@ class QueueRow:
 
     @property
     def paused(self) -> bool:
-        """Whether workers claim nothing of it."""
         return self.settings is not None
 
     def plain(self) -> dict[str, Any]:
-        """Return the queue as JSON values."""
         shown = ("ready", "priorities", "later", "retrying", "next_due", "running", "workers", "oldest", "more")
         return (
             {"queue": self.name}

@@ -27,7 +27,7 @@ from buquet.journal.lines import decode_lines
 from buquet.store.base import Stored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from buquet.queue.client import Client
     from buquet.records import Finished, State
@@ -272,10 +272,6 @@ class Journal:
         """Return the tasks that ended last, the latest first."""
         return list(islice(self.select(queue=queue, name=name, status=status), limit))
 
-    def failed(self, limit: int = 50, *, queue: str | None = None, name: str | None = None) -> list[Finished]:
-        """Return the tasks that failed last, the latest first."""
-        return self.recent(limit, queue=queue, name=name, status="failed")
-
     def throughput(self, minutes: int = 60, *, queue: str | None = None, name: str | None = None, step: int = 1) -> list[Minute]:
         """Return what ended in each of the last minutes, or in each `step` of them, the oldest first. The last is not over."""
         width, count = MINUTE * step, minutes // step
@@ -310,28 +306,20 @@ class Journal:
 
     def summary(self, *, queue: str | None = None, name: str | None = None, since: int = 0) -> Summary:
         """Return rate, failures, durations and delays of the whole window, or from `since` on."""
-        return self._summary((line for line in self._since(since) if _is_of(line, queue, name)), since)
+        return self._summary([line for line in self._since(since) if _is_of(line, queue, name)], since)
 
     def by_queue(self, *, since: int = 0) -> dict[str, Summary]:
         """Return the summary of each queue in which a task ended, or an attempt failed."""
-        return self._by(lambda line: line.queue, since)
-
-    def by_name(self, *, since: int = 0) -> dict[str, Summary]:
-        """Return the summary of each task of that name which ended, or of which an attempt failed."""
-        return self._by(lambda line: line.name, since)
+        queues: dict[str, list[Finished]] = {}
+        for line in self._since(since):
+            if line.kind != "run":
+                queues.setdefault(line.queue, []).append(line)
+        return {queue: self._summary(lines, since) for queue, lines in sorted(queues.items())}
 
     def _since(self, since: int) -> list[Finished]:
         return self.lines[bisect_left(self.lines, since, key=_ended_at) :]
 
-    def _by(self, part: Callable[[Finished], str], since: int) -> dict[str, Summary]:
-        parts: dict[str, list[Finished]] = {}
-        for line in self._since(since):
-            if line.kind != "run":
-                parts.setdefault(part(line), []).append(line)
-        return {name: self._summary(lines, since) for name, lines in sorted(parts.items())}
-
-    def _summary(self, lines: Iterable[Finished], since: int) -> Summary:
-        lines = list(lines)
+    def _summary(self, lines: list[Finished], since: int) -> Summary:
         ended = [line for line in lines if line.kind == "task"]
         minutes = max((self.now - max(self.since, since)) / MINUTE, 1)
         return Summary(

@@ -31,12 +31,10 @@ class Window:
 
     @property
     def hours(self) -> int:
-        """How many hours were asked for."""
         return WINDOWS[self.name]
 
     @property
     def cut(self) -> bool:
-        """Whether less is known than was asked for."""
         return self.now - self.since < self.hours * HOUR
 
     @property
@@ -82,9 +80,8 @@ class Overview:
     now: int
     window: Window
     share: float
-    """The share of the window's journal that was read."""
+    """The share of the journal that was read."""
     last: Summary
-    """The whole window."""
     minutes: list[Minute]
     durations: list[Percentiles]
     delays: list[Percentiles]
@@ -95,27 +92,22 @@ class Overview:
 
     @property
     def ready(self) -> int:
-        """How many tasks may run now."""
         return sum(queue.ready for queue in self.queues)
 
     @property
     def later(self) -> int:
-        """How many tasks wait for their time."""
         return sum(queue.later for queue in self.queues)
 
     @property
     def retrying(self) -> int:
-        """How many pending tasks wait for another attempt, after a failed one."""
         return sum(queue.retrying for queue in self.queues)
 
     @property
     def running(self) -> int:
-        """How many tasks run."""
         return sum(len(worker.session.claims) for worker in self.workers if worker.alive)
 
     @property
     def alive(self) -> int:
-        """How many workers are alive."""
         return sum(worker.alive for worker in self.workers)
 
 

@@ -57,7 +57,6 @@ class Pace:
         self._at = self.clock.monotonic()
 
     async def turn(self) -> None:
-        """Wait until one more request may be sent."""
         async with self._turns:
             self.earn()
             if self.credit < 1:

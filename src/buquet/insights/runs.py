@@ -65,14 +65,12 @@ class OneRun:
         self.unreadable: dict[str, str] = {}
         """Tasks that cannot be read, and why."""
         self._tasks: dict[str, Held[Task]] = {}
-        self._looks = 0
-        self._read_at: dict[str, int] = {}
+        self._read_at: dict[str, float] = {}
         self._drawn = False
         """Whether `graph` is the run's graph, which never changes."""
 
     @property
     def over(self) -> bool:
-        """Whether the run has ended."""
         return self.held is not None and self.held.record.state in OVER
 
     @property
@@ -86,7 +84,6 @@ class OneRun:
         A look GETs the run, at first its graph where that is large, and each task that may have changed: those of running steps
         first, and of them those read longest ago. Raises RunNotFound, UnreadableRecord, StoreError.
         """
-        self._looks += 1
         began = client.clock.monotonic()
         changed = await self._look_at_run(client)
         if self.held is not None:
@@ -135,7 +132,7 @@ class OneRun:
 
     async def _read(self, client: Client, task_id: str) -> bool:
         before = self._tasks.get(task_id)
-        self._read_at[task_id] = self._looks
+        self._read_at[task_id] = client.clock.monotonic()
         try:
             register = client.register
             fresh = await (register.reread(Task, before) if before else register.read(Task, keys.task(task_id)))
@@ -194,7 +191,6 @@ class OpenRuns:
 
     @property
     def unread(self) -> int:
-        """How many open runs are not read."""
         return max(self.open - SHOWN, 0)
 
     async def _read(self, run: OneRun) -> bool:
@@ -245,7 +241,6 @@ class RunFilter:
     """Part of the id, the workflow, the key, a tag, the error or the reason."""
 
     def takes(self, run: RunView) -> bool:
-        """Return whether a run is meant."""
         tags = (f"{name}={value}" for name, value in run.tags.items())
         parts = (run.id, run.workflow, run.key, run.error or run.reason, *tags)
         return (

@@ -52,16 +52,13 @@ class RunView(msgspec.Struct, kw_only=True, frozen=True):
 
     @property
     def over(self) -> bool:
-        """Whether the run has ended."""
         return self.status in ENDED
 
     @property
     def done(self) -> int:
-        """How many steps are completed."""
         return sum(step.status == "completed" for step in self.steps)
 
     def step(self, name: str) -> StepInfo:
-        """Return the step of a name. Raises KeyError."""
         for step in self.steps:
             if step.name == name:
                 return step

@@ -52,7 +52,6 @@ class Scan:
                 self.progress(min(start + AT_ONCE, len(at)), len(at))
 
     def done(self, whole: int) -> None:
-        """Report that no more of `whole` records are read."""
         if self.progress:
             self.progress(whole, whole)
 
@@ -80,13 +79,11 @@ class StoreTime:
         self._measured = False
 
     async def learn(self) -> None:
-        """Measure the offset, unless that was done."""
         if not self._measured:
             self.ahead = await store_ahead(self.client.reads, self.client.clock)
             self._measured = True
 
     def now_ms(self) -> int:
-        """Return the time, milliseconds since 1970."""
         return int((self.client.clock.now() + self.ahead) * 1000)
 
 
@@ -111,12 +108,10 @@ class Folder(Generic[R]):
         """When the last LIST began, seconds since 1970 by the local clock."""
         self.unreadable: dict[str, str] = {}
         self._tags: dict[str, str | None] = {}
-        self._read_at: dict[str, int] = {}
-        self._looks = 0
+        self._read_at: dict[str, float] = {}
 
     async def look(self, most: int | None = None) -> bool:
         """LIST, and GET at most `most` of the records that changed. Return whether any record did."""
-        self._looks += 1
         begun = self.client.clock.now()
         pages = self.client.reads.pages(self.prefix)
         listed = {item.key: item async for page in pages for item in page if self.is_ours(item.key)}
@@ -137,7 +132,7 @@ class Folder(Generic[R]):
 
     async def _read(self, key: str) -> None:
         stored = await self.client.reads.get(key)
-        self._read_at[key] = self._looks
+        self._read_at[key] = self.client.clock.monotonic()
         self.records.pop(key, None)
         if isinstance(stored, Stored):
             self._tags[key] = stored.etag

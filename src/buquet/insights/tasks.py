@@ -95,7 +95,6 @@ class Filter:
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def takes(self, task: Task) -> bool:
-        """Return whether a task is meant."""
         return (
             (task.state in self.states if self.states else task.state != "tombstone")
             and (not self.retrying or status_of(task) == "retrying")
@@ -201,7 +200,6 @@ class Wanted:
     """Of the tasks that ended, only those that ended since then: milliseconds since 1970."""
 
     def takes(self, row: Row) -> bool:
-        """Return whether a task is meant."""
         tag, equals, value = self.tag.partition("=")
         if is_system(row.name) and not (self.name or self.text):
             return False  # it delivers an event of a run: the run's page shows that

@@ -1,4 +1,4 @@
-"""One task for a page: its values as text, its earlier versions, and how two of them differ."""
+"""One task for a page: its values as text, its earlier versions, and how two versions differ."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from buquet.concurrency import each_of
 from buquet.errors import EncryptionKeyMissing, StoreError, UnreadableRecord
 from buquet.insights.pace import ANSWER
 from buquet.queue.batch import failed_items
 from buquet.queue.values import of_run, of_task
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Callable
 
     from msgspec import Raw
 
     from buquet.errors import FailedItem
     from buquet.queue.client import Client
+    from buquet.queue.values import Address
     from buquet.records import Task
     from buquet.store.register import Held
     from buquet.workflow.records import RunRecord
@@ -29,24 +31,22 @@ if TYPE_CHECKING:
 SHOWN = 64 << 10
 """Characters of a value that are shown."""
 VERSIONS = 200
-"""Versions that are read back at most."""
-
+"""Versions that are read at most."""
 NOISE = frozenset({"rev", "op", "ops", "prev", "v"})
-"""Fields that differ between any two versions, and say nothing about the task."""
+"""Fields that differ between any two versions and mean nothing to people."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """An argument, result or checkpoint as text."""
+    """A value as text, which may be only its beginning."""
 
     text: str
     size: int
-    """Bytes of it as JSON."""
+    """Its bytes as JSON."""
     problem: str = ""
 
     @property
     def cut(self) -> bool:
-        """Whether this is only its beginning."""
         return len(self.text) == SHOWN
 
 
@@ -59,48 +59,46 @@ class Line:
 
 
 async def values(client: Client, task: Task) -> dict[str, Value]:
-    """Return the task's arguments, checkpoint and result, those that it has. One GET for each that lies outside of the record."""
-    wanted: dict[str, Awaitable[bytes | Raw]] = {}
-    if task.args_at or bytes(task.args):
-        wanted["arguments"] = client.values.of(task, "args")
-    if task.checkpoint_at or bytes(task.checkpoint):
-        wanted["checkpoint"] = client.values.of(task, "checkpoint")
-    if task.result_at or bytes(task.result):
-        wanted["result"] = client.values.of(task, "result")
-    return await _read(wanted)
-
-
-async def failed_in_pack(client: Client, task: Task) -> list[FailedItem]:
-    """Return the items of a pack that have failed; none where that cannot be read, which `values` tells of the checkpoint."""
-    with suppress(EncryptionKeyMissing, UnreadableRecord, StoreError, TimeoutError):
-        async with asyncio.timeout(ANSWER):
-            return await failed_items(client, task) if task.pack and task.state != "completed" else []
-    return []
+    """Return the arguments, checkpoint and result of a task, as far as it has them. A value outside the record costs a GET."""
+    return await _read(
+        client,
+        arguments=(of_task(task.id, "args"), task.args, task.args_at),
+        checkpoint=(of_task(task.id, "checkpoint"), task.checkpoint, task.checkpoint_at),
+        result=(of_task(task.id, "result"), task.result, task.result_at),
+    )
 
 
 async def run_values(client: Client, run: RunRecord) -> dict[str, Value]:
-    """Return a run's arguments and result, those that it has. One GET for each that lies outside of the record."""
-    wanted: dict[str, Awaitable[bytes | Raw]] = {}
-    if run.args_at or bytes(run.args):
-        wanted["arguments"] = client.values.get(of_task(run.id, "args"), run.args, run.args_at)
-    if run.output_at or bytes(run.output):
-        wanted["result"] = client.values.get(of_run(run.id, "result"), run.output, run.output_at)
-    return await _read(wanted)
+    """Return the arguments and the result of a run, as far as it has them. A value outside the record costs a GET."""
+    return await _read(
+        client,
+        arguments=(of_task(run.id, "args"), run.args, run.args_at),
+        result=(of_run(run.id, "result"), run.output, run.output_at),
+    )
 
 
-async def _read(wanted: Mapping[str, Awaitable[bytes | Raw]]) -> dict[str, Value]:
-    """Read values side by side. One that cannot be read, or not in time, says why and hides no other."""
+async def _read(client: Client, **places: tuple[Address, Raw, str]) -> dict[str, Value]:
+    """Read values at once. A value that cannot be read, or not in time, becomes a problem of its own."""
 
-    async def read(value: Awaitable[bytes | Raw]) -> Value:
+    async def read(place: tuple[Address, Raw, str]) -> Value:
         try:
             async with asyncio.timeout(ANSWER):
-                return _value(bytes(await value))
+                return _value(bytes(await client.values.get(*place)))
         except TimeoutError:
             return Value("", 0, f"the store did not answer within {ANSWER:g} s: this value was not read")
         except (UnreadableRecord, EncryptionKeyMissing, StoreError) as error:
             return Value("", 0, str(error))
 
-    return dict(zip(wanted, await asyncio.gather(*map(read, wanted.values())), strict=True))
+    present = {name: place for name, place in places.items() if bytes(place[1]) or place[2]}
+    return dict(zip(present, await each_of(present.values(), read, len(places)), strict=True))
+
+
+async def failed_in_pack(client: Client, task: Task) -> list[FailedItem]:
+    """Return the items of a pack that failed; none where the checkpoint cannot be read, which `values` reports."""
+    with suppress(EncryptionKeyMissing, UnreadableRecord, StoreError, TimeoutError):
+        async with asyncio.timeout(ANSWER):
+            return await failed_items(client, task) if task.pack and task.state != "completed" else []
+    return []
 
 
 def _value(body: bytes) -> Value:
@@ -112,7 +110,7 @@ def _value(body: bytes) -> Value:
 
 
 async def versions(client: Client, task_id: str, progress: Callable[[int, int], None] | None = None) -> list[Held[Task]]:
-    """Return the versions of a task's record that the store still has, the newest first: one GET for each."""
+    """Return the versions of a task's record that the store still has, the newest first. Each costs a GET."""
     found: list[Held[Task]] = []
     async for held in client.versions(task_id):
         found.append(held)
@@ -124,7 +122,7 @@ async def versions(client: Client, task_id: str, progress: Callable[[int, int], 
 
 
 def difference(old: Task, new: Task, around: int = 2) -> list[Line]:
-    """Return how a later version of a record differs from an earlier one, with some lines around each change."""
+    """Return how a later version of a record differs from an earlier version, with `around` lines of context."""
     before, after = _lines(old), _lines(new)
     found: list[Line] = []
     for group in difflib.SequenceMatcher(None, before, after, autojunk=False).get_grouped_opcodes(around):
@@ -140,5 +138,5 @@ def difference(old: Task, new: Task, around: int = 2) -> list[Line]:
 
 def _lines(task: Task) -> list[str]:
     fields: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(task))
-    told = {name: value for name, value in fields.items() if name not in NOISE}
-    return msgspec.json.format(msgspec.json.encode(told), indent=2).decode().splitlines()
+    shown = {name: value for name, value in fields.items() if name not in NOISE}
+    return msgspec.json.format(msgspec.json.encode(shown), indent=2).decode().splitlines()

@@ -178,7 +178,7 @@ async def look_at_all(app, unreadable):
     scan = Scan(app.client)
     await count(scan, await scan.keys(keys.TASKS, keys.task_id_of))
     for state in ((), ("pending",), ("running",), ("failed",)):
-        await find(Filter(states=state), None, scan)
+        await find(Filter(statuses=state), None, scan)
     await waiting(app.client, await workers(app.client, scan), scan)
     told = " ".join(finding.key for finding in (await fsck(app.client)).findings)
     for key in unreadable:

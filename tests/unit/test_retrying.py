@@ -148,7 +148,7 @@ def test_a_pack_whose_items_come_back_later_says_why() -> None:
         assert line.error.type == "ItemsRetried"
         assert line.error.message.startswith("10 of 10 items failed and are retried; the last of them, item ")
         assert "ConnectionError: the bank does not answer" in line.error.message
-        (found,) = await find(Filter(("pending",), retrying=True), 20, Scan(world.app.client))
+        (found,) = await find(Filter(("retrying",)), 20, Scan(world.app.client))
         assert found.error == line.error
 
     in_world(work)

@@ -42,7 +42,7 @@ def test_each_fire_of_a_workflow_is_one_run():
             worker.stop()
         await asyncio.gather(*working)
         app = apps[0]
-        starts = await find(Filter(name="buquet.start", states=("completed",)), None, Scan(app.client))
+        starts = await find(Filter(name="buquet.start", statuses=("completed",)), None, Scan(app.client))
         fires = sorted(task.tags["fire"] for task in starts)
         assert 3 <= len(fires) == len(set(fires)) <= 4
         assert [await app.run(task.id).aresult() for task in starts] == [12] * len(fires)
@@ -84,7 +84,7 @@ async def at_work(app, clock, seconds):
 
 async def results(app):
     """Return what the scheduled runs came to, by their fires."""
-    starts = await find(Filter(name="buquet.start", states=("completed",)), None, Scan(app.client))
+    starts = await find(Filter(name="buquet.start", statuses=("completed",)), None, Scan(app.client))
     found = [(datetime.fromisoformat(task.tags["fire"]), await app.nightly.get(task.id).aresult(timeout=5)) for task in starts]
     return dict(sorted(found))
 

@@ -41,7 +41,7 @@ from buquet.cli.output import (
 from buquet.codec import AGAIN, ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, FailedItem, InvalidArgument, UnreadableRecord, UsageError
 from buquet.insights.scan import Scan
-from buquet.insights.tasks import Filter, find, status_of, wanted_status
+from buquet.insights.tasks import Filter, find, status_of
 from buquet.insights.taskview import failed_in_pack
 from buquet.printing import counted, duration, in_seconds, indented, printable
 from buquet.queue.client import Client
@@ -205,7 +205,7 @@ async def ls(
 
 
 def _filter(status: Status, queue: str | None, name: str | None, tag: list[Any] | None) -> Filter:
-    return Filter(*wanted_status(status), queue, name, dict(tag or ()))
+    return Filter((status,) if status else (), queue, name, dict(tag or ()))
 
 
 def _remark(task: Task) -> str:
@@ -287,12 +287,12 @@ def _change_command(change: _Change, text: str) -> None:
         if bool(ids) == (wanted != Filter()):
             msg = f"{change.verb} takes either ids or a filter (--status, --queue, --name, --tag); --dry-run shows what matches"
             raise UsageError(msg)
-        if not set(wanted.states) <= set(change.fitting):
+        if status and ("pending" if status == "retrying" else status) not in change.fitting:
             fitting = " or ".join(change.fitting)
-            raise UsageError(f"a {wanted.states[0]} task cannot be {change.done}, only one that is {fitting}")
+            raise UsageError(f"a {status} task cannot be {change.done}, only one that is {fitting}")
         if not ids:
             scan = Scan(app.client, scan_progress())
-            tasks = await find(replace(wanted, states=wanted.states or change.fitting), limit, scan)
+            tasks = await find(replace(wanted, statuses=wanted.statuses or change.fitting), limit, scan)
             print_unreadable(scan.unreadable)
             ids = [task.id for task in tasks]
             asks = bool(ids) and not dry_run and not yes and sys.stdin.isatty()

@@ -38,14 +38,12 @@ log = logging.getLogger("buquet.dashboard")
 
 FIRST = 600
 """Requests that a first look may send at once."""
-HOURS = 24.0
 JOURNAL_ROOM = 8
-"""Objects of the journal that are read every few seconds: as many as a dozen busy workers write."""
+"""Objects of the journal that one look reads: as many as a dozen busy workers write."""
 OTHER_PARTS = 40
 """Requests of a first look that are not for the journal's objects."""
-BUSY_ROOM = 6
-QUIET_ROOM = 1
-"""Sessions that one look reads."""
+BUSY_ROOM, QUIET_ROOM = 6, 1
+"""Records that one look reads, while something happens and while nothing does."""
 STALE = 10.0
 """Seconds after which a page that is opened waits for a look of its own."""
 PATIENCE = 5.0
@@ -99,7 +97,7 @@ class Feed:
     >>> feed.journal.errors()  # doctest: +SKIP
     """
 
-    def __init__(self, client: Client, *, hours: float = HOURS) -> None:
+    def __init__(self, client: Client) -> None:
         self.clock = client.clock
         self.pace = Pace(self.clock)
         self.direct = client
@@ -107,7 +105,7 @@ class Feed:
         time = StoreTime(self.client)
         self.workers = Sessions(self.client, time)
         self.backlog = Backlog(self.client)
-        self.journal = Journal(self.client, hours=hours, room=FIRST, time=time)
+        self.journal = Journal(self.client, hours=24, room=FIRST, time=time)
         self.settings = Folder(self.client, keys.QUEUES, QueueSettings, is_json)
         self.schedules = Folder(self.client, keys.SCHEDULES, Schedule, is_json)
         self.tasks: dict[str, Held[Task]] = {}
@@ -143,12 +141,11 @@ class Feed:
         return topic in TOPICS or topic in self._topics or sum(":" in name for name in self._topics) < MOST_RECORDS
 
     def version(self, topic: str) -> int:
-        """Return a number that grows with each look at a topic."""
         names = self._needed(topic) if topic in TOPICS else self._needed(topic)[:1]
         return sum(self._parts[name].version for name in names)
 
     async def follow(self, topic: str) -> AsyncGenerator[int | None]:
-        """Yield the topic's version after each look, and None after 15 s without news."""
+        """Yield the topic's version after each look at it, and None after 15 s without news."""
         with self.wanted(topic):
             seen = self.version(topic)
             while not self._stopped:
@@ -255,11 +252,11 @@ class Feed:
 
     def changed(self, *names: str) -> None:
         """Look at these parts again when a page is opened: this process changed what they show."""
-        for run in (self._runs.get(name.removeprefix("run:")) for name in names):
-            if run is not None:
+        for name in names:
+            if run := self._runs.get(name.removeprefix("run:")):
                 run.looked = -math.inf
-        for part in (self._parts[name] for name in names if name in self._parts):
-            part.looked = min(part.looked, self.clock.monotonic() - STALE - 1)
+            if part := self._parts.get(name):
+                part.looked = min(part.looked, self.clock.monotonic() - STALE - 1)
 
     def stop(self) -> None:
         """End all `follow`. May be called from a signal handler."""
@@ -268,7 +265,6 @@ class Feed:
             self._home.call_soon_threadsafe(lambda: asyncio.ensure_future(self._notify()))
 
     async def close(self) -> None:
-        """Cancel what runs in the background."""
         await cancel_all([*self._catching.values(), *([self._loop] if self._loop else [])])
 
     # ------------------------------------------------------------------ looks
@@ -295,7 +291,6 @@ class Feed:
         return part.looked + (part.quick if self._busy else part.slow)
 
     def _room(self, least: int = 0) -> int:
-        """Return how many records one look may read."""
         return max(least or (BUSY_ROOM if self._busy else QUIET_ROOM), int(self.pace.credit))
 
     async def _run(self) -> None:
@@ -367,9 +362,8 @@ class Feed:
     async def _look_at_task(self, task_id: str) -> bool:
         held = self.tasks.get(task_id)
         fresh = await (self.client.register.reread(Task, held) if held else self.client.register.read(Task, keys.task(task_id)))
-        if fresh is None:
-            self.tasks.pop(task_id, None)
-        else:
+        self.tasks.pop(task_id, None)
+        if fresh is not None:
             self.tasks[task_id] = fresh
         if fresh is not held:
             self._parts[f"task:{task_id}"].version += 1
@@ -394,9 +388,7 @@ class Feed:
     @property
     def fresh_workers(self) -> list[WorkerRow] | None:
         """The workers; None where the last look was too long ago."""
-        if self.clock.now_ms() - self._parts["workers"].read > STALE * 1000:
-            return None
-        return self.workers.rows()
+        return self.workers.rows() if self.clock.now_ms() - self._parts["workers"].read <= STALE * 1000 else None
 
     @property
     def running(self) -> set[str]:
@@ -419,6 +411,6 @@ class Feed:
         return self.workers.time.now_ms() - max(unknown, 0)
 
     def paused(self, queue: str) -> QueueSettings | None:
-        """Return the settings of a queue that is paused; None for one that is not."""
+        """Return the settings of a paused queue."""
         settings = self.settings.records.get(keys.queue_settings(queue)) if keys.is_name(queue) else None
         return settings if settings and settings.paused else None

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 Status: TypeAlias = Literal[State, "retrying"]
 """What people see of a task: its record's state, or `retrying` for a pending task after a failed attempt."""
 STATUSES: tuple[Status, ...] = (STATES[0], "retrying", *STATES[1:])
-UNFINISHED: frozenset[State] = frozenset({"pending", "running"})
-OPEN = {*UNFINISHED, "retrying"}
+UNFINISHED: frozenset[Status] = frozenset({"pending", "retrying", "running"})
 CHEAP = 10_000
 """Up to this many records are read to count their statuses."""
 FRONT = 200
@@ -41,13 +40,6 @@ def status_of(task: Task) -> Status:
     """Return a task's status: `retrying` where it waits for another attempt, after one that failed or lost its worker."""
     tried = task.failures or task.losses or task.error
     return "retrying" if task.state == "pending" and tried else task.state
-
-
-def wanted_status(status: Status | None) -> tuple[tuple[State, ...], bool]:
-    """Return `states` and `retrying` of the Filter for a status; None does not restrict."""
-    if status == "retrying":
-        return ("pending",), True
-    return (status,) if status else (), False
 
 
 # ------------------------------------------------------------------ by records and entries
@@ -87,17 +79,15 @@ async def count(scan: Scan, records: Sequence[str]) -> Counts:
 class Filter:
     """Which tasks are meant. Empty fields do not restrict."""
 
-    states: tuple[State, ...] = ()
-    retrying: bool = False
-    """Only tasks that wait for another attempt after a failed one."""
+    statuses: tuple[Status, ...] = ()
+    """`pending` includes the tasks that are `retrying`."""
     queue: str | None = None
     name: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def takes(self, task: Task) -> bool:
         return (
-            (task.state in self.states if self.states else task.state != "tombstone")
-            and (not self.retrying or status_of(task) == "retrying")
+            (not {task.state, status_of(task)}.isdisjoint(self.statuses) if self.statuses else task.state != "tombstone")
             and self.queue in {None, task.queue}
             and self.name in {None, task.name}
             and all(task.tags.get(name) == value for name, value in self.tags.items())
@@ -110,7 +100,7 @@ async def find(wanted: Filter, limit: int | None, scan: Scan) -> list[Task]:
     Pending and running tasks are found by entries and sessions, however many have ended. Other tasks are found by a LIST of all
     records, which are read from the last changed on until there are enough.
     """
-    if wanted.states and UNFINISHED.issuperset(wanted.states):
+    if wanted.statuses and UNFINISHED.issuperset(wanted.statuses):
         records = await _unfinished(wanted, scan)
     else:
         records = await scan.keys(keys.TASKS, keys.task_id_of)
@@ -137,7 +127,7 @@ async def _unfinished(wanted: Filter, scan: Scan) -> list[str]:
         for item in page:
             entry = keys.parse_entry(item.key)
             # the entry of a task that was never put back is of its first version
-            if entry and wanted.name in {None, entry.name} and (entry.rev or not wanted.retrying):
+            if entry and wanted.name in {None, entry.name} and (entry.rev or wanted.statuses != ("retrying",)):
                 times[entry.task] = item.modified
 
     sessions = Folder(scan.client, keys.WORKERS, Session, keys.session_of)
@@ -146,12 +136,12 @@ async def _unfinished(wanted: Filter, scan: Scan) -> list[str]:
     served = (queue for session in sessions.records.values() for queue in session.queues)
     for queue in [wanted.queue] if wanted.queue is not None else await known_queues(scan.client, served):
         for lane in keys.lanes(queue):
-            if "pending" in wanted.states:
+            if not {"pending", "retrying"}.isdisjoint(wanted.statuses):
                 async for page in reads.pages(lane):
                     add(page)
             else:
                 add(await reads.list(lane, limit=FRONT))
-    if "running" in wanted.states:
+    if "running" in wanted.statuses:
         claims = [claim for session in sessions.records.values() for claim in session.claims]
         times |= {claim.task: claim.since / 1000 for claim in claims if wanted.name in {None, claim.name}}
     return [keys.task(task) for task in sorted(times, key=lambda task: (-times[task], keys.task(task)))]
@@ -222,15 +212,15 @@ async def search(feed: Feed, wanted: Wanted, progress: Callable[[int, int], None
         return [row for row in await _by_key(feed, wanted.key, scan) if wanted.takes(row)]
     if wanted.everywhere:
         name, equals, value = wanted.tag.partition("=")
-        tags = {name: value} if equals else {}
+        statuses = (wanted.status,) if wanted.status else ()
+        meant = Filter(statuses, wanted.queue or None, wanted.name or None, {name: value} if equals else {})
         # `find` counts before the text is searched, so its limit is larger than a page
-        meant = Filter(*wanted_status(wanted.status), wanted.queue or None, wanted.name or None, tags)
         return [row for row in map(row_of, await find(meant, SCANNED, scan)) if wanted.takes(row)]
     if not wanted.tag:
         return [row for row in _in_memory(feed, wanted.since) if wanted.takes(row)]
     # neither entries nor sessions have the tags of unfinished tasks
-    rows = [row for row in _in_memory(feed, wanted.since) if wanted.takes(row) or row.status in OPEN]
-    unfinished = [keys.task(row.id) for row in rows if row.status in OPEN and wanted.name in {"", row.name}]
+    rows = [row for row in _in_memory(feed, wanted.since) if wanted.takes(row) or row.status in UNFINISHED]
+    unfinished = [keys.task(row.id) for row in rows if row.status in UNFINISHED and wanted.name in {"", row.name}]
     known = {task.id: row_of(task) async for task in scan.records(Task, unfinished[:TAGGED])}
     return [row for row in (known.get(row.id, row) for row in rows) if wanted.takes(row)]
 

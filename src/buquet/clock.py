@@ -1,6 +1,6 @@
-"""Time and randomness. Nothing else in the package asks the machine for either.
+"""Time and randomness. No other code in the package asks the machine for either.
 
-A simulation or a test passes a Clock of its own and so decides both.
+Simulations and tests pass a Clock of their own, and so control both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Clock:
 
     def __init__(self, seed: int | bytes | None = None) -> None:
         self.ahead = 0.0
-        """Seconds by which it is ahead of the machine's clock. Tests raise it instead of waiting, for all that share it."""
+        """Seconds by which this clock is ahead of the machine's clock. Tests raise it instead of waiting."""
         self.random = random.Random(os.urandom(16) if seed is None else seed)
         if seed is None:
             forking.watch(self)
@@ -34,15 +34,15 @@ class Clock:
         """Milliseconds and the other bits of the last id."""
 
     def after_fork(self) -> None:
-        """Draw other random numbers than the parent and its other children: an id must be that of one task only."""
+        """Draw other random numbers than the parent and its other children, so that ids stay unique."""
         self.random.seed(os.urandom(16))
 
     def now(self) -> float:
-        """Seconds since 1970, by the local wall clock, which may be wrong or jump."""
+        """Return the seconds since 1970 by the local wall clock, which may be wrong or jump."""
         return time.time() + self.ahead
 
     def monotonic(self) -> float:
-        """Seconds of a clock that only goes forward."""
+        """Return the seconds of a clock that only goes forward."""
         return time.monotonic() + self.ahead
 
     async def sleep(self, seconds: float) -> None:
@@ -54,7 +54,7 @@ class Clock:
         time.sleep(seconds)
 
     def now_ms(self) -> int:
-        """Milliseconds since 1970."""
+        """Return the milliseconds since 1970."""
         return int(self.now() * 1000)
 
     def jitter(self, spread: float) -> float:
@@ -67,13 +67,13 @@ class Clock:
         return f"{self.random.getrandbits(64):016x}"
 
     def new_id(self) -> str:
-        """Return a UUIDv7 in hex: 48 bits of milliseconds, version, variant, 74 bits, at first random.
+        """Return a UUIDv7 in hex: 48 bits of milliseconds, version, variant and 74 bits that start at random.
 
-        Those of one millisecond go up: what one caller sends later has the greater id.
+        The ids of one millisecond ascend.
         """
         forking.check()
         now, (last, bits) = self.now_ms(), self._last_id
-        # half of the room is left to count in; threads that meet here add different numbers
+        # half of the range is left for counting; threads that race here add different numbers
         bits = bits + 1 + self.random.getrandbits(32) if now == last else self.random.getrandbits(73)
         self._last_id = (now, bits)
         high = (now << 16) | 0x7000 | bits >> 62
@@ -82,7 +82,7 @@ class Clock:
 
 
 YEARS = 10 * 366 * 86_400
-"""No wait is longer than this many seconds: a key's time has 13 digits, and a slip of the unit should be seen at once."""
+"""The longest wait, in seconds. The time in a key has 13 digits, and a wrong unit should be noticed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Backoff:
 
     def __post_init__(self) -> None:
         numbers: tuple[object, ...] = (self.initial, self.factor, self.max, self.jitter)
-        # written so that NaN fits nowhere
+        # NaN fails every comparison
         if not all(isinstance(each, Real) for each in numbers) or not (
             0 <= self.initial < math.inf and 1 <= self.factor < math.inf and 0 <= self.max < YEARS and 0 <= self.jitter <= 1
         ):
@@ -114,6 +114,6 @@ class Backoff:
         """Return the wait in seconds after the n-th failure, counted from 1."""
         try:
             wait = min(self.initial * self.factor ** (failures - 1), self.max)
-        except OverflowError:  # past the maximum it is of no interest by how much
+        except OverflowError:
             wait = self.max
         return wait * clock.jitter(self.jitter) if self.jitter else wait

@@ -1,7 +1,7 @@
-"""What a forked child must not take over from its parent: threads, event loops, connections, locks and random numbers.
+"""Forks: a child must not use its parent's threads, event loops, connections, locks and random numbers.
 
-Objects that hold any of these are watched. Python's own fork hooks call them. A host that forks without these hooks, as uWSGI
-does by default, is noticed by its process id, at the next `check`.
+Objects that hold any of these register here. Python's fork hooks call them. A host that forks without these hooks, as uWSGI does
+by default, is detected by its process id at the next `check`.
 """
 
 from __future__ import annotations
@@ -18,70 +18,70 @@ if TYPE_CHECKING:
 
 
 class Watched(Protocol):
-    """What takes part in a fork."""
+    """An object with state that a child must not share."""
 
     def after_fork(self) -> None:
-        """Start afresh, in the child."""
+        """Start with fresh state, in the child."""
         ...
 
 
 class Holder(Watched, Protocol):
-    """What must also give something up for the moment of the fork."""
+    """An object that must also release something during a fork."""
 
     def before_fork(self) -> None:
-        """Give it up, in the parent."""
+        """Release it, in the parent."""
         ...
 
     def after_fork_in_parent(self) -> None:
-        """Take it up again."""
+        """Acquire it again, in the parent."""
         ...
 
 
 log = logging.getLogger("buquet.task")
 
 LEFT_BEHIND: list[Any] = []
-"""What belongs to the parent. Nothing of it may be closed in the child, so it is never collected either."""
+"""Objects of the parent. The child must not close them, so they are never garbage-collected."""
 
 _pid = os.getpid()
 _watched: WeakSet[Watched] = WeakSet()
 _holders: WeakSet[Holder] = WeakSet()
 _fork = threading.Lock()
 _paused: list[Holder] = []
-"""What the current fork has paused. After the fork only this is resumed, and nothing that another thread made in the meantime."""
+"""The holders that the current fork paused. Only these are resumed, not holders that another thread made meanwhile."""
 
 
 def watch(thing: Watched) -> None:
-    """Call a thing's `after_fork` in each child of this process."""
+    """Call `after_fork` of an object in each child of this process."""
     _watched.add(thing)
 
 
 def hold(thing: Holder) -> None:
-    """Call a thing's hooks before each fork of this process and after it, in parent and child."""
+    """Call the hooks of an object before and after each fork of this process, in parent and child."""
     _holders.add(thing)
     _watched.add(thing)
 
 
 def let_go(thing: Holder) -> None:
-    """Leave a thing alone at later forks."""
+    """Ignore an object at later forks."""
     _holders.discard(thing)
     _watched.discard(thing)
 
 
 def end_stray(status: int = 1) -> None:
-    """End a forked child that has come back from the handler which forked it: it would go on as a second copy of the worker."""
+    """End a forked child that returned from its handler: it would continue as a second copy of the worker."""
     text = "a process that a handler forked came back from the handler, and ends here: end it with os._exit() in the handler"
     log.error(text)
     os._exit(status)
 
 
 def check() -> None:
-    """Do in a child what the fork hooks should have done, unless they have."""
+    """Run the hooks of a child, unless Python has run them."""
     if _pid != os.getpid():
         _in_child()
 
 
 def _before() -> None:
-    _fork.acquire()  # one fork at a time, so that `_paused` is what this one has paused
+    _fork.acquire()  # one fork at a time, so that `_paused` belongs to this one
     _paused.extend(_holders)
     _call_each(holder.before_fork for holder in _paused)
 
@@ -101,7 +101,7 @@ def _in_child() -> None:
 
 
 def _call_each(calls: Iterable[Callable[[], None]]) -> None:
-    """Call all of them, also after one that raises: each holds locks of its own."""
+    """Call all hooks, also after one raises: each holds locks of its own."""
     with ExitStack() as stack:
         for call in calls:
             stack.callback(call)

@@ -1,13 +1,12 @@
-"""Values at rest: sealed under the App's keys, or plain where it has none. The one seam through which every value goes.
+"""Values at rest: sealed under the App's keys, or plain without keys. Every stored value goes through here.
 
 A sealed value is the JSON object `{"buquet.sealed": "<id of the key>.<base64>"}`, so it can stand wherever a value can. The
-cipher is AES-256-SIV (RFC 5297), which is deterministic: the same value of the same task always seals to the same bytes. So a
-submit or a write that is repeated repeats itself exactly, idempotency keys and payloads under their own hash stay what they are,
-and there is no nonce that could ever be used twice. All that it shows is that two values of one task, in the same place, are
-equal.
+cipher, AES-256-SIV (RFC 5297), is deterministic: a value always seals to the same bytes within its task. So a repeated submit or
+write has the same bytes, idempotency keys and payloads keep their hashes, and no nonce can be used twice. An observer learns only
+whether two values of one task, in the same place, are equal.
 
-`context` says what a value is and whose, such as a task's id and "args". It is authenticated: a value that somebody moves to
-another task, or from the arguments to the result, cannot be opened there.
+`context` names the value and its owner, such as a task's id and "args". It is authenticated: a value that was moved to another
+task, or from the arguments to the result, cannot be opened.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import binascii
 import hashlib
 import hmac
 import os
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -30,49 +29,25 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = "BUQUET_ENCRYPTION_KEYS"
 ONLY = "BUQUET_ENCRYPTED_ONLY"
-"""The environment's switch for the mode that refuses values which are not encrypted."""
+"""The environment variable that refuses values which are not encrypted."""
 HIDDEN = "(encrypted)"
-"""What stands for a text that is encrypted, where people read."""
+"""Stands for an encrypted text that people would read."""
 KEY_BYTES = 32
 MARK = b'"buquet.sealed"'
-"""The name that marks a sealed value; no value of a user's may consist of it alone."""
+"""The field that marks a sealed value. A user's value may not consist of this field alone."""
 
 
 class _Sealed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sealed: str = msgspec.field(name="buquet.sealed")
 
 
-class Sealer(Protocol):
-    """Turns a value's JSON into what lies in the bucket, and back."""
-
-    @property
-    def key_id(self) -> str:
-        """Which key seals, by its public id; empty where nothing is sealed."""
-        ...
-
-    def can_open(self, key_id: str) -> bool:
-        """Tell whether a value sealed under this key may be opened here; the empty id is that of plain values."""
-        ...
-
-    def seal(self, body: bytes, context: str) -> bytes:
-        """Return what is to be stored. Raises InvalidArgument for a value that would be taken for a sealed one."""
-        ...
-
-    def open(self, body: bytes | Raw, context: str) -> bytes | Raw:
-        """Return the value's JSON; a plain value is returned as it is.
-
-        Raises EncryptionKeyMissing, and UnreadableRecord for what was changed, or belongs elsewhere.
-        """
-        ...
-
-
 def key_id_of(body: bytes | Raw) -> str:
-    """Return the id of the key that a stored value is sealed under; empty for a plain one."""
+    """Return the id of the key that a stored value is sealed under; empty for a plain value."""
     return _sealed(body).partition(".")[0]
 
 
 def _sealed(body: bytes | Raw) -> str:
-    """Return what a sealed value holds; empty for a plain one."""
+    """Return the contents of a sealed value; empty for a plain value."""
     if MARK not in bytes(body)[:40]:
         return ""
     try:
@@ -81,17 +56,18 @@ def _sealed(body: bytes | Raw) -> str:
         return ""
 
 
-class Plain:
-    """Seals nothing, and opens nothing that is sealed."""
+class Sealer:
+    """Turns the JSON of a value into its stored form, and back. This one has no keys: it stores values plain."""
 
     key_id = ""
+    """The public id of the key that seals; empty: values stay plain."""
 
     def can_open(self, key_id: str) -> bool:
-        """See Sealer."""
+        """Tell whether values sealed under this key can be opened here. Plain values have the empty id."""
         return not key_id
 
     def seal(self, body: bytes, context: str) -> bytes:
-        """See Sealer."""
+        """Return the stored form of a value. Raises InvalidArgument for a value that looks like a sealed one."""
         if _sealed(body):
             msg = (
                 f"the value {context!r} has the one field {MARK.decode()}, which marks encrypted values. Name the field otherwise"
@@ -100,25 +76,28 @@ class Plain:
         return body
 
     def open(self, body: bytes | Raw, context: str) -> bytes | Raw:
-        """See Sealer."""
+        """Return the JSON of a stored value; a plain value is returned unchanged.
+
+        Raises EncryptionKeyMissing, and UnreadableRecord for a value that was changed or moved.
+        """
         sealed = _sealed(body)
         if not sealed and (self.can_open("") or not bytes(body)):
             return body
         if not sealed:
             msg = (
-                f"the value {context!r} is not encrypted, and this App takes only encrypted values ({ONLY}). Whoever wrote it "
-                "has no key: submit the task anew with the keys, or turn the mode off"
+                f"the value {context!r} is not encrypted, and this App takes only encrypted values ({ONLY}). Its writer has no "
+                "key: submit the task anew with the keys, or turn the mode off"
             )
             raise UnreadableRecord(msg)
         key_id, _, text = sealed.partition(".")
         return self._unseal(key_id, text, context)
 
-    def _unseal(self, key_id: str, text: str, context: str) -> bytes:  # noqa: ARG002 - for those who can
+    def _unseal(self, key_id: str, text: str, context: str) -> bytes:  # noqa: ARG002 - a subclass uses it
         raise _missing(key_id, context)
 
 
-class Keyring(Plain):
-    """Seals with its first key, and opens with any: so keys are rotated, the new one being put first.
+class Keyring(Sealer):
+    """Seals with its first key, and opens with any of its keys. To rotate keys, put the new key first.
 
     `keys`: 32 bytes each, in base64. `only`: refuse values that are not sealed. Raises UsageError, which never shows a key.
 
@@ -137,7 +116,7 @@ class Keyring(Plain):
         self._ciphers: dict[str, AESSIV] = {}
         for number, text in enumerate(keys, start=1):
             key = _key(text, number)
-            # the key's id is public; it and the cipher's key are derived, so that neither tells of the other
+            # the id of a key is public. The id and the cipher's key are both derived, so that neither reveals the other
             self._ciphers[_derived(key, "id")[:4].hex()] = AESSIV(_derived(key, "AES-256-SIV"))
         if not self._ciphers:
             msg = f"encryption needs a key at least: 32 random bytes in base64, as `openssl rand -base64 {KEY_BYTES}` prints them"
@@ -191,20 +170,20 @@ def _derived(key: bytes, what: str) -> bytes:
 
 
 def sealer(keys: Iterable[str] | str | None, *, only: bool | None = None) -> Sealer:
-    """Return the sealer for an App's `encryption`: None means the environment's keys, and none at all Plain.
+    """Return the sealer for the `encryption` of an App. None: the keys of the environment, or none without any.
 
-    `only` refuses plain values; None means the environment's BUQUET_ENCRYPTED_ONLY. Raises UsageError for that mode without keys.
+    `only` refuses plain values. None: BUQUET_ENCRYPTED_ONLY of the environment. Raises UsageError if it is on without keys.
     """
     text = os.environ.get(ENVIRONMENT, "") if keys is None else keys
-    each = text.split(",") if isinstance(text, str) else text
-    found = [one for one in each if one.strip()]
+    given = text.split(",") if isinstance(text, str) else text
+    found = [key for key in given if key.strip()]
     if only is None:
         only = _switched_on(os.environ.get(ONLY, ""))
     if found:
         return Keyring(found, only=only)
     if only:
         raise UsageError(f"an App that takes only encrypted values needs keys: set {ENVIRONMENT}, or pass encryption=[...]")
-    return Plain()
+    return Sealer()
 
 
 def _switched_on(text: str) -> bool:

@@ -11,7 +11,7 @@ from buquet.codec import Oversized
 from buquet.errors import UnreadableRecord
 from buquet.queue.values import Values
 from buquet.records import ABSENT, Task
-from buquet.sealing import Plain
+from buquet.sealing import Sealer
 from buquet.store.open import open_store
 from buquet.store.register import Register
 from buquet.store.sqlite import SqliteStore
@@ -44,7 +44,7 @@ async def test_a_gigabyte_from_s3_is_not_taken(key, s3_environment):
     port = server.sockets[0].getsockname()[1]
     store = open_store(f"s3://bucket?endpoint=http://127.0.0.1:{port}", Clock())
     register = Register(store, Clock(), patience=0)
-    reading = Values(register.reads, Plain()).stored(ABSENT, key) if key.startswith("payloads/") else register.read(Task, key)
+    reading = Values(register.reads, Sealer()).stored(ABSENT, key) if key.startswith("payloads/") else register.read(Task, key)
     with pytest.raises(UnreadableRecord, match=f"{GIGABYTE}"):
         await reading
     await store.close()

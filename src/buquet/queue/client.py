@@ -21,7 +21,7 @@ from buquet.queue.spans import submitting
 from buquet.queue.values import INLINE, Values, of_run, of_task
 from buquet.queue.waiting import Waiting
 from buquet.records import FORMAT, TERMINAL, Layout, Note, Progress, Session, Task
-from buquet.sealing import Plain
+from buquet.sealing import Sealer
 from buquet.store.register import Change, Held, Register
 from buquet.store.storetime import store_ahead
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from buquet.clock import Clock
     from buquet.queue.background import Background
     from buquet.queue.names import Prepared
-    from buquet.sealing import Sealer
     from buquet.store.base import Store
 
 IN_FLIGHT = 64
@@ -62,7 +61,7 @@ class Client:
         self.clock = clock
         self.register = Register(store, clock, patience)
         self.reads = self.register.reads
-        self.sealer = sealer or Plain()
+        self.sealer = sealer or Sealer()
         self.values = Values(self.reads, self.sealer)
         self.background = background
         self.ringer = Ringer(store, clock, background)

@@ -18,13 +18,11 @@ from buquet.worker.logs import Reported
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from buquet.clock import Clock
     from buquet.sealing import Sealer
     from buquet.store.register import Held, Register
     from buquet.worker.cursor import Candidate
     from buquet.worker.finder import QueueFinder
     from buquet.worker.fleet import Fleet
-    from buquet.worker.session import SessionKeeper
 
 log = logging.getLogger("buquet.worker")
 
@@ -37,9 +35,7 @@ class Claimer:
     """Claims tasks for a worker. It leaves conflicts and unfinished moves alone, and deletes stale entries."""
 
     register: Register
-    clock: Clock
     fleet: Fleet
-    keeper: SessionKeeper
     moved: Callable[[Task], None]
     sealer: Sealer
     reported: Reported = field(default_factory=Reported)
@@ -52,6 +48,9 @@ class Claimer:
     """Tasks that are being claimed: their record may already say so, before this process knows."""
     _undeleted: int = 0
     """Deletes in a row that the store refused."""
+
+    def __post_init__(self) -> None:
+        self.clock, self.keeper = self.fleet.clock, self.fleet.keeper
 
     @contextmanager
     def claiming(self, task_id: str) -> Generator[None]:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from buquet.store.retrying import Retrying
     from buquet.worker.fleet import Fleet
     from buquet.worker.running import Running
-    from buquet.worker.session import SessionKeeper
 
 log = logging.getLogger("buquet.worker")
 
@@ -93,7 +92,6 @@ class Control:
     client: Client
     register: Register
     fleet: Fleet
-    keeper: SessionKeeper
     pauses: Sequence[Pause]
     running: Mapping[str, Running]
     every: float = EVERY
@@ -105,7 +103,7 @@ class Control:
     _problem: str = ""
 
     def __post_init__(self) -> None:
-        self.clock = self.client.clock
+        self.clock, self.keeper = self.fleet.clock, self.fleet.keeper
         self._read_at = self._settled_at = self.clock.monotonic()
 
     async def keep(self) -> None:

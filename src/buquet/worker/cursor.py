@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from buquet import keys
 
 if TYPE_CHECKING:
-    from buquet.clock import Clock
     from buquet.store.base import Listed
     from buquet.store.retrying import Retrying
     from buquet.worker.fleet import Fleet
@@ -149,7 +148,7 @@ async def priorities_in_use(reads: Retrying, queue: str, warned: set[str]) -> se
     return used
 
 
-def own_first(candidates: list[Candidate], fleet: Fleet, clock: Clock) -> list[Candidate]:
+def own_first(candidates: list[Candidate], fleet: Fleet) -> list[Candidate]:
     """Order a page so that workers seldom meet: own entries last, by rendezvous hashing, since the end is taken first."""
     if len(fleet.peers) < 2:  # noqa: PLR2004 - alone there is nobody to meet
         candidates.reverse()
@@ -158,6 +157,6 @@ def own_first(candidates: list[Candidate], fleet: Fleet, clock: Clock) -> list[C
     others: list[Candidate] = []
     for candidate in candidates:
         (own if fleet.owns(candidate.entry.task) else others).append(candidate)
-    clock.random.shuffle(others)
+    fleet.clock.random.shuffle(others)
     own.reverse()
     return others + own

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
     from typing import TypeAlias
 
-    from buquet.clock import Clock
     from buquet.store.register import Register
     from buquet.store.retrying import Retrying
     from buquet.worker.fleet import Fleet
@@ -84,7 +83,6 @@ class QueueFinder:
 
     queue: str
     reads: Retrying
-    clock: Clock
     fleet: Fleet
     handled: Callable[[keys.Entry], bool]
     """Whether this worker has a handler for an entry's task."""
@@ -112,11 +110,12 @@ class QueueFinder:
     _warned: set[str] = field(default_factory=set[str])
 
     def __post_init__(self) -> None:
+        self.clock = self.fleet.clock
         self.later = Cursor(keys.later_lane(self.queue), None)
         self.cursors = [self.later]
         """The most urgent first."""
         self.pause = Pause(self.queue, self.reads)
-        self.polls = Polls(self.clock, self.fleet)
+        self.polls = Polls(self.fleet)
 
     # ------------------------------------------------------------------ taking
 
@@ -225,7 +224,7 @@ class QueueFinder:
             for listed in page
             if (entry := keys.parse_entry(listed.key)) and self._is_wanted(entry, now) and self.handled(entry)
         ]
-        ordered = own_first(candidates, self.fleet, self.clock)
+        ordered = own_first(candidates, self.fleet)
         cursor.turn(page, ordered, now, full=len(page) == PAGE)
         if not cursor.page:
             self._finish_page(cursor)
@@ -429,12 +428,14 @@ class QueueFinder:
 class Polls:
     """When to poll one queue's bell: often after work, then ever less often. With N workers, each polls N times slower."""
 
-    clock: Clock
     fleet: Fleet
     at: float = 0.0
     """When the next poll is due, by the monotonic clock."""
     _interval: float = FIRST_POLL
     _hold_until: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.clock = self.fleet.clock
 
     def rang(self) -> None:
         """Poll at the quickest rate again: the last poll brought news."""

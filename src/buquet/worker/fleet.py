@@ -25,7 +25,6 @@ from buquet.worker.session import is_gone, is_same_host
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from buquet.clock import Clock
     from buquet.records import Claim
     from buquet.store.register import Held, Register
     from buquet.worker.session import Listing, SessionKeeper
@@ -47,11 +46,13 @@ class Reaper:
     """Reaps sessions: fences the worker, puts back what it ran, deletes the session. Any process may, and may die half-way."""
 
     register: Register
-    clock: Clock
     added: Callable[[str, str], None]
     moved: Callable[[Task], None]
     reported: Reported = field(default_factory=Reported)
     """Sessions, and records of tasks, that could not be read."""
+
+    def __post_init__(self) -> None:
+        self.clock = self.register.clock
 
     async def reap(self, worker: str, still_dead: Callable[[Held[Session]], bool] | None = None) -> bool:
         """Reap a session, and return whether this call completed that. `still_dead` judges the session as it is read now.
@@ -109,8 +110,6 @@ class Reaper:
 class Fleet:
     """What the last LIST of sessions showed: which workers are alive, how many serve my queues, and the store's time."""
 
-    register: Register
-    clock: Clock
     keeper: SessionKeeper
     reaper: Reaper
     on_look: Callable[[], None] = lambda: None
@@ -132,6 +131,9 @@ class Fleet:
     """Old sessions that are alive by their own time-to-live, or cannot be reaped: their ETag, and until when they are left."""
     _strange: bool = False
     """Whether the last LIST showed objects that are no sessions."""
+
+    def __post_init__(self) -> None:
+        self.register, self.clock = self.reaper.register, self.reaper.clock
 
     def store_now(self) -> float:
         return self.clock.now() + self.offset

@@ -184,7 +184,7 @@ class Processes:
         register = Register(self.client.store, clock, patience=30)
         # the parent is no worker, but readers must see what it ends, such as a task that has killed its last process
         journal = JournalWriter(register.reads, clock, lambda: self.nonce, clock.now_ms)
-        reaper = Reaper(register, clock, self.client.added, Observers(self.client, journal).moved)
+        reaper = Reaper(register, self.client.added, Observers(self.client, journal).moved)
         try:
             for session in await self._sessions_of(pid, register):
                 count = len(session.claims)

@@ -26,12 +26,11 @@ from buquet.worker.logs import TaskLogger, describe, exc_info
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
-    from buquet.clock import Clock
     from buquet.queue.names import Helper, Parent
     from buquet.queue.values import Values
     from buquet.store.register import Held, Register
     from buquet.worker.fleet import Fleet
-    from buquet.worker.session import Listing, SessionKeeper
+    from buquet.worker.session import Listing
 
 log = logging.getLogger("buquet.task")
 
@@ -137,15 +136,13 @@ class OutcomeWriter:
     """Stores what becomes of claimed tasks."""
 
     register: Register
-    clock: Clock
     fleet: Fleet
-    keeper: SessionKeeper
     values: Values
     runs: RunPort | None = None
     """Asks and tells the runs that tasks belong to."""
 
-    def now(self) -> int:
-        return self.fleet.due_now_ms()
+    def __post_init__(self) -> None:
+        self.clock, self.keeper, self.now = self.fleet.clock, self.fleet.keeper, self.fleet.due_now_ms
 
     async def store(self, run: Running, outcome: Outcome) -> Task | None:
         """Store an outcome under a claim, however long that takes; return the record, or None where the claim was lost."""

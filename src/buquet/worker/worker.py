@@ -116,13 +116,11 @@ class Worker:
         )
         self.journal = JournalWriter(register.reads, self.clock, lambda: self.id, self._now_ms, self.keeper.report)
         self.observers = Observers(client, self.journal)
-        self.reaper = Reaper(register, self.clock, client.added, self.observers.moved)
-        self.fleet = Fleet(register, self.clock, self.keeper, self.reaper, self._fleet_listed)
-        self.finders = [
-            QueueFinder(queue, self.looks.reads, self.clock, self.fleet, self._is_handled, self._note_rung) for queue in served
-        ]
-        self.claimer = Claimer(register, self.clock, self.fleet, self.keeper, self.observers.moved, client.sealer)
-        self.writer = OutcomeWriter(register, self.clock, self.fleet, self.keeper, Values(register.reads, client.sealer))
+        self.reaper = Reaper(register, client.added, self.observers.moved)
+        self.fleet = Fleet(self.keeper, self.reaper, self._fleet_listed)
+        self.finders = [QueueFinder(queue, self.looks.reads, self.fleet, self._is_handled, self._note_rung) for queue in served]
+        self.claimer = Claimer(register, self.fleet, self.observers.moved, client.sealer)
+        self.writer = OutcomeWriter(register, self.fleet, Values(register.reads, client.sealer))
         self.executor = Executor(self.writer, tasks, Permits(concurrency))
         self.slots = Slots(
             *(concurrency, client, self.finders, self.claimer, self.executor, self.reaper, self.observers),
@@ -136,7 +134,7 @@ class Worker:
         if self.parent is not None:
             self.writer.runs = RunPort(self.writer, self.parent, self.children)
         pauses = [finder.pause for finder in self.finders]
-        self.control = Control(self, client, register, self.fleet, self.keeper, pauses, self.running)
+        self.control = Control(self, client, register, self.fleet, pauses, self.running)
         self.scheduler = Scheduler(client, self.fleet, plans)
         self.retention = Retention(register, self.fleet, served, retention, prune_run) if retention else None
         self._stopping = False

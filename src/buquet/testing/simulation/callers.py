@@ -169,7 +169,7 @@ class Callers:
                 if sessions.get(worker, {}).get("beat") != beat:
                     break
                 await machine.clock.sleep(0.03)
-            await Reaper(machine.client.register, machine.client.clock, machine.client.added, lambda _: None).reap(worker)
+            await Reaper(machine.client.register, machine.client.added, lambda _: None).reap(worker)
 
     async def repair(self, machine: Machine) -> None:
         """Let fsck repair everything. Afterwards it must find nothing but payloads, which prune removes."""

@@ -211,13 +211,13 @@ async def test_a_store_that_is_away_holds_nothing_up_and_what_waits_is_bounded(r
             writer.enter(line(n, rig.clock.now_ms()))
             if n % 1000 == 0:
                 await rig.clock.sleep(1)
-        held = sum(len(pile.body) for pile in writer._piles)
+        held = sum(len(pile.body) for pile in writer._objects)
         assert held <= 1_000_000 + writing.MOST_BYTES
-        assert writer.left_out > 10_000
+        assert writer.dropped > 10_000
         away.stop()
         await rig.clock.sleep(60)
         lines = await rig.lines()
-        assert len(lines) + writer.left_out == 20_000
+        assert len(lines) + writer.dropped == 20_000
         assert f"{19_999:032x}" in {each.id for each in lines}  # the newest were kept
         keep.cancel()
     finally:

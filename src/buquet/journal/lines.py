@@ -1,4 +1,4 @@
-"""What the journal says of a task. Pure: from its record to a line, and from an object to its lines."""
+"""Lines of the journal: from a task's record to a line, and from a journal object to its lines. Pure."""
 
 from __future__ import annotations
 
@@ -14,88 +14,77 @@ from buquet.records import FORMAT, ErrorInfo, Finished
 if TYPE_CHECKING:
     from buquet.records import Task
 
-
 LONGEST_MESSAGE = 500
 TAGS = 1000
-"""Characters of a task's tags that a line has room for; the rest are left out."""
-BACK = {"retry", "snoozed", "released", "lost"}
-BEGUN = {"submitted", "redriven"}
-CLAIMED = {"claimed", "taken over"}
+"""The most characters of a task's tags in a line; the other tags are left out."""
+PUT_BACK = {"retry", "snoozed", "released", "lost"}
 OTHERS = ("/site-packages/", "/dist-packages/", "/lib/python", "<frozen")
-"""Where code lies that is not the user's."""
+"""Parts of the paths of code that is not the user's."""
 
 _decoder = msgspec.json.Decoder(Finished)
 _FRAME = re.compile(r'^[ |+]*File "(.+)", line \d+, in (.+)$', re.MULTILINE)
 
 
 def is_retried(task: Task) -> bool:
-    """Tell whether the last move of a task put it back because an attempt failed or lost its worker."""
+    """Return whether a task's last transition put it back because an attempt failed or its worker was lost."""
     if task.state != "pending" or not task.events:
         return False
     why = task.events[-1].why
-    # a pack comes back as snoozed; its error says that items failed meanwhile
+    # a pack is snoozed, and its error says that items failed
     return why in {"retry", "lost"} or (why == "snoozed" and task.pack > 0 and task.error is not None)
 
 
 def finished(task: Task) -> Finished:
-    """Return the journal's line of a task that ended, or of its last attempt where that is retried.
+    """Return the line of an ended task, or of its last attempt if that is retried.
 
-    Its times come from the timeline in the record, so one that was retried very often, and lost its first lines, has no `ready`.
+    Times come from the timeline. A task that was retried very often has lost its first timeline events, and has no `ready`.
     """
-    again = task.state == "pending"
-    at = task.events[-1].at if again else task.finished
-    begun, claimed, once = 0, 0, True
+    retried = task.state == "pending"
+    at = task.events[-1].at if retried else task.finished
+    begun = claimed = 0
+    put_back = False
     worker = task.worker
     for event in reversed(task.events):
-        if event.why in CLAIMED:
+        if event.why in {"claimed", "taken over"}:
             worker = worker or event.worker
             claimed = claimed or event.at
-        once = once and event.why not in BACK
-        if event.why in BEGUN:
+        put_back = put_back or event.why in PUT_BACK
+        if event.why in {"submitted", "redriven"}:
             begun = event.at
             break
-    failure = _failure(task)
+    error = task.error if task.state in {"failed", "pending"} else None
+    if retried and task.events[-1].why == "lost":
+        error = ErrorInfo(type="WorkerLost", message=f"an attempt was lost {task.events[-1].detail}")
     return Finished(
-        kind="attempt" if again else "task",
+        kind="attempt" if retried else "task",
         id=task.id,
         name=task.name,
         queue=task.queue,
         status=task.state,
         at=at,
         submitted=begun or task.created,
-        ready=_ready(task, begun) if once else 0,
+        ready=0 if put_back else _ready(task, begun),
         started=task.started,
         ran=max(at - claimed, 0) if claimed and task.started else 0,
         attempts=task.attempt,
         losses=task.losses,
         worker=worker,
-        error=_brief(failure) if failure else msgspec.UNSET,
-        group=_group(task.name, failure) if failure else "",
+        error=ErrorInfo(type=error.type, message=error.message[:LONGEST_MESSAGE]) if error else msgspec.UNSET,
+        group=_group(task.name, error) if error else "",
         run=task.run,
         step=task.step,
         tags=_short(task.tags),
         pack=task.pack,
         max_attempts=task.max_attempts,
-        due=task.due if again else 0,
+        due=task.due if retried else 0,
         allowed=task.allowed,
     )
 
 
-def _failure(task: Task) -> ErrorInfo | None:
-    """Return why a task failed, or why its last attempt did."""
-    if task.state == "pending" and task.events[-1].why == "lost":
-        return ErrorInfo(type="WorkerLost", message=f"an attempt was lost {task.events[-1].detail}")
-    return task.error if task.state in {"failed", "pending"} else None
-
-
 def _ready(task: Task, begun: int) -> int:
-    """Return from when on a task could start that was never put back: its entry still says until when it was delayed."""
-    entry = keys.parse_entry(task.entry) if task.entry.startswith(keys.LATER) else None
-    return entry.at if entry is not None else begun
-
-
-def _brief(error: ErrorInfo) -> ErrorInfo:
-    return ErrorInfo(type=error.type, message=error.message[:LONGEST_MESSAGE])
+    """Return when a task that was never put back became ready. Its entry tells how long it was delayed."""
+    entry = keys.parse_entry(task.entry)
+    return entry.at if entry is not None and entry.priority is None else begun
 
 
 def _short(tags: dict[str, str]) -> dict[str, str]:
@@ -110,13 +99,13 @@ def _short(tags: dict[str, str]) -> dict[str, str]:
 
 
 def _group(name: str, error: ErrorInfo) -> str:
-    """Return what failures of one kind share. Numbers of lines and texts of messages change too easily to be part of it."""
+    """Return what failures of one kind share. Line numbers and messages change too easily to be part of it."""
     parts = "\0".join((name, error.type, raised_in(error.traceback)))
     return hashlib.sha256(parts.encode()).hexdigest()[:12]
 
 
 def raised_in(traceback: str) -> str:
-    r"""Return the innermost function of the user's in a traceback, with the names of its file and folder; else the innermost.
+    r"""Return the innermost function of the user's code in a traceback, after its folder and file. Without one, the innermost.
 
     >>> raised_in('  File "/srv/jobs/tasks.py", line 3, in resize\n  File "/usr/lib/python3.11/json/x.py", line 9, in loads\n')
     'jobs/tasks.py resize'
@@ -130,17 +119,14 @@ def raised_in(traceback: str) -> str:
 
 
 def decode_lines(body: bytes) -> tuple[list[Finished], int]:
-    """Return the lines of one object of the journal, and how many could not be read."""
+    """Return the lines of a journal object, and the number of unreadable lines."""
     lines: list[Finished] = []
-    unreadable = 0
-    for text in body.splitlines():
+    texts = body.splitlines()
+    for text in texts:
         try:
             line = _decoder.decode(text)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            unreadable += 1
             continue
         if line.v <= FORMAT:
             lines.append(line)
-        else:
-            unreadable += 1
-    return lines, unreadable
+    return lines, len(texts) - len(lines)

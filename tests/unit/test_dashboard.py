@@ -851,7 +851,7 @@ class TestConnections:
         import threading
 
         monkeypatch.setattr(serve, "HEADERS", 0.3)
-        monkeypatch.setattr(serve, "TAKES", 0.3)
+        monkeypatch.setattr(serve, "STALLED", 0.3)
         monkeypatch.setattr(serve, "CONNECTIONS", 3)
         sock, _ = serve.listen("127.0.0.1", 0)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)

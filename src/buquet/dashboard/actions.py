@@ -179,5 +179,5 @@ async def act(board: Board, request: Request) -> Response:
         except (BuquetError, TimeoutError) as error:
             message = f"Not done: {error}"
     log.info("%s %s: %s. %s", name[:40], target[:200], who(request), message[:LONGEST])
-    request.session["said"] = message[:LONGEST]
+    request.session["message"] = message[:LONGEST]
     return RedirectResponse(local(form.get("back")), 303)

@@ -57,6 +57,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        auto_reload=False,  # a template that an upgrade replaces may need other values
     )
     filters: dict[str, Any] = made.filters
     filters.update({function.__name__: function for function in FILTERS})
@@ -98,7 +99,7 @@ class Board:
 
     def page(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
         """Make a page. It shows the message of the last action once, and not to the script that updates an open page."""
-        topic, seen = values["topic"], self.window(request)
+        topic, chosen = values["topic"], self.window(request)
         kept = {name: value for name, value in request.query_params.items() if name not in {"window", "page"}}
         token = form_token(request)
         text = self.templates.get_template(template).render(
@@ -107,12 +108,12 @@ class Board:
             product_version=__version__,
             assets=self.assets,
             store=self.app.url,
-            said=None if "x-live" in request.headers else request.session.pop("said", None),
+            message=None if "x-live" in request.headers else request.session.pop("message", None),
             problem=self.feed.problem(topic),
             as_of=self.feed.as_of(topic),
-            seen=seen,
+            window=chosen,
             windows={name: urlencode(kept | {"window": name}) for name in WINDOWS},
-            keep="" if seen.name == next(iter(WINDOWS)) else f"?window={seen.name}",
+            keep="" if chosen.name == next(iter(WINDOWS)) else f"?window={chosen.name}",
             read_only=self.read_only,
             can_log_out=self.logins.password is not None and self.logins.has(request),
             token=token,

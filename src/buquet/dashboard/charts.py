@@ -35,7 +35,7 @@ def round_up(value: float) -> float:
     return next(step * power for step in (1, 2, 5, 10) if step * power >= value * 0.999)
 
 
-def throughput(minutes: Sequence[Minute], seen: Window) -> Markup:
+def throughput(minutes: Sequence[Minute], window: Window) -> Markup:
     """Draw what ended in each part of a window, and the attempts that failed and are retried, as stacked bars."""
     top = round_up(max((minute.completed + minute.failed + minute.other + minute.retried for minute in minutes), default=0))
     step = WIDE / max(len(minutes), 1)
@@ -54,16 +54,16 @@ def throughput(minutes: Sequence[Minute], seen: Window) -> Markup:
         )
         parts.append(_rect("hover", index * step, 0, step, HIGH, title))
     total = sum(minute.completed + minute.failed + minute.other for minute in minutes)
-    return _chart(parts, number(top), f"{counted(total, 'task')} ended in {seen.hours} h", f"{seen.hours} h ago")
+    return _chart(parts, number(top), f"{counted(total, 'task')} ended in {window.hours} h", f"{window.hours} h ago")
 
 
-def percentiles(points: Sequence[Percentiles], seen: Window, what: str) -> Markup:
+def percentiles(points: Sequence[Percentiles], window: Window, what: str) -> Markup:
     """Draw the median and the 99th percentile over a window, on a logarithmic scale."""
     if not points:
-        return _empty(f"no {what} in {seen.label}")
+        return _empty(f"no {what} in {window.label}")
     decades = ceil(log10(max(10.0, *(point.p99 for point in points))) - 1e-9)
-    part = seen.hours * MINUTE
-    first = seen.now - BARS * part
+    part = window.hours * MINUTE
+    first = window.now - BARS * part
 
     def x_of(point: Percentiles) -> float:
         return (point.at + part / 2 - first) / (BARS * part) * WIDE
@@ -82,7 +82,7 @@ def percentiles(points: Sequence[Percentiles], seen: Window, what: str) -> Marku
         parts.append(_rect("hover", x_of(point) - 5, 0, 10, HIGH, title))
     last = points[-1]
     label = f"{what}: lately p50 {lasts(last.p50)}, p99 {lasts(last.p99)}"
-    return _chart(parts, lasts(10.0**decades), label, f"{seen.hours} h ago")
+    return _chart(parts, lasts(10.0**decades), label, f"{window.hours} h ago")
 
 
 def load(samples: Sequence[tuple[int, int, int]]) -> Markup:

@@ -97,7 +97,7 @@ class Guard:
         return await self._refused_form(request) if request.method == "POST" else None
 
     def _is_ours(self, host: str) -> bool:
-        """Tell whether a Host header names this dashboard."""
+        """Return whether a Host header names this dashboard."""
         name = _name_in(host)
         if name in self.hosts or "*" in self.hosts or is_loopback(name) or name.endswith(".localhost"):
             return True
@@ -130,13 +130,13 @@ class Guard:
 
 
 def is_loopback(address: str) -> bool:
-    """Tell whether only this machine reaches an address.
+    """Return whether only this machine reaches an address.
 
     >>> is_loopback("localhost"), is_loopback("::1"), is_loopback("192.0.2.1")
     (True, True, False)
     """
-    found = _address(address)
-    return address == "localhost" or (found is not None and found.is_loopback)
+    ip = _address(address)
+    return address == "localhost" or (ip is not None and ip.is_loopback)
 
 
 def _name_in(host: str) -> str:

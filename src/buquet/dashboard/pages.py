@@ -45,7 +45,7 @@ RUN_STATUSES: tuple[RunStatus, ...] = get_args(RunStatus)
 async def first(board: Board, request: Request) -> Response:
     """Show the overview."""
     await board.feed.ensure("overview")
-    return board.page(request, "overview.html", topic="overview", shown=board.overview(request))
+    return board.page(request, "overview.html", topic="overview", overview=board.overview(request))
 
 
 async def tasks(board: Board, request: Request) -> Response:
@@ -104,7 +104,7 @@ async def task(board: Board, request: Request) -> Response:
         "task.html",
         topic=f"task:{task_id}",
         task=record,
-        shown_as=status_of(record),
+        task_status=status_of(record),
         values=values,
         failed=failed,
         progress=claim.progress if claim and record.state == "running" else None,

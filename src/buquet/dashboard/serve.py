@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 HEADERS = 10.0
 """Seconds within which a whole request header must arrive."""
-TAKES = 30.0
+STALLED = 30.0
 """Seconds after which a connection is closed whose browser reads nothing of its answer."""
 CONNECTIONS = 700
 """Connections at once. One more is closed."""
@@ -35,7 +35,7 @@ class Connection(H11Protocol):
     """A connection, closed if its browser is too slow to send a request header or to read an answer."""
 
     _deadline: asyncio.TimerHandle | None = None
-    _look: asyncio.TimerHandle | None = None
+    _check: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a request, unless there are too many connections."""
@@ -44,7 +44,7 @@ class Connection(H11Protocol):
             transport.abort()
         else:
             self._await_header()
-            self._look_at_unsent(0)
+            self._check_unsent(0)
 
     def data_received(self, data: bytes) -> None:
         """Receive data."""
@@ -54,17 +54,17 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the timers."""
         super().connection_lost(exc)
-        for timer in (self._deadline, self._look):
+        for timer in (self._deadline, self._check):
             if timer:
                 timer.cancel()
 
-    def _look_at_unsent(self, before: int) -> None:
-        """Abort the connection if the browser has read nothing since the last look. Closing would wait for it."""
+    def _check_unsent(self, before: int) -> None:
+        """Abort the connection if the browser has read nothing since the last check. Closing would wait for it."""
         unsent = self.transport.get_write_buffer_size()
         if before and unsent >= before:
             self.transport.abort()
         else:
-            self._look = self.loop.call_later(TAKES, self._look_at_unsent, unsent)
+            self._check = self.loop.call_later(STALLED, self._check_unsent, unsent)
 
     def _await_header(self) -> None:
         # uvicorn closes connections that are idle between requests, but does not limit how long a header may take

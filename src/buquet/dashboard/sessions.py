@@ -83,7 +83,7 @@ class Logins:
     _busy: bool = False
 
     def has(self, request: Request) -> bool:
-        """Tell whether the request's session is logged in."""
+        """Return whether the request's session is logged in."""
         session = request.session
         return session.get("until", 0) > self.clock.now() and session["id"] not in self._ended
 

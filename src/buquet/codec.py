@@ -25,16 +25,16 @@ T = TypeVar("T")
 ANY: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 """Reads any value as plain builtins."""
 AGAIN = "Restore it from a backup, or submit the task anew"
-"""How to get over a value of a task that was damaged."""
+"""The remedy for a damaged value of a task."""
 
 
 class Oversized(bytes):
-    """Stands for the body of an object that is too large to be one of ours. It is empty: the real one was not read."""
+    """Stands for the body of an object that is too large for buquet. It is empty: the body was not read."""
 
     size: int
 
     def __new__(cls, size: int) -> Self:
-        """Remember how large the object is, in bytes."""
+        """Keep the size of the object, in bytes."""
         body = super().__new__(cls)
         body.size = size
         return body
@@ -44,7 +44,7 @@ _encoder = msgspec.json.Encoder()
 _decoders: dict[type[Record], msgspec.json.Decoder[Any]] = {}
 _ZEROS = bytes.maketrans(b"123456789", b"000000000")
 _LONG = b"0" * 19
-"""The shortest integer that may have more than 64 bits, with zeros for its digits."""
+"""The shortest integer that may need more than 64 bits, with zeros for its digits."""
 _NO_NUMBERS = (str, bool, type(None))
 
 
@@ -58,7 +58,7 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(kind: type[R], body: bytes, key: str) -> R:
-    """Read a record. Raises UnreadableRecord, naming the key, when it is none or of a newer format."""
+    """Read a record. Raises UnreadableRecord if it is not valid, or of a newer format."""
     decoder = _decoders.get(kind)
     if decoder is None:
         decoder = _decoders[kind] = msgspec.json.Decoder(kind)
@@ -105,17 +105,17 @@ def check_size(body: bytes, what: str, error: type[InvalidArgument | InvalidResu
 
 
 def encode_value(value: Any, what: str, error: type[InvalidArgument | InvalidResult] = InvalidArgument) -> bytes:
-    """Return a value's JSON. Raises `error`, naming `what`, when JSON does not carry it."""
+    """Return the JSON of a value. Raises `error`, which names `what`, for a value that JSON cannot carry."""
     try:
         body = _values.encode(value)
         size = len(body)
-        if size > keys.LARGEST:  # before it is looked through, which takes seconds for what is far too large
+        if size > keys.LARGEST:  # before the search below, which takes seconds for a huge value
             check_size(body, what, error)
-        # msgspec writes NaN as null and integers of any length; readers would get something else back
+        # msgspec writes NaN as null, and integers of any length: readers would get other values
         if b"null" in body or (size >= len(_LONG) and _LONG in body.translate(_ZEROS)):
             odd = _odd_number(msgspec.to_builtins(value, enc_hook=encode_other))
             if odd:
-                raise ValueError("$" + odd)  # noqa: TRY301 - as those of the encoder
+                raise ValueError("$" + odd)  # noqa: TRY301 - as the encoder raises it
     except (TypeError, ValueError, OverflowError, RecursionError) as problem:
         msg = (
             f"{what} cannot be stored as JSON: {problem}. Pass builtins, dataclasses, TypedDicts, datetime, UUID, enums, "
@@ -126,7 +126,7 @@ def encode_value(value: Any, what: str, error: type[InvalidArgument | InvalidRes
 
 
 def _odd_number(value: Any) -> str:
-    """Return where a number is that JSON does not carry, and what is wrong with it; empty when there is none."""
+    """Return the place of a number that JSON cannot carry, and what is wrong with it; empty if there is none."""
     if isinstance(value, float):
         return "" if math.isfinite(value) else f" is {value}"
     if isinstance(value, int):
@@ -143,7 +143,7 @@ def _odd_number(value: Any) -> str:
 
 
 class Signature:
-    """A handler's parameters and result, as codecs. Types are resolved at first use, so that they may be declared later."""
+    """The parameters and the result of a handler, as codecs. Types may be declared after the handler, before its first use."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -151,7 +151,7 @@ class Signature:
             msg = f"{function.__qualname__} is a generator: a task returns one value. Return a list instead of yielding"
             raise UsageError(msg)
         try:
-            function.__qualname__  # noqa: B018 - a partial, or another callable object, has neither name nor types
+            function.__qualname__  # noqa: B018 - a partial or another callable object has no name and no types
             self.signature = inspect.signature(function)
         except (ValueError, TypeError, AttributeError):
             msg = f"{function!r} does not say what it takes: wrap it in a function of yours with declared parameters"
@@ -164,21 +164,21 @@ class Signature:
                     "Take a list or a dict instead"
                 )
                 raise UsageError(msg)
-        with suppress(_Unresolved):  # then the first use resolves them
-            self._types  # noqa: B018 - resolves them
+        with suppress(_Unresolved):  # the first use tries again
+            self._types  # noqa: B018 - resolves the types
 
     @cached_property
     def _types(self) -> _Types:
         return _Types(self)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments by parameter name. Raises TypeError as a plain call would."""
+        """Return the arguments by parameter name. Raises TypeError as a call does."""
         return self.signature.bind(*args, **kwargs).arguments
 
     def encode(self, arguments: dict[str, Any], *, lenient: bool = False) -> bytes:
-        """Return bound arguments as a JSON object; `lenient`: unchecked where a type cannot be found.
+        """Return bound arguments as a JSON object. `lenient`: skip the check if a type is not declared yet.
 
-        Raises InvalidArgument, naming the parameter, for what JSON does not carry, or would not arrive as it is.
+        Raises InvalidArgument, which names the parameter, for a value that JSON cannot carry, or that would arrive changed.
         """
         try:
             body = encode_value(arguments, f"the whole of the arguments of {self.function.__qualname__}")
@@ -203,7 +203,7 @@ class Signature:
             raise InvalidArgument(f"argument {name!r} of {self.function.__qualname__} does not fit its declared type: {lost}")
 
     def check_argument(self, name: str, value: object) -> None:
-        """Raise InvalidArgument for a value that would not arrive at this parameter as it is."""
+        """Raise InvalidArgument for a value that would arrive changed at this parameter."""
         declared = self._types.parameters[name]
         if not declared.fits(value):
             what = f"argument {name!r} of {self.function.__qualname__}"
@@ -211,13 +211,13 @@ class Signature:
             self._refuse_loss(name, declared.lost(value, back))
 
     def decode(self, body: bytes | msgspec.Raw) -> tuple[list[Any], dict[str, Any]]:
-        """Return stored arguments as the declared types, for a call. Raises InvalidPayload, naming the field."""
+        """Return stored arguments as the declared types. Raises InvalidPayload, which names the field."""
         named = self._types.read(body, InvalidPayload)
         first = [name for name, each in self.parameters.items() if each.kind is each.POSITIONAL_ONLY and name in named]
         return [named.pop(name) for name in first], named
 
     def check_batch(self) -> None:
-        """Raise UsageError unless the function can be called with one positional argument, an item."""
+        """Raise UsageError unless the function takes an item as its only required argument."""
         first, *others = [*self.parameters.values(), None]
         if first is None or first.kind is first.KEYWORD_ONLY or any(each and each.default is each.empty for each in others):
             msg = (
@@ -228,13 +228,13 @@ class Signature:
 
     @property
     def safe_items(self) -> Container[Any]:
-        """The types of which every item of a batch arrives as it is."""
+        """The types whose values always arrive unchanged as items of a batch."""
         return self._types.item.safe
 
     def check_items(self, values: list[Any], bodies: list[bytes]) -> tuple[int, str] | None:
-        """Return the place of the first item of a batch that would not arrive as it is, and why; None when all do."""
+        """Return the index of the first item of a batch that would arrive changed, and why; None if there is none."""
         item, items = self._types.item, self._types.items
-        with suppress(Exception):  # the loop below names the item
+        with suppress(Exception):  # the loop below finds the item
             if items.fits(values) or not items.lost(values, items.read(b"[" + b",".join(bodies) + b"]")):
                 return None
         for place, (value, body) in enumerate(zip(values, bodies, strict=True)):
@@ -247,13 +247,13 @@ class Signature:
         return None
 
     def decode_item(self, body: bytes | msgspec.Raw) -> Any:
-        """Return a batch's item as the declared type of the first parameter. Raises InvalidPayload."""
+        """Return an item of a batch as the type of the first parameter. Raises InvalidPayload."""
         return read_as(
             self._types.item, body, f"the item does not fit {self.function.__qualname__}{self.signature}", InvalidPayload
         )
 
     def check_result(self, value: Any) -> bytes:
-        """Return a result's JSON. Raises InvalidResult when JSON does not carry it, or it would not arrive as it is."""
+        """Return the JSON of a result. Raises InvalidResult if JSON cannot carry it, or it would arrive changed."""
         body = encode_value(value, f"the result of {self.function.__qualname__}", InvalidResult)
         result = self._types.result
         if not result.fits(value):
@@ -273,7 +273,7 @@ class _Unresolved(UsageError):
 
 
 class _Types:
-    """The types in a function's signature."""
+    """The types of a function's parameters and result."""
 
     def __init__(self, signature: Signature) -> None:
         self.signature = signature
@@ -288,11 +288,11 @@ class _Types:
             msg = f"a type in the signature of {self.name} cannot be found: {error}. Declare it at module level"
             raise _Unresolved(msg) from None
         self.item = next(iter(self.parameters.values()), self.result)
-        """The type of a batch's items."""
+        """The type of the items of a batch."""
         self.items = Declared(list[self.item.kind], f"the items of {self.name}")
         fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
         for name, parameter in signature.parameters.items():
-            # what pydantic reads is left as JSON at first
+            # a type that pydantic reads is kept as JSON at first
             kind = self.parameters[name].kind if self.parameters[name].native else msgspec.Raw
             if parameter.default is parameter.empty:
                 fields.append((name, kind))
@@ -301,10 +301,10 @@ class _Types:
         struct = msgspec.defstruct(signature.function.__name__, fields, kw_only=True, forbid_unknown_fields=True)
         self.whole = Declared(struct, f"the parameters of {self.name}")
         self.call = f"{self.name}{signature.signature}"
-        """How errors show the function."""
+        """The function, as errors show it."""
 
     def read(self, body: bytes | msgspec.Raw, error: type[InvalidArgument | InvalidPayload]) -> dict[str, Any]:
-        """Return the arguments in a JSON object by name, those that are there."""
+        """Return the given arguments in a JSON object by name."""
         what = "the stored arguments do" if error is InvalidPayload else "an argument does"
         what += f" not fit {self.call}"
         values = read_as(self.whole, body, what, error)
@@ -316,15 +316,15 @@ class _Types:
 def read_as(
     declared: Declared, body: bytes | msgspec.Raw, what: str, error: type[InvalidArgument | InvalidPayload | InvalidResult]
 ) -> Any:
-    """Read JSON as a declared type. Raises `error`, which begins with `what`."""
+    """Read JSON as a declared type. Raises `error`, whose text starts with `what`."""
     try:
         return declared.read(body)
-    except Exception as problem:  # noqa: BLE001 - types run code of the user's, such as validators
+    except Exception as problem:  # noqa: BLE001 - types run the user's code, such as validators
         raise error(f"{what}: {problem}") from None
 
 
 def decode_stored(decoder: msgspec.json.Decoder[T], body: bytes | msgspec.Raw, what: str, remedy: str) -> T:
-    """Read what buquet itself has stored beside a record. Raises UnreadableRecord, which says `what` it is, and the remedy."""
+    """Read a value that buquet has stored. Raises UnreadableRecord, which names `what` and the `remedy`."""
     try:
         return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""A declared type: reads JSON as values of it, and tells what would not arrive as it was given."""
+"""Declared types: read JSON as values of a type, and find values that would arrive changed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 _PLAIN = (str, int, float, bool, bytes, types.NoneType)
 _EXACT = (str, int, bool, types.NoneType, list, Any)
-"""Types for which `msgspec.convert` takes only what JSON carries. float is not among them: it takes a Decimal."""
+"""Types for which `msgspec.convert` accepts only values that JSON carries. For float it also accepts Decimal."""
 _JSON = (str, int, float, bool, types.NoneType, list, tuple, dict)
-"""What stands for a value of any type where the caller has only JSON, such as the command line."""
+"""Types that stand for any declared type where the caller has only JSON, such as the command line."""
 _UNIONS = (typing.Union, types.UnionType)
 _NEVER = (typing.NoReturn, typing.Never)
 _OPEN = (Any, object, list, dict, tuple, set, frozenset, *_NEVER)
@@ -37,12 +37,12 @@ class _All:
 
 
 class Declared:
-    """A declared type as a codec. Raises UsageError for one that neither msgspec nor pydantic can read."""
+    """A declared type as a codec. Raises UsageError for a type that neither msgspec nor pydantic can read."""
 
     def __init__(self, kind: Any, what: str) -> None:
         self.kind: Any = Any if kind in _NEVER else kind
         self.native = True
-        """Whether msgspec reads it; else pydantic does."""
+        """Whether msgspec reads the type; else pydantic does."""
         try:
             decoder = msgspec.json.Decoder(self.kind, dec_hook=decode_model)
         except TypeError as error:
@@ -51,18 +51,18 @@ class Declared:
         else:
             self.read: Callable[[bytes | msgspec.Raw], Any] = decoder.decode
         self.safe: frozenset[Any] | _All = frozenset()
-        """The types of which every value arrives as it was given."""
+        """The types whose values always arrive unchanged."""
         if self.kind in (Any, object):
             self.safe = _All()
-        elif self.native:  # pydantic takes bytes for text
+        elif self.native:  # pydantic reads bytes as text
             members = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (types.NoneType if kind is None else kind,)
             self.safe = frozenset(each for each in members if each in _PLAIN)
         self._exact: Any = _exact(self.kind) if self.native else None
         self._equal: bool | None = None
-        """Whether values that are equal are the same in all of their fields."""
+        """Whether equal values are equal in all of their fields; None: not known yet."""
 
     def fits(self, value: object) -> bool:
-        """Return True for a value that is known at little cost to arrive as it is; after False, `lost` decides."""
+        """Tell whether a cheap check shows that a value arrives unchanged. If it does not, `lost` decides."""
         if type(value) in self.safe:
             return True
         if self._exact is None:
@@ -73,35 +73,35 @@ class Declared:
             return False
 
     def lost(self, given: object, back: object) -> str:
-        """Return which part of a value would not arrive as it was given, and how; empty when all does."""
+        """Return which part of a value would arrive changed, and how; empty if none would."""
         if self._equal is None:
             self._equal = all(_compares_fields(each) for each in _classes(self.kind, set()))
         return _lost(given, back, "$", _members(self.kind), equal=self._equal)
 
 
 def pydantic_model(kind: Any) -> Any:
-    """Return `kind` if it is a pydantic model, without ever importing pydantic."""
+    """Return `kind` if it is a pydantic model, without importing pydantic."""
     pydantic = sys.modules.get("pydantic")
     return kind if pydantic and isinstance(kind, type) and issubclass(kind, pydantic.BaseModel) else None
 
 
 def encode_other(value: Any) -> Any:
-    """Return a pydantic model as builtins; msgspec's `enc_hook`. Raises TypeError or ValueError for what JSON does not carry."""
+    """Return a pydantic model as builtins: the `enc_hook` of msgspec. Raises TypeError or ValueError for other values."""
     if pydantic_model(type(value)):  # pyright: ignore[reportUnknownArgumentType]
-        # by the fields' own names, and without computed fields: what the model itself takes
+        # by field names and without computed fields, as the model itself accepts it
         found = value.model_dump(mode="json", round_trip=True, by_alias=False, warnings=False)
-        if b"**********" in msgspec.json.encode(found):  # what pydantic writes for a secret
+        if b"**********" in msgspec.json.encode(found):  # pydantic writes this for a secret
             msgspec.to_builtins(value, enc_hook=_refuse_secrets)
         return found
     if inspect.iscoroutine(value):
         value.close()
-        msg = "a coroutine is no JSON value, and nobody awaited it. Is an async function hidden by a decorator that is none?"
+        msg = "a coroutine is no JSON value, and nobody awaited it. Does a plain decorator wrap an async function?"
         raise TypeError(msg)
     raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} is no JSON value")
 
 
 def _refuse_secrets(value: Any) -> Any:
-    """Raise ValueError for a secret, which JSON has as asterisks; an `enc_hook` that looks into models."""
+    """Raise ValueError for a secret, which would become asterisks in JSON: an `enc_hook` that looks into models."""
     if pydantic_model(type(value)):
         for name, each in value.__dict__.items():
             _refuse_secret(each, f"`{name}` of {_name(value)}")
@@ -116,11 +116,11 @@ def _refuse_secret(value: object, what: str) -> None:
 
 
 def decode_model(kind: Any, value: Any) -> Any:
-    """Read builtins as a pydantic model; msgspec's `dec_hook`."""
+    """Read builtins as a pydantic model: the `dec_hook` of msgspec."""
     model = pydantic_model(kind)
     if model:
         try:
-            # as JSON: a strict model takes a date from a string only there
+            # as JSON, since a strict model accepts a date as a string only from JSON
             return model.model_validate_json(msgspec.json.encode(value), by_alias=True, by_name=True)
         except ValueError as error:
             raise msgspec.ValidationError(str(error)) from None
@@ -130,7 +130,7 @@ def decode_model(kind: Any, value: Any) -> Any:
 
 
 def _pydantic_reader(kind: Any, what: str, problem: TypeError) -> Callable[[bytes | msgspec.Raw], Any]:
-    """Return what reads a type that msgspec refuses, such as a union of dataclasses or of models."""
+    """Return a reader for a type that msgspec refuses, such as a union of dataclasses or models."""
     if importlib.util.find_spec("pydantic") is None:
         msg = (
             f"{what} cannot be declared so: {problem}. Unions of dataclasses or models need pydantic: install 'buquet[pydantic]'"
@@ -147,7 +147,7 @@ def _pydantic_reader(kind: Any, what: str, problem: TypeError) -> Callable[[byte
 
 
 def _exact(kind: Any) -> Any:
-    """Return a type of which each value that `msgspec.convert` returns equal also arrives equal as JSON; None: use JSON."""
+    """Return a type for which a value that `msgspec.convert` returns equal also arrives equal as JSON; None: use JSON."""
     origin = typing.get_origin(kind)
     if kind is dict:
         return dict[str, Any]
@@ -174,7 +174,7 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 
 def _inside(kinds: tuple[Any, ...], place: Any) -> tuple[Any, ...]:
-    """Return the declared types of the item at an index, or of the value under a name, in containers of these types."""
+    """Return the declared types of the item at `place` (an index or a name) in containers of these types."""
     found: list[Any] = []
     for kind in kinds:
         known: Any = typing.get_origin(kind) or kind
@@ -193,7 +193,7 @@ def _inside(kinds: tuple[Any, ...], place: Any) -> tuple[Any, ...]:
 
 @lru_cache(1_000)
 def _hints(kind: Any) -> dict[str, Any]:
-    """Return the declared types of a class's fields. One that cannot be found is left out, as if it were open."""
+    """Return the declared types of the fields of a class. A type that cannot be resolved is omitted, and so unchecked."""
     try:
         return typing.get_type_hints(kind, include_extras=True)
     except (NameError, TypeError):
@@ -201,19 +201,19 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _field_types(kind: Any) -> Callable[[str], tuple[Any, ...]]:
-    """Return a function from a field's name in JSON to its declared types."""
+    """Return a function from the JSON name of a field to its declared types."""
     hints = _hints(kind)
     if issubclass(kind, msgspec.Struct):
         hints = {
             name: hints.get(own, Any) for name, own in zip(kind.__struct_encode_fields__, kind.__struct_fields__, strict=True)
         }
-    elif pydantic_model(kind):  # where a generic model's type arguments are filled in
+    elif pydantic_model(kind):  # its own fields have the type arguments of a generic model
         hints = hints | {name: each.annotation for name, each in kind.model_fields.items()}
     return lambda name: _members(hints.get(name, Any))
 
 
 def _classes(kind: Any, seen: set[Any]) -> Iterator[type]:
-    """Yield the classes that a declared type is made of."""
+    """Yield the classes in a declared type."""
     for member in _members(kind):
         for each in typing.get_args(member):
             yield from _classes(each, seen)
@@ -226,7 +226,7 @@ def _classes(kind: Any, seen: set[Any]) -> Iterator[type]:
 
 
 def _compares_fields(kind: Any) -> bool:
-    """Tell whether `==` of a class compares each field. A user's `__eq__`, or a field of compare=False, may overlook some."""
+    """Tell whether `==` of a class compares all fields. A user's `__eq__`, or a field with compare=False, may skip some."""
     made = getattr(getattr(kind.__eq__, "__code__", None), "co_filename", "<string>") == "<string>"
     fields = getattr(kind, "__dataclass_fields__", {}).values()
     return (made or kind.__eq__.__module__.startswith("pydantic.")) and all(each.compare for each in fields)
@@ -235,10 +235,10 @@ def _compares_fields(kind: Any) -> bool:
 def _same(given: Any, back: Any) -> bool:
     try:
         if _is(given, datetime) and _is(back, datetime) and given.tzinfo and back.tzinfo:
-            # in an hour that a zone repeats or skips, Python holds a time unequal to each time of another zone
+            # in an hour that a zone repeats or skips, Python compares a time as unequal to all times of other zones
             return given.astimezone(UTC) == back.astimezone(UTC)
         return bool(given == back)
-    except Exception:  # noqa: BLE001 - an __eq__ of the user's that cannot compare
+    except Exception:  # noqa: BLE001 - the user's __eq__ may raise
         return False
 
 
@@ -270,7 +270,7 @@ def _lost_of_list(given: Any, back: Any, path: str, kinds: tuple[Any, ...], *, e
 
 def _lost_one(given: Any, back: Any, path: str, kinds: tuple[Any, ...]) -> str:
     if type(given) is type(back):
-        # of what compares by identity, such as a lock in a private attribute, only the type says anything
+        # an object that compares by identity, such as a lock in a private attribute, has only its type to compare
         return "" if type(given).__eq__ is object.__eq__ else f"`{path}` ({_name(given)}) would arrive changed"
     stands_for = _is(given, _JSON) and not _is(given, tuple) and not _is(back, _JSON) and type(given) not in kinds
     if stands_for or (_are_open(kinds) and _is_json_of(given, back)):
@@ -306,7 +306,7 @@ def _lost_of_dict(given: dict[Any, Any], back: Any, path: str, kinds: tuple[Any,
             given = named
         return _lost_in(given, back, path, lambda name: _inside(kinds, name), equal=equal)
     fields = None if pydantic_model(type(back)) else _fields(back)
-    if fields is None:  # a model has checked the dict itself, and knows its aliases
+    if fields is None:  # a model has checked the dict itself, with its aliases
         return ""
     tag = getattr(getattr(back, "__struct_config__", None), "tag_field", None)
     given = {name: each for name, each in given.items() if name != tag}
@@ -327,7 +327,7 @@ def _lost_in(
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
-    """Return the fields of a struct, dataclass or model by their names in JSON."""
+    """Return the fields of a struct, dataclass or model by their JSON names."""
     kind = cast("Any", type(value))
     if pydantic_model(kind):
         return {**value.__dict__, **(value.__pydantic_extra__ or {}), **(value.__pydantic_private__ or {})}

@@ -1,7 +1,7 @@
-"""Makes text safe to print: names, errors and values come from anybody who may write to the bucket.
+"""Makes text safe to print. Names, errors and values come from anybody who may write to the bucket.
 
-Whatever reaches a terminal, a log or a page goes through `printable`. Otherwise a terminal would obey control characters, a line
-break would forge a line of a log, and a bidirectional override would show a text in another order than it has.
+All text for terminals, logs and pages goes through `printable`. Otherwise a terminal would obey control characters, a line break
+would forge a log line, and a bidirectional override would reorder the text.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 UNSAFE = {"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"}
-"""Unicode's categories of controls, of invisible and bidirectional marks, of what is no character, and of line breaks."""
+"""Unicode categories of control characters, invisible and bidirectional marks, unassigned characters and line breaks."""
 LONGEST = 10**18
 """Milliseconds, the most that a length of time is shown as."""
 JOINERS = "\u200c\u200d"
-"""Invisible, but harmless, and part of words (Persian) and of emoji."""
+"""Invisible but harmless characters, part of words (Persian) and of emoji."""
 
 
 def _escape(character: str) -> str:
@@ -39,7 +39,7 @@ def printable(text: str, keep: str = "", mark: Callable[[str], str] = _escape) -
 
 
 def counted(count: int, one: str, many: str = "") -> str:
-    """Return a number with its noun, or with what else depends on it.
+    """Return a number with its noun, or with another text that depends on the number.
 
     >>> counted(1, "task"), counted(1200, "task"), counted(0, "entry", "entries"), counted(2, "run goes", "runs go")
     ('1 task', '1,200 tasks', '0 entries', '2 runs go')
@@ -48,7 +48,7 @@ def counted(count: int, one: str, many: str = "") -> str:
 
 
 def indented(text: str) -> str:
-    r"""Return a text of several lines; all but the first are indented, so that none passes for a line of the program's own.
+    r"""Return a text of several lines with all lines but the first indented, so that none looks like a line of the program.
 
     >>> indented("first\nsecond\x07")
     'first\n    second\\x07'
@@ -57,7 +57,7 @@ def indented(text: str) -> str:
 
 
 def json_line(value: Any) -> str:
-    r"""Return a value as JSON on one line, in which no character is unsafe to print. What JSON does not know becomes its `str`.
+    r"""Return a value as JSON on one line, with safe characters only. A value that JSON does not carry becomes its `str`.
 
     >>> json_line({"name": "\x9b31m"})
     '{"name":"\\u009b31m"}'

@@ -417,29 +417,23 @@ class App:
         """Return a handle of any task by its id. Nothing is read yet. Its result is made of plain builtins."""
         return Handle(self, task_id)
 
-    def cancel(self, task_id: str) -> Literal["cancelled", "requested"]:
-        """Cancel a task, see Handle.cancel."""
-        return self.get(task_id).cancel()
-
     async def acancel(self, task_id: str) -> Literal["cancelled", "requested"]:
-        """Cancel a task, see Handle.cancel."""
+        """Cancel a task, see `Handle.acancel`."""
         return await self.get(task_id).acancel()
 
-    def redrive(self, task_id: str) -> None:
-        """Run a failed, cancelled or expired task again from its first attempt. Raises Refused for any other."""
-        self.get(task_id).redrive()
+    cancel = blocking(acancel)
 
     async def aredrive(self, task_id: str) -> None:
-        """Do what `redrive` does, on the running event loop."""
+        """Run a failed, cancelled or expired task again from its first attempt. Raises Refused for any other."""
         await self.get(task_id).aredrive()
 
-    def history(self, task_id: str) -> list[Event]:
-        """Return a task's timeline, see Handle.history."""
-        return self.get(task_id).history()
+    redrive = blocking(aredrive)
 
     async def ahistory(self, task_id: str) -> list[Event]:
-        """Return a task's timeline, see Handle.history."""
+        """Return the timeline of a task, see `Handle.ahistory`."""
         return await self.get(task_id).ahistory()
+
+    history = blocking(ahistory)
 
     def run(self, run_id: str) -> Run[Any]:
         """Return a handle of any run by its id. Nothing is read yet. Its result is made of plain builtins."""

@@ -199,7 +199,7 @@ def test_where_a_store_knows_the_condition_a_role_may_create_the_layout_and_neve
 async def test_nobody_reaches_beyond_the_prefix(app_of):
     for role in ROLES:
         app = app_of(role)
-        place = app.client.store.place
+        place = app.client.store.location
         elsewhere = S3Store(place._replace(prefix="other"), Clock())
         with pytest.raises(AccessDenied):
             await elsewhere.put("tasks/00/x.json", b"x")

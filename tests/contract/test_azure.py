@@ -6,7 +6,7 @@ from buquet import AccessDenied, InvalidURL
 from buquet.clock import Clock
 from buquet.store.answers import code_of, explain, is_missing
 from buquet.store.objects import AzureStore
-from buquet.store.open import Place, open_store
+from buquet.store.open import Location, open_store
 
 ANSWER = "Object not found: Server returned non-2xx status code: 404 Not Found: <Error><Code>{}</Code></Error>"
 
@@ -33,7 +33,7 @@ async def test_without_an_account_it_says_what_to_set(monkeypatch):
 
 
 def test_a_missing_container_is_not_a_missing_key():
-    place = Place("container", "", None, None, "az")
+    place = Location("container", "", None, None, "az")
     missing = FileNotFoundError(ANSWER.format("BlobNotFound"))
     gone = FileNotFoundError(ANSWER.format("ContainerNotFound"))
     assert code_of(gone) == "ContainerNotFound"

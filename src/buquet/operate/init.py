@@ -13,7 +13,7 @@ import msgspec
 from buquet import keys
 from buquet.errors import AccessDenied, BucketMissing, StoreRefused, UsageError, install
 from buquet.records import Layout
-from buquet.store.open import Place
+from buquet.store.open import Location
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -51,13 +51,13 @@ async def prepare(client: Client, *, keep_versions_days: int = 30) -> AsyncItera
     if keep_versions_days < 1:
         raise UsageError(f"earlier versions are kept for a day at least, not {keep_versions_days}")
     store = client.store
-    place = getattr(store, "place", None)
-    if isinstance(place, Place) and place.scheme == "s3":
+    place = getattr(store, "location", None)
+    if isinstance(place, Location) and place.scheme == "s3":
         for step in await asyncio.to_thread(_Bucket(place).prepare, keep_versions_days):
             yield step
     await client.open()
     await _obey_control_only(client)
-    if isinstance(place, Place):
+    if isinstance(place, Location):
         if place.scheme != "s3":
             yield InitStep(
                 "bucket", done=True, detail=f"{place.bucket} is there; versions and lifecycle rules are left as they are"
@@ -116,7 +116,7 @@ def merged(existing: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[d
 
 
 class _Bucket:
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Location) -> None:
         try:
             boto3 = cast("Any", importlib.import_module("boto3"))
             self.errors = cast("Any", importlib.import_module("botocore.exceptions"))

@@ -11,7 +11,7 @@ from obstore.exceptions import AlreadyExistsError, PermissionDeniedError, Precon
 from buquet.errors import AccessDenied, BucketMissing, StoreError, StoreFull, StoreRefused, StoreUnavailable, StoreUnfit
 
 if TYPE_CHECKING:
-    from buquet.store.open import Place
+    from buquet.store.open import Location
 
 STATUS = re.compile(r"status code: (\d{3})")
 CODE = re.compile(r"<Code>\s*([\w.]+)\s*</Code>")
@@ -69,48 +69,48 @@ def is_no_version(error: BaseException) -> bool:
     return (status_of(error), code_of(error)) in {(400, "InvalidArgument"), (400, "NoSuchVersion"), (405, "MethodNotAllowed")}
 
 
-def explain(error: BaseException, what: str, place: Place, *, answered: bool) -> StoreError:
+def explain(error: BaseException, what: str, location: Location, *, answered: bool) -> StoreError:
     """Return the error of buquet for an obstore error. `answered`: whether the store ever answered a request with success."""
     status, code = status_of(error), code_of(error)
     said = _said(error, status, code)
-    where = place.endpoint or ("AWS" if place.scheme == "s3" else "Azure")
+    where = location.endpoint or ("AWS" if location.scheme == "s3" else "Azure")
     if code in NO_BUCKET:
-        how = f"Create it, or run `buquet init --url {shlex.quote(place.url)}`" if place.scheme == "s3" else "Create it"
-        return BucketMissing(f"there is no bucket {place.bucket!r} at {where}. {how}")
+        how = f"Create it, or run `buquet init --url {shlex.quote(location.url)}`" if location.scheme == "s3" else "Create it"
+        return BucketMissing(f"there is no bucket {location.bucket!r} at {where}. {how}")
     if any(sign in str(error) for sign in ROLE):
         if answered:  # the role gave credentials before, and will again
-            return StoreUnavailable(f"{what} in {place.url}: the machine's role could not be asked ({said})")
-        return AccessDenied(f"no credentials were found for {what} in {place.url}. {_looked(place)}")
+            return StoreUnavailable(f"{what} in {location.url}: the machine's role could not be asked ({said})")
+        return AccessDenied(f"no credentials were found for {what} in {location.url}. {_looked(location)}")
     if code in FULL or status == 507:
-        return StoreFull(f"{what} in {place.url}: {said}. Free space or raise the quota; nothing was written")
+        return StoreFull(f"{what} in {location.url}: {said}. Free space or raise the quota; nothing was written")
     if code in ELSEWHERE or "incorrectly configured region" in str(error) or status == 301:
-        return StoreRefused(f"{what} in {place.url}: {said}. Name the bucket's own region, by ?region= or AWS_REGION")
+        return StoreRefused(f"{what} in {location.url}: {said}. Name the bucket's own region, by ?region= or AWS_REGION")
     if code in LACKING:
-        return AccessDenied(f"{what} in {place.url} was denied: {said}. {_right(what, place)}")
+        return AccessDenied(f"{what} in {location.url} was denied: {said}. {_right(what, location)}")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in {401, 403} or code in DENIED:
-        return AccessDenied(f"{what} in {place.url} was denied: {said}. {_looked(place)}")
+        return AccessDenied(f"{what} in {location.url} was denied: {said}. {_looked(location)}")
     if status == 501 or code == "NotImplemented":
         return StoreUnfit(f"{what}: {where} does not do this ({said}). buquet needs PUT with If-None-Match and If-Match")
     if status in {0, 408, 409, 412, 429} or status >= 500 or code in PASSING:
-        return StoreUnavailable(f"{what} in {place.url}: {said}")
-    return StoreRefused(f"{what} in {place.url}: {said}")
+        return StoreUnavailable(f"{what} in {location.url}: {said}")
+    return StoreRefused(f"{what} in {location.url}: {said}")
 
 
-def _right(what: str, place: Place) -> str:
+def _right(what: str, location: Location) -> str:
     """Return which right valid credentials lack."""
     verb, _, key = what.partition(" ")
-    if place.scheme == "az":
+    if location.scheme == "az":
         return f"The identity lacks the right to {verb} blobs there: give it the role Storage Blob Data Contributor"
     folder, slash, _ = key.partition("/")
-    bucket = f"arn:aws:s3:::{place.bucket}"
-    objects = "/".join(filter(None, (bucket, place.prefix, folder, slash and "*")))
+    bucket = f"arn:aws:s3:::{location.bucket}"
+    objects = "/".join(filter(None, (bucket, location.prefix, folder, slash and "*")))
     missing = f"s3:ListBucket on {bucket}" if verb == "LIST" else f"{RIGHTS[verb]} on {objects}"
     hidden = f", or s3:ListBucket on {bucket} where there is no such object" if verb == "GET" else ""
     return f"The credentials lack the right {missing}{hidden}"
 
 
-def _looked(place: Place) -> str:
-    if place.scheme == "az":
+def _looked(location: Location) -> str:
+    if location.scheme == "az":
         return "Credentials are taken from AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or other AZURE_… variables"
     return (
         "Credentials are taken from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, else from AWS_PROFILE and the files in ~/.aws "

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from obstore.auth.boto3 import Boto3CredentialProvider
 
     from buquet.clock import Clock
-    from buquet.store.open import Place
+    from buquet.store.open import Location
 
     Client = clients.S3Store | clients.AzureStore
 
@@ -69,12 +69,12 @@ class ObjectStore(ABC):
     credentials: ClassVar[str]
     """The environment variables that hold the credentials."""
 
-    def __init__(self, place: Place, clock: Clock) -> None:
-        _check_place(place, self.credentials)
-        endpoint = place.endpoint and place.endpoint.rstrip("/")
-        self.place = place._replace(prefix=place.prefix.strip("/"), endpoint=endpoint)
+    def __init__(self, location: Location, clock: Clock) -> None:
+        _check_location(location, self.credentials)
+        endpoint = location.endpoint and location.endpoint.rstrip("/")
+        self.location = location._replace(prefix=location.prefix.strip("/"), endpoint=endpoint)
         self.clock = clock
-        self.url = self.place.url
+        self.url = self.location.url
         self._lock = threading.Lock()
         self._client: Client | None = None
         self._closed = False
@@ -207,7 +207,7 @@ class ObjectStore(ABC):
         return answer
 
     def _explain(self, error: BaseException, what: str) -> BaseException:
-        return error if isinstance(error, UsageError) else explain(error, what, self.place, answered=self._answered)
+        return error if isinstance(error, UsageError) else explain(error, what, self.location, answered=self._answered)
 
     async def _opened(self) -> Client:
         """Return the client. It is made in a thread, since a profile may ask a server or a program for credentials."""
@@ -260,22 +260,22 @@ class S3Store(ObjectStore):
     credentials = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
     def _connect(self) -> Client:
-        place = self.place
-        endpoint = place.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+        location = self.location
+        endpoint = location.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
         provider = _profile()
         of_profile = provider.config.get("region") if provider else None
-        region = place.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or of_profile or REGION
+        region = location.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or of_profile or REGION
         config: clients.S3Config = {
-            "bucket": place.bucket,
+            "bucket": location.bucket,
             "region": region,
             # AWS's certificates do not cover names with dots, and few other servers take the bucket's name as a host
-            "virtual_hosted_style_request": endpoint is None and "." not in place.bucket,
+            "virtual_hosted_style_request": endpoint is None and "." not in location.bucket,
             "disable_bulk_delete": True,
         }
         if endpoint is not None:
             config["aws_endpoint_url_s3"] = endpoint
         return clients.S3Store(
-            prefix=place.prefix or None,
+            prefix=location.prefix or None,
             config=config,
             client_options=self._options(endpoint),
             retry_config={"max_retries": 0},
@@ -293,28 +293,28 @@ class AzureStore(ObjectStore):
     credentials = "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"
 
     def _connect(self) -> Client:
-        place = self.place
+        location = self.location
         if not os.environ.get("AZURE_STORAGE_ACCOUNT_NAME"):
             msg = f"{self.url}: the account of the container is not known. Name it in AZURE_STORAGE_ACCOUNT_NAME"
             raise AccessDenied(msg)
-        config: clients.AzureConfig = {"container_name": place.bucket}
-        if place.endpoint is not None:
-            config["endpoint"] = place.endpoint
+        config: clients.AzureConfig = {"container_name": location.bucket}
+        if location.endpoint is not None:
+            config["endpoint"] = location.endpoint
         return clients.AzureStore(
-            prefix=place.prefix or None,
+            prefix=location.prefix or None,
             config=config,
-            client_options=self._options(place.endpoint),
+            client_options=self._options(location.endpoint),
             retry_config={"max_retries": 0},
         )
 
 
-def _check_place(place: Place, credentials: str) -> None:
-    bucket, endpoint = place.bucket, place.endpoint
+def _check_location(location: Location, credentials: str) -> None:
+    bucket, endpoint = location.bucket, location.endpoint
     if not bucket or "/" in bucket:
-        raise InvalidURL(f"the name of a bucket is missing: {place.scheme}://bucket/prefix")
+        raise InvalidURL(f"the name of a bucket is missing: {location.scheme}://bucket/prefix")
     if "@" in bucket or "@" in (endpoint or ""):
         raise InvalidURL(f"a URL is shown and logged, and takes no credentials. Put them into {credentials}")
-    prefix = place.prefix.strip("/")
+    prefix = location.prefix.strip("/")
     if prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/")):
         raise InvalidURL(f"the prefix {prefix!r} has an empty part, or one that is . or ..")
     if endpoint is not None:

@@ -21,7 +21,7 @@ UNDERSTOOD = """Understood are
   memory:                           this process's memory, for tests"""
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """A bucket, its server, and a prefix in it."""
 
     bucket: str
@@ -51,15 +51,15 @@ def open_store(url: str, clock: Clock) -> Store:
 
             return SqliteStore(path, clock)
         case "s3":
-            place = _place(url, "s3", ("endpoint", "region"))
+            location = _location(url, "s3", ("endpoint", "region"))
             from buquet.store.objects import S3Store  # noqa: PLC0415 - as above
 
-            return S3Store(place, clock)
+            return S3Store(location, clock)
         case "az":
-            place = _place(url, "az", ("endpoint",))
+            location = _location(url, "az", ("endpoint",))
             from buquet.store.objects import AzureStore  # noqa: PLC0415 - as above
 
-            return AzureStore(place, clock)
+            return AzureStore(location, clock)
         case "memory":
             if rest:
                 raise InvalidURL("memory: takes nothing after its colon")
@@ -99,7 +99,7 @@ def _sqlite_path(path: str) -> str:
     return path
 
 
-def _place(url: str, scheme: str, known: tuple[str, ...]) -> Place:
+def _location(url: str, scheme: str, known: tuple[str, ...]) -> Location:
     try:
         parts = urlsplit(url)
     except ValueError as error:
@@ -115,4 +115,4 @@ def _place(url: str, scheme: str, known: tuple[str, ...]) -> Place:
         raise InvalidURL(f"an {scheme}: URL takes {names}, not {', '.join(unknown)}. Credentials belong into the environment")
     if len(values) < len(options) or not all(values.values()):
         raise InvalidURL(f"a parameter of the {scheme}: URL is empty or appears twice")
-    return Place(parts.netloc, parts.path, values.get("endpoint"), values.get("region"), scheme)
+    return Location(parts.netloc, parts.path, values.get("endpoint"), values.get("region"), scheme)

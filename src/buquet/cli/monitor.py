@@ -44,11 +44,11 @@ async def stats(
     workers = await fleet.workers(app.client, reader)
     listed = await Scan(app.client).keys(keys.TASKS, keys.task_id_of)
     exact = scan or len(listed) <= tasks.CHEAP
-    states = await tasks.count(reader, listed) if exact else None
+    counts = await tasks.count(reader, listed) if exact else None
     journal = Journal(app.client, time=reader.time)
     await journal.refresh()
-    retrying = states.retrying if states else journal.retrying().keys()
-    queues = await fleet.waiting(app.client, workers, reader, states.running if states else None, retrying)
+    retrying = counts.retrying if counts else journal.retrying().keys()
+    queues = await fleet.waiting(app.client, workers, reader, counts.running if counts else None, retrying)
     last_hour = journal.by_queue()
     if json:
         value: dict[str, Any] = {
@@ -56,8 +56,8 @@ async def stats(
             "last_hour": last_hour,
             "since": journal.since,
             "records": len(listed),
-            "statuses": states.counts if states else None,
-            "states": states.by_state() if states else None,
+            "statuses": counts.statuses if counts else None,
+            "states": counts.by_state() if counts else None,
             "unreadable": reader.unreadable,
         }
         print_json(msgspec.to_builtins(value))
@@ -65,8 +65,8 @@ async def stats(
     _print_queues(queues)
     if last_hour:
         _print_last_hour(last_hour, journal.since)
-    if states:
-        print_table(("status", "tasks"), sorted(states.counts.items()), "no task yet")
+    if counts:
+        print_table(("status", "tasks"), sorted(counts.statuses.items()), "no task yet")
     else:
         print(f"{counted(len(listed), 'task')} in all; --scan counts them by status, with a request for each")
     print_unreadable(reader.unreadable)

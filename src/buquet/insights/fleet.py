@@ -59,16 +59,21 @@ class Sessions(Folder[Session]):
 
     def rows(self) -> list[WorkerRow]:
         """Return the workers: the live ones first, then by their start."""
-        rows = [self._row(key, session) for key, session in self.records.items()]
+        rows = [
+            WorkerRow(session, self._age(key), self._is_alive(key, session), self.is_current(key))
+            for key, session in self.records.items()
+        ]
         return sorted(rows, key=lambda row: (not row.alive, row.session.started, row.session.id))
 
-    def _row(self, key: str, session: Session) -> WorkerRow:
-        # as of the last look: a store that does not answer makes no worker dead
-        age = max(self.listed_at + self.time.ahead - self.listed[key].modified, 0.0)
-        return WorkerRow(session, age, not session.reaped and age <= session.ttl, self.is_current(key))
-
     def live(self) -> list[Session]:
-        return [row.session for row in self.rows() if row.alive]
+        return [session for key, session in self.records.items() if self._is_alive(key, session)]
+
+    def _age(self, key: str) -> float:
+        # at the last look: a store that does not answer makes no worker dead
+        return max(self.listed_at + self.time.ahead - self.listed[key].modified, 0.0)
+
+    def _is_alive(self, key: str, session: Session) -> bool:
+        return not session.reaped and self._age(key) <= session.ttl
 
 
 async def workers(client: Client, scan: Scan | None = None) -> list[WorkerRow]:
@@ -190,8 +195,8 @@ def is_ready(entry: keys.Entry, now: int) -> bool:
 
 async def known_queues(client: Client, queues: Iterable[str]) -> list[str]:
     """Return these queues and those that have a bell, by name, without names that no queue can have."""
-    found = {keys.queue_of_bell(item.key) async for page in client.reads.pages(keys.BELLS) for item in page}
-    return sorted(filter(keys.is_name, found.union(queues)))
+    rung = {keys.queue_of_bell(item.key) async for page in client.reads.pages(keys.BELLS) for item in page}
+    return sorted(filter(keys.is_name, rung.union(queues)))
 
 
 def running_by_queue(sessions: Iterable[Session]) -> dict[str, set[str]]:

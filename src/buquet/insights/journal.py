@@ -161,8 +161,8 @@ class Journal:
         if self.room is not None:
             # late objects come within two hours: a LIST of each hour of a day would hold up all other requests
             since = max(since, min(self.now, now - LATEST))
-        found = await self._unread(since, now)
-        chosen, cut = self._choose(found)
+        unread = await self._unread(since, now)
+        chosen, cut = self._choose(unread)
         lines: list[Finished] = []
         unreadable = 0
         for index in range(0, len(chosen), AT_ONCE):
@@ -173,10 +173,10 @@ class Journal:
             for some, strange in await each_of(chosen[index : index + AT_ONCE], self._lines_of, AT_ONCE):
                 lines += some
                 unreadable += strange
-        if self.room is not None and self._read and found:
-            self._samples.append((now, len(found), len(chosen)))
+        if self.room is not None and self._read and unread:
+            self._samples.append((now, len(unread), len(chosen)))
         self._samples = [sample for sample in self._samples if sample[0] >= start]
-        self._read.update((key, _begun_at(key)) for key in found)
+        self._read.update((key, _begun_at(key)) for key in unread)
         self._cut = max(self._cut, cut)
         self._full_look = now if full else self._full_look
         self.unreadable += unreadable
@@ -185,24 +185,24 @@ class Journal:
 
     async def _unread(self, since: int, now: int) -> list[str]:
         """LIST the objects begun since then that were not read yet, the newest first. Each LIST stays in one hour's folder."""
-        found: list[str] = []
+        unread: list[str] = []
         for hour in range(since // HOUR, now // HOUR + 1):
             folder = keys.journal_hour(hour * HOUR)
             async for page in self.client.reads.pages(folder, after=keys.lane_at(folder, max(since, hour * HOUR))):
-                found += [item.key for item in page if item.key not in self._read and keys.journal_at(item.key) is not None]
-        return sorted(found, reverse=True)
+                unread += [item.key for item in page if item.key not in self._read and keys.journal_at(item.key) is not None]
+        return sorted(unread, reverse=True)
 
-    def _choose(self, found: list[str]) -> tuple[list[str], int]:
+    def _choose(self, unread: list[str]) -> tuple[list[str], int]:
         """Return the objects to read, and the time before which lines are left out.
 
         The first refresh reads the newest objects, later ones a sample.
         """
-        room = len(found) if self.room is None else max(self.room, 1)
-        if len(found) <= room:
-            return found, 0
+        room = len(unread) if self.room is None else max(self.room, 1)
+        if len(unread) <= room:
+            return unread, 0
         if not self._read:
-            return found[:room], _begun_at(found[room])
-        return [found[len(found) * number // room] for number in range(room)], 0
+            return unread[:room], _begun_at(unread[room])
+        return [unread[len(unread) * number // room] for number in range(room)], 0
 
     async def _lines_of(self, key: str) -> tuple[list[Finished], int]:
         stored = await self.client.reads.get(key)
@@ -260,10 +260,8 @@ class Journal:
         since: int = 0,
     ) -> Iterator[Finished]:
         """Yield the lines that fit, the latest first. `since`: milliseconds since 1970."""
-        for line in reversed(self.lines):
-            if line.at < since:
-                return
-            if line.kind == kind and status in {None, line.status} and _is_of(line, queue, name):
+        for line in reversed(self._since(since, queue, name)):
+            if line.kind == kind and status in {None, line.status}:
                 yield line
 
     def recent(
@@ -277,8 +275,8 @@ class Journal:
         width, count = MINUTE * step, minutes // step
         first = self.now // width - count + 1
         parts = [Minute(at=(first + number) * width) for number in range(count)]
-        for line in self._since(first * width):
-            if line.kind == "run" or not _is_of(line, queue, name):
+        for line in self._since(first * width, queue, name):
+            if line.kind == "run":
                 continue
             part = parts[min(line.at // width - first, count - 1)]  # a worker's clock may be a little ahead
             if line.kind == "attempt":
@@ -294,8 +292,8 @@ class Journal:
     def errors(self, *, queue: str | None = None, name: str | None = None, since: int = 0) -> list[ErrorGroup]:
         """Return the failures by kind, with the attempts that are retried, the most frequent first."""
         groups: dict[str, list[Finished]] = {}
-        for line in self._since(since):
-            if (line.kind == "attempt" or is_failure(line)) and _is_of(line, queue, name):
+        for line in self._since(since, queue, name):
+            if line.kind == "attempt" or is_failure(line):
                 groups.setdefault(line.group, []).append(line)
         errors = map(_error_group, groups.values())
         return sorted(errors, key=lambda group: (-(group.count + group.retried), -group.last))
@@ -306,7 +304,7 @@ class Journal:
 
     def summary(self, *, queue: str | None = None, name: str | None = None, since: int = 0) -> Summary:
         """Return rate, failures, durations and delays of the whole window, or from `since` on."""
-        return self._summary([line for line in self._since(since) if _is_of(line, queue, name)], since)
+        return self._summary(self._since(since, queue, name), since)
 
     def by_queue(self, *, since: int = 0) -> dict[str, Summary]:
         """Return the summary of each queue in which a task ended, or an attempt failed."""
@@ -316,8 +314,11 @@ class Journal:
                 queues.setdefault(line.queue, []).append(line)
         return {queue: self._summary(lines, since) for queue, lines in sorted(queues.items())}
 
-    def _since(self, since: int) -> list[Finished]:
-        return self.lines[bisect_left(self.lines, since, key=_ended_at) :]
+    def _since(self, since: int, queue: str | None = None, name: str | None = None) -> list[Finished]:
+        lines = self.lines[bisect_left(self.lines, since, key=_ended_at) :]
+        if queue is None and name is None:
+            return lines
+        return [line for line in lines if queue in {None, line.queue} and name in {None, line.name}]
 
     def _summary(self, lines: list[Finished], since: int) -> Summary:
         ended = [line for line in lines if line.kind == "task"]
@@ -335,13 +336,9 @@ class Journal:
         )
 
 
-def _is_of(line: Finished, queue: str | None, name: str | None) -> bool:
-    return queue in {None, line.queue} and name in {None, line.name}
-
-
 def is_failure(line: Finished) -> bool:
     """Return whether a line is of a task that failed without being allowed to."""
-    return line.kind == "task" and line.status == "failed" and not line.allowed
+    return line.status == "failed" and line.kind == "task" and not line.allowed
 
 
 def _error_group(lines: list[Finished]) -> ErrorGroup:

@@ -276,12 +276,12 @@ async def find(wanted: RunFilter, limit: int | None, scan: Scan) -> list[RunView
     the last changed on until there are enough.
     """
     client = scan.client
-    found: list[RunView] = []
+    views: list[RunView] = []
     if not wanted.statuses or "pending" in wanted.statuses:
-        found = [view async for view in _starts(scan) if wanted.takes(view)]
-    known = {view.id for view in found}
-    if wanted.statuses == ("pending",) or (limit is not None and len(found) >= limit):
-        return found[:limit]
+        views = [view async for view in _starts(scan) if wanted.takes(view)]
+    known = {view.id for view in views}
+    if wanted.statuses == ("pending",) or (limit is not None and len(views) >= limit):
+        return views[:limit]
     if wanted.paused or (wanted.statuses and UNFINISHED.issuperset(wanted.statuses)):
         listed = [keys.run(run_id) for run_id in (await _open_runs(client))[0]]
     else:
@@ -295,11 +295,11 @@ async def find(wanted: RunFilter, limit: int | None, scan: Scan) -> list[RunView
             scan.unreadable.append(str(error))
             continue
         if wanted.takes(view):
-            found.append(view)
-            if len(found) == limit:
+            views.append(view)
+            if len(views) == limit:
                 break
     scan.done(len(listed))
-    return found
+    return views
 
 
 async def _open_runs(client: Client, pages: int | None = None) -> tuple[list[str], bool]:

@@ -49,7 +49,7 @@ def status_of(task: Task) -> Status:
 class Counts:
     """All tasks by status, as their records say."""
 
-    counts: Counter[str] = field(default_factory=Counter[str])
+    statuses: Counter[str] = field(default_factory=Counter[str])
     running: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
     """Ids of the running tasks, by queue."""
     retrying: set[str] = field(default_factory=set[str])
@@ -57,22 +57,22 @@ class Counts:
 
     def by_state(self) -> dict[str, int]:
         """Return the counts by the records' states: a task that is retried is pending."""
-        counts = Counter(self.counts)
+        counts = Counter(self.statuses)
         counts["pending"] += counts.pop("retrying", 0)
         return dict(+counts)
 
 
 async def count(scan: Scan, records: Sequence[str]) -> Counts:
     """Count the tasks of some records, by their keys."""
-    found = Counts()
+    counts = Counts()
     async for task in scan.records(Task, records):
         status = status_of(task)
-        found.counts[status] += 1
+        counts.statuses[status] += 1
         if status == "retrying":
-            found.retrying.add(task.id)
+            counts.retrying.add(task.id)
         if task.state == "running":
-            found.running.setdefault(task.queue, set()).add(task.id)
-    return found
+            counts.running.setdefault(task.queue, set()).add(task.id)
+    return counts
 
 
 @dataclass
@@ -104,14 +104,14 @@ async def find(wanted: Filter, limit: int | None, scan: Scan) -> list[Task]:
         records = await _unfinished(wanted, scan)
     else:
         records = await scan.keys(keys.TASKS, keys.task_id_of)
-    found: list[Task] = []
+    tasks: list[Task] = []
     async for task in scan.records(Task, records):
         if wanted.takes(task):
-            found.append(task)
-            if len(found) == limit:
+            tasks.append(task)
+            if len(tasks) == limit:
                 break
     scan.done(len(records))
-    return found
+    return tasks
 
 
 async def _unfinished(wanted: Filter, scan: Scan) -> list[str]:
@@ -150,7 +150,7 @@ async def _unfinished(wanted: Filter, scan: Scan) -> list[str]:
 # ------------------------------------------------------------------ rows of a list
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Row:
     """One task of a list."""
 

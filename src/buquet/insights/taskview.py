@@ -111,29 +111,29 @@ def _value(body: bytes) -> Value:
 
 async def versions(client: Client, task_id: str, progress: Callable[[int, int], None] | None = None) -> list[Held[Task]]:
     """Return the versions of a task's record that the store still has, the newest first. Each costs a GET."""
-    found: list[Held[Task]] = []
+    kept: list[Held[Task]] = []
     async for held in client.versions(task_id):
-        found.append(held)
+        kept.append(held)
         if progress:
-            progress(len(found), VERSIONS)
-        if len(found) == VERSIONS:
+            progress(len(kept), VERSIONS)
+        if len(kept) == VERSIONS:
             break
-    return found
+    return kept
 
 
 def difference(old: Task, new: Task, around: int = 2) -> list[Line]:
     """Return how a later version of a record differs from an earlier version, with `around` lines of context."""
     before, after = _lines(old), _lines(new)
-    found: list[Line] = []
+    lines: list[Line] = []
     for group in difflib.SequenceMatcher(None, before, after, autojunk=False).get_grouped_opcodes(around):
-        if found or group[0][1] > 0:
-            found.append(Line("gap", "…"))
+        if lines or group[0][1] > 0:
+            lines.append(Line("gap", "…"))
         for what, a, b, c, d in group:
             if what == "equal":
-                found += [Line("same", text) for text in before[a:b]]
+                lines += [Line("same", text) for text in before[a:b]]
             else:
-                found += [Line("old", text) for text in before[a:b]] + [Line("new", text) for text in after[c:d]]
-    return found
+                lines += [Line("old", text) for text in before[a:b]] + [Line("new", text) for text in after[c:d]]
+    return lines
 
 
 def _lines(task: Task) -> list[str]:

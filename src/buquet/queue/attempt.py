@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 _current: ContextVar[Attempt | None] = ContextVar("buquet_attempt", default=None)
 _given: ContextVar[Attempt | None] = ContextVar("buquet_given_attempt", default=None)
-"""The attempt that a test has prepared for the next plain call."""
+"""The attempt that a test has prepared for its plain calls."""
 log = logging.getLogger("buquet.task")
 
 
 class Host(Protocol):
-    """Takes what an attempt reports: a worker, or nobody in a plain call."""
+    """Takes what an attempt reports."""
 
     def run_blocking(self, value: Any) -> None:
-        """Store a checkpoint and wait for it. Raises WrongLoop on a running event loop that this would stop."""
+        """Store a checkpoint and wait for it. Raises WrongLoop on a running event loop that this would block."""
         ...
 
     async def checkpoint(self, value: Any) -> None:
@@ -65,6 +65,8 @@ class Attempt:
         self._item = item
         self._calls: dict[str, int] = {}
         self._cancelled = False
+        self._parent: Attempt | None = None
+        """The attempt in which this one is a plain call."""
         self.id = task.id if item is None else f"{task.id}-{item}"
         """The task's id; of an item of a batch, its pack's id and its place in it. For idempotency use `key`."""
         self.attempt = number
@@ -111,7 +113,7 @@ class Attempt:
     @property
     def cancelled(self) -> bool:
         """Whether the task was cancelled, or its timeout has passed. A handler in a thread should check this now and then."""
-        return self._cancelled
+        return self._cancelled or (self._parent is not None and self._parent.cancelled)
 
     @cancelled.setter
     def cancelled(self, cancelled: bool) -> None:
@@ -139,7 +141,7 @@ class Attempt:
         self.checkpointed = value
 
     async def acheckpoint(self, value: Any) -> None:
-        """Do what `checkpoint` does, on the running event loop."""
+        """Async twin of `checkpoint`."""
         await self._host.checkpoint(value)
         self.checkpointed = value
 
@@ -163,36 +165,28 @@ _aside = Aside()
 
 
 class _Call(Attempt):
-    """A plain call inside an attempt. It knows the attempt's task, and reports nothing in that task's name."""
+    """A plain call inside an attempt. It knows the attempt's task, and reports nothing."""
 
     def __init__(self, parent: Attempt, name: str, *, workflow: bool) -> None:
         task = parent._task  # noqa: SLF001 - its own kind
         number = parent._calls[name] = parent._calls.get(name, 0) + 1  # noqa: SLF001
-        if task.workflow and not (task.step or workflow):  # a step of a workflow that is called plainly
+        if task.workflow and not (task.step or workflow):  # a step, in a plain call of its workflow
             task = replace(task, step=name if number == 1 else f"{name}_{number}")
         super().__init__(_aside, task, parent.attempt, parent.logger)
-        self.parent = parent
+        self._parent = parent
         self.id = parent.id
-        self._name = f"{name}\0{number}"
+        self._call = f"{name}\0{number}"
 
     @property
     def key(self) -> str:
-        """The parent's key, the task's name, and which call of that name it is, hashed."""
-        return hashlib.sha256(f"{self.parent.key}\0{self._name}".encode()).hexdigest()[:32]
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the task was cancelled in which this call is made."""
-        return self._cancelled or self.parent.cancelled
-
-    @cancelled.setter
-    def cancelled(self, cancelled: bool) -> None:
-        self._cancelled = cancelled
+        """A hash of the parent's key, the task's name, and the number of the call."""
+        parent = self._parent.key if self._parent is not None else ""
+        return hashlib.sha256(f"{parent}\0{self._call}".encode()).hexdigest()[:32]
 
 
 @contextmanager
 def plainly(clock: Clock, name: str, *, workflow: bool = False) -> Generator[None]:
-    """Give a plain call of a task or of a workflow an attempt of its own."""
+    """Give a plain call of a task or workflow its own attempt."""
     parent, given = _current.get(), _given.get()
     if parent is not None:
         attempt: Attempt = _Call(parent, name, workflow=workflow)
@@ -230,21 +224,21 @@ def current() -> Attempt:
 
 
 def inside_handler() -> Attempt | None:
-    """Return the attempt of a worker that is running here, or None."""
+    """Return the worker's attempt that runs in this context, or None."""
     attempt = _current.get()
-    while isinstance(attempt, _Call):
-        attempt = attempt.parent
+    while attempt is not None and attempt._parent is not None:  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
+        attempt = attempt._parent  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
     return None if attempt is None or isinstance(attempt._host, Aside) else attempt  # noqa: SLF001 # pyright: ignore[reportPrivateUsage]
 
 
 def enter(attempt: Attempt) -> None:
-    """Make an attempt the current one of this context."""
+    """Make an attempt the current attempt of this context."""
     _current.set(attempt)
 
 
 @contextmanager
 def given_attempt(attempt: Attempt) -> Generator[None]:
-    """Let the next plain call, and `current()` outside of one, find this attempt."""
+    """Make plain calls, and `current()` outside of them, find this attempt."""
     token = _given.set(attempt)
     try:
         yield

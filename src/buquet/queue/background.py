@@ -1,4 +1,4 @@
-"""One event loop in a thread of its own, behind every blocking method. The core is async only; this is the whole sync face."""
+"""The blocking methods: an event loop in its own thread runs the async methods behind them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger("buquet")
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """Return a new event loop, of uvloop where it is installed: a request to S3 then costs a quarter less CPU here (measured)."""
+    """Return a new event loop, of uvloop if it is installed: a request to S3 then costs a quarter less CPU (measured)."""
     try:
         import uvloop  # noqa: PLC0415 - there is none for Windows
     except ImportError:
@@ -35,7 +35,7 @@ def new_loop() -> asyncio.AbstractEventLoop:
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the event loop that is running in this thread, if any: a blocking call stops it."""
+    """Return the event loop that runs in this thread, if any. A blocking call blocks it."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -43,13 +43,13 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 class Background:
-    """The loop on which blocking calls, and rings of the bell, are carried out.
+    """The loop that runs blocking calls and rings of the bell. It starts at first use.
 
-    It starts at first use. A test or simulation gives it a `loop` of its own instead, and then makes no blocking calls.
+    A test or simulation passes its own `loop`, and then makes no blocking calls.
     """
 
     _hinted = False
-    """Whether this process was told that a blocking call stops an event loop."""
+    """Whether this process has logged that a blocking call blocks an event loop."""
     _workers: list[asyncio.AbstractEventLoop] = []  # noqa: RUF012 - the loops of this process on which workers run
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
@@ -60,23 +60,23 @@ class Background:
         forking.watch(self)
 
     def after_fork(self) -> None:
-        """Leave the loop to the parent, whose thread runs it; the child starts one of its own."""
+        """Leave the loop to the parent process, whose thread runs it. The child starts its own loop."""
         forking.LEFT_BEHIND.append((self._loop, self._thread))
         self._loop = self._thread = None
         self._lock = threading.Lock()
-        for loop in self._workers:  # run in the child only if an async handler on it has forked
+        for loop in self._workers:  # it runs in the child only if an async handler on it has forked
             loop.call_soon(forking.end_stray)
         self._workers.clear()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop, started if need be."""
+        """The loop. It is started if necessary."""
         forking.check()
         with self._lock:
             return self._loop or self._begin(new_loop())
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Run a loop of the caller's choice in the thread."""
+        """Run the caller's loop in the thread."""
         with self._lock:
             self._begin(loop)
 
@@ -88,7 +88,7 @@ class Background:
 
     @contextmanager
     def serving(self, loop: asyncio.AbstractEventLoop) -> Generator[None]:
-        """Refuse blocking calls on a loop while a worker runs on it: what they wait for might never happen."""
+        """Refuse blocking calls on a loop while a worker runs on it: they might wait forever."""
         self._workers.append(loop)
         try:
             yield
@@ -96,9 +96,9 @@ class Background:
             self._workers.remove(loop)
 
     def check_caller(self, blocking: str) -> None:
-        """Raise WrongLoop, with the name of the async twin, where a blocking call would wait for ever.
+        """Raise WrongLoop, which names the async twin, if a blocking call would wait forever.
 
-        On any other running loop, such as a notebook's, it only stops that loop for a while; a server's log says so once.
+        On any other running loop, such as a notebook's, the call only blocks the loop for a while. A log line says so once.
         """
         here = running_loop()
         if here is None:
@@ -116,7 +116,7 @@ class Background:
 
     @contextmanager
     def meanwhile(self, work: Callable[[Future[Any]], None]) -> Generator[None]:
-        """Have this thread do some work, until the future that it is given is done, whenever it waits for a blocking call."""
+        """While this thread waits for a blocking call, run `work(future)` in it, until the call's future is done."""
         self._meanwhile = (threading.get_ident(), work)
         try:
             yield
@@ -124,13 +124,13 @@ class Background:
             self._meanwhile = None
 
     def begin(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
-        """Start a coroutine; the future may be waited for in any other thread."""
+        """Start a coroutine. Any other thread may wait for the future."""
         return asyncio.run_coroutine_threadsafe(work(), self.loop)
 
     def run(self, work: Callable[[], Coroutine[Any, Any, T]], blocking: str, interrupted: Callable[[], None] | None = None) -> T:
-        """Carry out a coroutine and wait for it in this thread. `blocking` names the method, for what is said on a running loop.
+        """Run a coroutine and wait for it in this thread. `blocking` is the method's name, for messages.
 
-        KeyboardInterrupt cancels the coroutine and is raised; with `interrupted`, that is called instead, and the wait goes on.
+        KeyboardInterrupt cancels the coroutine and is raised. With `interrupted`, that is called instead, and the wait goes on.
         """
         self.check_caller(blocking)
         future = self.begin(work)
@@ -151,7 +151,7 @@ class Background:
                 raise
 
     def spawn(self, work: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        """Start a coroutine that nobody waits for; it must not raise."""
+        """Start a coroutine that nobody waits for. It must not raise."""
         self.loop.call_soon_threadsafe(self._start, work)
 
     _running: set[asyncio.Task[object]] = set()  # noqa: RUF012 - a loop holds tasks weakly; this keeps them until they are done
@@ -163,11 +163,11 @@ class Background:
 
     @property
     def started(self) -> bool:
-        """Whether there is a thread to end."""
+        """Whether the thread runs."""
         return self._thread is not None
 
     def stop(self) -> None:
-        """End the thread, if one was started, and cancel what other threads still wait for."""
+        """End the thread, if it runs, and cancel the calls that other threads wait for."""
         with self._lock:
             loop, thread = self._loop, self._thread
             if loop is None or thread is None:
@@ -218,7 +218,7 @@ def blocking(method: Callable[Concatenate[S, P], Coroutine[Any, Any, T]]) -> Cal
 
 
 def _in_notebook() -> bool:
-    """Tell whether this is IPython, whose cells run on an event loop that serves nobody else."""
+    """Return whether this is IPython, whose cells run on an event loop that serves nobody else."""
     get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
     return get_ipython is not None and get_ipython() is not None
 

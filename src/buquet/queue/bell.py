@@ -1,4 +1,4 @@
-"""The doorbell: one small object a queue whose ETag changes when entries were added. Always a hint, never truth."""
+"""The bell: one small object per queue, whose ETag changes when entries are added. It is a hint, never the truth."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ log = logging.getLogger("buquet.bell")
 
 HINTS = 64
 REMEMBERED = 1_000
-"""Queues whose bell is remembered: there may be a queue for each customer."""
+"""Queues whose bell is remembered. There may be a queue for each customer."""
 EVERY = 0.1
-"""Seconds between two rings of one process for one queue."""
+"""Seconds between two rings of one process for one queue, on average."""
 
 
 class Ringer:
-    """Rings for a process: merges the entries added within 0.1 s into one ring. May be told from any thread."""
+    """Rings the bells for a process. It merges entries that are added within 0.1 s into one ring."""
 
     def __init__(self, store: Store, clock: Clock, background: Background) -> None:
         self.store = store
@@ -42,13 +42,13 @@ class Ringer:
         self._ringing: set[str] = set()
         self._known: dict[str, Held[Bell] | None] = {}
         self._paid: dict[str, float] = {}
-        """Until when, by the monotonic clock, the rings of a queue use up their share of one each 0.1 s."""
+        """Until when the rings of a queue have used up their share of one per 0.1 s, by the monotonic clock."""
         self._failed = 0
-        """Rings, one after another, that failed; repeats are not counted."""
+        """Consecutive rings that failed, without their retries."""
         self._closing = False
 
     def added(self, queue: str, entry: str) -> None:
-        """Tell that an entry was added. Returns at once; the ring follows within 0.1 s."""
+        """Ring for an entry within 0.1 s. Returns at once; may be called from any thread."""
         with self._lock:
             self._added.setdefault(queue, []).append(entry)
             if queue in self._ringing or self._closing:
@@ -56,23 +56,23 @@ class Ringer:
             self._ringing.add(queue)
         try:
             self.background.spawn(lambda: self._ring_soon(queue))
-        except RuntimeError as error:  # no thread can be started, as at the interpreter's exit: the entry is found all the same
+        except RuntimeError as error:  # no thread starts at the interpreter's exit; workers find the entry later
             self._ringing.discard(queue)
             self._warn(queue, error)
 
     async def close(self) -> None:
-        """Ring for what was added and not yet rung for, and take nothing more."""
+        """Ring for what was added so far, and accept nothing more."""
         with self._lock:
             self._closing = True
         await self.flush()
 
     @property
     def is_due(self) -> bool:
-        """Whether something was added for which the bell was not yet rung."""
+        """Whether the bell has yet to be rung for an added entry."""
         return bool(self._ringing)
 
     async def flush(self) -> None:
-        """Wait until the bell was rung for all that was added."""
+        """Wait until the bell has been rung for all that was added."""
         while self._ringing:
             await self.clock.sleep(0.005)
 
@@ -80,7 +80,7 @@ class Ringer:
         try:
             await self._ring_all(queue)
         except BaseException as error:
-            self._ringing.discard(queue)  # else nobody would ring for this queue again, and a close would wait for ever
+            self._ringing.discard(queue)  # else no later ring of this queue would start, and `close` would wait forever
             if not isinstance(error, Exception):
                 raise
             log.exception(
@@ -90,7 +90,7 @@ class Ringer:
     async def _ring_all(self, queue: str) -> None:
         tries = 0
         while True:
-            # one ring ahead of its share: where submits come just as often as rings may, a late one would make all after it late
+            # Token bucket with a burst of one, so that submits at exactly the ring rate are not delayed cumulatively.
             wait = self._paid.get(queue, 0.0) - EVERY - self.clock.monotonic()
             if wait > 0:
                 await self.clock.sleep(wait)
@@ -103,7 +103,7 @@ class Ringer:
                 await pause(self.clock, tries + 3)
 
     async def _ring_now(self, queue: str, *, first: bool) -> bool:
-        """Ring for what was added; False where the store did not answer: it is to be rung for again."""
+        """Ring for what was added. Return False if the store did not answer, so that the ring must be repeated."""
         with self._lock:
             entries = self._added.pop(queue, None)
         if not entries:
@@ -113,7 +113,7 @@ class Ringer:
         try:
             await self._ring(queue, entries)
         except StoreError as error:
-            # the tasks are safe; without a ring they are found at the workers' next look back
+            # the tasks are safe: without a ring, workers find them at their next rescan
             self._known.pop(queue, None)
             if first:
                 if not self._failed & (self._failed - 1):
@@ -121,7 +121,7 @@ class Ringer:
                 self._failed += 1
             with self._lock:
                 if isinstance(error, StoreUnavailable) and not self._closing:
-                    # one more than a bell holds: it says LIST then
+                    # one more than a bell holds: without hints it says LIST
                     self._added[queue] = [*entries, *self._added.get(queue, ())][-HINTS - 1 :]
                     return False
         else:
@@ -144,23 +144,23 @@ class Ringer:
                 if write.landed:
                     return
         except UnreadableRecord as error:
-            held = None  # it held hints only
-            log.warning("a new bell takes the place of a damaged one: %s", error)
-        # others ring all the time, and one write a second is all that some stores take for a key: leave no hints, which says LIST
+            held = None  # it only held hints
+            log.warning("an unreadable bell is replaced: %s", error)
+        # Others ring all the time, and some stores take one write a second for a key. A bell without hints says LIST.
         rev = (held.record.rev if held else 0) + 1000 + self.clock.random.randrange(1000)
         await self.store.put(key, encode_record(Bell(rev=rev, op=self.clock.new_op())))
         self._known.pop(queue, None)
 
 
-def _remember(there: dict[str, T], queue: str, value: T) -> None:
-    there.pop(queue, None)
-    there[queue] = value
-    if len(there) > REMEMBERED:
-        del there[next(iter(there))]
+def _remember(memory: dict[str, T], queue: str, value: T) -> None:
+    memory.pop(queue, None)
+    memory[queue] = value
+    if len(memory) > REMEMBERED:
+        del memory[next(iter(memory))]
 
 
 def ring(bell: Bell | None, entries: list[str]) -> Bell:
-    """Return the bell with entries added at its next rev, cut to 64 hints so that no ring is left with only some of its hints."""
+    """Return the bell with entries added at its next rev. Of 64 hints at most, each ring keeps all of its hints or none."""
     rev = bell.rev + 1 if bell else 0
     hints = (*(bell.hints if bell else ()), *((rev, entry) for entry in entries))
     if len(hints) > HINTS:
@@ -170,7 +170,7 @@ def ring(bell: Bell | None, entries: list[str]) -> Bell:
 
 
 def news(bell: Bell, seen: int) -> list[str] | None:
-    """Return the entries added since rev `seen`; None when the hints do not reach back that far, which says LIST."""
+    """Return the entries added since rev `seen`. None: the hints do not reach back that far, and a LIST is needed."""
     if bell.rev <= seen or not bell.hints or bell.hints[0][0] > seen + 1:
         return None
     return [entry for rev, entry in bell.hints if rev > seen]

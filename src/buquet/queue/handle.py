@@ -1,4 +1,4 @@
-"""What a caller holds of a submitted task."""
+"""Handles of submitted tasks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger("buquet")
 
 
 class Home(Protocol):
-    """What handles and task functions need of their App."""
+    """An App, as handles and task functions use it."""
 
     @property
     def clock(self) -> Clock:
@@ -38,7 +38,7 @@ class Home(Protocol):
 
     @property
     def client(self) -> Client:
-        """The way to the store; made at first use."""
+        """The access to the store. It is made at first use."""
         ...
 
     @property
@@ -48,7 +48,7 @@ class Home(Protocol):
 
     @property
     def max_items(self) -> int | None:
-        """The most items of an `each`; None: each says how many."""
+        """The most items of an `each`; None: each has its own limit."""
         ...
 
 
@@ -140,7 +140,7 @@ class Handle(Generic[R_co]):
 
 
 def ending(task: Task) -> Exception:
-    """Return the error that tells how a task ended, other than well."""
+    """Return the error of a task that did not complete."""
     what = f"task {task.id} ({task.name})"
     if task.state == "cancelled":
         return TaskCancelled(f"{what} was cancelled. `buquet redrive {task.id}` runs it again", task.id)

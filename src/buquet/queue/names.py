@@ -1,6 +1,6 @@
-"""The port through which the queue asks a run about its tasks, and through which a graph builder takes a task's call.
+"""Names of system tasks, small values of the queue, and the ports to workflows.
 
-Queue and worker know nothing of workflows: `App` gives them one that answers.
+Queue and worker do not import workflows. `App` passes them objects that implement the protocols here.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 SYSTEM = "buquet."
-"""How the names of the tasks begin that every worker carries out, and that no pause of a queue holds up."""
+"""Begins the name of a system task. Every worker runs it, also while its queue is paused."""
 END = f"{SYSTEM}end"
-"""The name in the entry of a task of a run that is to end without its handler: any worker may see to it."""
+"""The name in the entry of a run task that must end without its handler. Any worker may claim it."""
 
 
 def is_system(name: str) -> bool:
-    """Tell whether a task, or an entry, of this name is for every worker."""
+    """Return whether this is the name of a system task or entry."""
     return name.startswith(SYSTEM)
 
 
 def may_stand_for(entry: str, task: str) -> bool:
-    """Tell whether an entry of this name can be that of a task of that name: the same, or the system's in its place."""
+    """Return whether an entry with this name can be the entry of a task with that name."""
     return entry == task or is_system(entry)
 
 
@@ -47,9 +47,9 @@ class Submitted(NamedTuple):
 
 
 class Later(Exception):
-    """A task cannot be dealt with before so many seconds have passed.
+    """A run task must wait for this many seconds.
 
-    `shelved`: nor before somebody has done something. A worker that drains does not wait for that.
+    `shelved`: it also waits for somebody to act, so a drain does not wait for it.
     """
 
     def __init__(self, seconds: float, why: str, *, shelved: bool = False) -> None:
@@ -76,49 +76,49 @@ class Outcome(NamedTuple):
 
 
 class Helper(Protocol):
-    """What a worker does for the run of a task that it carries."""
+    """What a worker does for the run of a task that it has claimed."""
 
     async def submit(self, task: Task, args: bytes) -> None:
         """Submit a task unless it is there: under a claim of this worker where it has room, else for any worker."""
         ...
 
     async def stop(self, task: Task, args: bytes) -> None:
-        """See to it that a task ends without its handler: claim it here and now, or ask whoever runs it."""
+        """End a task without its handler: claim it now, or ask the worker that runs it."""
         ...
 
     async def close_task(self, task: Task) -> None:
-        """See to it that a task which nobody has begun never runs, whether it is there or comes late."""
+        """Prevent a task from ever running, unless it has begun: also one whose submit comes later."""
         ...
 
     def carried(self, run: str, name: str) -> list[str]:
-        """Return the tasks of a run, of this name, that are under claims of this worker."""
+        """Return the tasks of a run with this name that this worker has claimed."""
         ...
 
     async def holds(self, task: Task) -> bool:
-        """Tell whether the task that is being carried is still under the claim of this worker, by a read."""
+        """Read a task, and return whether this worker still holds its claim."""
         ...
 
 
 class Parent(Protocol):
-    """What a run answers."""
+    """A run, as the worker of its tasks uses it."""
 
     async def wanted(self, task: Task) -> bool:
-        """Read the run, and tell whether the handler of one of its tasks is to run. Raises Later where it is not yet."""
+        """Read the run, and return whether the handler of a task may run. Raises Later if the task must wait."""
         ...
 
     async def deliver(self, task: Task, ended: Task | None, helper: Helper) -> Outcome:
-        """Record in its run how a task of it ended (None: its handler is not to run), and submit what follows.
+        """Record in the run how a task ended (None: its handler may not run), and carry out the actions that follow.
 
-        Returns how the task's own record is to end. Raises Later, StoreError.
+        Returns how the task's own record must end. Raises Later, StoreError.
         """
         ...
 
     async def only_bounds_a_wait(self, task: Task) -> bool:
-        """Tell whether a task is the timer of a wait for a signal: nothing is left to do there until somebody sends it."""
+        """Return whether a task is the timer of a wait for a signal, so that the run waits for somebody to act."""
         ...
 
     async def close(self) -> None:
-        """Give up what is under way, at the worker's end."""
+        """Cancel what is in flight, when the worker ends."""
         ...
 
 

@@ -1,6 +1,6 @@
-"""What is said of a task beside its arguments: how its attempts are made, how it is submitted, how it stands in a workflow.
+"""Options of attempts and of submits.
 
-Everything here ends up in a record, which must stay readable by all: so types are checked, not only values.
+All of them are stored in records, which every process must be able to read. So types are checked, not only values.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 LONGEST_KEY = 1024
 MOST_TAGS = 16 << 10
-"""Bytes of all tags of a task together: they lie in its record, which is written four times and listed in full."""
+"""The most bytes of all tags of a task. They are in its record, which is written four times."""
 
 
 def in_seconds(time: T | timedelta) -> T | float:
-    """Return a timedelta as seconds, and anything else as it is.
+    """Return a timedelta as seconds, and any other value unchanged.
 
     >>> in_seconds(timedelta(minutes=1)), in_seconds(1.5), in_seconds(None)
     (60.0, 1.5, None)
@@ -33,7 +33,7 @@ def in_seconds(time: T | timedelta) -> T | float:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How a task's attempts are made."""
+    """Options of a task's attempts."""
 
     max_attempts: int = 3
     max_losses: int = 10
@@ -51,7 +51,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class SubmitOptions:
-    """How a task is submitted."""
+    """Options of a submit."""
 
     key: str | None = None
     delay: float | None = None
@@ -84,43 +84,39 @@ class SubmitOptions:
 
     @property
     def expires_ms(self) -> int:
-        """The time within which the task must be started, in milliseconds; 0: it may wait for ever."""
+        """The time within which the task must start, in milliseconds; 0: no limit."""
         return max(int(self.expires * 1000), 1) if self.expires else 0
 
     def due_ms(self, now_ms: int) -> int:
-        """Return the time from which the task may run, in milliseconds since 1970; 0: at once."""
+        """Return when the task is due, in milliseconds since 1970; 0: at once."""
         if self.run_at is not None:
             return max(int(self.run_at.timestamp() * 1000), 0)
         return now_ms + int(self.delay * 1000) if self.delay else 0
 
 
 def check_key(key: object) -> None:
-    """Raise UsageError for what cannot be an idempotency key."""
+    """Raise UsageError unless this can be an idempotency key."""
     if key is not None and not (isinstance(key, str) and 1 <= _bytes_of(key) <= LONGEST_KEY):
         raise UsageError(f"key is a string of 1 to {LONGEST_KEY:,} bytes, not {str(key)[:80]!r}")
 
 
 def check_tags(tags: object) -> None:
-    """Raise UsageError for what cannot be the tags of a task or run."""
-    parts: list[Any] = [part for pair in cast("Mapping[Any, Any]", tags).items() for part in pair] if _maps(tags) else [None]
-    sizes = [_bytes_of(part) if isinstance(part, str) else -1 for part in parts]
+    """Raise UsageError unless these can be the tags of a task or run."""
+    pairs: list[Any] = [*cast("Mapping[Any, Any]", tags).items()] if isinstance(tags, Mapping) else [(None,)]
+    sizes = [_bytes_of(part) if isinstance(part, str) else -1 for pair in pairs for part in pair]
     if any(size < 0 for size in sizes):
-        raise UsageError(f"tags are strings by strings, not {repr(tags)[:200]}")
+        raise UsageError(f"tags are strings by strings, not {repr(cast('object', tags))[:200]}")
     if sum(sizes) > MOST_TAGS:
         msg = f"tags have at most {MOST_TAGS:,} bytes in all, and these have {sum(sizes):,}: put large values into the arguments"
         raise UsageError(msg)
 
 
 def _bytes_of(text: str) -> int:
-    """Return how many bytes a text has in UTF-8; -1 for what is none, a lone surrogate."""
+    """Return the number of bytes in UTF-8; -1 for a text with a lone surrogate, which has none."""
     try:
         return len(text.encode())
     except UnicodeEncodeError:
         return -1
-
-
-def _maps(value: object) -> bool:
-    return isinstance(value, Mapping)
 
 
 def _integer(value: object) -> bool:

@@ -1,8 +1,7 @@
-"""Spans of OpenTelemetry: a submit, each attempt, and what an attempt submits in turn, over all processes.
+"""OpenTelemetry spans: one for each submit and for each attempt, across all processes.
 
-The way from one to the next is `trace` in the task's record, a W3C traceparent of 55 characters. Where opentelemetry-api is not
-installed, nothing is measured and nothing stored; where it is and no SDK is set up, neither. A trace that came from outside is
-handed on all the same.
+`trace` in the task's record links them: a W3C traceparent of 55 characters. Without opentelemetry-api, or without an SDK, no span
+is made and nothing is stored. A trace that came from outside is still passed on.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _installed: bool | None = None
 
 
 def installed() -> bool:
-    """Tell whether opentelemetry-api is there. It is imported at the first submit or attempt, and not before."""
+    """Return whether opentelemetry-api is installed. It is imported at the first submit or attempt."""
     global _installed  # noqa: PLW0603 - looked up once a process
     if _installed is None:
         try:
@@ -39,7 +38,7 @@ def installed() -> bool:
 
 @contextmanager
 def submitting(task: Task) -> Generator[Task]:
-    """Give a task its place in the present trace, under a span that lasts as long as its submit."""
+    """Open a span for a submit. Yield the task with the span as its `trace`."""
     if not installed():
         yield task
         return
@@ -60,9 +59,9 @@ def submitting(task: Task) -> Generator[Task]:
 
 @contextmanager
 def attempt(task: Task) -> Generator[Callable[[Task | None], None]]:
-    """Run an attempt under a span that follows its submit's. What is yielded is to be told what became of the task.
+    """Open a span for an attempt, as a child of its submit's span. Yield a function to call with the task after the attempt.
 
-    A claim that was lost (None) leaves the span without an outcome: another attempt has the word.
+    After a lost claim (None) the span has no outcome: another attempt decides it.
     """
     if not installed() or (not task.trace and _no_sdk()):
         yield lambda _task: None
@@ -89,7 +88,7 @@ def attempt(task: Task) -> Generator[Callable[[Task | None], None]]:
 
 
 def _no_sdk() -> bool:
-    """Tell whether spans would go nowhere. To make them all the same is a tenth of a task's CPU on SQLite."""
+    """Return whether spans would go nowhere. To make them anyway costs a tenth of a task's CPU on SQLite."""
     from opentelemetry import trace  # noqa: PLC0415 - optional
 
     return isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)

@@ -1,4 +1,4 @@
-"""Waits for the end of a task or a run: by the store's own means where it has some, else by ever rarer reads of the record."""
+"""Waits for the end of a task or a run: by the store's own means if it has any, else by reads at growing intervals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ R = TypeVar("R", bound=Record)
 
 
 class Waiting:
-    """Those of this process who wait. May be used on several loops at once."""
+    """The waiting callers of this process, on any number of loops."""
 
     def __init__(self, register: Register, clock: Clock) -> None:
         self.register = register
@@ -64,7 +64,7 @@ class Waiting:
         return held
 
     async def _pause(self, task_id: str, seconds: float) -> None:
-        """Sleep until a worker of this process ends the task, at most so many seconds."""
+        """Sleep until a worker of this process ends the task, for at most this many seconds."""
         ended = asyncio.Event()
         waiter = (asyncio.get_running_loop(), ended)
         with self._lock:
@@ -82,7 +82,7 @@ class Waiting:
                     del self._waiters[task_id]
 
     def ended(self, task_id: str) -> None:
-        """Wake those of this process who wait for a task. May be called from any thread."""
+        """Wake the callers that wait for a task. May be called from any thread."""
         if not self._waiters:
             return
         with self._lock:
@@ -90,5 +90,5 @@ class Waiting:
         for loop, event in waiters:
             try:
                 loop.call_soon_threadsafe(event.set)
-            except RuntimeError:  # that loop was closed: nobody waits there any more
+            except RuntimeError:  # the loop is closed, and its callers with it
                 log.debug("a loop that waited for task %s is closed", task_id)

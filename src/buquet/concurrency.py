@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -22,6 +23,12 @@ async def each_of(items: Iterable[T] | AsyncIterable[T], work: Callable[[T], Awa
 
     >>> await each_of(task_ids, lambda task_id: register.read(Task, keys.task(task_id)), 16)  # doctest: +SKIP
     """
+    if not isinstance(items, AsyncIterable) and at_once > 1:
+        iterator = iter(items)
+        first = list(islice(iterator, 2))
+        if len(first) < 2:  # noqa: PLR2004 - one item needs no task of its own
+            return [await work(item) for item in first]
+        items = chain(first, iterator)
     source = aiter(items if isinstance(items, AsyncIterable) else _walk(items))
     taking = asyncio.Lock()
     results: list[Any] = []

@@ -228,7 +228,7 @@ USE = {
     "set field": (change_field, "change it in a task"),
     "set item": (change_item, "change it in a task"),
     "set": (lambda: {inc(1)}, "put it into a list"),
-    "gather": (gathers, "put it into a list; steps run side by side"),
+    "gather": (gathers, "put it into a list; steps run in parallel"),
     "power": (lambda: inc(1) ** 2, "do others in a task"),
     "abs": (lambda: abs(inc(1)), "do others in a task"),
     "round": (lambda: round(inc(1)), "do others in a task"),
@@ -252,7 +252,7 @@ USE = {
     "circle": (circle, "wait for each other in a circle: first -> second -> first"),
     "two of a name": (lambda: [inc.options(step="s")(1), inc.options(step="s")(1)], "two steps of this workflow are named 's'"),
     "a step too many": (lambda: chain(MOST_STEPS + 1), "1,001 steps, and a graph has at most 1,000. Use each"),
-    "too deep": (lambda: deep(DEEPEST), "nested more than 100 deep: work it out in a task"),
+    "too deep": (lambda: deep(DEEPEST), "nested more than 100 deep: compute it in a task"),
     "no branch": (lambda: when(inc(1) == 1, then=inc(2)), "then=lambda"),
     "no condition": (lambda: when(1, then=lambda: inc(2)), "must be True or False"),
     "each of nothing": (lambda: each(inc, 3), "each runs a task over a list"),
@@ -395,7 +395,7 @@ def test_what_cannot_be_said_is_told_with_what_can(name):
 def test_a_constant_that_is_other_in_json_is_no_part_of_an_expression(constant):
     uses = [lambda: inc(1) == constant, lambda: constant == inc(1), lambda: inc(1) > constant, lambda: inc(1) + constant]
     for use in uses:
-        with pytest.raises(UsageError, match=r"`(==|>|\+)` with .* compare and compute with it in a task of its own"):
+        with pytest.raises(UsageError, match=r"`(==|>|\+)` with .* compare and compute with it in a task"):
             trace(lambda use=use: inc(use()))
 
 
@@ -432,7 +432,7 @@ DOUBLES = {
 @pytest.mark.parametrize("name", DOUBLES)
 def test_a_value_that_doubles_in_a_loop_is_refused_at_once(name):
     workflow = app.workflow(name=f"doubles {name}")(lambda: doubled(90, DOUBLES[name]))
-    with pytest.raises(UsageError, match=f"workflow doubles {name} has more than 10,000 parts: .* Give the value a step"):
+    with pytest.raises(UsageError, match=f"workflow doubles {name} has more than 10,000 parts: .* Return the value from a task"):
         workflow.trace()
 
 

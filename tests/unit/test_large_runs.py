@@ -93,7 +93,7 @@ def test_signals_that_nobody_takes_are_refused_after_a_thousand(monkeypatch):
         record = (await app.client.register.read(RunRecord, keys.run(run.id))).record
         assert len(record.inbox["say"]) == 300
         assert await size(app, run) < 2 * committer.ROOM
-        with pytest.raises(Refused, match="300 of them are there"):
+        with pytest.raises(Refused, match="300 of them are kept"):
             await SAY.asend(run, "one more", app=app)
         await GO.asend(run, "go", app=app)
         assert [text.split()[0] for text in await run.aresult(timeout=60)] == ["1", "0"]

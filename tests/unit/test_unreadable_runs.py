@@ -287,7 +287,7 @@ def test_a_record_whose_each_has_another_shape_than_any_list_is_left_as_it_is(fa
 
     run_virtual(main)
     assert "a defect of buquet" not in caplog.text
-    assert "speaks of a step 'double'" in caplog.text or "is no run record" in caplog.text
+    assert "does not match its graph at step 'double'" in caplog.text or "is no run record" in caplog.text
 
 
 def test_a_graph_of_more_parts_than_a_worker_has_time_for_is_refused_and_counted_no_further():

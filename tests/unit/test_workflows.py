@@ -391,12 +391,12 @@ async def too_large(n):
     [
         (unfit, "step 'inc' failed: .*InvalidPayload: .*Expected `int`, got `str` - at `\\$.n`"),
         (no_field, "has no field 'price'"),
-        (no_condition, "a condition of `when` must be true or false, and this came to"),
-        (no_list, "each runs over a list, and this came to 3"),
+        (no_condition, "a condition of `when` must be true or false, not "),
+        (no_list, "each runs over a list, not 3"),
         (no_time, "a time is a number of seconds from 0 to ten years, not true"),
         (no_sum, "with `\\+`"),
         (no_output, "the run's result has no value: .*has no field 'price'"),
-        (too_large, "a number that JSON does not carry"),
+        (too_large, "a result that is no number in JSON"),
     ],
 )
 def test_a_value_that_does_not_fit_fails_the_run_and_says_so(body, said):

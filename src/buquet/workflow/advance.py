@@ -322,7 +322,7 @@ class _Advance:
     def _begin_fan(self, name: str, step: Step, record: StepRecord) -> set[str]:
         items = self.values.of(self.run, step.over)
         if not isinstance(items, list):
-            return self._fault(name, Fault(f"each runs over a list, and this came to {show(items)}"))
+            return self._fault(name, Fault(f"each runs over a list, not {show(items)}"))
         pack = pack_size_for(items) if step.auto else 0  # pyright: ignore[reportUnknownArgumentType]
         size = len(items)  # pyright: ignore[reportUnknownArgumentType]
         if record.fan is None and (problem := too_many(size, pack or step.pack, step.max_items, self.index.max_items)):

@@ -117,7 +117,7 @@ class Committer:
         for name in names:
             fan = run.step(name).fan
             if name not in steps or (fan is not None and not steps[name].fits(fan)):
-                raise UnreadableRecord(f"run {run.id} speaks of a step {name[:80]!r} that its graph does not have so")
+                raise UnreadableRecord(f"the record of run {run.id} does not match its graph at step {name[:80]!r}")
         return index
 
     def values(self, run_id: str, index: GraphIndex, before: StepValues | None = None) -> StepValues:

@@ -135,7 +135,7 @@ async def event_args(task: Task, values: Values) -> EventArgs:
     body = await values.of(task, "args")
     if not bytes(body):
         return EventArgs()
-    what = f"what task {task.id} carries, an event of run {task.run},"
+    what = f"the arguments of task {task.id}, an event task of run {task.run},"
     return decode_stored(_args, body, what, "Restore its record, or cancel the run")
 
 
@@ -271,7 +271,7 @@ def _items(run: RunRecord, name: str, step: Step, fan: Fan, values: StepValues) 
     items = values.of(run, step.over)
     if not isinstance(items, list) or len(cast("list[Any]", items)) != fan.items:
         before = counted(fan.items, "item")
-        msg = f"the list of step {name!r} of run {run.id} is not the one of {before} that it began with. {MEND}"
+        msg = f"step {name!r} of run {run.id} began with a list of {before}, and its list is another one now. {MEND}"
         raise UnreadableRecord(msg)
     return cast("list[Any]", items)
 

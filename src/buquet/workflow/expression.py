@@ -176,13 +176,15 @@ def check_size(expr: Expr, value: Any) -> Any:
         return known
 
     if size_of(value) > keys.LARGEST:
-        return Fault(f"a value has at most {keys.LARGEST:,} bytes as JSON, and this would have more: it repeats large ones")
+        return Fault(
+            f"a value has at most {keys.LARGEST:,} bytes as JSON; this one would have more, since it repeats large values"
+        )
     return value
 
 
 def no_condition(value: Any) -> Fault:
     """Return the Fault of a value that cannot decide a `when`."""
-    return Fault(f"a condition of `when` must be true or false, and this came to {show(value)}")
+    return Fault(f"a condition of `when` must be true or false, not {show(value)}")
 
 
 def is_mark(value: Any) -> bool:
@@ -290,13 +292,13 @@ def _apply(op: str, args: list[Any]) -> Any:
         if len(args) != (1 if op == "~" else 2):
             return Fault(f"`{op}` is given {len(args)} values")
         odd = [arg for arg in args if not isinstance(arg, bool)]
-        return Fault(f"`{op}` is for true and false, and one side came to {show(odd[0])}") if odd else logic(*args)
+        return Fault(f"`{op}` is for true and false, not for {show(odd[0])}") if odd else logic(*args)
     apply = OPERATORS.get(op)
     if apply is None:
         return Fault(f"this buquet knows no operator {op!r}")
     length = sum(len(cast("list[Any]", arg)) for arg in args if isinstance(arg, str | list))
     if op in {"+", "*"} and length * max([1, *(arg for arg in args if isinstance(arg, int))]) > _LARGEST:
-        return Fault(f"`{op}` came to too large a value")
+        return Fault(f"`{op}` has too large a result")
     if op == "%" and args and isinstance(args[0], str):  # it would format text of any width
         return Fault("`%` is for numbers: make the text in a task")
     try:
@@ -304,4 +306,4 @@ def _apply(op: str, args: list[Any]) -> Any:
     except (TypeError, ArithmeticError, RecursionError) as error:
         return Fault(f"{' and '.join(show(arg) for arg in args)} with `{op}`: {error}")
     in_json = math.isfinite(value) if isinstance(value, float) else not isinstance(value, int) or -(1 << 63) <= value < 1 << 64
-    return value if in_json else Fault(f"`{op}` came to a number that JSON does not carry")
+    return value if in_json else Fault(f"`{op}` has a result that is no number in JSON")

@@ -25,7 +25,7 @@ MOST_PARTS = 300_000
 """The most parts of all expressions together. Reading such a graph blocks a worker for a second or two."""
 DEEPEST = 100
 """How deep an expression may be nested: it is evaluated by recursion."""
-RESTORE = "Restore it from a backup, or start the workflow anew under another key"
+RESTORE = "Restore it from a backup, or start the workflow again with another key"
 """How to recover from a damaged run."""
 
 
@@ -143,7 +143,7 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         if len(self.steps) > MOST_STEPS:
             msg = (
                 f"this workflow has {len(self.steps):,} steps, and a graph has at most {MOST_STEPS:,}. "
-                "Use each(task, items) for what is done many times: it is one step"
+                "Use each(task, items) for repeated work: it is one step"
             )
             raise UsageError(msg)
         for name, step in self.steps.items():
@@ -183,12 +183,12 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             left -= max(parts, 1)
             what = f"an expression of step {name!r}" if name else "what the workflow returns"
             if left < 0:
-                msg = f"the expressions of this workflow have more than {MOST_PARTS:,} parts together: work them out in tasks"
+                msg = f"the expressions of this workflow have more than {MOST_PARTS:,} parts together: compute them in tasks"
                 raise UsageError(msg)
             if depth > DEEPEST:
-                raise UsageError(f"{what} is nested more than {DEEPEST} deep: work it out in a task")
+                raise UsageError(f"{what} is nested more than {DEEPEST} deep: compute it in a task")
             if parts > MOST_NODES:
-                raise UsageError(f"{what} has more than {MOST_NODES:,} parts: work it out in a task")
+                raise UsageError(f"{what} has more than {MOST_NODES:,} parts: compute it in a task")
 
 
 class GraphIndex:

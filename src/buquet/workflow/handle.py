@@ -461,7 +461,7 @@ def _check_pause(run: RunRecord | None, *, paused: bool) -> None:
     if run is not None and run.state in OVER:
         raise Refused(f"run {run.id} is {run.state}: there is nothing to {'pause' if paused else 'resume'}")
     if run is not None and paused and run.state != "running":
-        raise Refused(f"run {run.id} is {run.state} and comes to its end: it cannot be paused any more")
+        raise Refused(f"run {run.id} is {run.state}, so it can no longer be paused")
 
 
 async def _submit_event(
@@ -493,7 +493,7 @@ async def _error_of(client: Client, run: RunRecord) -> Exception:
     what = f"run {run.id} ({run.workflow})"
     if run.state == "pruned":
         return TaskNotFound(f"{what} was pruned: its result is gone")
-    again = f"`buquet run retry {run.id}` goes on with it"
+    again = f"`buquet run retry {run.id}` continues it"
     if run.state == "cancelled":
         return RunCancelled(f"{what} was cancelled. {again}", run.id)
     reason = run.error.message if run.error else "no reason was recorded"

@@ -53,7 +53,7 @@ class Placeholder:
     def __invert__(self) -> Placeholder:
         expr = expr_of(self)
         if not isinstance(expr, Apply) or expr.op not in {"==", "!=", "<", "<=", ">", ">=", "&", "|", "~"}:
-            _refuse("~", "it turns a comparison round; write `value == False` for a value")
+            _refuse("~", "it negates a comparison; write `value == False` for a value")
         return Placeholder(Apply("~", (expr,)))
 
     def __repr__(self) -> str:
@@ -67,7 +67,7 @@ _REFUSED = {
     "delattr": ("del .{}", "change it in a task"),
     "setitem": ("setting an item", "change it in a task"),
     "delitem": ("del of an item", "change it in a task"),
-    "hash": ("a set, a dict's key or asyncio.gather()", "put it into a list; steps run side by side without further ado"),
+    "hash": ("a set, a dict's key or asyncio.gather()", "put it into a list; steps run in parallel anyway"),
     "bool": (
         "if, and, or, not",
         "use when(condition, then=lambda: ..., otherwise=lambda: ...), and &, | and ~ on comparisons",
@@ -123,8 +123,8 @@ def _bounded(expr: E) -> E:
     """Return an expression. Raises UsageError if it is too large: a value used twice in each round of a loop doubles it."""
     if expr.size > MOST_NODES:
         msg = (
-            f"an expression of workflow {workflow_name.get()} has more than {MOST_NODES:,} parts: it is data, and what is used "
-            "twice stands in it twice. Give the value a step of its own, a task that returns it, and go on with that"
+            f"an expression of workflow {workflow_name.get()} has more than {MOST_NODES:,} parts: it is stored in the "
+            "graph, and a value that is used twice is stored twice. Return the value from a task, and use that step"
         )
         raise UsageError(msg)
     return expr
@@ -149,8 +149,8 @@ def _apply(op: str, *args: object) -> Placeholder:
     for arg in args:
         if not (_same_in_json(arg) or inspect.iscoroutine(arg)):
             msg = (
-                f"`{op}` with {repr(arg)[:80]} would be worked out on the JSON of it, so it cannot be part of a graph: "
-                "compare and compute with it in a task of its own"
+                f"`{op}` with {repr(arg)[:80]} would be computed from its JSON, so it cannot be part of a graph: "
+                "compare and compute with it in a task"
             )
             raise UsageError(msg)
     return Placeholder(Apply(op, tuple(to_expr(arg, f"`{op}`") for arg in args)))

@@ -195,9 +195,9 @@ class RunRecord(Record, frozen=True, kw_only=True, omit_defaults=True):
     def rejects(self, signal: str) -> str:
         """Return why the run accepts no more signals of this name; empty if it does."""
         if len(self.applied) >= MOST_APPLIED:
-            return f"it has taken {MOST_APPLIED:,} signals, and takes no more"
+            return f"it has taken {MOST_APPLIED:,} signals, and accepts no more"
         if len(self.inbox.get(signal, ())) >= MOST_KEPT:
-            return f"{MOST_KEPT:,} of them are there that no step has taken yet"
+            return f"{MOST_KEPT:,} of them are kept that no step has taken yet"
         return ""
 
     def check_tasks(self) -> None:

@@ -118,7 +118,7 @@ class StepValues:
         self._need([record.result_at] if record.result_at else [])
         body = self.payloads[record.result_at] if record.result_at else record.result
         what = of_signal(self.graph.steps[name].signal) if record.signal else of_step(name, 0)
-        return _read(self.decrypt(what, body), record.result_at or f"what step {name!r} came to", ANY)
+        return _read(self.decrypt(what, body), record.result_at or f"the result of step {name!r}", ANY)
 
     def of_pack(self, name: str, fan: Fan, index: int, results: dict[int, Any]) -> list[Any]:
         """Return the results of a pack's items; None for each item of a pack without a result."""

@@ -115,13 +115,13 @@ def when(condition: object, then: Callable[[], Any], otherwise: Callable[[], Any
     >>> when(order.total > 100, then=lambda: ask(order), otherwise=lambda: accept(order))  # doctest: +SKIP
     """
     if not all(branch is None or (callable(branch) and not isinstance(branch, Placeholder)) for branch in (then, otherwise)):
-        msg = "the branches of `when` are functions, so that their steps are known to be theirs: when(x, then=lambda: ship(y))"
+        msg = "the branches of `when` are functions, whose calls add the branch's steps: when(x, then=lambda: ship(y))"
         raise UsageError(msg)
     builder = current_builder()
     if builder is not None and isinstance(condition, Placeholder):
         return builder.choose(condition, then, otherwise)
     if not isinstance(condition, bool):
-        msg = f"the condition of `when` must be True or False, or a step's value that comes to one, not {condition!r}"
+        msg = f"the condition of `when` must be True or False, or a step's result, not {condition!r}"
         if isinstance(condition, int) and condition in {-1, -2}:
             msg += ". In a plain call `~` makes a number of a bool: write `(a > b) == False`"
         raise UsageError(msg)

@@ -45,7 +45,7 @@ ORIGINAL = {
         "transitions.take_over": transitions,
         "QueueFinder._rescan": finder.QueueFinder,
         "QueueFinder._list": finder.QueueFinder,
-        "Pause.look": control.Pause,
+        "Pause.refresh": control.Pause,
         "Ringer._ring_now": bell.Ringer,
     }.items()
 }
@@ -297,7 +297,7 @@ async def list_forgotten(self, part):
 
 async def settings_forgotten(self):
     try:
-        return await ORIGINAL["Pause.look"](self)
+        return await ORIGINAL["Pause.refresh"](self)
     except StoreError:
         self.due = False
         raise
@@ -390,7 +390,7 @@ BUGS = {
     ),
     "settings forgotten": (
         "a queue's settings count as read before the GET is answered",
-        [(control.Pause, "look", settings_forgotten)],
+        [(control.Pause, "refresh", settings_forgotten)],
     ),
     "ring forgotten": (
         "a ring without an answer from the store is not sent again",

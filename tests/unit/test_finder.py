@@ -508,6 +508,6 @@ async def test_what_nothing_can_be_done_with_is_forgotten_when_it_is_met_no_more
     lasting = one.key()
     for _ in range(40):
         one.finder.block(lasting)
-        one.finder.look_again()
+        one.finder.recheck_owned()
         await rig.clock.sleep(20)
     assert set(one.finder.blocked) == {lasting}

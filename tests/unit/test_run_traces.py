@@ -80,7 +80,7 @@ class Process:
         """Be a worker that is moved by hand; without `hands` it leaves what it submits to others."""
         await self.worker.client.open()
         await self.worker.keeper.create()
-        await self.worker.fleet.look()
+        await self.worker.fleet.refresh()
         if not hands:
             self.worker.slots.reserve = lambda _task: False
         return self

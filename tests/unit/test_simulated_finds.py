@@ -104,7 +104,7 @@ async def test_what_was_left_to_a_worker_is_remembered_until_it_must_have_been_c
     finder.fleet.sessions = {}
     finder.fleet.lives = lambda _worker: True
     await rig.clock.sleep(finder.fleet.keeper.ttl + 20)
-    finder.look_again()
+    finder.recheck_owned()
     finder.worker_gone("somebody")
     assert [found.entry for found in finder.cursor(5).hinted.values()] == [entry]
 
@@ -301,7 +301,7 @@ async def test_before_it_knows_the_stores_time_a_worker_calls_nobody_dead_and_pa
     await late.keeper.create()
     # as a LIST shows it that is older than the last heartbeat, or lags: its own session tells it nothing then
     await rig.bucket.put(keys.session(late.id), (await rig.bucket.get(keys.session(late.id))).body)
-    await late.fleet.look()
+    await late.fleet.refresh()
     assert not (await rig.register.read(Session, keys.session(other.id))).record.reaped
     finder = late.finders[0]
     assert await finder.take(9) == []

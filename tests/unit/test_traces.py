@@ -90,7 +90,7 @@ class Process:
     async def begin(self):
         await self.worker.client.open()
         await self.worker.keeper.create()
-        await self.worker.fleet.look()
+        await self.worker.fleet.refresh()
         return self
 
     def pursue(self, entry):
@@ -743,7 +743,7 @@ async def test_a_reaper_that_dies_halfway_leaves_the_rest_to_the_next(rig):
         await dead.claims(entry)
     await dead.beat()
     assert await rig.entries() == []
-    await two.worker.fleet.look()
+    await two.worker.fleet.refresh()
     first = two.store.pause("update", "tasks/", when="after")
     reaping = two.reap(dead)
     await first.reached.wait()

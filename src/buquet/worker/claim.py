@@ -43,7 +43,7 @@ class Claimer:
     missed: int = 0
     """Claims that another worker was quicker with."""
     denied: int = 0
-    """Entries in a row that could not be looked at, since the store refused a request."""
+    """Entries in a row whose record could not be read or claimed, since the store refused a request."""
     under_way: set[str] = field(default_factory=set[str])
     """Tasks that are being claimed: their record may already say so, before this process knows."""
     _undeleted: int = 0

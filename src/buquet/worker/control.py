@@ -48,7 +48,7 @@ class Pause:
         """Tell whether an entry waits for the queue to be resumed."""
         return self.paused and not is_system(entry.name)
 
-    async def look(self) -> bool:
+    async def refresh(self) -> bool:
         """Read the settings where they may have changed; return whether the queue was resumed."""
         if not self.due:
             return False
@@ -121,13 +121,9 @@ class Control:
                 self.worker.wake()
             long_ago = self.fleet.due_now_ms() - EVERY * 1000
             if is_idle or any(run.listing.since < long_ago for run in self.running.values()):
-                await self.look()
+                await self.read_requests()
 
-    async def look_if_rung(self) -> None:
-        if self.rung:
-            await self.look()
-
-    async def look(self) -> None:
+    async def read_requests(self) -> None:
         """Read what changed: pause or resume, drain, and read again the records that notes name."""
         now = self.clock.monotonic()
         if self._to != self.keeper.id:

@@ -19,7 +19,7 @@ log = logging.getLogger("buquet.worker")
 
 @dataclass(slots=True, eq=False)
 class Candidate:
-    """An entry to look at."""
+    """An entry whose record may be worth a read."""
 
     entry: keys.Entry
     modified: float
@@ -77,7 +77,7 @@ class Cursor:
             heapq.heappush(self._order, (candidate.entry.at, self._count, key))
 
     def turn(self, listed: list[Listed], candidates: list[Candidate], now: float, *, full: bool) -> None:
-        """Take a new page, of which `candidates` are to be looked at, the last one first."""
+        """Take a new page, of which `candidates` are wanted, the last one first."""
         for item in listed:
             self.hinted.pop(item.key, None)
         self.page = {candidate.entry.key: candidate for candidate in candidates}

@@ -43,9 +43,9 @@ FULL_RESCAN_EVERY = 3600.0
 LEARN_EVERY = 600.0
 """Seconds between two looks for priorities in use: a submitter may have died before it rang the bell."""
 REVISIT = 0.02
-"""Seconds until a deferred entry is looked at again for the first time; then four times as long, up to 1 s."""
+"""Seconds until the record of a deferred entry is read again; then four times as long, up to 1 s."""
 SHELVED = 450.0
-"""Seconds until an entry is looked at again whose record could not be read."""
+"""Seconds until an unreadable record is read again."""
 REMEMBERED = 50_000
 """Entries to ignore that are kept before the expired ones are dropped."""
 
@@ -63,7 +63,7 @@ class Deferred(NamedTuple):
 
     candidate: Candidate
     wait: float
-    """Seconds until the next look at the entry, from the last one on."""
+    """Seconds from the last read of its record to the next one."""
     at: float
     """When that is, by the monotonic clock."""
 
@@ -95,14 +95,14 @@ class QueueFinder:
     gap: bool = False
     """Whether the bell lost hints since the last rescan: a priority may be in use that is not known here."""
     ignore_until: dict[str, float] = field(default_factory=dict[str, float])
-    """Entries not to look at before a time of the monotonic clock."""
+    """Entries to ignore until a time of the monotonic clock."""
     blocked: dict[str, float] = field(default_factory=dict[str, float])
     """Entries that nothing can be done with until that time: a drain does not wait for them."""
     rescan_at: float = 0.0
     full_rescan_at: float = 0.0
     learn_at: float = 0.0
     written: dict[str, float] = field(default_factory=dict[str, float])
-    """LastModified of entries that a LIST showed while they were being looked at. A hint does not have that."""
+    """LastModified of entries that a LIST showed while their record was being read. A hint has no LastModified."""
     owned_by_others: dict[str, Owned] = field(default_factory=dict[str, Owned])
     deferred: dict[str, Deferred] = field(default_factory=dict[str, Deferred])
     failed: bool = False
@@ -120,14 +120,14 @@ class QueueFinder:
     # ------------------------------------------------------------------ taking
 
     async def take(self, most: int) -> list[Candidate]:
-        """Return up to `most` entries to look at, the most urgent first; none when there is nothing now.
+        """Return up to `most` candidates, the most urgent first; none when there is nothing now.
 
         A request that fails raises StoreError and stays due. The next call returns what is known without it.
         """
         if self.clock.monotonic() >= self.full_rescan_at:
             self.pause.due = True
         failed_before, self.failed = self.failed, True
-        if await self.pause.look():
+        if await self.pause.refresh():
             self.full_rescan_at = 0.0  # resumed: the cursors have passed over what waited
         self._hint_deferred()
         taken = self._take_known(most, unlisted_too=True) if failed_before else []
@@ -250,7 +250,7 @@ class QueueFinder:
         everything = now >= self.full_rescan_at
         if not everything and now < self.rescan_at:
             return
-        # set the times before the requests, so that a look that is asked for during a request still happens
+        # set the times before the requests, so that a rescan that is asked for during a request still happens
         self.rescan_at = now + RESCAN_EVERY * self.clock.jitter(0.2)
         if everything:
             self.full_rescan_at = now + FULL_RESCAN_EVERY * self.clock.jitter(0.1)
@@ -344,13 +344,13 @@ class QueueFinder:
         self.ignore_until[key] = self.clock.monotonic() + 3
 
     def defer(self, candidate: Candidate, *, again: bool = False) -> None:
-        """Note that an entry cannot be dealt with yet. It is looked at again soon if it is young or with `again`, else rarely."""
+        """Note that an entry cannot be dealt with yet. Its record is read again soon if it is young or with `again`, else rarely."""
         now = self.clock.monotonic()
         key = candidate.entry.key
         before, waited, _ = self.deferred.pop(key, Deferred(candidate, REVISIT / 4, 0))
-        # a LIST may have shown its age during the look, and caused one look more
+        # a LIST may have shown its age during the read, and caused one read more
         written = min(before.modified, self.written.pop(key, candidate.modified))
-        if written < candidate.modified:  # this look followed a hint: the entry may be so old that something must be done
+        if written < candidate.modified:  # the read followed a hint: the entry may be so old that something must be done
             candidate, again = Candidate(candidate.entry, written), True
         wait = min(waited * 4, 1.0)
         self.ignore_until[key] = now + wait
@@ -371,7 +371,7 @@ class QueueFinder:
         self.owned_by_others[key] = Owned(worker, candidate, now + 4 * ttl)
 
     def shelve(self, candidate: Candidate) -> None:
-        """Note that an entry waits for a repair. It is looked at again much later."""
+        """Note that an entry waits for a repair. Its record is read again much later."""
         key = candidate.entry.key
         self.block(key)
         at = self.ignore_until[key] = self.clock.monotonic() + SHELVED * self.clock.jitter(0.2)
@@ -390,7 +390,7 @@ class QueueFinder:
             self.ignore_until.pop(candidate.entry.key, None)
             self.cursor(candidate.entry.priority).hint(candidate)
 
-    def look_again(self) -> None:
+    def recheck_owned(self) -> None:
         """Look again at what was left to workers that the last LIST of sessions did not show alive."""
         now = self.clock.monotonic()
         self.owned_by_others = {key: owned for key, owned in self.owned_by_others.items() if owned.until > now}

@@ -112,7 +112,7 @@ class Fleet:
 
     keeper: SessionKeeper
     reaper: Reaper
-    on_look: Callable[[], None] = lambda: None
+    on_refresh: Callable[[], None] = lambda: None
     """Called after each periodic LIST."""
     sessions: dict[str, Listed] = field(default_factory=dict[str, Listed])
     peers: list[str] = field(default_factory=list[str])
@@ -159,8 +159,8 @@ class Fleet:
         while True:
             await self.clock.sleep(LIST_EVERY * self.keeper.share * self.clock.jitter(0.05))
             try:
-                await self.look()
-                self.on_look()
+                await self.refresh()
+                self.on_refresh()
                 tries = 0
             except StoreError as error:
                 self.keeper.report("the sessions cannot be listed", error, tries)
@@ -174,7 +174,7 @@ class Fleet:
 
     # ------------------------------------------------------------------ sessions
 
-    async def look(self) -> None:
+    async def refresh(self) -> None:
         """LIST the sessions, learn the store's time from my own, and reap the dead."""
         sessions: dict[str, Listed] = {}
         strangers: list[str] = []
@@ -195,7 +195,7 @@ class Fleet:
         old = [worker for worker, listed in sessions.items() if worker != me and not self._is_young(listed, now)]
         queues = keys.queues_hash_of(me)
         self.peers = sorted(worker for worker in sessions.keys() - old if worker.startswith(queues))
-        # look at copies: a claim that meets a running task changes `sessions` meanwhile
+        # `old` is a list of its own: a claim that meets a running task changes `sessions` meanwhile
         self._left = {worker: left for worker, left in self._left.items() if worker in sessions}
         for worker in old:
             await self.reap(worker)
@@ -266,7 +266,7 @@ class Fleet:
             stored = await self.register.read(Session, keys.session(worker))
         except UnreadableRecord:
             stored = None  # it is reported when it is too old
-        except StoreError as error:  # the next look tries again
+        except StoreError as error:  # the next LIST tries again
             self.keeper.report(f"it cannot be told whether worker {worker} is of this machine", error)
             return
         self._placed.add(worker)

@@ -143,7 +143,7 @@ class Slots:
             finder.defer(candidate, again=True)
             await self.clock.sleep(min(2.0 ** min(tries, 10), LONGEST_REFUSAL) * self.clock.jitter(0.2))
         except Exception:
-            finder.leave_to(candidate, "")  # `_ended` logs the defect; the next look at the fleet brings the entry back
+            finder.leave_to(candidate, "")  # `_ended` logs the defect; the next LIST of sessions brings the entry back
             raise
         finally:
             if stored is None:

@@ -49,8 +49,8 @@ log = logging.getLogger("buquet.worker")
 
 LONGEST_DRAIN_WAIT = 2.0
 """Seconds after which a worker that drains looks again whether the others are done."""
-LOOKS = 5.0
-"""Seconds for which looking for work waits for a store that is away, before the worker sees whether it is to stop."""
+READ_PATIENCE = 5.0
+"""Seconds for which a look for work waits for a store that is away, before the worker checks whether it must stop."""
 NAMES = 1_000
 """Names without a handler that are counted, each on its own: an entry may have any name."""
 
@@ -107,7 +107,7 @@ class Worker:
         self.unhandled: dict[str, int] = {}
         """Entries met for which there is no handler here, by name."""
         self.register = register = Register(client.store, self.clock, patience=None)
-        self.looks = Register(client.store, self.clock, patience=LOOKS)
+        self.quick_register = Register(client.store, self.clock, patience=READ_PATIENCE)
         plans = plans or {}
         self.keeper = SessionKeeper(
             *(client.store, self.clock, served, tuple(sorted(tasks)), concurrency, ttl, parent, tuple(sorted(plans))),
@@ -118,7 +118,9 @@ class Worker:
         self.observers = Observers(client, self.journal)
         self.reaper = Reaper(register, client.added, self.observers.moved)
         self.fleet = Fleet(self.keeper, self.reaper, self._fleet_listed)
-        self.finders = [QueueFinder(queue, self.looks.reads, self.fleet, self._is_handled, self._note_rung) for queue in served]
+        self.finders = [
+            QueueFinder(queue, self.quick_register.reads, self.fleet, self._is_handled, self._note_rung) for queue in served
+        ]
         self.claimer = Claimer(register, self.fleet, self.observers.moved, client.sealer)
         self.writer = OutcomeWriter(register, self.fleet, Values(register.reads, client.sealer))
         self.executor = Executor(self.writer, tasks, Permits(concurrency))
@@ -146,7 +148,7 @@ class Worker:
         """Whether the loop waits for new work and has free slots: a slot that is freed is no news then."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_wait = 0.1
-        self._drain = Drain(self.looks, self.fleet, self.finders, tasks)
+        self._drain = Drain(self.quick_register, self.fleet, self.finders, tasks)
         self.drain_waits, self._wait_timers = self.is_work, set[str]()
 
     @property
@@ -271,7 +273,7 @@ class Worker:
         await self.keeper.create(first=first)
         self.keeper.start()
         try:
-            await self.fleet.look()
+            await self.fleet.refresh()
         except StoreError as error:
             # such as a full disk, when a dead session is to be marked: the next look comes soon, and this worker lives on
             if first and isinstance(error, StoreRefused) and not isinstance(error, StoreFull):
@@ -319,7 +321,7 @@ class Worker:
 
     def _fleet_listed(self) -> None:
         for finder in self.finders:
-            finder.look_again()
+            finder.recheck_owned()
         if any(finder.has_candidates for finder in self.finders):
             self._wake.set()
 
@@ -347,10 +349,11 @@ class Worker:
                 # while the store is away this takes as long as that lasts, and a stop must not wait for it
                 await first_of(self._begin_anew(), self._stopped())
                 continue
-            await self.control.look_if_rung()
+            if self.control.rung:
+                await self.control.read_requests()
             if self.keeper.paused:
                 await first_of(self._wake.wait(), self.clock.sleep(EVERY))
-                await self.control.look()
+                await self.control.read_requests()
                 continue
             room = self.slots.room
             if room <= 0:
@@ -427,7 +430,7 @@ class Worker:
         if not is_system(entry.name) or self.parent is None:
             return True
         if entry.task not in self._wait_timers:
-            stored = await self.looks.read(Task, keys.task(entry.task))
+            stored = await self.quick_register.read(Task, keys.task(entry.task))
             if stored is None or not await self.parent.only_bounds_a_wait(stored.record):
                 return True
             self._wait_timers.add(entry.task)

@@ -344,7 +344,7 @@ class QueueFinder:
         self.ignore_until[key] = self.clock.monotonic() + 3
 
     def defer(self, candidate: Candidate, *, again: bool = False) -> None:
-        """Note that an entry cannot be dealt with yet. Its record is read again soon if it is young or with `again`, else rarely."""
+        """Note that an entry cannot be dealt with yet. Its record is read again: soon if young or with `again`, else rarely."""
         now = self.clock.monotonic()
         key = candidate.entry.key
         before, waited, _ = self.deferred.pop(key, Deferred(candidate, REVISIT / 4, 0))

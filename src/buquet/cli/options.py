@@ -57,17 +57,16 @@ def _tag(text: str) -> tuple[str, str]:
     return name, value
 
 
-def from_json(text: str | bytes, kind: Any, option: str, what: str) -> Any:
-    """Decode the value of an option. Raises UsageError."""
-    try:
-        return msgspec.json.decode(text, type=kind)
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise UsageError(f"{option} takes a JSON {what}, not {text[:200]!r} ({error})") from None
+def json_option(name: str, kind: Any, what: str, text: str) -> Any:
+    """Return an option that takes JSON of a type."""
 
+    def parse(value: str) -> Any:
+        try:
+            return msgspec.json.decode(value, type=kind)
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+            raise UsageError(f"{name} takes a JSON {what}, not {value[:200]!r} ({error})") from None
 
-def call_arguments(args: str, kwargs: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Decode --args and --kwargs. Raises UsageError."""
-    return from_json(args, tuple[Any, ...], "--args", "array"), from_json(kwargs, dict[str, Any], "--kwargs", "object")
+    return Option(name, metavar="JSON", parser=parse, help=text)
 
 
 Url = Annotated[
@@ -80,8 +79,8 @@ Url = Annotated[
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON, for programs.")]
 Target = Annotated[str, Argument(metavar="MODULE:APP", help="The App, such as tasks:app for `app` in ./tasks.py.")]
-Args = Annotated[str, Option("--args", metavar="JSON", help="Positional arguments, as a JSON array.")]
-Kwargs = Annotated[str, Option("--kwargs", metavar="JSON", help="Keyword arguments, as a JSON object.")]
+Args = Annotated[Any, json_option("--args", tuple[Any, ...], "array", "Positional arguments, as a JSON array.")]
+Kwargs = Annotated[Any, json_option("--kwargs", dict[str, Any], "object", "Keyword arguments, as a JSON object.")]
 Status = Annotated[tasks.Status | None, status_option(tasks.STATUSES)]
 Queue = Annotated[str | None, Option("--queue", "-q", help="Only tasks in this queue.")]
 Name = Annotated[str | None, Option("--name", "-n", help="Only tasks with this name.")]

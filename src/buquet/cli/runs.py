@@ -15,19 +15,7 @@ from typer import Argument, Option
 
 from buquet.app import App
 from buquet.cli.apps import command
-from buquet.cli.options import (
-    RUNS,
-    Args,
-    Kwargs,
-    Limit,
-    NewTag,
-    Tag,
-    Target,
-    call_arguments,
-    cli,
-    from_json,
-    status_option,
-)
+from buquet.cli.options import RUNS, Args, Kwargs, Limit, NewTag, Tag, Target, cli, json_option, status_option
 from buquet.cli.output import beginning, moment, print_json, print_table, print_unreadable, scan_progress, to_stderr
 from buquet.cli.tasks import short
 from buquet.codec import ANY, decode_stored
@@ -71,11 +59,10 @@ async def start(
     workflow = app.workflows.get(name)
     if workflow is None:
         raise UsageError(f"{target} has no workflow {name!r}; it has {', '.join(sorted(app.workflows)) or 'none'}")
-    positional, by_name = call_arguments(args, kwargs)
     signature = workflow.signature
     try:
         # the workflow is built with its declared types, as if it were started in Python
-        typed, named = signature.decode(signature.encode(signature.bind(positional, by_name)))
+        typed, named = signature.decode(signature.encode(signature.bind(args, kwargs)))
     except (TypeError, InvalidPayload) as error:
         raise UsageError(f"{name}{signature.signature}: {error}") from None
     run = await workflow.options(key=key, tags=dict(tag or ())).astart(*typed, **named)
@@ -272,22 +259,18 @@ def _row(view: RunView, now: int) -> tuple[object, ...]:
     )
 
 
-def _value(text: str | bytes) -> bytes:
-    return msgspec.json.encode(from_json(text, Any, "--value", "value"))
-
-
 @command(group)
 async def signal(
     app: App,
     json: bool,
     run_id: RunId,
     name: Annotated[str, Argument(metavar="NAME", help="The signal's name.")],
-    value: Annotated[bytes, Option("--value", metavar="JSON", parser=_value, help="The signal's value.")] = b"null",
+    value: Annotated[Any, json_option("--value", Any, "value", "The signal's value.")] = "null",
     key: Annotated[str | None, Option("--key", help="Send only one signal with this key.")] = None,
 ) -> None:
     """Send a signal to a run. The next wait for this signal takes it."""
     await _check_signal(Run[Any](app, run_id), name)
-    await send_signal(app.client, run_id, name, value, key)
+    await send_signal(app.client, run_id, name, msgspec.json.encode(value), key)
     _print_outcome(run_id, "sent", json)
 
 

@@ -13,31 +13,8 @@ from typer import Argument, Option
 
 from buquet.app import App
 from buquet.cli.apps import command
-from buquet.cli.options import (
-    TASKS,
-    Args,
-    DryRun,
-    Kwargs,
-    Limit,
-    Name,
-    NewTag,
-    Queue,
-    Status,
-    Tag,
-    Target,
-    call_arguments,
-    cli,
-)
-from buquet.cli.output import (
-    act_on,
-    beginning,
-    moment,
-    print_json,
-    print_table,
-    print_unreadable,
-    scan_progress,
-    to_stderr,
-)
+from buquet.cli.options import TASKS, Args, DryRun, Kwargs, Limit, Name, NewTag, Queue, Status, Tag, Target, cli
+from buquet.cli.output import act_on, beginning, moment, print_json, print_table, print_unreadable, scan_progress, to_stderr
 from buquet.codec import AGAIN, ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, FailedItem, InvalidArgument, UnreadableRecord, UsageError
 from buquet.insights.scan import Scan
@@ -76,10 +53,9 @@ async def submit(
     function = app.tasks.get(name)
     if function is None:
         raise UsageError(f"{target} has no task {name!r}; it has {', '.join(sorted(app.tasks)) or 'none'}")
-    positional, by_name = call_arguments(args, kwargs)
     task = function.options(key=key, delay=delay, priority=priority, expires=expires, tags=dict(tag or ()))
     try:
-        prepared = task.prepare(positional, by_name)
+        prepared = task.prepare(args, kwargs)
     except (TypeError, InvalidArgument) as error:
         raise UsageError(f"{name}{function.signature.signature}: {error}") from None
     submitted = await app.client.submit(*prepared)

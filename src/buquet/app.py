@@ -375,14 +375,14 @@ class App:
         """
         numbers: tuple[object, ...] = (grace, ttl, max_time or 0)
         counted = isinstance(cast("object", concurrency), int) and not isinstance(concurrency, bool)
-        if not counted or not all(isinstance(each, Real) and each >= -math.inf for each in numbers):  # NaN is not
+        if not counted or not all(isinstance(number, Real) and number >= -math.inf for number in numbers):  # NaN is not
             given = f"{concurrency!r}, {grace!r}, {ttl!r}, {max_time!r}"
             msg = f"a worker takes a whole number as concurrency, and grace, ttl and max_time as numbers of seconds, not {given}"
             raise UsageError(msg)
         if isinstance(queues, str):  # else each letter would be one
             raise UsageError(f"queues are a list of names: [{queues!r}], not {queues!r}")
         if queues is None:
-            queues = [*(task.queue for task in self.tasks.values()), *(each.queue for each in self.workflows.values())]
+            queues = [*(task.queue for task in self.tasks.values()), *(workflow.queue for workflow in self.workflows.values())]
         return Worker(
             self.client,
             self.tasks,

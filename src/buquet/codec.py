@@ -213,13 +213,15 @@ class Signature:
     def decode(self, body: bytes | msgspec.Raw) -> tuple[list[Any], dict[str, Any]]:
         """Return stored arguments as the declared types. Raises InvalidPayload, which names the field."""
         named = self._types.read(body, InvalidPayload)
-        first = [name for name, each in self.parameters.items() if each.kind is each.POSITIONAL_ONLY and name in named]
+        first = [
+            name for name, parameter in self.parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY and name in named
+        ]
         return [named.pop(name) for name in first], named
 
     def check_batch(self) -> None:
         """Raise UsageError unless the function takes an item as its only required argument."""
         first, *others = [*self.parameters.values(), None]
-        if first is None or first.kind is first.KEYWORD_ONLY or any(each and each.default is each.empty for each in others):
+        if first is None or first.kind is first.KEYWORD_ONLY or any(other and other.default is other.empty for other in others):
             msg = (
                 f"{self.function.__qualname__}{self.signature} cannot run in a batch: an item is its first argument, "
                 "and the only one. Give the others defaults, or put all into one dataclass"
@@ -308,9 +310,11 @@ class _Types:
         what = "the stored arguments do" if error is InvalidPayload else "an argument does"
         what += f" not fit {self.call}"
         values = read_as(self.whole, body, what, error)
-        found = {name: value for name in self.parameters if (value := getattr(values, name)) is not msgspec.UNSET}
-        foreign = {name: each for name, each in self.parameters.items() if name in found and not each.native}
-        return found | {name: read_as(each, found[name], f"{what}: {name}", error) for name, each in foreign.items()}
+        given = {name: value for name in self.parameters if (value := getattr(values, name)) is not msgspec.UNSET}
+        for name, value in given.items():
+            if not self.parameters[name].native:
+                given[name] = read_as(self.parameters[name], value, f"{what}: {name}", error)
+        return given
 
 
 def read_as(

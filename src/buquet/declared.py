@@ -56,7 +56,7 @@ class Declared:
             self.safe = _All()
         elif self.native:  # pydantic reads bytes as text
             members = typing.get_args(kind) if typing.get_origin(kind) in _UNIONS else (types.NoneType if kind is None else kind,)
-            self.safe = frozenset(each for each in members if each in _PLAIN)
+            self.safe = frozenset(member for member in members if member in _PLAIN)
         self._exact: Any = _exact(self.kind) if self.native else None
         self._equal: bool | None = None
         """Whether equal values are equal in all of their fields; None: not known yet."""
@@ -75,7 +75,7 @@ class Declared:
     def lost(self, given: object, back: object) -> str:
         """Return which part of a value would arrive changed, and how; empty if none would."""
         if self._equal is None:
-            self._equal = all(_compares_fields(each) for each in _classes(self.kind, set()))
+            self._equal = all(map(_compares_fields, _classes(self.kind, set())))
         return _lost(given, back, "$", _members(self.kind), equal=self._equal)
 
 
@@ -89,10 +89,10 @@ def encode_other(value: Any) -> Any:
     """Return a pydantic model as builtins: the `enc_hook` of msgspec. Raises TypeError or ValueError for other values."""
     if pydantic_model(type(value)):  # pyright: ignore[reportUnknownArgumentType]
         # by field names and without computed fields, as the model itself accepts it
-        found = value.model_dump(mode="json", round_trip=True, by_alias=False, warnings=False)
-        if b"**********" in msgspec.json.encode(found):  # pydantic writes this for a secret
+        fields = value.model_dump(mode="json", round_trip=True, by_alias=False, warnings=False)
+        if b"**********" in msgspec.json.encode(fields):  # pydantic writes this for a secret
             msgspec.to_builtins(value, enc_hook=_refuse_secrets)
-        return found
+        return fields
     if inspect.iscoroutine(value):
         value.close()
         msg = "a coroutine is no JSON value, and nobody awaited it. Does a plain decorator wrap an async function?"
@@ -103,8 +103,8 @@ def encode_other(value: Any) -> Any:
 def _refuse_secrets(value: Any) -> Any:
     """Raise ValueError for a secret, which would become asterisks in JSON: an `enc_hook` that looks into models."""
     if pydantic_model(type(value)):
-        for name, each in value.__dict__.items():
-            _refuse_secret(each, f"`{name}` of {_name(value)}")
+        for name, field in value.__dict__.items():
+            _refuse_secret(field, f"`{name}` of {_name(value)}")
         return value.__dict__
     _refuse_secret(value, "a part of it")
     return None
@@ -152,7 +152,7 @@ def _exact(kind: Any) -> Any:
     if kind is dict:
         return dict[str, Any]
     if origin in (list, tuple, dict, *_UNIONS):
-        args = tuple(each if each is ... else _exact(each) for each in typing.get_args(kind))
+        args = tuple(arg if arg is ... else _exact(arg) for arg in typing.get_args(kind))
         if None in args or (origin is dict and args[0] is not str):
             return None
         return cast("Any", typing.Union if origin in _UNIONS else origin)[args]
@@ -167,7 +167,7 @@ def _members(kind: Any) -> tuple[Any, ...]:
             return _members(getattr(kind, alias))
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in _UNIONS:
-        return tuple(member for each in args for member in _members(each))
+        return tuple(member for arg in args for member in _members(arg))
     if origin in (typing.Annotated, typing.Required, typing.NotRequired):
         return _members(args[0])
     return (types.NoneType if kind is None else kind,)
@@ -175,7 +175,7 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 def _inside(kinds: tuple[Any, ...], place: Any) -> tuple[Any, ...]:
     """Return the declared types of the item at `place` (an index or a name) in containers of these types."""
-    found: list[Any] = []
+    inside: list[Any] = []
     for kind in kinds:
         known: Any = typing.get_origin(kind) or kind
         args = typing.get_args(kind)
@@ -187,8 +187,8 @@ def _inside(kinds: tuple[Any, ...], place: Any) -> tuple[Any, ...]:
             args = args[place : place + 1]
         elif _is(known, type) and issubclass(known, Mapping):
             args = args[1:]
-        found += args[:1] or (Any,)
-    return tuple(member for each in found for member in _members(each))
+        inside += args[:1] or (Any,)
+    return tuple(member for kind in inside for member in _members(kind))
 
 
 @lru_cache(1_000)
@@ -208,28 +208,28 @@ def _field_types(kind: Any) -> Callable[[str], tuple[Any, ...]]:
             name: hints.get(own, Any) for name, own in zip(kind.__struct_encode_fields__, kind.__struct_fields__, strict=True)
         }
     elif pydantic_model(kind):  # its own fields have the type arguments of a generic model
-        hints = hints | {name: each.annotation for name, each in kind.model_fields.items()}
+        hints = hints | {name: field.annotation for name, field in kind.model_fields.items()}
     return lambda name: _members(hints.get(name, Any))
 
 
 def _classes(kind: Any, seen: set[Any]) -> Iterator[type]:
     """Yield the classes in a declared type."""
     for member in _members(kind):
-        for each in typing.get_args(member):
-            yield from _classes(each, seen)
+        for arg in typing.get_args(member):
+            yield from _classes(arg, seen)
         known = typing.get_origin(member) or member
         if isinstance(known, type) and known not in seen:
             seen.add(known)
             yield known
-            for each in _hints(known).values():
-                yield from _classes(each, seen)
+            for hint in _hints(known).values():
+                yield from _classes(hint, seen)
 
 
 def _compares_fields(kind: Any) -> bool:
     """Tell whether `==` of a class compares all fields. A user's `__eq__`, or a field with compare=False, may skip some."""
     made = getattr(getattr(kind.__eq__, "__code__", None), "co_filename", "<string>") == "<string>"
     fields = getattr(kind, "__dataclass_fields__", {}).values()
-    return (made or kind.__eq__.__module__.startswith("pydantic.")) and all(each.compare for each in fields)
+    return (made or kind.__eq__.__module__.startswith("pydantic.")) and all(field.compare for field in fields)
 
 
 def _same(given: Any, back: Any) -> bool:
@@ -279,7 +279,7 @@ def _lost_one(given: Any, back: Any, path: str, kinds: tuple[Any, ...]) -> str:
 
 
 def _are_open(kinds: tuple[Any, ...]) -> bool:
-    return any(each in _OPEN or _is(each, typing.TypeVar) for each in kinds)
+    return any(kind in _OPEN or _is(kind, typing.TypeVar) for kind in kinds)
 
 
 def _as_json(value: object) -> Any:
@@ -300,7 +300,7 @@ def _name(value: object) -> str:
 def _lost_of_dict(given: dict[Any, Any], back: Any, path: str, kinds: tuple[Any, ...], *, equal: bool) -> str:
     if _is(back, dict):
         if given.keys() != back.keys() and _are_open(kinds):
-            named = {next(iter(_as_json({name: 0}))): each for name, each in given.items()}
+            named = {next(iter(_as_json({name: 0}))): value for name, value in given.items()}
             if len(named) < len(given):
                 return f"`{path}` has keys that are the same as JSON, of which only the last would arrive"
             given = named
@@ -309,7 +309,7 @@ def _lost_of_dict(given: dict[Any, Any], back: Any, path: str, kinds: tuple[Any,
     if fields is None:  # a model has checked the dict itself, with its aliases
         return ""
     tag = getattr(getattr(back, "__struct_config__", None), "tag_field", None)
-    given = {name: each for name, each in given.items() if name != tag}
+    given = {name: value for name, value in given.items() if name != tag}
     fields = {name: fields[name] for name in fields if name in given}
     return _lost_in(given, fields, path, _field_types(type(back)), equal=equal)
 
@@ -336,5 +336,5 @@ def _fields(value: Any) -> dict[str, Any] | None:
             name: getattr(value, own) for name, own in zip(kind.__struct_encode_fields__, kind.__struct_fields__, strict=True)
         }
     if dataclasses.is_dataclass(kind):
-        return {each.name: getattr(value, each.name, None) for each in dataclasses.fields(kind)}
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(kind)}
     return None

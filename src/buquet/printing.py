@@ -35,7 +35,7 @@ def printable(text: str, keep: str = "", mark: Callable[[str], str] = _escape) -
     """
     if text.isprintable():
         return text
-    return "".join(mark(each) if category(each) in UNSAFE and each not in keep and each not in JOINERS else each for each in text)
+    return "".join(mark(char) if category(char) in UNSAFE and char not in keep and char not in JOINERS else char for char in text)
 
 
 def counted(count: int, one: str, many: str = "") -> str:
@@ -63,7 +63,7 @@ def json_line(value: Any) -> str:
     '{"name":"\\u009b31m"}'
     """
     text = msgspec.json.encode(value, enc_hook=str).decode()
-    return printable(text, mark=lambda each: json.dumps(each)[1:-1])
+    return printable(text, mark=lambda char: json.dumps(char)[1:-1])
 
 
 def encodable(text: str) -> str:

@@ -324,7 +324,7 @@ class PackState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def fits(self, pack: int) -> bool:
         """Tell whether all indices are below the number of items, `pack`."""
-        places = [*(end - 1 for _, end in self.done), *(each.index for each in self.failed), *(each[0] for each in self.waiting)]
+        places = [*(end - 1 for _, end in self.done), *(item.index for item in self.failed), *(item[0] for item in self.waiting)]
         return all(place < pack for place in places)
 
 

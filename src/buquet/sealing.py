@@ -176,11 +176,11 @@ def sealer(keys: Iterable[str] | str | None, *, only: bool | None = None) -> Sea
     """
     text = os.environ.get(ENVIRONMENT, "") if keys is None else keys
     given = text.split(",") if isinstance(text, str) else text
-    found = [key for key in given if key.strip()]
+    ring = [key for key in given if key.strip()]
     if only is None:
         only = _switched_on(os.environ.get(ONLY, ""))
-    if found:
-        return Keyring(found, only=only)
+    if ring:
+        return Keyring(ring, only=only)
     if only:
         raise UsageError(f"an App that takes only encrypted values needs keys: set {ENVIRONMENT}, or pass encryption=[...]")
     return Sealer()

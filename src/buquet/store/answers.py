@@ -42,14 +42,14 @@ SIGNS = {
 
 def status_of(error: BaseException) -> int:
     """Return the HTTP status in an obstore error; 0 if there was no answer."""
-    found = STATUS.search(str(error))
-    return int(found[1]) if found else 0
+    match = STATUS.search(str(error))
+    return int(match[1]) if match else 0
 
 
 def code_of(error: BaseException) -> str:
     """Return the code in an obstore error, such as NoSuchBucket; empty if it has none."""
-    found = CODE.search(str(error))
-    return found[1] if found else ""
+    match = CODE.search(str(error))
+    return match[1] if match else ""
 
 
 def is_conflict(error: BaseException) -> bool:

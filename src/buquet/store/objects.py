@@ -151,7 +151,7 @@ class ObjectStore(ABC):
                     for meta in chunk
                 ]
                 # obstore drops a slash at the end of `after`, so that the chunk may hold earlier keys
-                page += [each for each in listed if each.key > after and each.key.startswith(prefix)]
+                page += [entry for entry in listed if entry.key > after and entry.key.startswith(prefix)]
                 if len(page) >= limit:
                     break
             return sorted(page)[:limit]

@@ -348,9 +348,9 @@ class _Watch:
 
     def tell(self, etags: dict[str, str | None]) -> None:
         """Wake the callers that wait for one of these keys to have another ETag."""
-        for key, now in etags.items():
+        for key, current in etags.items():
             for etag, future in self.keys.get(key, ()):
-                if etag != now and not future.done():
+                if etag != current and not future.done():
                     future.set_result(None)
 
     async def _poll(self) -> None:

@@ -329,10 +329,7 @@ def put(connection: sqlite3.Connection, write: Write, number: int, now: float) -
     """PUT an object, whether it exists or not."""
     if write.key.startswith(KEPT):
         connection.execute(_KEEP, (write.key,))
-    replaced = (
-        "ON CONFLICT(key) DO UPDATE SET prev = etag, etag = excluded.etag, modified = excluded.modified, body = excluded.body"
-    )
-    connection.execute(_INSERT + replaced, (write.key, number, now, write.body, write.key))
+    connection.execute(_PUT, (write.key, number, now, write.body, write.key))
     return _receipt(write, number)
 
 

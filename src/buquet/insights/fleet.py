@@ -146,17 +146,21 @@ class Backlog:
         """By task."""
         self.more: set[str] = set()
         """Queues with more entries than were read."""
+        self.known: list[str] = []
+        """The queues that were found by their bells, if the last look needed them."""
 
     async def look(self, queues: Iterable[str]) -> bool:
         """LIST the entries. Return whether any came or went. Further queues are found by their bells."""
         entries: dict[str, keys.Entry] = {}
         more: set[str] = set()
+        self.known = []
         for top in (keys.READY, keys.LATER):
             page = await self.client.reads.list(top)
             if len(page) < PAGE:
                 entries.update(_parsed(page))
                 continue
-            for queue in await known_queues(self.client, queues):
+            self.known = self.known or await known_queues(self.client, queues)
+            for queue in self.known:
                 for lane in self._lanes(queue, top):
                     if not await self._read(entries, lane):
                         more.add(queue)
@@ -268,8 +272,9 @@ async def waiting(
     await backlog.look(served)
     await scan.time.learn()
     rows = queue_rows(sessions, backlog, running_by_queue(sessions) if running is None else running, retrying, scan.time.now_ms())
-    for queue in await known_queues(client, {*served, *rows}):
-        row = rows.setdefault(queue, QueueRow(queue))
-        settings = await scan.read(QueueSettings, [keys.queue_settings(queue)])
+    known = backlog.known or await known_queues(client, served)
+    shown = [rows.get(queue) or QueueRow(queue) for queue in sorted({*known, *rows}) if keys.is_name(queue)]
+    for row in shown:
+        settings = await scan.read(QueueSettings, [keys.queue_settings(row.name)])
         row.settings = next((record for record in settings if record.paused), None)
-    return [row for queue, row in sorted(rows.items()) if keys.is_name(queue)]
+    return shown

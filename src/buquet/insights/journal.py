@@ -53,10 +53,9 @@ class Spread(msgspec.Struct, kw_only=True):
 
 
 class Minute(msgspec.Struct, kw_only=True):
-    """What ended in one minute, or in several."""
+    """What ended in one minute, or in several, from `at` on (milliseconds since 1970)."""
 
     at: int
-    """Its start, milliseconds since 1970."""
     completed: int = 0
     failed: int = 0
     other: int = 0
@@ -77,7 +76,6 @@ class ErrorGroup(msgspec.Struct, kw_only=True):
     count: int
     """How many tasks failed for good."""
     first: int
-    """When the first failure in the window happened."""
     last: int
     example: str
     """The id of the last task that failed."""
@@ -86,7 +84,6 @@ class ErrorGroup(msgspec.Struct, kw_only=True):
     attempt: int = 0
     """The number of the last attempt that failed."""
     max_attempts: int = 0
-    """The maximum of attempts of that task; 0: not known."""
     due: int = 0
     """When that task's next attempt is due; 0: it failed for good, or runs again at once."""
 

@@ -24,7 +24,6 @@ class Window:
     """How far back a page looks: all figures of one page cover the same time."""
 
     name: str
-    """A key of WINDOWS."""
     since: int
     """When it begins, or since when all lines are known: milliseconds since 1970."""
     now: int
@@ -68,7 +67,6 @@ class Failure:
 
     group: ErrorGroup
     waiting: int
-    """How many tasks wait for another attempt."""
     next: int
     """When the first of these tasks is due, milliseconds since 1970; 0: none, or at once."""
 

@@ -234,7 +234,6 @@ class RunFilter:
 
     statuses: tuple[RunStatus, ...] = ()
     paused: bool = False
-    """Only paused runs."""
     workflow: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     text: str = ""

@@ -34,7 +34,7 @@ class ScheduleView(msgspec.Struct, kw_only=True):
     """The cron expression, or `every N s`."""
     tz: str
     task: str
-    """The name of the task, or of the workflow."""
+    """The name of the task or workflow."""
     queue: str
     catch_up: str
     paused: bool
@@ -43,7 +43,6 @@ class ScheduleView(msgspec.Struct, kw_only=True):
     last: int
     """The last fire that was submitted."""
     last_task: str
-    """The id of its task."""
     dropped: int
     """Missed fires that were not caught up, in total."""
     keepers: int

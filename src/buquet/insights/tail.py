@@ -30,12 +30,10 @@ EVENTS = ("submitted", "started", *BACK.values(), "completed", "failed", "cancel
 
 
 class TailEvent(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One event."""
+    """One of EVENTS, which happened `at` (milliseconds since 1970)."""
 
     at: int
-    """Milliseconds since 1970."""
     event: str
-    """One of EVENTS."""
     id: str
     name: str
     queue: str = ""

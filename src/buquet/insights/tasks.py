@@ -166,7 +166,6 @@ class Row:
     remark: str = ""
     tags: dict[str, str] = field(default_factory=dict[str, str])
     run: str = ""
-    """Its run, where that is known."""
     step: str = ""
     pack: int = 0
     """How many items of a batch it holds."""

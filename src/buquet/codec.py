@@ -213,9 +213,7 @@ class Signature:
     def decode(self, body: bytes | msgspec.Raw) -> tuple[list[Any], dict[str, Any]]:
         """Return stored arguments as the declared types. Raises InvalidPayload, which names the field."""
         named = self._types.read(body, InvalidPayload)
-        first = [
-            name for name, parameter in self.parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY and name in named
-        ]
+        first = [name for name in named if self.parameters[name].kind is inspect.Parameter.POSITIONAL_ONLY]
         return [named.pop(name) for name in first], named
 
     def check_batch(self) -> None:

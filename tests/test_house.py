@@ -100,6 +100,23 @@ def test_a_long_file_gives_its_reason_in_its_first_line() -> None:
     assert not long, f"over {MOST_LINES} lines: split by subject, or say in the first line why the file is long: {long}"
 
 
+SAME_PART = {"app", "control", "fleet", "handle", "records", "runs", "schedules", "tasks", "values"}
+"""Names of files that two rooms have: the same part of the queue and of workflows, or of what is read and of how it is shown."""
+
+
+def test_no_two_classes_and_no_two_files_share_a_name() -> None:
+    classes: dict[str, list[str]] = {}
+    files: dict[str, list[str]] = {}
+    for path in SOURCES:
+        if path.stem not in {"__init__", *SAME_PART}:
+            files.setdefault(path.stem, []).append(name_of(path))
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                classes.setdefault(node.name, []).append(name_of(path))
+    twins = {name: places for name, places in {**classes, **files}.items() if len(places) > 1}
+    assert not twins, f"one name for two things: {twins}"
+
+
 def test_no_file_is_a_drawer() -> None:
     drawers = [name_of(path) for path in SOURCES if DRAWERS & {part.lower().strip("_") for part in (*path.parts, path.stem)}]
     assert not drawers, f"say what is in it: {drawers}"

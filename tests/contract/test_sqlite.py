@@ -32,7 +32,7 @@ from buquet.errors import (
 from buquet.store import sqlite, sqlite_writer
 from buquet.store.base import Receipt, Stored
 from buquet.store.sqlite import SqliteStore
-from buquet.store.sqlite_writer import Write, Writer
+from buquet.store.sqlite_writer import QueuedWrite, Writer
 from buquet.testing.contract import read, write_all
 
 BEGIN = """if True:
@@ -213,7 +213,7 @@ async def test_what_fails_does_not_fail_its_neighbours(store: SqliteStore, path:
     sizes: list[int] = []
     apply = Writer._apply
 
-    def count(writer: Writer, batch: list[Write], *, wait: bool) -> Any:
+    def count(writer: Writer, batch: list[QueuedWrite], *, wait: bool) -> Any:
         results = apply(writer, batch, wait=wait)
         if results is not None:
             sizes.append(len(batch))

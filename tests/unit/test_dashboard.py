@@ -737,9 +737,9 @@ def test_events_are_for_what_there_is(app: App, topic: str) -> None:
 def test_pages_that_begin_to_follow_at_once_find_no_more_room_than_one_after_another(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from buquet.dashboard import events
+    from buquet.dashboard import stream
 
-    monkeypatch.setattr(events, "MOST_EACH", 3)
+    monkeypatch.setattr(stream, "MOST_EACH", 3)
     task_id, _ = with_form(app)
     served = dashboard(app)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buquet.insights.drawing import as_gantt, as_mermaid, as_svg, as_text, words
+from buquet.insights.drawing import as_gantt, as_mermaid, as_svg, as_text, labels
 from buquet.insights.drawing.layout import crossings, lay_out, order_of, settle
 from buquet.insights.runview import RunView
 from buquet.printing import printable
@@ -93,11 +93,11 @@ def runs(draw):
 @FEW
 def test_text_has_a_line_for_every_step_and_keeps_its_width(run, width):
     lines = plain(run, width)
-    marks = set(words.MARKS.values())
+    marks = set(labels.MARKS.values())
     graph = lines[2 if run.error else 1 :]
     rows = [line for line in graph if any(state in line and line.lstrip("│─┌└ ")[:1] in marks for state in STATES)]
     assert len(rows) == len(run.steps)
-    assert all(words.columns(line) <= width for line in lines)
+    assert all(labels.columns(line) <= width for line in lines)
     assert all(printable(line) == line for line in lines), "an error's escape sequences stay out of the terminal"
 
 

@@ -17,8 +17,8 @@ from buquet.cli import main as command
 from buquet.cli import output
 from buquet.cli.monitor import next_attempt
 from buquet.dashboard.app import GET, dashboard
+from buquet.insights.drawing.labels import plain
 from buquet.insights.drawing.svg import legal
-from buquet.insights.drawing.words import plain
 from buquet.insights.journal import ErrorGroup
 from buquet.printing import indented, json_line, printable
 from buquet.testing import run_until_idle

@@ -16,8 +16,8 @@ import typer
 
 from buquet import keys
 from buquet.app import App
-from buquet.cli.options import Json, Url
 from buquet.cli.output import to_stderr
+from buquet.cli.parameters import Json, Url
 from buquet.errors import BucketMissing, StoreUnavailable, UsageError
 
 if TYPE_CHECKING:

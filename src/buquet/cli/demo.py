@@ -21,8 +21,8 @@ import typer
 from typer import Option
 
 from buquet.app import App
-from buquet.cli.options import START, Json, Url, cli
 from buquet.cli.output import AT_ONCE, print_json, print_table
+from buquet.cli.parameters import START, Json, Url, cli
 from buquet.concurrency import each_of
 from buquet.errors import UsageError
 from buquet.insights import fleet

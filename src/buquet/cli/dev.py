@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from buquet.app import App
-from buquet.cli.options import START, Target, Url, cli
 from buquet.cli.output import log_to, say, to_stderr
+from buquet.cli.parameters import START, Target, Url, cli
 from buquet.cli.ui import Host, Port, need_ui
 from buquet.clock import YEARS
 from buquet.errors import UsageError

@@ -11,8 +11,8 @@ from typer import Option
 
 from buquet import __version__
 from buquet.cli import demo, dev, monitor, runs, schedules, store, tasks, ui, workers
-from buquet.cli.options import cli
 from buquet.cli.output import coloured
+from buquet.cli.parameters import cli
 from buquet.errors import BuquetError, UsageError
 from buquet.printing import indented, printable
 

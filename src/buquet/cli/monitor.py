@@ -12,7 +12,6 @@ from typer import Option
 from buquet import keys
 from buquet.app import App
 from buquet.cli.apps import command, lacks_store
-from buquet.cli.options import MONITOR, Name, Queue, cli, status_option
 from buquet.cli.output import (
     COLOURS,
     beginning,
@@ -25,6 +24,7 @@ from buquet.cli.output import (
     scan_progress,
     to_stderr,
 )
+from buquet.cli.parameters import MONITOR, Name, Queue, cli, status_option
 from buquet.cli.workers import print_refused, refused
 from buquet.insights import fleet, tasks
 from buquet.insights.journal import ErrorGroup, Journal, Spread, Summary

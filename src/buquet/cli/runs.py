@@ -15,13 +15,13 @@ from typer import Argument, Option
 
 from buquet.app import App
 from buquet.cli.apps import command
-from buquet.cli.options import RUNS, Args, Kwargs, Limit, NewTag, Tag, Target, cli, json_option, status_option
 from buquet.cli.output import beginning, moment, print_json, print_table, print_unreadable, scan_progress, to_stderr
+from buquet.cli.parameters import RUNS, Args, Kwargs, Limit, NewTag, Tag, Target, cli, json_option, status_option
 from buquet.cli.tasks import short
 from buquet.codec import ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, InvalidPayload, UnreadableRecord, UsageError
 from buquet.insights import runs
-from buquet.insights.drawing import as_gantt, as_mermaid, as_svg, as_text, words
+from buquet.insights.drawing import as_gantt, as_mermaid, as_svg, as_text, labels
 from buquet.insights.runview import RunStatus, RunView
 from buquet.insights.scan import Scan
 from buquet.printing import counted, duration
@@ -211,14 +211,14 @@ async def _views(client: Client, run_id: str, scan: Scan, *, changes_only: bool 
 def _lines(view: RunView, now: int) -> dict[str, str]:
     """Return a line for the run and for each step that has started, with what does not change by itself."""
     status = "paused" if view.paused and not view.over else view.status
-    whole = {"": words.plain(f"{view.workflow}: {status}{f', {view.error}' if view.error else ''}")}
+    whole = {"": labels.plain(f"{view.workflow}: {status}{f', {view.error}' if view.error else ''}")}
     lines: dict[str, str] = {}
     for step in view.steps:
         if step.status in {"waiting", "cancelled"}:
             continue
-        took = words.time(step, now) if step.ended else ""
-        parts = (step.status, took, words.items(step), words.UNDONE[step.undo], step.error)
-        lines[step.name] = words.plain(f"{step.name}: {', '.join(filter(None, parts))}")
+        took = labels.time(step, now) if step.ended else ""
+        parts = (step.status, took, labels.items(step), labels.UNDONE[step.undo], step.error)
+        lines[step.name] = labels.plain(f"{step.name}: {', '.join(filter(None, parts))}")
     return lines | whole if view.over else whole | lines
 
 

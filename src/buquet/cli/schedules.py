@@ -10,8 +10,8 @@ from typer import Argument
 
 from buquet.app import App
 from buquet.cli.apps import command
-from buquet.cli.options import RUNS, cli
 from buquet.cli.output import act_on, moment, print_json, print_table, print_unreadable
+from buquet.cli.parameters import RUNS, cli
 from buquet.insights.scan import Scan
 from buquet.insights.schedules import list_schedules
 

@@ -11,8 +11,8 @@ from typer import Option
 
 from buquet.app import App
 from buquet.cli.apps import command, open_app
-from buquet.cli.options import STORE, DryRun, Json, Url, cli
 from buquet.cli.output import coloured, print_json, print_table, say, to_stderr
+from buquet.cli.parameters import STORE, DryRun, Json, Url, cli
 from buquet.errors import UsageError
 from buquet.printing import counted, printable
 

@@ -13,8 +13,8 @@ from typer import Argument, Option
 
 from buquet.app import App
 from buquet.cli.apps import command
-from buquet.cli.options import TASKS, Args, DryRun, Kwargs, Limit, Name, NewTag, Queue, Status, Tag, Target, cli
 from buquet.cli.output import act_on, beginning, moment, print_json, print_table, print_unreadable, scan_progress, to_stderr
+from buquet.cli.parameters import TASKS, Args, DryRun, Kwargs, Limit, Name, NewTag, Queue, Status, Tag, Target, cli
 from buquet.codec import AGAIN, ANY, decode_stored
 from buquet.errors import EncryptionKeyMissing, FailedItem, InvalidArgument, UnreadableRecord, UsageError
 from buquet.insights.scan import Scan

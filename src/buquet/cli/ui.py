@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from buquet.cli.apps import load_app, open_app, run
-from buquet.cli.options import MONITOR, Json, Url, cli
 from buquet.cli.output import log_to, print_json, say, to_stderr
+from buquet.cli.parameters import MONITOR, Json, Url, cli
 from buquet.errors import UsageError, install
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typer import Argument, Option
 
 from buquet.app import App
 from buquet.cli.apps import command, load_app
-from buquet.cli.options import FLEET, Json, Target, Url, cli
 from buquet.cli.output import act_on, log_to, moment, print_json, print_table, print_unreadable, say, to_stderr
+from buquet.cli.parameters import FLEET, Json, Target, Url, cli
 from buquet.errors import UsageError
 from buquet.insights import fleet
 from buquet.insights.scan import Scan

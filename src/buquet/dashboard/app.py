@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from buquet.dashboard import actions, events, pages
+from buquet.dashboard import actions, pages, stream
 from buquet.dashboard.board import HERE, Board
 from buquet.dashboard.guard import Guard
 from buquet.dashboard.sessions import Logins, SessionCookies
@@ -43,7 +43,7 @@ GET = {
     "/runs": pages.runs,
     "/runs/{id}": pages.run,
     "/run.css": pages.style,
-    "/events": events.events,
+    "/events": stream.events,
     "/login": pages.login_form,
 }
 POST = {"/act": actions.act, "/login": pages.login, "/logout": pages.logout}

@@ -22,7 +22,7 @@ from buquet.store.sqlite_writer import (
     BUSY,
     KEPT,
     Elsewhere,
-    Write,
+    QueuedWrite,
     Writer,
     changes,
     create,
@@ -158,7 +158,7 @@ class SqliteStore:
         writer = self._open()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        writer.add(Write(apply, key, body, etag, loop, future, entry, drop))
+        writer.add(QueuedWrite(apply, key, body, etag, loop, future, entry, drop))
         return await future
 
     def _wrote(self, results: Results, here: asyncio.AbstractEventLoop | None) -> None:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from buquet.clock import Clock
 
-    Apply: TypeAlias = Callable[[sqlite3.Connection, "Write", int, float], Receipt | StoreError]
+    Apply: TypeAlias = Callable[[sqlite3.Connection, "QueuedWrite", int, float], Receipt | StoreError]
     """Carries out a write in the open transaction, with the number and the time of the write."""
-    Results: TypeAlias = list[tuple["Write", Receipt | StoreError]]
+    Results: TypeAlias = list[tuple["QueuedWrite", Receipt | StoreError]]
 
 KEPT = ("tasks/", "runs/", "schedules/")
 """Keys whose earlier versions are kept, as in a versioned bucket. Nobody reads those of sessions, bells and entries."""
@@ -40,7 +40,7 @@ BUSY = 30.0
 """Seconds to wait for another process's transaction."""
 
 
-class Write(NamedTuple):
+class QueuedWrite(NamedTuple):
     """One write, and the future of its caller."""
 
     apply: Apply
@@ -156,7 +156,7 @@ class Writer:
         self.explain = explain
         self.elsewhere = elsewhere
         self.wrote = wrote
-        self._queue: deque[Write] = deque()
+        self._queue: deque[QueuedWrite] = deque()
         self._busy = threading.Lock()
         """Held by the thread that uses the connection."""
         self._waiting = threading.Event()
@@ -169,7 +169,7 @@ class Writer:
         self._thread.start()
         forking.hold(self)
 
-    def add(self, write: Write) -> None:
+    def add(self, write: QueuedWrite) -> None:
         """Queue a write, on its loop. It shares a transaction with the other writes of this iteration of the loop."""
         self._queue.append(write)
         write.loop.call_soon(self._flush, write.loop)
@@ -234,7 +234,7 @@ class Writer:
         _deliver(results, here)
         self.wrote(results, here)
 
-    def _apply(self, batch: list[Write], *, wait: bool) -> list[Receipt | StoreError] | None:
+    def _apply(self, batch: list[QueuedWrite], *, wait: bool) -> list[Receipt | StoreError] | None:
         """Apply a batch in one transaction. A conflict fails one write only. None: another process writes to the file."""
         last = 0
         try:
@@ -307,17 +307,17 @@ WITH RECURSIVE chain(n) AS (
 """
 
 
-def _receipt(write: Write, number: int) -> Receipt:
+def _receipt(write: QueuedWrite, number: int) -> Receipt:
     return Receipt(str(number), str(number) if write.key.startswith(KEPT) else None)
 
 
-def create(connection: sqlite3.Connection, write: Write, number: int, now: float) -> Receipt | StoreError:
+def create(connection: sqlite3.Connection, write: QueuedWrite, number: int, now: float) -> Receipt | StoreError:
     """PUT an object that does not exist."""
     cursor = connection.execute(_CREATE, (write.key, number, now, write.body, write.key))
     return _receipt(write, number) if cursor.rowcount else AlreadyExists(f"{write.key} exists")
 
 
-def update(connection: sqlite3.Connection, write: Write, number: int, now: float) -> Receipt | StoreError:
+def update(connection: sqlite3.Connection, write: QueuedWrite, number: int, now: float) -> Receipt | StoreError:
     """PUT over the version with the write's ETag."""
     if write.key.startswith(KEPT):
         connection.execute(_KEEP_IF, (write.key, write.etag))
@@ -325,7 +325,7 @@ def update(connection: sqlite3.Connection, write: Write, number: int, now: float
     return _receipt(write, number) if cursor.rowcount else Changed(f"{write.key} is no longer the version read")
 
 
-def put(connection: sqlite3.Connection, write: Write, number: int, now: float) -> Receipt:
+def put(connection: sqlite3.Connection, write: QueuedWrite, number: int, now: float) -> Receipt:
     """PUT an object, whether it exists or not."""
     if write.key.startswith(KEPT):
         connection.execute(_KEEP, (write.key,))
@@ -333,7 +333,7 @@ def put(connection: sqlite3.Connection, write: Write, number: int, now: float) -
     return _receipt(write, number)
 
 
-def delete(connection: sqlite3.Connection, write: Write, number: int, now: float) -> Receipt:  # noqa: ARG001 - as Apply
+def delete(connection: sqlite3.Connection, write: QueuedWrite, number: int, now: float) -> Receipt:  # noqa: ARG001 - as Apply
     """DELETE an object. The versions of a kept key stay."""
     if write.key.startswith(KEPT):
         connection.execute(_KEEP, (write.key,))
@@ -342,7 +342,7 @@ def delete(connection: sqlite3.Connection, write: Write, number: int, now: float
     return _receipt(write, number)
 
 
-def forget(connection: sqlite3.Connection, write: Write, number: int, now: float) -> Receipt:  # noqa: ARG001 - as Apply
+def forget(connection: sqlite3.Connection, write: QueuedWrite, number: int, now: float) -> Receipt:  # noqa: ARG001 - as Apply
     """Remove the earlier versions of a key."""
     connection.execute(_FORGET, {"key": write.key})
     connection.execute("DELETE FROM deleted WHERE key = ?", (write.key,))

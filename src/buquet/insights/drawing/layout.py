@@ -93,7 +93,7 @@ def _sorted(depends: dict[str, set[str]]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Placement:
     """Layers of nodes in order, each node's position across the layers, and each edge's nodes from source to target."""
 
     layers: list[list[Node]]
@@ -103,7 +103,7 @@ class Layout:
     """All nodes lie within 0 and this."""
 
 
-def lay_out(order: Order, size: float, gap: float, lane: float) -> Layout:
+def lay_out(order: Order, size: float, gap: float, lane: float) -> Placement:
     """Place steps of `size` across the layers, `gap` apart. An edge that passes a layer gets a lane of width `lane` there."""
     layers, edges = _with_lanes(order)
     above: Neighbours = {node: [] for layer in layers for node in layer}
@@ -122,7 +122,7 @@ def lay_out(order: Order, size: float, gap: float, lane: float) -> Layout:
     _straighten(layers, edges, rooms, at)
     low = min((place - half(node) for node, place in at.items()), default=0.0)
     high = max((place + half(node) for node, place in at.items()), default=0.0)
-    return Layout(layers, {node: place - low for node, place in at.items()}, edges, high - low)
+    return Placement(layers, {node: place - low for node, place in at.items()}, edges, high - low)
 
 
 def _with_lanes(order: Order) -> tuple[list[list[Node]], dict[tuple[str, str], list[Node]]]:

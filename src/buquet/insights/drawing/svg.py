@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import quoteattr
 
-from buquet.insights.drawing import words
-from buquet.insights.drawing.layout import Layout, Node, Order, lay_out, order_of
+from buquet.insights.drawing import labels
+from buquet.insights.drawing.layout import Node, Order, Placement, lay_out, order_of
 from buquet.printing import duration, in_seconds, printable
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ STEPS = (
 
 def _style() -> str:
     light, dark = (";".join(f"--bq-{name}:{pair[index]}" for name, pair in COLOURS.items()) for index in (0, 1))
-    statuses = "\n".join(f".bq .{status}{{--c:var(--bq-{status})}}" for status in words.MARKS)
+    statuses = "\n".join(f".bq .{status}{{--c:var(--bq-{status})}}" for status in labels.MARKS)
     return f":where(.bq){{{light}}}\n@media(prefers-color-scheme:dark){{:where(.bq){{{dark}}}}}{RULES}{statuses}\n"
 
 
@@ -115,7 +115,7 @@ def as_svg(run: RunView, now: int, link: Callable[[StepInfo], str] | None = None
     edges = [part for source, target in order.edges for part in _edge(plan, source, target)]
     boxes = [_group(step, link, _box(step, *plan.corner(name), now), now) for name, step in order.steps.items()]
     conditions = [_condition(plan, step) for step in order.steps.values() if step.condition]
-    return _document(plan.width, plan.height, words.headline(run, now), [*edges, *boxes, *conditions])
+    return _document(plan.width, plan.height, labels.headline(run, now), [*edges, *boxes, *conditions])
 
 
 def as_gantt(run: RunView, now: int, link: Callable[[StepInfo], str] | None = None) -> str:
@@ -139,7 +139,7 @@ def as_gantt(run: RunView, now: int, link: Callable[[StepInfo], str] | None = No
     parts = _axis(seconds, scale, height) if begun else []
     for index, step in enumerate(rows):
         parts.append(_group(step, link, _row(step, TOP + ROW * index, first, now, scale), now))
-    return _document(CHART, height, words.headline(run, now), parts)
+    return _document(CHART, height, labels.headline(run, now), parts)
 
 
 # ------------------------------------------------------------------ elements
@@ -179,7 +179,11 @@ def _text(x: float, y: float, text: str, **attributes: object) -> str:
 
 def _group(step: StepInfo, link: Callable[[StepInfo], str] | None, inside: Iterable[str], now: int) -> str:
     """Return a step's group, with attributes for scripts, and inside an `<a>` where `link` returns an address."""
-    lines = [words.plain(words.title(step)), ", ".join(filter(None, (step.status, words.time(step, now)))), *words.remarks(step)]
+    lines = [
+        labels.plain(labels.title(step)),
+        ", ".join(filter(None, (step.status, labels.time(step, now)))),
+        *labels.remarks(step),
+    ]
     title = element("title", _escaped("\n".join(lines)))
     group = element("g", title, *inside, class_=f"step {step.status}", data_step=step.name, data_task=step.task_id)
     address = link(step) if link else ""
@@ -199,7 +203,7 @@ def _document(width: float, height: float, label: str, inside: Iterable[str]) ->
             viewBox=f"0 0 {width:.0f} {height:.0f}",
             **size,
             role="img",
-            aria_label=words.plain(label),
+            aria_label=labels.plain(label),
         )
         + "\n"
     )
@@ -213,7 +217,7 @@ class _Plan:
     """A layout on paper: layers from left to right (`sideways`), or from top to bottom."""
 
     order: Order
-    layout: Layout
+    layout: Placement
     sideways: bool
 
     def __post_init__(self) -> None:
@@ -260,7 +264,7 @@ def _plan(order: Order) -> _Plan:
 
 
 def _cut_condition(step: StepInfo) -> str:
-    return words.cut(step.condition, CONDITION)
+    return labels.cut(step.condition, CONDITION)
 
 
 def _edge(plan: _Plan, source: str, target: str) -> tuple[str, str]:
@@ -314,9 +318,9 @@ def _box(step: StepInfo, x: float, y: float, now: int) -> list[str]:
     parts.append(element("rect", class_="box", x=x, y=y, width=WIDTH, height=HEIGHT, rx=radius))
     inset, most = (15.0, NAME - 1) if radius > HEIGHT / 3 else (11.0, NAME)
     parts += [
-        _text(x + inset, y + 20, words.MARKS[step.status], class_="mark"),
-        _text(x + inset + 19, y + 19.5, words.cut(step.name, most), class_="name"),
-        _text(x + inset + 19, y + 35.5, words.cut(_details(step, now), DETAILS), class_="said faint"),
+        _text(x + inset, y + 20, labels.MARKS[step.status], class_="mark"),
+        _text(x + inset + 19, y + 19.5, labels.cut(step.name, most), class_="name"),
+        _text(x + inset + 19, y + 35.5, labels.cut(_details(step, now), DETAILS), class_="said faint"),
     ]
     if step.kind == "each" and step.total:
         width = (WIDTH - 2 * inset) * min(max(step.done / step.total, 0.0), 1.0)
@@ -325,13 +329,13 @@ def _box(step: StepInfo, x: float, y: float, now: int) -> list[str]:
 
 
 def _details(step: StepInfo, now: int) -> str:
-    kind = words.kind(step)
+    kind = labels.kind(step)
     attempt = f"attempt {step.attempts}" if step.attempts > 1 else ""
-    parts = (step.status, words.time(step, now), words.items(step), words.UNDONE[step.undo], kind, attempt)
+    parts = (step.status, labels.time(step, now), labels.items(step), labels.UNDONE[step.undo], kind, attempt)
     details = list(filter(None, parts))
     # the mark and the colour show the status as well
     for least in (attempt, kind, step.status):
-        if least in details and words.columns(" · ".join(details)) > DETAILS:
+        if least in details and labels.columns(" · ".join(details)) > DETAILS:
             details.remove(least)
     return " · ".join(details)
 
@@ -355,15 +359,15 @@ def _row(step: StepInfo, y: float, first: int, now: int, scale: float) -> list[s
     parts = [
         # the whole row reacts to the pointer
         element("rect", class_="paper", x=0.0, y=y, width=CHART, height=ROW, fill_opacity=0),
-        _text(12, middle, words.MARKS[step.status], class_="mark"),
-        _text(32, middle, words.cut(step.name, LABEL), class_="name"),
+        _text(12, middle, labels.MARKS[step.status], class_="mark"),
+        _text(32, middle, labels.cut(step.name, LABEL), class_="name"),
     ]
     if not step.started:
         return [*parts, _text(LABELS + 4, middle, step.status, class_="faint")]
     start = LABELS + in_seconds(step.started - first) * scale
     length = max((step.seconds(now) or 0) * scale, 2.0)
     bar = "bar idle" if step.kind in {"wait", "sleep"} else "bar"
-    details = " · ".join(filter(None, (words.time(step, now), words.items(step))))
+    details = " · ".join(filter(None, (labels.time(step, now), labels.items(step))))
     return [
         *parts,
         element("rect", class_=bar, x=start, y=y + (ROW - BAR) / 2, width=length, height=BAR, rx=3.0),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, TypeAlias
 
-from buquet.insights.drawing import words
+from buquet.insights.drawing import labels
 from buquet.insights.drawing.layout import Order, order_of
 
 if TYPE_CHECKING:
@@ -76,11 +76,11 @@ def as_text(run: RunView, now: int, width: int = 80) -> list[Line]:
     """
     order = order_of(run.steps)
     rows = _Lanes(order, min(LANES, width // 7)).drawn() or _listed(order)
-    lines: list[Line] = [[(words.cut(words.headline(run, now), width), "bold")]]
+    lines: list[Line] = [[(labels.cut(labels.headline(run, now), width), "bold")]]
     if run.error:
-        lines.append([(words.cut(run.error, width), "red")])
+        lines.append([(labels.cut(run.error, width), "red")])
     left = max((len(cells.rstrip()) for cells, _ in rows), default=0)
-    longest = max((words.columns(words.plain(words.title(step))) for step in run.steps), default=0)
+    longest = max((labels.columns(labels.plain(labels.title(step))) for step in run.steps), default=0)
     names = min(longest, NAME, max(width - left - 2 - STATUS - 2, STATUS // 2))
     for cells, name in rows:
         text = cells.rstrip()
@@ -88,7 +88,7 @@ def as_text(run: RunView, now: int, width: int = 80) -> list[Line]:
             lines.append([(text, "dim")])
             continue
         step = order.steps[name]
-        before, mark, after = text.partition(words.MARKS[step.status])
+        before, mark, after = text.partition(labels.MARKS[step.status])
         drawing = [(before, "dim"), (mark, STYLES[step.status]), (after.ljust(left - len(before) - 1), "dim")]
         lines.append([*(span for span in drawing if span[0]), *_details(step, now, names, max(width - left - 2, 0))])
     return lines
@@ -107,8 +107,8 @@ def as_mermaid(run: RunView, now: int) -> str:
     lines = ["flowchart LR"]
     for name, step in order.steps.items():
         opening, closing = SHAPES[step.kind]
-        details = ", ".join(filter(None, (step.status, words.items(step), words.time(step, now), words.UNDONE[step.undo])))
-        lines.append(f'  {ids[name]}{opening}"{_escaped(words.title(step))}<br/>{_escaped(details)}"{closing}:::{step.status}')
+        details = ", ".join(filter(None, (step.status, labels.items(step), labels.time(step, now), labels.UNDONE[step.undo])))
+        lines.append(f'  {ids[name]}{opening}"{_escaped(labels.title(step))}<br/>{_escaped(details)}"{closing}:::{step.status}')
     for name, step in order.steps.items():
         before = order.before[name]
         # one edge shows the condition: that from the step that the condition names
@@ -124,18 +124,18 @@ def as_mermaid(run: RunView, now: int) -> str:
 
 def _escaped(text: str) -> str:
     """Return a text for a quoted Mermaid label: letters, digits and a few signs as they are, the rest as numbers."""
-    safe = "".join(char if char.isalnum() or char in SAFE else f"#{ord(char)};" for char in words.cut(text, LABEL))
+    safe = "".join(char if char.isalnum() or char in SAFE else f"#{ord(char)};" for char in labels.cut(text, LABEL))
     return safe.replace(". ", "#46; ")  # "1. item" would be a list
 
 
 def _details(step: StepInfo, now: int, names: int, room: int) -> Line:
     """Return the text beside the mark of a step: its name in `names` columns, its status, and remarks where they have room."""
     style = STYLES[step.status]
-    name = words.cut(words.title(step), names)
-    padding = " " * (names - words.columns(name) + 2)
-    status = f"{step.status:<9}  {words.time(step, now):>9}"[: max(room - names - 2, 0)]
+    name = labels.cut(labels.title(step), names)
+    padding = " " * (names - labels.columns(name) + 2)
+    status = f"{step.status:<9}  {labels.time(step, now):>9}"[: max(room - names - 2, 0)]
     left = room - names - 2 - len(status)
-    remarks = words.cut(" · ".join(words.remarks(step)), left - 2) if left > NAME // 2 else ""
+    remarks = labels.cut(" · ".join(labels.remarks(step)), left - 2) if left > NAME // 2 else ""
     line = [("  ", ""), (name, "dim" if step.status == "skipped" else ""), (padding, "")]
     if not remarks:
         return [*line, (status.rstrip(), style)]
@@ -160,7 +160,7 @@ class _Lanes:
             if name not in self.lanes:
                 self._begin(name)
             here = self.lanes.index(name)
-            mark = words.MARKS[self.order.steps[name].status]
+            mark = labels.MARKS[self.order.steps[name].status]
             cells = (mark if index == here else " " if lane is None else "│" for index, lane in enumerate(self.lanes))
             self.rows.append((" ".join(cells), name))
             self._lead_on(name, here)
@@ -229,5 +229,5 @@ def _listed(order: Order) -> list[tuple[str, str]]:
     for layer in order.layers():
         for index, name in enumerate(layer):
             bracket = "─" if len(layer) == 1 else "┌" if index == 0 else "└" if index == len(layer) - 1 else "│"
-            rows.append((f"{bracket} {words.MARKS[order.steps[name].status]}", name))
+            rows.append((f"{bracket} {labels.MARKS[order.steps[name].status]}", name))
     return rows

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
+_END = object()
+
 
 async def each_of(items: Iterable[T] | AsyncIterable[T], work: Callable[[T], Awaitable[R]], at_once: int) -> list[R]:
     """Return the results of `await work(item)` in the order of the items. At most `at_once` calls run at a time.
@@ -29,19 +31,18 @@ async def each_of(items: Iterable[T] | AsyncIterable[T], work: Callable[[T], Awa
         if len(first) < 2:  # noqa: PLR2004 - one item needs no task of its own
             return [await work(item) for item in first]
         items = chain(first, iterator)
-    source = aiter(items if isinstance(items, AsyncIterable) else _walk(items))
+    source = aiter(items) if isinstance(items, AsyncIterable) else None
+    plain = iter(items) if not isinstance(items, AsyncIterable) else iter(())
     taking = asyncio.Lock()
     results: list[Any] = []
     lanes: list[asyncio.Task[None]] = []
 
     async def take() -> tuple[int, T] | None:
-        async with taking:
-            try:
-                item = await anext(source)
-            except StopAsyncIteration:
-                return None
-            results.append(None)
-            return len(results) - 1, item
+        item: Any = next(plain, _END) if source is None else await _next(source, taking)  # a lock for each item costs CPU
+        if item is _END:
+            return None
+        results.append(None)
+        return len(results) - 1, item
 
     async def lane(taken: tuple[int, T] | None) -> None:
         while taken:
@@ -57,6 +58,11 @@ async def each_of(items: Iterable[T] | AsyncIterable[T], work: Callable[[T], Awa
         await cancel_all(lanes)
         raise
     return results
+
+
+async def _next(source: AsyncIterator[Any], taking: asyncio.Lock) -> Any:
+    async with taking:
+        return await anext(source, _END)
 
 
 async def cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
@@ -76,8 +82,3 @@ async def first_of(*others: Coroutine[Any, Any, object]) -> None:
     for task in tasks:
         if task in done:
             task.result()
-
-
-async def _walk(items: Iterable[T]) -> AsyncIterator[T]:
-    for item in items:
-        yield item

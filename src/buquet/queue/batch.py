@@ -287,17 +287,15 @@ class Packing:
             raise InvalidArgument(f"item {place + bad[0]} of the batch is no argument of {self.template.name}: {bad[1]}")
 
     def _encode(self, item: Any, before: list[bytes]) -> bytes:
+        place = self.read + len(before)
         try:
             body = encode_value(item, "it")
         except InvalidArgument as error:
-            raise InvalidArgument(f"{self._place(before)} is no argument of {self.template.name}: {error}") from None
+            raise InvalidArgument(f"item {place} of the batch is no argument of {self.template.name}: {error}") from None
         if len(body) > LARGEST_ITEM:
             most = f"the most is {keys.LARGEST:,}. Store it in an object of yours and pass its key"
-            raise InvalidArgument(f"{self._place(before)} has {len(body):,} bytes as JSON; {most}")
+            raise InvalidArgument(f"item {place} of the batch has {len(body):,} bytes as JSON; {most}")
         return body
-
-    def _place(self, before: list[bytes]) -> str:
-        return f"item {self.read + len(before)} of the batch"
 
     async def _check_end(self) -> None:
         """Raise KeyConflict if the key's batch was submitted before with more items."""

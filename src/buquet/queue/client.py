@@ -181,7 +181,7 @@ class Client:
                 # no record names this submit's entry (I3: it was read, at its rev or a later one), and it would look like work
                 await self.reads.delete(pending.entry)
         elif task.state == "pending":
-            self._tell_own(task.queue, task.entry)
+            self._notify_own(task.queue, task.entry)
             if not early or task.entry != pending.entry or self.clock.monotonic() - begun > RUNG_FOR:
                 self.ringer.added(task.queue, task.entry)
         return change
@@ -236,11 +236,11 @@ class Client:
         return done
 
     def added(self, queue: str, entry: str) -> None:
-        """Tell the workers of this process and of others that an entry was added."""
-        self._tell_own(queue, entry)
+        """Notify the workers of this process and of others of a new entry."""
+        self._notify_own(queue, entry)
         self.ringer.added(queue, entry)
 
-    def _tell_own(self, queue: str, entry: str) -> None:
+    def _notify_own(self, queue: str, entry: str) -> None:
         for listener in self.listeners:
             listener(queue, entry)
 

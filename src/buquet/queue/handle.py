@@ -206,7 +206,7 @@ class Handles(Sequence[Handle[R_co]]):
         return Handle(self._home, task_id, self._signature, created=bool(self._created[places]))
 
     def __eq__(self, other: object) -> bool:
-        """Tell whether these are the same tasks in the same order."""
+        """Return whether these are the same tasks in the same order."""
         return self._ids == other._ids if isinstance(other, Handles) else NotImplemented  # pyright: ignore[reportUnknownMemberType]
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]

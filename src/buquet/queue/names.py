@@ -79,7 +79,7 @@ class Helper(Protocol):
     """What a worker does for the run of a task that it has claimed."""
 
     async def submit(self, task: Task, args: bytes) -> None:
-        """Submit a task unless it is there: under a claim of this worker where it has room, else for any worker."""
+        """Submit a task unless it exists: under a claim of this worker if it has a free slot, else for any worker."""
         ...
 
     async def stop(self, task: Task, args: bytes) -> None:

@@ -201,15 +201,15 @@ def _cron(cron: Any, tz: Any) -> Rule:
 
 def _unwrapped(term: str, first: int, last: int, names: tuple[str, ...]) -> str:
     """Return a range that wraps around its field as a list: `fri-mon` as `5,6,0,1`. Any other term stays as it is."""
-    found = re.fullmatch(r"(\w+)-(\w+)(?:/([1-9]\d*))?", term)
-    if found is None:
+    match = re.fullmatch(r"(\w+)-(\w+)(?:/([1-9]\d*))?", term)
+    if match is None:
         return term
-    ends = [_number(end.lower(), first, names) for end in (found[1], found[2])]
+    ends = [_number(end.lower(), first, names) for end in (match[1], match[2])]
     if not all(first <= end <= last + (names is DAYS) for end in ends) or ends[0] <= ends[1]:
         return term
     start = ends[0] % 7 if names is DAYS else ends[0]  # 7 is Sunday, too
     numbers = range(start, ends[1] + 1) if start <= ends[1] else [*range(start, last + 1), *range(first, ends[1] + 1)]
-    return ",".join(map(str, numbers[:: int(found[3] or 1)]))
+    return ",".join(map(str, numbers[:: int(match[3] or 1)]))
 
 
 def _number(end: str, first: int, names: tuple[str, ...]) -> int:

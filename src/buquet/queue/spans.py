@@ -106,8 +106,8 @@ def _attributes(task: Task) -> dict[str, str | int]:
 def _parent(traceparent: str) -> SpanContext:
     from opentelemetry import trace  # noqa: PLC0415 - optional
 
-    found = _PARENT.fullmatch(traceparent)
-    if found is None:
+    match = _PARENT.fullmatch(traceparent)
+    if match is None:
         return trace.INVALID_SPAN_CONTEXT
-    trace_id, span_id, flags = (int(part, 16) for part in found.groups())
+    trace_id, span_id, flags = (int(part, 16) for part in match.groups())
     return trace.SpanContext(trace_id, span_id, is_remote=True, trace_flags=trace.TraceFlags(flags))

@@ -81,7 +81,7 @@ class Values:
         return self.open(address, await self.stored(value, key))
 
     async def of(self, task: Task, what: Literal["args", "result", "checkpoint"]) -> bytes | Raw:
-        """Return a task's value as JSON; empty where it has none. Raises what `get` raises."""
+        """Return a task's value as JSON; empty if there is none. Raises the errors of `get`."""
         return await self.get(of_task(task.id, what), getattr(task, what), getattr(task, f"{what}_at"))
 
     async def stored(self, value: Raw, key: str) -> bytes | Raw:

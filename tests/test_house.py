@@ -26,10 +26,10 @@ MANY = ("PROCESSES", "report['lines']", "len(self.steps)", "min(named, 10**18)")
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 OWNERS = {
-    "obstore": {"store/objects.py", "store/answers.py"},
+    "obstore": {"store/objects.py"},
     "sqlite3": {"store/sqlite.py", "store/sqlite_writer.py"},
 }
-"""The only files that may import a package. `answers` reads the errors of obstore."""
+"""The only files that may import a package."""
 
 FOREIGN = ("/" + "work/", "/" + "root/", "/" + "home/")
 """Paths of a machine, written so that this file does not contain them."""

@@ -737,9 +737,9 @@ def test_events_are_for_what_there_is(app: App, topic: str) -> None:
 def test_pages_that_begin_to_follow_at_once_find_no_more_room_than_one_after_another(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from buquet.dashboard import stream
+    from buquet.dashboard import app as dashboard_app
 
-    monkeypatch.setattr(stream, "MOST_EACH", 3)
+    monkeypatch.setattr(dashboard_app, "MOST_EACH", 3)
     task_id, _ = with_form(app)
     served = dashboard(app)
 
@@ -920,10 +920,10 @@ class TestCommand:
         assert "--password" in str(outcome.exception)
 
     def test_the_password_is_read_from_a_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from buquet.cli import ui
+        from buquet.cli import monitor
 
         served: list[Any] = []
-        monkeypatch.setattr(ui, "serve", lambda *given, **named: served.append(given))
+        monkeypatch.setattr(monitor, "serve", lambda *given, **named: served.append(given))
         file = tmp_path / "password"
         file.write_text("open sesame\n")
         shown = ["ui", "--host", "0.0.0.0", "--url", "memory:"]  # noqa: S104 - it has a password
@@ -949,9 +949,9 @@ class TestCommand:
         assert "--port" in str(outcome.exception)
 
     def test_without_its_packages_it_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from buquet.cli import ui
+        from buquet.cli import monitor
 
-        monkeypatch.setattr(ui, "find_spec", lambda name: None if name == "uvicorn" else name)
+        monkeypatch.setattr(monitor, "find_spec", lambda name: None if name == "uvicorn" else name)
         outcome = CliRunner().invoke(cli, ["ui", "--url", "memory:"])
         assert isinstance(outcome.exception, UsageError)
         assert "uvicorn" in str(outcome.exception)

@@ -7,7 +7,6 @@ import logging
 import signal
 import subprocess
 import sys
-import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,15 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from buquet.app import App
+from buquet.cli.monitor import Host, Port, need_ui
 from buquet.cli.output import log_to, say, to_stderr
 from buquet.cli.parameters import START, Target, Url, cli
-from buquet.cli.ui import Host, Port, need_ui
 from buquet.clock import YEARS
 from buquet.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from buquet.clock import Clock
 
 GRACE = 1.0
 """Seconds that running tasks get when the command ends. Then they return to the queue."""
@@ -210,23 +208,3 @@ def _changed_at(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return -1
-
-
-def report_modules(report: Path, clock: Clock) -> None:
-    """Write the files of all imported modules to `report`, and again whenever more were imported, for `buquet dev`."""
-
-    def write() -> int:
-        count = len(sys.modules)
-        files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-        fresh = report.with_suffix(".new")
-        fresh.write_text("\n".join(sorted(str(Path(file).resolve()) for file in files if file)), encoding="utf-8")
-        fresh.replace(report)
-        return count
-
-    def keep_writing(count: int) -> None:
-        with suppress(FileNotFoundError):  # the command has ended and removed its folder
-            while True:
-                clock.block(0.5)
-                count = write() if len(sys.modules) != count else count
-
-    threading.Thread(target=keep_writing, args=(write(),), daemon=True).start()

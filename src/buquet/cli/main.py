@@ -10,13 +10,13 @@ import typer
 from typer import Option
 
 from buquet import __version__
-from buquet.cli import demo, dev, monitor, runs, schedules, store, tasks, ui, workers
+from buquet.cli import demo, dev, monitor, runs, schedules, store, tasks, workers
 from buquet.cli.output import coloured
 from buquet.cli.parameters import cli
 from buquet.errors import BuquetError, UsageError
 from buquet.printing import indented, printable
 
-__all__ = ["demo", "dev", "main", "monitor", "runs", "schedules", "store", "tasks", "ui", "workers"]
+__all__ = ["demo", "dev", "main", "monitor", "runs", "schedules", "store", "tasks", "workers"]
 
 
 def _version(asked: bool) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,6 +24,7 @@ from buquet.insights.scan import Scan
 from buquet.printing import duration
 
 if TYPE_CHECKING:
+    from buquet.clock import Clock
     from buquet.operate.bench import CountingStore
     from buquet.records import Session
     from buquet.worker.worker import Worker
@@ -93,8 +95,6 @@ def worker(
         with app:
             raise typer.Exit(children.run())
     if report is not None:
-        from buquet.cli.dev import report_modules  # noqa: PLC0415 - only for the worker of `buquet dev`
-
         report_modules(report, app.clock)
     if parent:
         from buquet.worker.processes import watch_parent  # noqa: PLC0415 - only for children
@@ -227,3 +227,23 @@ async def drain(
 ) -> bool:
     """Drain workers: they claim no new task, finish their running tasks, and exit with status 0."""
     return await act_on("worker", workers, app.adrain_worker, json, "asked to drain")
+
+
+def report_modules(report: Path, clock: Clock) -> None:
+    """Write the files of all imported modules to `report`, and again whenever more were imported, for `buquet dev`."""
+
+    def write() -> int:
+        count = len(sys.modules)
+        files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+        fresh = report.with_suffix(".new")
+        fresh.write_text("\n".join(sorted(str(Path(file).resolve()) for file in files if file)), encoding="utf-8")
+        fresh.replace(report)
+        return count
+
+    def keep_writing(count: int) -> None:
+        with suppress(FileNotFoundError):  # the command has ended and removed its folder
+            while True:
+                clock.block(0.5)
+                count = write() if len(sys.modules) != count else count
+
+    threading.Thread(target=keep_writing, args=(write(),), daemon=True).start()

@@ -3,31 +3,94 @@
 from __future__ import annotations
 
 import logging
-from contextlib import asynccontextmanager
+from collections import Counter
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from buquet.dashboard import actions, pages, stream
+from buquet import keys
+from buquet.dashboard import actions, pages
 from buquet.dashboard.board import HERE, Board
 from buquet.dashboard.guard import Guard
 from buquet.dashboard.sessions import Logins, SessionCookies
 from buquet.errors import BuquetError, RunNotFound, StoreError, StoreRefused, TaskNotFound
-from buquet.insights.feed import Feed
+from buquet.insights.feed import TOPICS, Feed
+from buquet.workflow.handle import find_run
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator
+    from contextlib import AbstractContextManager
 
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
 
     from buquet.app import App
 
     Handler = Callable[[Board, Request], Awaitable[Response]]
+
+
+MOST = 500
+"""Streams at once, of all browsers."""
+MOST_EACH = 100
+"""Streams at once, of the browsers at one address."""
+
+
+async def events(board: Board, request: Request) -> Response:
+    """Stream the news of one topic until the browser leaves. Raises TaskNotFound, RunNotFound, UnreadableRecord."""
+    topic = request.query_params.get("topic", "")
+    kind, _, name = topic.partition(":")
+    if topic not in TOPICS and not (kind in {"task", "run"} and keys.is_id(name)):
+        return PlainTextResponse("there is no such topic\n", 404)
+    origin = request.client.host if request.client else ""
+    with suppress(StoreError):  # the page then shows that the store does not answer
+        if kind == "task":
+            await board.feed.task(name)
+        elif kind == "run":
+            await find_run(board.app.client, name)
+
+    # nothing is awaited from here until the stream is counted: requests that come at once must not pass together
+    if board.following.total() >= MOST or board.following[origin] >= MOST_EACH or not board.feed.has_room(topic):
+        return PlainTextResponse("there are too many streams already\n", 503)
+
+    async def stream() -> AsyncGenerator[str]:
+        yield "retry: 3000\n\n"
+        async with aclosing(board.feed.follow(topic)) as ticks:
+            async for version in ticks:
+                yield ":\n\n" if version is None else f"data: {version}\n\n"
+
+    answer = _Stream(stream(), media_type="text/event-stream", headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+    answer.counted = _counted(board, origin, topic)
+    return answer
+
+
+class _Stream(StreamingResponse):
+    """A stream that counts for as long as it is sent."""
+
+    counted: AbstractContextManager[None]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream."""
+        with self.counted:
+            await super().__call__(scope, receive, send)
+
+
+@contextmanager
+def _counted(board: Board, origin: str, topic: str) -> Generator[None]:
+    board.following[origin] += 1
+    try:
+        with board.feed.wanted(topic):
+            yield
+    finally:
+        board.following[origin] -= 1
+        board.following += Counter()  # drops addresses without streams
+
 
 log = logging.getLogger("buquet.dashboard")
 
@@ -43,7 +106,7 @@ GET = {
     "/runs": pages.runs,
     "/runs/{id}": pages.run,
     "/run.css": pages.style,
-    "/events": stream.events,
+    "/events": events,
     "/login": pages.login_form,
 }
 POST = {"/act": actions.act, "/login": pages.login, "/logout": pages.logout}

@@ -16,7 +16,7 @@ from buquet.dashboard.sessions import who
 from buquet.errors import RunNotFound
 from buquet.insights import overview, taskview
 from buquet.insights.drawing.svg import STYLE, as_gantt, as_svg, element
-from buquet.insights.pace import answering
+from buquet.insights.feed import answering
 from buquet.insights.runs import RunFilter, find
 from buquet.insights.runview import RunStatus
 from buquet.insights.scan import Scan

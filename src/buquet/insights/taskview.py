@@ -12,7 +12,7 @@ import msgspec
 
 from buquet.concurrency import each_of
 from buquet.errors import EncryptionKeyMissing, StoreError, UnreadableRecord
-from buquet.insights.pace import ANSWER
+from buquet.insights.feed import ANSWER
 from buquet.queue.batch import failed_items
 from buquet.queue.values import of_run, of_task
 

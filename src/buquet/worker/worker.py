@@ -20,7 +20,6 @@ from buquet.queue.values import Values
 from buquet.records import Task
 from buquet.store.register import Register
 from buquet.store.retrying import pause
-from buquet.worker.children import Children
 from buquet.worker.claim import Claimer
 from buquet.worker.control import EVERY, Control
 from buquet.worker.executor import Executor
@@ -32,7 +31,7 @@ from buquet.worker.retention import Retention
 from buquet.worker.running import OutcomeWriter, RunPort
 from buquet.worker.scheduler import Scheduler
 from buquet.worker.session import TTL, SessionKeeper
-from buquet.worker.slots import Slots
+from buquet.worker.slots import Children, Slots
 from buquet.worker.threads import Permits
 
 if TYPE_CHECKING:

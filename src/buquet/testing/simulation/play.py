@@ -20,8 +20,7 @@ import msgspec
 from buquet.clock import Clock
 from buquet.queue import bell, values
 from buquet.testing.simulation.callers import Callers
-from buquet.testing.simulation.lateness import SETTLED, Lateness, Outage, due_ms
-from buquet.testing.simulation.live_auditor import OVER
+from buquet.testing.simulation.live_auditor import OVER, SETTLED, Lateness, Outage, due_ms
 from buquet.testing.simulation.network import Weather
 from buquet.testing.simulation.workload import declare, declare_workflow, wrong_run, wrong_task
 from buquet.testing.simulation.world import Defects, Machine, World

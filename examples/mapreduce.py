@@ -62,7 +62,7 @@ async def main() -> None:
             for group in await run.aresult(timeout=120):
                 print(", ".join(group))
             for step in await run.asteps():
-                print(f"{step.name}: {f'{step.total} tasks' if step.total else 'one task'}, {step.status}")
+                print(f"{step.name}: {f'{step.total} items' if step.total else 'one task'}, {step.status}")
             worker.stop()
             await working
 

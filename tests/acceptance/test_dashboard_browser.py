@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -121,6 +121,15 @@ def apart(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
 def shows(page: Page, text: str) -> None:
     expect(page.locator("body")).to_contain_text(text, timeout=SOON)
+
+
+def lists_one(page: Page) -> None:
+    """Reload until one task is listed: a search by tag is answered within two seconds, from what is known by then."""
+    for _ in range(10):
+        with suppress(AssertionError):
+            return expect(page.locator("tbody tr")).to_have_count(1, timeout=2000)
+        page.reload()
+    return expect(page.locator("tbody tr")).to_have_count(1)
 
 
 def test_every_page_is_shown_and_follows_what_happens(world: World) -> None:
@@ -391,14 +400,14 @@ def test_tasks_are_found_by_id_name_tag_and_state(world: World) -> None:
     page.get_by_role("button", name="Search").click()
     page.wait_for_url(f"**/tasks/{tagged.id}")
     page.goto(world.address + "/tasks?tag=tenant%3Dacme&status=pending")
-    expect(page.locator("tbody tr")).to_have_count(1)
+    lists_one(page)
     assert page.locator("tbody a").first.get_attribute("href") == f"/tasks/{waiting.id}"
     # the list of what ended follows the journal, which is written every ten seconds
     page.goto(world.address + "/tasks?name=good&status=completed")
     expect(page.locator(f"a[href='/tasks/{tagged.id}']")).to_have_count(1, timeout=SOON)
     page.get_by_label("Tag").fill("tenant=acme")
     page.get_by_role("button", name="Search").click()
-    expect(page.locator("tbody tr")).to_have_count(1)
+    lists_one(page)
     page.get_by_label("Tag").fill("")
     page.get_by_label("Status").select_option("failed")
     page.get_by_role("button", name="Search").click()

@@ -44,7 +44,7 @@ def test_mapreduce(tmp_path):
     said = run("mapreduce.py", tmp_path).splitlines()
     groups = [line.split(", ") for line in said[:5]]
     assert all(len({"".join(sorted(word)) for word in group}) == 1 < len(group) for group in groups)
-    assert "letters: 20 tasks, completed" in said
+    assert "letters: 10000 items, completed" in said
 
 
 def test_nightly(tmp_path):

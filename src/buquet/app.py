@@ -27,7 +27,8 @@ from buquet.queue.options import Policy, SubmitOptions, in_seconds
 from buquet.queue.schedules import plan, rule_of
 from buquet.queue.task import AsyncTaskFunction, BaseTask, TaskFunction
 from buquet.sealing import sealer
-from buquet.store.open import open_store, sqlite_url
+from buquet.store.base import sqlite_url
+from buquet.store.open import open_store
 from buquet.worker.worker import Worker
 from buquet.workflow.engine import Engine, finished_run
 from buquet.workflow.function import AsyncWorkflowFunction, StartOptions, WorkflowFunction

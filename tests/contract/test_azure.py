@@ -4,8 +4,9 @@ import pytest
 
 from buquet import AccessDenied, InvalidURL
 from buquet.clock import Clock
+from buquet.store.base import Location
 from buquet.store.objects import AzureStore, code_of, explain, is_missing
-from buquet.store.open import Location, open_store
+from buquet.store.open import open_store
 
 ANSWER = "Object not found: Server returned non-2xx status code: 404 Not Found: <Error><Code>{}</Code></Error>"
 

@@ -9,7 +9,7 @@ from buquet.concurrency import each_of
 from buquet.errors import UnreadableRecord
 from buquet.records import Record
 from buquet.store.base import Listed, Stored
-from buquet.store.storetime import store_ahead
+from buquet.store.retrying import store_ahead
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence

@@ -40,7 +40,7 @@ from buquet.operate.sweep import (
 from buquet.queue import transitions
 from buquet.queue.names import may_stand_for
 from buquet.records import TERMINAL, Bell, Note, QueueSettings, Record, Schedule, Session, Task
-from buquet.store.storetime import store_ahead
+from buquet.store.retrying import store_ahead
 from buquet.workflow.records import OVER, RunRecord
 
 if TYPE_CHECKING:

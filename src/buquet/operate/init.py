@@ -13,7 +13,7 @@ import msgspec
 from buquet import keys
 from buquet.errors import AccessDenied, BucketMissing, StoreRefused, UsageError, install
 from buquet.records import Layout
-from buquet.store.open import Location
+from buquet.store.base import Location
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

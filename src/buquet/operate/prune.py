@@ -18,7 +18,7 @@ from buquet.journal.lines import decode_lines
 from buquet.journal.pruner import Pruner
 from buquet.operate.sweep import AT_ONCE, HOUR, each_key, each_record
 from buquet.store.base import Stored
-from buquet.store.storetime import store_ahead
+from buquet.store.retrying import store_ahead
 from buquet.workflow.pruning import prune_run
 
 if TYPE_CHECKING:

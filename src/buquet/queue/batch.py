@@ -145,11 +145,11 @@ class BulkSubmit(Generic[R_co]):
     def _add(self, chunk: list[Prepared], outcome: list[Submitted] | BaseException) -> None:
         """Count what is stored of a chunk."""
         if isinstance(outcome, BaseException):
-            ids = outcome.ids if isinstance(outcome, SubmitInterrupted) else []
-            outcome = [Submitted(task_id, created=True) for task_id in ids]
+            ids = set(outcome.ids) if isinstance(outcome, SubmitInterrupted) else set[str]()
+            chunk = [prepared for prepared in chunk if prepared.task.id in ids]
+            outcome = [Submitted(prepared.task.id, created=True) for prepared in chunk]
         self.handles.add(outcome)
-        stored = {submitted.id for submitted in outcome}
-        self.stored += sum(task.pack or 1 for task, _ in chunk if task.id in stored)
+        self.stored += sum(task.pack or 1 for task, _ in chunk)
 
     def _report(self) -> None:
         if self.on_progress:

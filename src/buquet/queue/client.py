@@ -24,7 +24,7 @@ from buquet.queue.values import INLINE, Values, of_run, of_task
 from buquet.records import FORMAT, TERMINAL, Layout, Note, Progress, Record, Session, Task
 from buquet.sealing import Sealer
 from buquet.store.register import Change, Held, Register
-from buquet.store.storetime import store_ahead
+from buquet.store.retrying import store_ahead
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence

@@ -71,7 +71,7 @@ class BaseTask(UserFunction, Generic[P, R]):
     ) -> None:
         super().__init__(home, function, name, queue, "task")
         self.submit_options = options
-        self.step_options = StepOptions()
+        self.step_options = NO_STEP_OPTIONS
         self.policy = policy
         self.is_async = inspect.iscoroutinefunction(function)
 
@@ -128,7 +128,7 @@ class BaseTask(UserFunction, Generic[P, R]):
                 f"{self.name}(...), and it is a step of the run; for many items write each({self.name}, items). A task may submit"
             )
             raise UsageError(msg)
-        if self.step_options != StepOptions():
+        if self.step_options is not NO_STEP_OPTIONS and self.step_options != NO_STEP_OPTIONS:
             msg = f"after, step, undo and allow_failures are for calls of {self.name} in a workflow, not for a task by itself"
             raise UsageError(msg)
 
@@ -268,6 +268,9 @@ class BaseTask(UserFunction, Generic[P, R]):
 
     def _handle(self, submitted: Submitted) -> Handle[R]:
         return Handle(self._home, submitted.id, self.signature, created=submitted.created)
+
+
+NO_STEP_OPTIONS = StepOptions()
 
 
 class TaskFunction(BaseTask[P, R]):

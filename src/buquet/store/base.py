@@ -9,9 +9,11 @@ Every operation may be called from any thread and any running event loop.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
+from urllib.parse import urlencode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from pathlib import Path
 
 T = TypeVar("T")
 Op: TypeAlias = Literal["create", "update", "put", "get", "list", "delete"]
@@ -161,3 +163,31 @@ class PassingStore:
 
     async def close(self) -> None:
         await self.inner.close()
+
+
+class Location(NamedTuple):
+    """A bucket, its server, and a prefix in it."""
+
+    bucket: str
+    prefix: str
+    endpoint: str | None
+    region: str | None
+    scheme: str = "s3"
+
+    @property
+    def url(self) -> str:
+        """The URL that `buquet.store.open` understands."""
+        query = {"endpoint": self.endpoint, "region": self.region}
+        options = urlencode({name: value for name, value in query.items() if value}, safe=":/[]")
+        return f"{self.scheme}://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "") + (f"?{options}" if options else "")
+
+
+def sqlite_url(path: Path) -> str:
+    """Return the URL of a file, with its absolute path.
+
+    >>> from pathlib import Path
+    >>> sqlite_url(Path("/data/50%.db"))
+    'sqlite:/data/50%25.db'
+    """
+    text = str(path.absolute()).replace("%", "%25").replace("?", "%3F")
+    return f"sqlite:{text}" if not text.startswith("//") else f"sqlite:/{text.lstrip('/')}"

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from obstore.auth.boto3 import Boto3CredentialProvider
 
     from buquet.clock import Clock
-    from buquet.store.open import Location
+    from buquet.store.base import Location
 
     Client = clients.S3Store | clients.AzureStore
 

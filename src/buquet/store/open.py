@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from buquet.errors import InvalidURL
+from buquet.store.base import Location
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from buquet.clock import Clock
     from buquet.store.base import Store
 
@@ -19,23 +18,6 @@ UNDERSTOOD = """Understood are
   s3://bucket/prefix?endpoint=URL   a bucket on another S3 server, such as ?endpoint=http://localhost:8333
   az://container/prefix             Azure Blob Storage (the account: AZURE_STORAGE_ACCOUNT_NAME; ?endpoint=URL for another server)
   memory:                           this process's memory, for tests"""
-
-
-class Location(NamedTuple):
-    """A bucket, its server, and a prefix in it."""
-
-    bucket: str
-    prefix: str
-    endpoint: str | None
-    region: str | None
-    scheme: str = "s3"
-
-    @property
-    def url(self) -> str:
-        """The URL that `open_store` understands."""
-        query = {"endpoint": self.endpoint, "region": self.region}
-        options = urlencode({name: value for name, value in query.items() if value}, safe=":/[]")
-        return f"{self.scheme}://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "") + (f"?{options}" if options else "")
 
 
 def open_store(url: str, clock: Clock) -> Store:
@@ -70,17 +52,6 @@ def open_store(url: str, clock: Clock) -> Store:
             raise InvalidURL(f"a store's URL begins with sqlite:, s3:, az: or memory:. {UNDERSTOOD}")
         case other:
             raise InvalidURL(f"{other}: is no known kind of store. {UNDERSTOOD}")
-
-
-def sqlite_url(path: Path) -> str:
-    """Return the URL of a file, with its absolute path.
-
-    >>> from pathlib import Path
-    >>> sqlite_url(Path("/data/50%.db"))
-    'sqlite:/data/50%25.db'
-    """
-    text = str(path.absolute()).replace("%", "%25").replace("?", "%3F")
-    return f"sqlite:{text}" if not text.startswith("//") else f"sqlite:/{text.lstrip('/')}"
 
 
 def _sqlite_path(path: str) -> str:

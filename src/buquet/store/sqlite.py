@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from buquet import forking, keys
 from buquet.codec import Oversized
 from buquet.errors import BucketMissing, StoreError, StoreUnavailable, StoreUnfit, UsageError
-from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Stored
-from buquet.store.open import sqlite_url
+from buquet.store.base import NOT_MODIFIED, PAGE, Listed, NotModified, Receipt, Stored, sqlite_url
 from buquet.store.sqlite_writer import (
     BUSY,
     KEPT,

@@ -18,7 +18,7 @@ from buquet.printing import counted
 from buquet.queue import transitions
 from buquet.records import TERMINAL, Session, Task
 from buquet.store.base import Listed, Stored
-from buquet.store.storetime import trusted
+from buquet.store.retrying import trusted
 from buquet.worker.logs import Reported
 from buquet.worker.session import is_gone, is_same_host
 

@@ -36,7 +36,7 @@ from buquet.queue.names import SYSTEM
 from buquet.queue.values import of_run
 from buquet.records import TERMINAL, Raw, Task
 from buquet.store.base import Stored
-from buquet.store.storetime import trusted
+from buquet.store.retrying import trusted
 from buquet.workflow.engine import Engine
 from buquet.workflow.events import CANCEL, PAUSE, RESUME, RETRY, SENDER, SIGNAL, START, EventArgs
 from buquet.workflow.graph import RESTORE, packed, read_graph

@@ -20,7 +20,8 @@ import msgspec
 from buquet.clock import Clock
 from buquet.queue import bell, values
 from buquet.testing.simulation.callers import Callers
-from buquet.testing.simulation.live_auditor import OVER, SETTLED, Lateness, Outage, due_ms
+from buquet.testing.simulation.lateness import SETTLED, Lateness, due_ms
+from buquet.testing.simulation.live_auditor import OVER
 from buquet.testing.simulation.network import Weather
 from buquet.testing.simulation.workload import declare, declare_workflow, wrong_run, wrong_task
 from buquet.testing.simulation.world import Defects, Machine, World
@@ -29,7 +30,9 @@ from buquet.worker.finder import everything
 from buquet.workflow import committer
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Coroutine, Generator
+
+    Call = Callable[[str], Coroutine[Any, Any, object]]
 
 PATIENCE = 120.0
 """Seconds within which due tasks must be done, in good weather."""
@@ -452,3 +455,137 @@ def _patched(world: World) -> Generator[None]:
         for owner, name, value in changed:
             stack.enter_context(patch.object(owner, name, value))
         yield
+
+
+READS = (
+    ("get", "bell/"),
+    ("get", "queues/"),
+    ("get", "control/"),
+    ("get", "tasks/"),
+    ("list", "ready/"),
+    ("list", "ready/default/5/"),
+    ("list", "later/"),
+    ("list", "workers/"),
+)
+"""The requests by which a worker looks for work."""
+LONGEST = 16.0
+"""Seconds of an outage."""
+LONG_AGO = 700.0
+"""Seconds after which a rescan no longer reaches an entry."""
+
+
+class Outage:
+    """The act in which the store refuses one kind of request. It comes after the calm, when workers are idle."""
+
+    def __init__(self, play: Play) -> None:
+        self.play = play
+        self.world = play.world
+        self.random = play.random
+        self.lateness = play.lateness
+        self.ids: list[str] = []
+
+    async def run(self) -> None:
+        """Refuse requests during one kind of look for work, and wait until all tasks have begun."""
+        acts: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = (
+            *(self.due, self.due, self.hint, self.unrung, self.reaped),
+            *(self.queue_resumed, self.queue_resumed, self.worker_resumed, self.worker_resumed),
+        )
+        self.play.some("w")
+        await self.random.choice(acts)()
+        until = self.world.loop.elapsed + LONGEST + 70
+        while self.waiting() and self.world.loop.elapsed < until and not self.world.auditor.findings:
+            await self.play.pause(1)
+        await self.play.until_done("the workers of an outage")
+
+    def waiting(self) -> bool:
+        tasks = self.world.auditor.tasks
+        return any(task_id not in tasks or tasks[task_id]["state"] == "pending" for task_id in self.ids)
+
+    def refuse(self, likely: tuple[str, str] | None = None) -> None:
+        """Refuse one kind of request for some seconds: `likely` in half of all cases, else any read."""
+        which = likely if likely and self.random.random() < 0.5 else self.random.choice(READS)
+        self.world.network.refuse(which, self.random.uniform(2, LONGEST))
+
+    def trap(self, op: str, prefix: str) -> None:
+        """Start to refuse requests now, or once a worker has sent a certain request."""
+        if self.random.random() < 0.5:
+            self.refuse((op, prefix))
+        else:
+            self.world.network.trap = (op, prefix, self.refuse)
+
+    async def submit(self, machine: Machine, name: str, args: tuple[object, ...], delay: float = 0) -> None:
+        handle = await machine.tasks[name].options(delay=delay or None).asubmit(*args)
+        self.world.auditor.told_submitted(handle.id)
+        self.lateness.prompt.add(handle.id)
+        self.ids.append(handle.id)
+
+    def caller(self) -> Machine:
+        """Start a caller whose clock is nearly right."""
+        return self.play.machine("c", self.random.uniform(-1, 1))
+
+    def some(self) -> None:
+        machine = self.caller()
+        for _ in range(self.random.randrange(1, 4)):
+            self.play.callers.start(machine, self.submit, "echo", (self.random.randrange(1000),))
+
+    # ------------------------------------------------------------------ the looks
+
+    async def due(self) -> None:
+        delay = self.random.uniform(2, 25)
+        self.play.callers.start(self.caller(), self.submit, "echo", (1,), delay)
+        await self.play.pause(delay - self.random.uniform(0, 1))
+        self.refuse(("list", "later/"))
+
+    async def hint(self) -> None:
+        self.refuse(("get", "bell/"))
+        await self.play.pause(self.random.random())
+        self.some()
+
+    async def unrung(self) -> None:
+        """Let a caller die before it rings the bell, so that a rescan must find its task."""
+        machine = self.caller()
+        self.world.network.refuse(("write", "bell/"), 2)
+        self.play.callers.start(machine, self.submit, "echo", (1,))
+        await self.play.pause(1)
+        machine.crash()
+        self.lateness.prompt.difference_update(self.ids)
+        self.trap("list", "ready/")
+
+    async def reaped(self) -> None:
+        self.play.callers.start(self.caller(), self.submit, "slow", (1, 30.0))
+        await self.play.pause(8)
+        self.trap("create", "workers/")
+        self.play.callers.start(self.caller(), self.play.callers.reap)
+        await self.play.pause(10)
+
+    async def queue_resumed(self) -> None:
+        """Pause a queue and resume it, perhaps so late that only a full rescan finds its tasks."""
+        machine = self.caller()
+        await self._resumed(machine, {"default": "default"}, machine.apause_queue, machine.aresume_queue, "queues/")
+
+    async def worker_resumed(self) -> None:
+        """Pause and resume all workers in the same way."""
+        machine = self.caller()
+        workers = {worker.name: worker.own_worker.id for worker in self.play.living("w") if worker.own_worker}
+        await self._resumed(machine, workers, machine.apause_worker, machine.aresume_worker, "control/")
+
+    async def _resumed(self, machine: Machine, ids: dict[str, str], pause: Call, resume: Call, prefix: str) -> None:
+        """Pause queues or workers, submit tasks, and resume. `ids` are by the names that Lateness knows."""
+        self.lateness.paused.update(ids)
+
+        async def pause_all(_node: Machine) -> None:
+            for one in ids.values():
+                await pause(one)
+
+        async def resume_all(_node: Machine) -> None:
+            for name, one in ids.items():
+                await resume(one)
+                self.lateness.paused.discard(name)
+            self.trap("get", prefix)
+
+        self.play.callers.start(machine, pause_all)
+        await self.play.pause(8)
+        self.some()
+        await self.play.pause(self.random.choice((20.0, LONG_AGO)))
+        self.play.callers.start(machine, resume_all)
+        await self.play.pause(1)

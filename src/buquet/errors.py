@@ -42,6 +42,7 @@ The text of every error says what happened, to which object, and what to do next
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -250,6 +251,20 @@ class Snooze(Exception):
             raise UsageError(f"Snooze takes seconds from 0 to ten years, not {seconds!r}")
         super().__init__(f"come back in {seconds:g} s")
         self.seconds = seconds
+
+
+def deprecated(old: str, new: str) -> None:
+    """Warn the caller of a function that its name, `old`, is kept for earlier programs only."""
+    warnings.warn(f"{old} is deprecated: use {new}", DeprecationWarning, stacklevel=3)
+
+
+def renamed(module: str, names: dict[str, object], name: str) -> object:
+    """Return what an old name of a module stands for, and warn. For the module's `__getattr__`. Raises AttributeError."""
+    if name not in names:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    new = names[name]
+    warnings.warn(f"{module}.{name} is deprecated: use {getattr(new, '__qualname__', new)}", DeprecationWarning, stacklevel=3)
+    return new
 
 
 def install(extra: str) -> str:

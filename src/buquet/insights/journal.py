@@ -22,6 +22,7 @@ import msgspec
 
 from buquet import keys
 from buquet.concurrency import each_of
+from buquet.errors import deprecated
 from buquet.insights.scan import StoreTime
 from buquet.journal.lines import decode_lines
 from buquet.store.base import Stored
@@ -267,6 +268,11 @@ class Journal:
         """Return the tasks that ended last, the latest first."""
         return list(islice(self.select(queue=queue, name=name, status=status), limit))
 
+    def failed(self, limit: int = 50, *, queue: str | None = None, name: str | None = None) -> list[Finished]:
+        """Do what `recent(status="failed")` does. Deprecated."""
+        deprecated("Journal.failed", 'recent(status="failed")')
+        return self.recent(limit, queue=queue, name=name, status="failed")
+
     def throughput(self, minutes: int = 60, *, queue: str | None = None, name: str | None = None, step: int = 1) -> list[Minute]:
         """Return what ended in each of the last minutes, or in each `step` of them, the oldest first. The last is not over."""
         width, count = MINUTE * step, minutes // step
@@ -310,6 +316,14 @@ class Journal:
             if line.kind != "run":
                 queues.setdefault(line.queue, []).append(line)
         return {queue: self._summary(lines, since) for queue, lines in sorted(queues.items())}
+
+    def by_name(self, *, since: int = 0) -> dict[str, Summary]:
+        """Return `summary(name=name)` of each task that ended, or of which an attempt failed. Deprecated."""
+        deprecated("Journal.by_name", "summary(name=...)")
+        names = sorted({line.name for line in self._since(since) if line.kind != "run"})
+        return {
+            name: self._summary([line for line in self._since(since, name=name) if line.kind != "run"], since) for name in names
+        }
 
     def _since(self, since: int, queue: str | None = None, name: str | None = None) -> list[Finished]:
         lines = self.lines[bisect_left(self.lines, since, key=_ended_at) :]

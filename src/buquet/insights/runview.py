@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 import msgspec
 
 from buquet import keys
+from buquet.errors import renamed
 from buquet.printing import counted, duration, in_seconds
 from buquet.workflow.graph import Graph, Step
 from buquet.workflow.handle import StepInfo, step_info
@@ -162,3 +163,8 @@ def _reason(info: StepInfo, step: Step, status: StepStatus, task: Task | None, c
     if crew is None or any(task.queue in session.queues and task.name in session.names for session in sessions):
         return ""
     return f"no live worker has a handler for {task.name!r}"
+
+
+def __getattr__(name: str) -> object:
+    """Return the class that replaced `StepView`, of earlier versions."""
+    return renamed(__name__, {"StepView": StepInfo}, name)

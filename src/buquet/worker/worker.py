@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from buquet import keys
 from buquet.clock import YEARS
 from buquet.concurrency import cancel_all, first_of
-from buquet.errors import StoreError, StoreFull, StoreRefused, UsageError
+from buquet.errors import StoreError, StoreFull, StoreRefused, UsageError, deprecated
 from buquet.journal.writer import JournalWriter
 from buquet.printing import counted
 from buquet.queue.background import new_loop, running_loop
@@ -214,6 +214,22 @@ class Worker:
             for finder in self.finders:
                 finder.full_rescan_at = 0.0  # the bell was not read meanwhile
             self._wake.set()
+
+    def drain_out(self) -> None:
+        """Do what `finish_and_stop` does. Deprecated."""
+        deprecated("Worker.drain_out", "Worker.finish_and_stop")
+        self.finish_and_stop()
+
+    def hold(self, *, paused: bool) -> None:
+        """Do what `set_paused` does. Deprecated."""
+        deprecated("Worker.hold", "Worker.set_paused")
+        self.set_paused(paused=paused)
+
+    @property
+    def telling(self) -> Observers:
+        """The older name of `observers`. Deprecated."""
+        deprecated("Worker.telling", "Worker.observers")
+        return self.observers
 
     def wake(self) -> None:
         """Look for work and for queue settings now. Call it on the worker's loop."""

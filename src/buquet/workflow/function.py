@@ -9,7 +9,7 @@ import msgspec
 
 from buquet import keys
 from buquet.codec import check_size
-from buquet.errors import UsageError
+from buquet.errors import UsageError, deprecated
 from buquet.queue.attempt import plainly
 from buquet.queue.names import Prepared
 from buquet.queue.options import check_key, check_tags
@@ -145,6 +145,11 @@ class WorkflowFunction(UserFunction, Generic[P, R]):
     def rebuild(self, args: bytes | Raw) -> bytes:
         """Return the graph for these stored arguments as JSON. Raises InvalidPayload, and what `trace` raises."""
         return self._graph(*self.signature.decode(args))
+
+    def retrace(self, args: bytes | Raw) -> bytes:
+        """Do what `rebuild` does. Deprecated."""
+        deprecated("retrace", "rebuild")
+        return self.rebuild(args)
 
     def get(self, run_id: str) -> Run[R]:
         """Return the handle of a run by its id. Nothing is read."""

@@ -26,6 +26,7 @@ from buquet.errors import (
     TaskFailed,
     TaskNotFound,
     UnreadableRecord,
+    deprecated,
 )
 from buquet.printing import counted
 from buquet.queue.attempt import inside_handler
@@ -113,6 +114,18 @@ class StepInfo(msgspec.Struct, frozen=True, kw_only=True):
     undo_error: str = ""
     reason: str = ""
     """Why it makes no progress, such as "no live worker has a handler for 'ship'"."""
+
+    @property
+    def state(self) -> StepStatus:
+        """The older name of `status`. Deprecated."""
+        deprecated("StepInfo.state", "StepInfo.status")
+        return self.status
+
+    @property
+    def depends(self) -> tuple[str, ...]:
+        """The older name of `needs`. Deprecated."""
+        deprecated("StepInfo.depends", "StepInfo.needs")
+        return self.needs
 
     def seconds(self, now: int) -> float | None:
         """Return how long it has run at `now` (milliseconds since 1970), or ran; None before its start."""

@@ -7,7 +7,6 @@ from contextlib import suppress
 import pytest
 from msgspec.structs import replace
 from rigs import in_virtual_time
-from torn import TornStore
 
 from buquet import App, UsageError, keys
 from buquet.clock import Clock
@@ -27,7 +26,7 @@ from buquet.store.memory import MemoryStore
 from buquet.store.open import open_store
 from buquet.store.register import Register
 from buquet.store.sqlite import SqliteStore
-from buquet.testing.faulty import FaultyStore
+from buquet.testing.faulty import FaultyStore, TornStore
 from buquet.testing.virtual import run_virtual
 
 HOUR = 3600

@@ -6,14 +6,13 @@ import asyncio
 from contextlib import suppress
 
 import pytest
-from torn import TornStore
 
 from buquet.clock import Clock
 from buquet.errors import AlreadyExists, Changed, StoreFull, StoreUnavailable
 from buquet.store.base import Store, Stored
 from buquet.store.memory import MemoryStore
 from buquet.testing.contract import StoreContract, winners
-from buquet.testing.faulty import FaultyStore
+from buquet.testing.faulty import FaultyStore, TornStore
 
 
 class TestWithoutFaults(StoreContract):

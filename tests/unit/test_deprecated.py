@@ -5,8 +5,12 @@ import importlib
 import pytest
 
 from buquet import App
+from buquet.clock import Clock
+from buquet.errors import StoreFull
 from buquet.insights.journal import Journal
 from buquet.records import Finished
+from buquet.store.memory import MemoryStore
+from buquet.testing.faulty import FaultyStore
 from buquet.workflow.handle import StepInfo
 
 
@@ -26,6 +30,9 @@ def test_a_step_keeps_the_words_state_and_depends():
     ("module", "old", "new"),
     [
         ("insights.runview", "StepView", "StepInfo"),
+        ("testing.faulty", "Rule", "Injection"),
+        ("testing.faulty", "Pause", "Stop"),
+        ("testing.auditor", "Bucket", "Snapshot"),
     ],
 )
 def test_a_renamed_class_keeps_its_name(module, old, new):
@@ -44,6 +51,13 @@ async def test_a_journal_still_lists_failures_and_sums_up_each_task():
     assert [line.name for line in value(journal.failed)] == ["b", "a"]
     assert [line.name for line in value(lambda: journal.failed(5, name="a"))] == ["a"]
     assert {name: summary.count for name, summary in value(journal.by_name).items()} == {"a": 2, "b": 1}
+
+
+async def test_the_random_faults_of_a_store_may_be_chosen():
+    store = FaultyStore(MemoryStore(Clock()), Clock(), rate=1, faults=["full"], seconds=0.5)
+    assert await store.get("key") is None  # a read cannot find the store full
+    with pytest.raises(StoreFull):
+        await store.put("key", b"")
 
 
 def test_a_worker_and_a_workflow_keep_their_verbs():

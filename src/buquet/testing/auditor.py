@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -247,3 +248,11 @@ def outcomes(snapshot: Snapshot) -> dict[str, int]:
         for task_id, task in snapshot.tasks.items()
         if task["state"] in ENDED
     }
+
+
+def __getattr__(name: str) -> object:
+    """Return the class that replaced `Bucket`, of earlier versions."""
+    if name != "Bucket":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("Bucket is deprecated: use Snapshot", DeprecationWarning, stacklevel=2)
+    return Snapshot

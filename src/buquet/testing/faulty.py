@@ -32,11 +32,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-from buquet.errors import AlreadyExists, Changed, StoreFull, StoreUnavailable
-from buquet.store.base import NOT_MODIFIED, Op, PassingStore, Store
+from buquet.errors import AlreadyExists, Changed, StoreFull, StoreUnavailable, renamed
+from buquet.store.base import NOT_MODIFIED, Op, PassingStore, Receipt, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Coroutine
+    from collections.abc import Awaitable, Coroutine, Iterable
 
     from buquet.clock import Clock
 
@@ -103,7 +103,7 @@ class FaultyStore(PassingStore):
     raises it, and the write lands later (by `land` or by itself); `full` raises StoreFull; `delay` waits `seconds` first. For a
     read, `lose`, `refuse` and `late` are the same, and `full` does not happen.
 
-    `rate` is the share of requests, 0 to 1, that get a random `lose`, `refuse` or `late`, by the clock's random numbers.
+    `rate` is the share of requests, 0 to 1, that get one of `faults`, by the clock's random numbers. `seconds` is for `delay`.
     """
 
     def __init__(
@@ -112,11 +112,15 @@ class FaultyStore(PassingStore):
         clock: Clock,
         *,
         rate: float = 0.0,
+        faults: Iterable[Fault] = RANDOM,
+        seconds: float = 0.01,
         can_wait: bool | None = None,
     ) -> None:
         super().__init__(inner)
         self.clock = clock
         self.rate = rate
+        self.faults = tuple(faults)
+        self.seconds = seconds
         if can_wait is not None:
             self.can_wait = can_wait
         self.log: list[Request] = []
@@ -229,8 +233,9 @@ class FaultyStore(PassingStore):
                     rule.times -= 1
                 return rule
         if self.rate and self.clock.random.random() < self.rate:
-            fault = self.clock.random.choice(RANDOM)
-            return Injection(fault, op, key, 0, 0, self.clock.random.randint(1, LATEST))
+            fault = self.clock.random.choice(self.faults)
+            if _applies(fault, op):
+                return Injection(fault, op, key, 0, self.seconds, self.clock.random.randint(1, LATEST))
         return None
 
     async def _stop(self, when: str, op: Op, key: str) -> None:
@@ -265,3 +270,28 @@ def _matches(op: str | None, key: Keys, this_op: str, this_key: str) -> bool:
 
 def _applies(fault: Fault, op: Op) -> bool:
     return fault != "full" or op in {"create", "update", "put"}
+
+
+class TornStore(PassingStore):
+    """A store whose conditional writes are not atomic, as on some S3 look-alikes: `buquet doctor` must find out."""
+
+    def __init__(self, inner: Store, clock: Clock) -> None:
+        super().__init__(inner)
+        self.clock = clock
+
+    async def create(self, key: str, body: bytes) -> Receipt:
+        if await self.inner.get(key) is not None:
+            raise AlreadyExists(f"{key} exists")
+        await self.clock.sleep(0)
+        return await self.inner.put(key, body)
+
+    async def update(self, key: str, body: bytes, etag: str) -> Receipt:
+        if await self.inner.get(key, unless=etag) is not NOT_MODIFIED:
+            raise Changed(f"{key} is no longer the version read")
+        await self.clock.sleep(0)
+        return await self.inner.put(key, body)
+
+
+def __getattr__(name: str) -> object:
+    """Return the classes that replaced `Rule` and `Pause`, of earlier versions."""
+    return renamed(__name__, {"Rule": Injection, "Pause": Stop}, name)

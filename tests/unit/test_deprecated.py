@@ -60,6 +60,15 @@ async def test_the_random_faults_of_a_store_may_be_chosen():
         await store.put("key", b"")
 
 
+async def test_a_task_function_still_makes_a_record():
+    @App("memory:").task
+    def add(number: int) -> int:
+        return number + 1
+
+    record = value(lambda: add.options(priority=2).new_record("0" * 32, "key", pack=3, batch="b"))
+    assert (record.name, record.key, record.priority, record.pack, record.batch) == ("add", "key", 2, 3, "b")
+
+
 def test_a_worker_and_a_workflow_keep_their_verbs():
     app = App("memory:")
 

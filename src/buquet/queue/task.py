@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, cast
 
+import msgspec
+
 from buquet import keys
 from buquet.codec import Signature
-from buquet.errors import SubmitInterrupted, UsageError
+from buquet.errors import SubmitInterrupted, UsageError, deprecated
 from buquet.printing import counted
 from buquet.queue.attempt import plainly
 from buquet.queue.batch import Batch, BulkSubmit, Packing
@@ -139,6 +141,11 @@ class BaseTask(UserFunction, Generic[P, R]):
         key = self.submit_options.key
         task_id = self._home.clock.new_id() if key is None else keys.keyed_id(self.queue, self.name, key)
         return Prepared(self._new_record(task_id, key or ""), body)
+
+    def new_record(self, task_id: str, key: str, *, pack: int = 0, batch: str = "") -> Task:
+        """Return a new record with the options in force. Deprecated."""
+        deprecated("new_record", "submit")
+        return msgspec.structs.replace(self._new_record(task_id, key), pack=pack, batch=batch)
 
     def _new_record(self, task_id: str, key: str) -> Task:
         options = self.submit_options

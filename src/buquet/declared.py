@@ -95,8 +95,7 @@ def encode_other(value: Any) -> Any:
         return fields
     if inspect.iscoroutine(value):
         value.close()
-        msg = "a coroutine is no JSON value, and nobody awaited it. Does a plain decorator wrap an async function?"
-        raise TypeError(msg)
+        raise TypeError("a coroutine is no JSON value: an async function is hidden by a decorator that does not await it")
     raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} is no JSON value")
 
 

@@ -37,7 +37,8 @@ async def each_of(items: Iterable[T] | AsyncIterable[T], work: Callable[[T], Awa
     results: list[Any] = []
     lanes: list[asyncio.Task[None]] = []
 
-    def placed(item: Any) -> tuple[int, T] | None:
+    async def take() -> tuple[int, T] | None:
+        item: Any = next(plain, _END) if source is None else await _next(source, taking)  # a lock for each item costs CPU
         if item is _END:
             return None
         results.append(None)
@@ -47,14 +48,10 @@ async def each_of(items: Iterable[T] | AsyncIterable[T], work: Callable[[T], Awa
         while taken:
             place, item = taken
             results[place] = await work(item)
-            # neither a lock nor a coroutine for an item of a plain iterable: they cost CPU
-            taken = placed(next(plain, _END) if source is None else await _next(source, taking))
+            taken = await take()
 
     try:
-        while len(lanes) < at_once:
-            taken = placed(next(plain, _END) if source is None else await _next(source, taking))
-            if taken is None:
-                break
+        while len(lanes) < at_once and (taken := await take()):
             lanes.append(asyncio.create_task(lane(taken)))
         await asyncio.gather(*lanes)
     except BaseException:

@@ -130,7 +130,7 @@ class BaseTask(UserFunction, Generic[P, R]):
                 f"{self.name}(...), and it is a step of the run; for many items write each({self.name}, items). A task may submit"
             )
             raise UsageError(msg)
-        if self.step_options is not NO_STEP_OPTIONS and self.step_options != NO_STEP_OPTIONS:
+        if self.step_options != NO_STEP_OPTIONS:
             msg = f"after, step, undo and allow_failures are for calls of {self.name} in a workflow, not for a task by itself"
             raise UsageError(msg)
 

@@ -117,7 +117,7 @@ class Waiting:
 IN_FLIGHT = 64
 """The most submits of one chunk at a time."""
 MOST_IN_FLIGHT = 128
-"""The most submits of one process and event loop at a time, whoever calls them."""
+"""The most submits at a time on one event loop of a process. All callers share them."""
 RUNG_FOR = 5.0
 """Seconds for which a worker certainly waits for the record of an entry that it heard of. After them the bell is rung again."""
 NOTED = 100
@@ -275,7 +275,7 @@ class Client:
         revived = transitions.revive(record, pending, self.clock.now_ms())
         if not revived.args_at:
             return revived
-        # unique: whoever prunes the task before this one may still be about to delete its payload, which has the same hash
+        # unique: a pruner of the key's previous task may still be about to delete that task's payload, which has the same hash
         _, at = await self.values.put(of_task(pending.id, "args"), args, unique=True)
         return replace(revived, args_at=at)
 

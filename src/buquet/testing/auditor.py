@@ -131,7 +131,7 @@ class Auditor:
 
 
 def _contradicted(what: str, records: dict[str, Json], told: dict[str, str]) -> Iterator[str]:
-    """I6: what a caller was told of an end stays so."""
+    """I6: a record keeps the end that a caller was told."""
     for record_id, end in sorted(told.items()):
         state = records.get(record_id, {}).get("state", "missing")
         if state not in {end, "pruned"}:

@@ -99,7 +99,7 @@ class TaskLogger(logging.LoggerAdapter[logging.Logger]):
 class TaskFields(logging.Filter):
     """Adds `task`, `task_name`, `attempt`, `run` and `step` to a record. Add it to a handler, and it covers every logger.
 
-    The fields are those of the task whose code runs, whoever logs.
+    The fields name the task whose code runs, also on lines that a library logs.
 
     >>> logging.StreamHandler().addFilter(TaskFields())
     """

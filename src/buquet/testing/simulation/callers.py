@@ -1,6 +1,6 @@
 """The simulated callers: they submit, wait, cancel, redrive, prune and repair, and steer runs.
 
-The live auditor is told of each answer that binds the queue.
+They report each answer that binds the queue to the live auditor.
 """
 
 from __future__ import annotations
